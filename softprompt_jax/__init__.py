@@ -1,0 +1,1 @@
+"""Prompt tuning of frozen T5 models in JAX."""

@@ -1,0 +1,67 @@
+"""Attention as T5 does it: no 1/sqrt(d), an additive relative bias, a float32 softmax."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+def relative_buckets(
+    query_positions: Int[Array, "T"],
+    key_positions: Int[Array, "S"],
+    *,
+    bidirectional: bool,
+    buckets: int,
+    max_distance: int,
+) -> Int[Array, "T S"]:
+    """Map every query-key distance to a bucket: exact when near, logarithmic up to `max_distance`.
+
+    The encoder (`bidirectional`) spends half of the buckets on each direction; the decoder sees only
+    the past. Source: Raffel et al., 2020, section 2.1.
+    """
+    distance = query_positions[:, None] - key_positions[None, :]  # positive: the key lies in the past
+    offset = jnp.zeros_like(distance)
+    if bidirectional:
+        buckets //= 2
+        offset = jnp.where(distance < 0, buckets, 0)
+        distance = jnp.abs(distance)
+    else:
+        distance = jnp.maximum(distance, 0)
+    exact = buckets // 2
+    ratio = jnp.log(jnp.maximum(distance, 1).astype(jnp.float32) / exact) / jnp.log(max_distance / exact)
+    far = jnp.minimum(exact + (ratio * (buckets - exact)).astype(jnp.int32), buckets - 1)
+    return offset + jnp.where(distance < exact, distance, far)
+
+
+def same_segment(
+    query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"]
+) -> Bool[Array, "B 1 T S"]:
+    """Return which keys a query sees: those of its own segment; segment 0 is padding, seen by none."""
+    visible = (query_segments[:, :, None] == key_segments[:, None, :]) & (key_segments > 0)[:, None, :]
+    return visible[:, None]
+
+
+def attend(
+    query: Float[Array, "B T H K"],
+    key: Float[Array, "B S H K"],
+    value: Float[Array, "B S H K"],
+    bias: Float[Array, "1 H T S"] | None,
+    visible: Bool[Array, "#B 1 #T S"],
+    dropout_rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> Float[Array, "B T H K"]:
+    """Mix the values by softmax(query . key + bias) over the visible keys; scores stay in float32.
+
+    Dropout removes a key for all queries of a head at once, as T5's own code does.
+    """
+    scores = jnp.einsum("bthk,bshk->bhts", query, key, preferred_element_type=jnp.float32)
+    if bias is not None:
+        scores = scores + bias.astype(jnp.float32)
+    scores = jnp.where(visible, scores, -1e9)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    if dropout_key is not None and dropout_rate > 0:
+        batch, heads, _, keys = weights.shape
+        kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, (batch, heads, 1, keys))
+        weights = jnp.where(kept, weights / (1 - dropout_rate), 0).astype(value.dtype)
+    return jnp.einsum("bhts,bshk->bthk", weights, value)

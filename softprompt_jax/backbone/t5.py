@@ -1,0 +1,316 @@
+"""The T5 encoder-decoder in Flax NNX: stacked layers under one scan, seams for methods to attach to.
+
+Axes: B batch, T encoder length, U decoder length, S key length, D model width, H heads, K head width,
+F feed-forward width, V vocabulary rows, L layers. Token 0 is padding. Ids >= V are prompt rows.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from softprompt_jax.backbone.attention import attend, relative_buckets, same_segment
+from softprompt_jax.config import Settings
+
+
+class T5Settings(Settings):
+    """Every shape and switch of a T5: what its `config.json` states, and how to compute with it."""
+
+    vocabulary_rows: int  # of the embedding table, which may be padded past the tokenizer's size
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_heads: int
+    num_layers: int
+    num_decoder_layers: int
+    activation: Literal["relu", "gelu_tanh", "gelu", "silu"] = "gelu_tanh"
+    gated: bool = True
+    tied: bool = False  # the vocabulary projection is the embedding table
+    scale_output: bool = False  # times d_model ** -0.5 before the vocabulary (T5 1.0)
+    bias_in_every_layer: bool = False  # umT5
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    epsilon: float = 1e-6
+    dropout: float = 0.0
+    remat: Literal["none", "dots", "full"] = "none"
+
+    def parameters(self) -> int:
+        """Count the parameters of the model these settings describe."""
+        inner = self.num_heads * self.d_kv
+        attention = 4 * self.d_model * inner
+        feed_forward = (3 if self.gated else 2) * self.d_model * self.d_ff
+        encoder = self.num_layers * (attention + feed_forward + 2 * self.d_model) + self.d_model
+        decoder = self.num_decoder_layers * (2 * attention + feed_forward + 3 * self.d_model) + self.d_model
+        tables = (self.num_layers + self.num_decoder_layers) if self.bias_in_every_layer else 2
+        biases = tables * self.relative_buckets * self.num_heads
+        return encoder + decoder + biases + (1 if self.tied else 2) * self.vocabulary_rows * self.d_model
+
+
+ACTIVATIONS = {
+    "relu": jax.nn.relu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "silu": jax.nn.silu,
+}
+
+
+def dropout(x: Float[Array, "B T F"], rate: float, key: jax.Array | None) -> Float[Array, "B T F"]:
+    """Zero features at random, the same ones along the whole length of a row; no key: evaluation."""
+    if key is None or rate == 0:
+        return x
+    kept = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, x.shape[-1]))
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
+    """Split a dropout key, or hand on None (evaluation)."""
+    return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+class Linear(nnx.Module):
+    """A product with a kernel [in, out] and no bias; methods may replace it."""
+
+    def __init__(self, key: jax.Array, shape: tuple[int, int], axes: tuple[str, str], deviation: float):
+        self.kernel = nnx.Param(deviation * jax.random.normal(key, shape, jnp.float32), axes=axes)
+
+    def __call__(self, x: Float[Array, "*B in"]) -> Float[Array, "*B out"]:
+        return x @ self.kernel[...].astype(x.dtype)
+
+
+class Norm(nnx.Module):
+    """Divide by the root mean square in float32, then scale; T5 subtracts no mean."""
+
+    def __init__(self, width: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=("embed",))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.epsilon)
+        return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Query, key, value and output products around `attend`."""
+
+    def __init__(self, key: jax.Array, settings: T5Settings):
+        width, inner = settings.d_model, settings.num_heads * settings.d_kv
+        keys = jax.random.split(key, 4)
+        self.query = Linear(keys[0], (width, inner), ("embed", "heads"), (width * settings.d_kv) ** -0.5)
+        self.key = Linear(keys[1], (width, inner), ("embed", "heads"), width**-0.5)
+        self.value = Linear(keys[2], (width, inner), ("embed", "heads"), width**-0.5)
+        self.output = Linear(keys[3], (inner, width), ("heads", "embed"), inner**-0.5)
+        self.heads, self.dropout = settings.num_heads, settings.dropout
+
+    def split(self, x: Float[Array, "B T HK"]) -> Float[Array, "B T H K"]:
+        """Give every head its part of the width."""
+        return x.reshape(*x.shape[:-1], self.heads, -1)
+
+    def keys_values(self, source: Float[Array, "B S D"]) -> tuple[Array, Array]:
+        """Return keys and values [B, S, H, K] of a source: the input itself, or the encoding."""
+        return self.split(self.key(source)), self.split(self.value(source))
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        keys_values: tuple[Array, Array],
+        bias: Float[Array, "1 H T S"] | None,
+        visible: Bool[Array, "#B 1 #T S"],
+        key: jax.Array | None = None,
+    ) -> Float[Array, "B T D"]:
+        mixed = attend(self.split(self.query(x)), *keys_values, bias, visible, self.dropout, key)
+        return self.output(mixed.reshape(*x.shape[:-1], -1))
+
+
+class FeedForward(nnx.Module):
+    """The feed-forward block, gated (T5 1.1) or plain (T5 1.0)."""
+
+    def __init__(self, key: jax.Array, settings: T5Settings):
+        width, inner = settings.d_model, settings.d_ff
+        keys = jax.random.split(key, 3)
+        self.gate = Linear(keys[0], (width, inner), ("embed", "mlp"), width**-0.5)
+        self.up = Linear(keys[1], (width, inner), ("embed", "mlp"), width**-0.5) if settings.gated else nnx.data(None)
+        self.down = Linear(keys[2], (inner, width), ("mlp", "embed"), inner**-0.5)
+        self.activation, self.dropout = settings.activation, settings.dropout
+
+    def __call__(self, x: Float[Array, "B T D"], key: jax.Array | None = None) -> Float[Array, "B T D"]:
+        hidden = ACTIVATIONS[self.activation](self.gate(x))
+        if self.up is not None:
+            hidden = hidden * self.up(x)
+        return self.down(dropout(hidden, self.dropout, key))
+
+
+class RelativeBias(nnx.Module):
+    """One learned number per distance bucket and head, added to the attention scores."""
+
+    def __init__(self, key: jax.Array, settings: T5Settings, bidirectional: bool):
+        shape = (settings.relative_buckets, settings.num_heads)
+        self.table = nnx.Param(
+            settings.d_model**-0.5 * jax.random.normal(key, shape, jnp.float32), axes=("buckets", "heads")
+        )
+        self.bidirectional, self.max_distance = bidirectional, settings.relative_max_distance
+
+    def __call__(self, queries: Int[Array, "T"], keys: Int[Array, "S"]) -> Float[Array, "1 H T S"]:
+        table = self.table[...]
+        buckets = relative_buckets(
+            queries, keys, bidirectional=self.bidirectional, buckets=table.shape[0], max_distance=self.max_distance
+        )
+        return table[buckets].transpose(2, 0, 1)[None]
+
+
+class Layer(nnx.Module):
+    """An encoder layer, or with `cross` a decoder layer: attention, cross attention, feed-forward."""
+
+    def __init__(self, key: jax.Array, settings: T5Settings, cross: bool):
+        keys = jax.random.split(key, 4)
+        self.attention_norm = Norm(settings.d_model, settings.epsilon)
+        self.attention = Attention(keys[0], settings)
+        self.cross_norm = Norm(settings.d_model, settings.epsilon) if cross else nnx.data(None)
+        self.cross = Attention(keys[1], settings) if cross else nnx.data(None)
+        self.feed_forward_norm = Norm(settings.d_model, settings.epsilon)
+        self.feed_forward = FeedForward(keys[2], settings)
+        own_bias = settings.bias_in_every_layer
+        self.bias = RelativeBias(keys[3], settings, not cross) if own_bias else nnx.data(None)
+        self.dropout = settings.dropout
+
+    def attend_self(self, x, bias, visible, key=None, cache=None):
+        """Add self-attention over x itself, or over `cache(keys, values) -> keys, values`."""
+        inner, outer = split_key(key, 2)
+        normed = self.attention_norm(x)
+        keys_values = self.attention.keys_values(normed)
+        if cache is not None:
+            keys_values = cache(*keys_values)
+        return x + dropout(self.attention(normed, keys_values, bias, visible, inner), self.dropout, outer)
+
+    def attend_cross(self, x, keys_values, visible, key=None):
+        """Add attention over the encoding's keys and values."""
+        inner, outer = split_key(key, 2)
+        mixed = self.cross(self.cross_norm(x), keys_values, None, visible, inner)
+        return x + dropout(mixed, self.dropout, outer)
+
+    def feed(self, x, key=None):
+        """Add the feed-forward block."""
+        inner, outer = split_key(key, 2)
+        return x + dropout(self.feed_forward(self.feed_forward_norm(x), inner), self.dropout, outer)
+
+
+class Stack(nnx.Module):
+    """L layers with a leading axis L on every weight, run by one scan, and a final norm."""
+
+    def __init__(self, key: jax.Array, settings: T5Settings, cross: bool):
+        layers = settings.num_decoder_layers if cross else settings.num_layers
+        layers_key, bias_key = jax.random.split(key)
+        self.layers = jax.vmap(lambda k: Layer(k, settings, cross))(jax.random.split(layers_key, layers))
+        shared_bias = not settings.bias_in_every_layer
+        self.bias = RelativeBias(bias_key, settings, not cross) if shared_bias else nnx.data(None)
+        self.norm = Norm(settings.d_model, settings.epsilon)
+        self.depth, self.dropout, self.remat = layers, settings.dropout, settings.remat
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        visible: Bool[Array, "#B 1 T T"],
+        encoded: Float[Array, "B S D"] | None = None,
+        encoded_visible: Bool[Array, "B 1 #T S"] | None = None,
+        key: jax.Array | None = None,
+    ) -> Float[Array, "B T D"]:
+        first, last, keys = None, None, None
+        if key is not None:
+            first, last, scanned = jax.random.split(key, 3)
+            keys = jax.random.split(scanned, self.depth)
+        positions = jnp.arange(x.shape[1])
+        shared_bias = None if self.bias is None else self.bias(positions, positions)
+
+        def run(x, layer_and_key):
+            layer, layer_key = layer_and_key
+            keys = split_key(layer_key, 3)
+            bias = shared_bias if layer.bias is None else layer.bias(positions, positions)
+            x = layer.attend_self(x, bias, visible, keys[0])
+            if layer.cross is not None:
+                x = layer.attend_cross(x, layer.cross.keys_values(encoded), encoded_visible, keys[1])
+            return layer.feed(x, keys[2]), None
+
+        if self.remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+            run = jax.checkpoint(run, policy=policy, prevent_cse=False)
+        x, _ = jax.lax.scan(run, dropout(x, self.dropout, first), (self.layers, keys))
+        return dropout(self.norm(x), self.dropout, last)
+
+
+class T5(nnx.Module):
+    """A T5 encoder-decoder. `prompt` is the seam of soft prompts: rows for the ids past the vocabulary."""
+
+    def __init__(self, settings: T5Settings, key: jax.Array, dtype: str = "float32"):
+        keys = jax.random.split(key, 4)
+        shape = (settings.vocabulary_rows, settings.d_model)
+        self.embedding = nnx.Param(jax.random.normal(keys[0], shape, jnp.float32), axes=("vocab", "embed"))
+        self.encoder = Stack(keys[1], settings, cross=False)
+        self.decoder = Stack(keys[2], settings, cross=True)
+        head = None if settings.tied else Linear(keys[3], shape[::-1], ("embed", "vocab"), shape[1] ** -0.5)
+        self.head = nnx.data(None) if head is None else head
+        self.prompt = nnx.data(None)
+        self.settings, self.dtype = settings, dtype
+
+    def embed(self, tokens: Int[Array, "B T"], key: jax.Array | None = None) -> Float[Array, "B T D"]:
+        """Look ids < V up in the frozen table and ids >= V in the prompt's rows."""
+        table = self.embedding[...].astype(self.dtype)
+        rows = self.settings.vocabulary_rows
+        text = table[jnp.clip(tokens, 0, rows - 1)]
+        if self.prompt is None:
+            return text
+        virtual = tokens >= rows
+        return jnp.where(virtual[..., None], self.prompt(tokens - rows, virtual, key).astype(text.dtype), text)
+
+    def encode(
+        self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None, key: jax.Array | None = None
+    ) -> Float[Array, "B T D"]:
+        """Encode token ids; `segments` keeps packed examples apart (default: one a row, 0 is padding)."""
+        segments = (tokens != 0).astype(jnp.int32) if segments is None else segments
+        prompt_key, stack_key = split_key(key, 2)
+        return self.encoder(self.embed(tokens, prompt_key), same_segment(segments, segments), key=stack_key)
+
+    def decode(
+        self,
+        tokens: Int[Array, "B U"],
+        encoded: Float[Array, "B T D"],
+        encoder_segments: Int[Array, "B T"],
+        segments: Int[Array, "B U"] | None = None,
+        key: jax.Array | None = None,
+    ) -> Float[Array, "B U D"]:
+        """Decode already shifted inputs against an encoding; the mask is causal (and by segment if packed)."""
+        length = tokens.shape[1]
+        visible = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        if segments is None:
+            encoded_visible = (encoder_segments > 0)[:, None, None, :]
+        else:
+            visible = visible & same_segment(segments, segments)
+            encoded_visible = same_segment(segments, encoder_segments)
+        return self.decoder(self.embed(tokens), visible, encoded, encoded_visible, key)
+
+    def project(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Return float32 logits over the V vocabulary rows."""
+        if self.settings.scale_output:
+            hidden = hidden * self.settings.d_model**-0.5
+        kernel = self.embedding[...].T if self.head is None else self.head.kernel[...]
+        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+
+    def __call__(self, batch: dict[str, Array], key: jax.Array | None = None) -> Float[Array, "B U V"]:
+        """Return float32 logits of a batch: `encoder_tokens`, `decoder_inputs`, and if packed `*_segments`."""
+        tokens = batch["encoder_tokens"]
+        segments = batch.get("encoder_segments")
+        segments = (tokens != 0).astype(jnp.int32) if segments is None else segments
+        encoder_key, decoder_key = split_key(key, 2)
+        encoded = self.encode(tokens, segments, encoder_key)
+        hidden = self.decode(
+            batch["decoder_inputs"], encoded, segments, batch.get("decoder_segments"), decoder_key
+        )
+        return self.project(hidden)
+
+
+def abstract(settings: T5Settings, dtype: str = "float32") -> T5:
+    """Build the model as shapes and dtypes only; nothing is allocated."""
+    return nnx.eval_shape(lambda: T5(settings, jax.random.key(0), dtype))

@@ -1,0 +1,181 @@
+"""YAML files and `key=value` overrides to validated settings and back, with one-line errors."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+S = TypeVar("S", bound=pydantic.BaseModel)
+
+
+class UserError(Exception):
+    """Bad input, told in one line: *where: what was found; what was expected; what to do.*
+
+    The command line prints it without a traceback and exits with code 2. Everything else that is
+    raised is a defect of ours and keeps its traceback.
+    """
+
+
+class Settings(pydantic.BaseModel):
+    """Immutable, validated settings; an unknown key is an error."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+def nearest(name: str, known) -> str:
+    """Return "; did you mean X or Y?" for a misspelt name, or the empty string."""
+    close = difflib.get_close_matches(name, [str(word) for word in known], n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def parse(schema: type[S], values: Any, where: str) -> S:
+    """Validate `values` as `schema`; the first problem becomes a UserError that names the key."""
+    try:
+        return schema.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise UserError(f"{where}: {_first_problem(schema, error)}") from None
+
+
+def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read a YAML mapping and apply dotted `key=value` overrides (`task.name=x`, `methods.0.length=5`).
+
+    Values of overrides are YAML too (`[1, 2]`, `null`, `1e-3`). `${}` is refused: nothing interpolates.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected a YAML settings file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); expected a YAML settings file") from None
+    values = _yaml(text, str(path))
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: found {type(values).__name__}; expected a mapping of settings")
+    config = OmegaConf.create(_no_interpolation(values, str(path)))
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"{override!r}: not an override; expected key=value, e.g. train.steps=100")
+        parsed = _no_interpolation(_yaml(value, override), override)
+        try:
+            OmegaConf.update(config, key, parsed, merge=False, force_add=True)
+        except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
+            raise UserError(
+                f"{override}: no such place in the settings ({str(error).splitlines()[0]}); "
+                "expected a dotted path as in the YAML file"
+            ) from None
+    return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
+
+
+def to_yaml(settings: pydantic.BaseModel) -> str:
+    """Write complete settings as YAML that `read` accepts again."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def settings_hash(settings: pydantic.BaseModel, length: int = 12) -> str:
+    """Return a stable short hash of complete settings."""
+    text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    """List "key: old -> new" for every leaf in which two nested settings differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [
+            line
+            for key in keys
+            for line in differences(old.get(key, "(absent)"), new.get(key, "(absent)"), f"{prefix}.{key}".lstrip("."))
+        ]
+    return [] if old == new else [f"{prefix}: {old!r} -> {new!r}"]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 but with 1e-3 read as a number (the specification's grammar calls it a string)."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:float"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(
+        r"^[-+]?(?:(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+|\d[\d_]*\.[\d_]*|\.\d[\d_]*|\.(?:inf|nan))$", 2
+    ),
+    list("-+0123456789."),
+)
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - derived from SafeLoader
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: not YAML ({' '.join(str(error).split())}); expected valid YAML") from None
+
+
+def _no_interpolation(value: Any, where: str) -> Any:
+    if isinstance(value, str) and "${" in value:
+        raise UserError(f"{where}: found {value!r}; settings do not interpolate; write the value itself")
+    if isinstance(value, dict):
+        return {key: _no_interpolation(item, f"{where}: {key}") for key, item in value.items()}
+    if isinstance(value, list):
+        return [_no_interpolation(item, where) for item in value]
+    return value
+
+
+def _first_problem(schema: type[pydantic.BaseModel], error: pydantic.ValidationError) -> str:
+    problem = error.errors()[0]
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = _known_keys(schema, problem["loc"][:-1])
+        hint = nearest(str(problem["loc"][-1]), known)
+        expected = f"expected one of {', '.join(known)}" if known else "expected a known setting"
+        return f"{path}: unknown setting; {expected}{hint}"
+    if problem["type"] == "missing":
+        return f"{path}: missing; expected a value; add it to the settings"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = repr(problem.get("input"))
+    shown = shown if len(shown) <= 80 else shown[:77] + "..."
+    return f"{path or schema.__name__}: found {shown}; {message[0].lower() + message[1:]}"
+
+
+def _known_keys(schema: Any, location: tuple) -> list[str]:
+    """Follow an error location through nested models, lists and tagged unions to its model's keys."""
+    candidates = [schema]
+    for part in location:
+        following = []
+        for candidate in candidates:
+            if isinstance(candidate, type) and issubclass(candidate, pydantic.BaseModel):
+                field = candidate.model_fields.get(str(part))
+                if field is not None:
+                    following += _models_in(field.annotation)
+        candidates = following or [
+            c for c in candidates if isinstance(c, type) and _tag(c) in (part, None)
+        ] or candidates
+    keys: dict[str, None] = {}
+    for candidate in candidates:
+        keys.update(dict.fromkeys(candidate.model_fields))
+    return list(keys)
+
+
+def _models_in(annotation: Any) -> list[type]:
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+
+
+def _tag(schema: type[pydantic.BaseModel]) -> str | None:
+    field = schema.model_fields.get("kind")
+    return field.default if field is not None else None
