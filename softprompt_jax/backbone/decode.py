@@ -1,0 +1,78 @@
+"""Greedy decoding with key-value caches: the encoder runs once, every step runs one position."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from softprompt_jax.backbone.t5 import T5
+
+EOS = 1
+
+
+def greedy(
+    model: T5, encoder_tokens: Int[Array, "B T"], max_tokens: int, encoder_segments: Int[Array, "B T"] | None = None
+) -> tuple[Int[Array, "B U"], Float[Array, "B"]]:
+    """Return the most likely next tokens up to EOS (then 0), and the sum of their log-probabilities.
+
+    Shapes: B rows, U = `max_tokens`; prompt ids already stand in `encoder_tokens`. Stops when every
+    row has ended. Compiles once per shape.
+    """
+    tokens = encoder_tokens
+    segments = (tokens != 0).astype(jnp.int32) if encoder_segments is None else encoder_segments
+    encoded = model.encode(tokens, segments)
+    visible = (segments > 0)[:, None, None, :]
+    decoder, settings = model.decoder, model.settings
+    cross = jax.lax.map(lambda layer: layer.cross.keys_values(encoded), decoder.layers)
+    batch = tokens.shape[0]
+    shape = (decoder.depth, batch, max_tokens, settings.num_heads, settings.d_kv)
+    cache = (jnp.zeros(shape, encoded.dtype), jnp.zeros(shape, encoded.dtype))
+    positions = jnp.arange(max_tokens)
+
+    def step(carry):
+        position, last, ended, caches, output, score = carry
+        past = (positions <= position)[None, None, None, :]
+        here = position[None]
+        shared_bias = None if decoder.bias is None else decoder.bias(here, positions)
+
+        def run(carry, layer_cross_index):
+            x, keys, values = carry
+            layer, cross_keys_values, index = layer_cross_index
+            written: list[Array] = []
+
+            def remember(new_keys, new_values):
+                start = (index, 0, position, 0, 0)
+                written.append(jax.lax.dynamic_update_slice(keys, new_keys[None], start))
+                written.append(jax.lax.dynamic_update_slice(values, new_values[None], start))
+                return written[0][index], written[1][index]
+
+            bias = shared_bias if layer.bias is None else layer.bias(here, positions)
+            x = layer.attend_self(x, bias, past, cache=remember)
+            x = layer.feed(layer.attend_cross(x, cross_keys_values, visible))
+            return (x, *written), None
+
+        indices = jnp.arange(decoder.depth)
+        x = model.embed(last[:, None])
+        (x, *caches), _ = jax.lax.scan(run, (x, *caches), (decoder.layers, cross, indices))
+        log_p = jax.nn.log_softmax(model.project(decoder.norm(x))[:, 0])
+        best = jnp.argmax(log_p, -1).astype(jnp.int32)
+        score = score + jnp.where(ended, 0, jnp.take_along_axis(log_p, best[:, None], -1)[:, 0])
+        chosen = jnp.where(ended, 0, best)
+        output = output.at[:, position].set(chosen)
+        return position + 1, chosen, ended | (chosen == EOS), tuple(caches), output, score
+
+    def unfinished(carry):
+        position, _, ended, *_ = carry
+        return (position < max_tokens) & ~jnp.all(ended)
+
+    start = (
+        jnp.zeros((), jnp.int32),
+        jnp.zeros((batch,), jnp.int32),
+        jnp.all(tokens == 0, -1),  # rows that only fill the batch
+        cache,
+        jnp.zeros((batch, max_tokens), jnp.int32),
+        jnp.zeros((batch,), jnp.float32),
+    )
+    *_, output, score = jax.lax.while_loop(unfinished, step, start)
+    return output, score

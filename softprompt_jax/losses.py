@@ -1,0 +1,32 @@
+"""Cross entropy as T5 trains with it: a sum over real target tokens, z-loss, label smoothing."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def cross_entropy(
+    logits: Float[Array, "B U V"],
+    targets: Int[Array, "B U"],
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Return the summed loss in nats and the number of real target tokens (those that are not 0).
+
+    `z_loss` times log(Z)^2 keeps the logits near normalised. With label smoothing the entropy of the
+    smoothed target is subtracted, so that a perfect prediction costs 0.
+    """
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    loss = log_z - picked
+    if label_smoothing:
+        low = label_smoothing / (logits.shape[-1] - 1)
+        high = 1.0 - label_smoothing
+        others = jnp.sum(logits, -1) - picked
+        loss = log_z * (high + low * (logits.shape[-1] - 1)) - high * picked - low * others
+        loss = loss + high * jnp.log(high) + (logits.shape[-1] - 1) * low * jnp.log(low)
+    loss = loss + z_loss * log_z**2
+    real = (targets != 0).astype(jnp.float32)
+    return jnp.sum(loss * real), jnp.sum(real)

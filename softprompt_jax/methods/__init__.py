@@ -1,0 +1,24 @@
+"""The methods: each one file with a settings class that has `attach`. The union below is the registry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import jax
+from pydantic import Field
+
+from softprompt_jax.backbone.t5 import T5
+from softprompt_jax.methods.full import Full
+from softprompt_jax.methods.prompt import Context, Prompt
+from softprompt_jax.methods.surgery import Split, Trainable, leaves, split
+
+Method = Annotated[Prompt | Full, Field(discriminator="kind")]
+
+__all__ = ["Context", "Full", "Method", "Prompt", "Split", "Trainable", "attach", "leaves", "split"]
+
+
+def attach(methods: Sequence[Method], model: T5, key: jax.Array, context: Context) -> None:
+    """Attach methods in their order, each with a key of its own."""
+    for index, method in enumerate(methods):
+        method.attach(model, jax.random.fold_in(key, index), context)

@@ -1,0 +1,22 @@
+"""Full tuning ("model tuning" in Lester et al., 2021): every weight of the backbone trains."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+
+from softprompt_jax.backbone.t5 import T5
+from softprompt_jax.config import Settings
+from softprompt_jax.methods.prompt import Context
+from softprompt_jax.methods.surgery import thaw
+
+
+class Full(Settings):
+    """Full tuning: float32 copies of all weights train; they compute in the run's dtype."""
+
+    kind: Literal["full"] = "full"
+
+    def attach(self, model: T5, key: jax.Array, context: Context) -> None:
+        """Make every weight trainable."""
+        thaw(model)

@@ -1,0 +1,169 @@
+"""Prompt tuning (Lester et al., 2021): a table of P trainable rows read as P extra vocabulary entries."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+from pydantic import BeforeValidator, Field
+
+from softprompt_jax.backbone.presets import published
+from softprompt_jax.backbone.t5 import T5
+from softprompt_jax.config import Settings, UserError
+from softprompt_jax.methods.surgery import Trainable
+
+T5_EMBEDDING_RMS = 10.7  # of the published T5s, for which the paper's widths and learning rate were found
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What initialisations may look at: the tokenizer, and the words that are the task's labels."""
+
+    encode: Callable[[str], list[int]]
+    special_ids: frozenset[int] = frozenset()
+    label_words: tuple[str, ...] = ()
+    load_rows: Callable[[str], np.ndarray] | None = None
+
+
+class Uniform(Settings):
+    """Rows drawn from U[low, high], times the backbone's embedding scale. The paper's code: low 0."""
+
+    kind: Literal["random"] = "random"
+    low: float = -0.5
+    high: float = 0.5
+
+    def rows(self, length: int, model: T5, key: jax.Array, context: Context) -> Array:
+        shape = (length, model.settings.d_model)
+        return embedding_scale(model) * jax.random.uniform(key, shape, minval=self.low, maxval=self.high)
+
+
+class Vocabulary(Settings):
+    """Rows of the most common pieces: drawn from the first ids that are neither special nor sentinels."""
+
+    kind: Literal["vocabulary"] = "vocabulary"
+    first: int = Field(5000, gt=0)
+
+    def rows(self, length: int, model: T5, key: jax.Array, context: Context) -> Array:
+        ids = [i for i in range(model.settings.vocabulary_rows) if i not in context.special_ids][: self.first]
+        drawn = jax.random.choice(key, jnp.asarray(ids), (length,), replace=length > len(ids))
+        return model.embedding[...][drawn].astype(jnp.float32)
+
+
+class Labels(Settings):
+    """The first rows are the task's label words (their pieces averaged), the others are sampled vocabulary."""
+
+    kind: Literal["labels"] = "labels"
+
+    def rows(self, length: int, model: T5, key: jax.Array, context: Context) -> Array:
+        if not context.label_words:
+            raise UserError(
+                "methods: prompt init 'labels' but the task has no label words; "
+                "expected a task with label_words; use init=vocabulary"
+            )
+        table = model.embedding[...]
+        words = [table[jnp.asarray(context.encode(word))].astype(jnp.float32).mean(0) for word in context.label_words]
+        rest = Vocabulary().rows(length, model, key, context)
+        return jnp.concatenate([jnp.stack(words), rest])[:length]
+
+
+class Text(Settings):
+    """The rows of a text's tokens, repeated or cut to the prompt's length."""
+
+    kind: Literal["text"] = "text"
+    text: str
+
+    def rows(self, length: int, model: T5, key: jax.Array, context: Context) -> Array:
+        ids = context.encode(self.text)
+        if not ids:
+            raise UserError("methods: prompt init text is empty; expected words to start from")
+        return model.embedding[...][jnp.resize(jnp.asarray(ids), (length,))].astype(jnp.float32)
+
+
+class File(Settings):
+    """The rows of a saved prompt of the same length and width (also the start of SPoT transfer)."""
+
+    kind: Literal["file"] = "file"
+    path: str
+
+    def rows(self, length: int, model: T5, key: jax.Array, context: Context) -> Array:
+        assert context.load_rows is not None
+        rows = context.load_rows(self.path)
+        if rows.shape != (length, model.settings.d_model):
+            raise UserError(
+                f"{self.path}: a prompt of shape {list(rows.shape)}; expected [{length}, {model.settings.d_model}] "
+                "(prompt length, width of the backbone)"
+            )
+        return jnp.asarray(rows, jnp.float32)
+
+
+def _named(value):
+    """Let `init: vocabulary` stand for `init: {kind: vocabulary}`."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Init = Annotated[
+    Annotated[Uniform | Vocabulary | Labels | Text | File, Field(discriminator="kind")], BeforeValidator(_named)
+]
+
+
+class Prompt(Settings):
+    """Prompt tuning: `length` rows before the encoder's input; nothing else trains."""
+
+    kind: Literal["prompt"] = "prompt"
+    length: int = Field(100, ge=1)
+    init: Init | None = None  # None: labels where the task has label words, otherwise vocabulary
+
+    def attach(self, model: T5, key: jax.Array, context: Context) -> None:
+        """Give the model a trainable prompt."""
+        if model.prompt is not None:
+            raise UserError("methods: two methods want the prompt; expected one; remove the other")
+        init = self.init or (Labels() if context.label_words else Vocabulary())
+        rows = init.rows(self.length, model, key, context)
+        model.prompt = SoftPrompt(rows, embedding_scale(model))
+
+
+class SoftPrompt(nnx.Module):
+    """P rows of width D for the ids V to V + P - 1."""
+
+    def __init__(self, rows: Float[Array, "P D"], learning_rate_scale: float = 1.0):
+        self.rows = Trainable(
+            jnp.asarray(rows, jnp.float32), axes=("prompt", "embed"), learning_rate_scale=learning_rate_scale
+        )
+
+    @property
+    def length(self) -> int:
+        """The number of rows, P."""
+        return self.rows.shape[0]
+
+    def __call__(
+        self, indices: Int[Array, "B T"], virtual: Bool[Array, "B T"], key: jax.Array | None = None
+    ) -> Float[Array, "B T D"]:
+        """Look rows up as a one-hot product, whose gradient is a product too and not a scatter."""
+        one_hot = jax.nn.one_hot(jnp.where(virtual, indices, -1), self.length, dtype=jnp.float32)
+        return jnp.matmul(one_hot, self.rows[...], precision=jax.lax.Precision.HIGHEST)
+
+
+def embedding_scale(model: T5) -> float:
+    """Return the backbone's embedding RMS over T5's 10.7; exactly 1 for every published T5 size."""
+    if published(model.settings):
+        return 1.0
+    table = model.embedding[...].astype(jnp.float32)
+    return float(jnp.sqrt(jnp.mean(table * table))) / T5_EMBEDDING_RMS
+
+
+def attach_rows(model: T5, rows: np.ndarray | Array) -> None:
+    """Attach finished prompt rows [P, D], replacing those that are there."""
+    rows = np.asarray(rows)
+    if rows.ndim != 2 or rows.shape[1] != model.settings.d_model:
+        raise UserError(
+            f"prompt: found shape {list(rows.shape)}; expected [P, {model.settings.d_model}], "
+            "the width of this backbone; use a prompt that was trained on it"
+        )
+    model.prompt = SoftPrompt(jnp.asarray(rows, jnp.float32))
+

@@ -1,0 +1,141 @@
+"""Optimizers and schedules as settings: the paper's Adafactor, AdamW, warm-up, decay, clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import jax
+import optax
+from pydantic import Field
+
+from softprompt_jax.config import Settings
+from softprompt_jax.methods.surgery import Leaf
+
+
+class Schedule(Settings):
+    """The learning rate's factor over the run: linear warm-up, then constant or decaying to `final`."""
+
+    warmup_steps: int = Field(0, ge=0)
+    decay: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"
+    final: float = Field(0.0, ge=0, le=1)  # share of the learning rate that is left at the last step
+
+    def build(self, learning_rate: float, steps: int) -> optax.Schedule:
+        """Return step -> learning rate for a run of `steps` steps."""
+        rest = max(1, steps - self.warmup_steps)
+        after = {
+            "constant": lambda: optax.constant_schedule(learning_rate),
+            "linear": lambda: optax.linear_schedule(learning_rate, self.final * learning_rate, rest),
+            "cosine": lambda: optax.cosine_decay_schedule(learning_rate, rest, self.final),
+            "inverse_sqrt": lambda: lambda step: learning_rate * (1 + step / max(1, self.warmup_steps)) ** -0.5,
+        }[self.decay]()
+        if not self.warmup_steps:
+            return after
+        warmup = optax.linear_schedule(learning_rate / self.warmup_steps, learning_rate, self.warmup_steps)
+        return optax.join_schedules([warmup, after], [self.warmup_steps])
+
+
+class Adafactor(Settings):
+    """Adafactor as in Lester et al. (2021): constant 0.3, no parameter scaling, no momentum.
+
+    `step_origin` is where its step counter starts. The paper's code restores it with the pre-trained
+    model (1,100,000) while the second moment starts at zero, so that for thousands of steps the RMS
+    clip binds and every update has an RMS of exactly the learning rate. 0 gives plain Adafactor.
+    """
+
+    kind: Literal["adafactor"] = "adafactor"
+    learning_rate: float = Field(0.3, gt=0)
+    decay: float = Field(0.8, gt=0, lt=1)
+    clipping: float | None = Field(1.0, gt=0)  # of each update's RMS
+    weight_decay: float = Field(1e-5, ge=0)  # per step, not times the learning rate
+    parameter_scaling: bool = False
+    step_origin: int = Field(1_100_000, ge=0)
+
+    def transform(self, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
+        parts = [
+            optax.scale_by_factored_rms(
+                factored=True, decay_rate=self.decay, step_offset=-self.step_origin, min_dim_size_to_factor=128
+            )
+        ]
+        if self.clipping is not None:
+            parts.append(optax.clip_by_block_rms(self.clipping))
+        parts.append(optax.scale_by_learning_rate(schedule, flip_sign=False))
+        if self.parameter_scaling:
+            parts.append(optax.scale_by_param_block_rms())
+        return parts
+
+
+class AdamW(Settings):
+    """AdamW (Loshchilov and Hutter, 2019); the weight decay is times the learning rate."""
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(0.3, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    epsilon: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+
+    def transform(self, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
+        return [
+            optax.scale_by_adam(self.beta1, self.beta2, self.epsilon),
+            optax.add_decayed_weights(self.weight_decay),
+            optax.scale_by_learning_rate(schedule, flip_sign=False),
+        ]
+
+
+Optimizer = Annotated[Adafactor | AdamW, Field(discriminator="kind")]
+
+
+def build(
+    settings: Optimizer,
+    schedule: optax.Schedule,
+    leaves: Mapping[str, Leaf],
+    clip_norm: float | None = None,
+) -> optax.GradientTransformation:
+    """Build the transformation of a nested dictionary of trainable arrays.
+
+    Stacked leaves [L, ...] are updated per layer, since clipping, scaling and factoring are per matrix.
+    """
+    parts = [_per_layer(part, leaves) for part in settings.transform(schedule)]
+    parts.append(_scaled(leaves))
+    if settings.kind == "adafactor" and settings.weight_decay:
+        parts.append(optax.add_decayed_weights(settings.weight_decay))
+    parts.append(optax.scale(-1.0))
+    if clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(clip_norm))
+    return optax.chain(*parts)
+
+
+def _path(keys: tuple) -> str:
+    return ".".join(str(key.key) for key in keys)
+
+
+def _scaled(leaves: Mapping[str, Leaf]) -> optax.GradientTransformation:
+    """Multiply each leaf's update by its own learning-rate scale."""
+
+    def update(updates: Any, state: Any, params: Any = None):
+        return jax.tree_util.tree_map_with_path(lambda k, u: leaves[_path(k)].learning_rate_scale * u, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _per_layer(part: optax.GradientTransformation, leaves: Mapping[str, Leaf]) -> optax.GradientTransformation:
+    """Apply `part` to every leaf by itself, and to a stacked leaf layer by layer."""
+
+    def each(function, stacked: bool):
+        return jax.vmap(function) if stacked else function
+
+    def init(params: Any):
+        paths = jax.tree_util.tree_flatten_with_path(params)[0]
+        return {_path(k): each(part.init, leaves[_path(k)].stacked)(leaf) for k, leaf in paths}
+
+    def update(updates: Any, state: Any, params: Any = None):
+        flat, structure = jax.tree_util.tree_flatten_with_path(updates)
+        results, states = [], {}
+        for (keys, leaf), param in zip(flat, jax.tree.leaves(params), strict=True):
+            path = _path(keys)
+            result, states[path] = each(part.update, leaves[path].stacked)(leaf, state[path], param)
+            results.append(result)
+        return structure.unflatten(results), states
+
+    return optax.GradientTransformation(init, update)
