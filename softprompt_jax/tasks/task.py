@@ -1,0 +1,195 @@
+"""A task is its settings: where rows come from, how a row becomes text, how predictions are scored."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import pydantic
+
+from softprompt_jax.config import Settings, UserError, nearest
+from softprompt_jax.tasks.metrics import METRICS
+from softprompt_jax.tasks.sources import Source, available_splits, read_rows
+
+_UNLABELLED = (None, "", -1, "-1")  # hubs hide labels as -1
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as text; `fields` keeps the row itself."""
+
+    input: str
+    target: str
+    fields: dict[str, Any] = field(default_factory=dict)
+
+
+def _words(value: Any) -> Any:
+    """YAML reads the labels 0 or true as numbers and booleans; rows are looked up by their text."""
+    return {_text(key): word for key, word in value.items()} if isinstance(value, Mapping) else value
+
+
+class Task(Settings):
+    """A text-to-text task, by name (`tasks.get`) or inline in a run's settings.
+
+    `input` and `target` are templates over the fields of a row, such as
+    `"premise: {premise} hypothesis: {hypothesis}"` (`{{` is a brace, `{score:.1f}` formats). Instead
+    `target` may map each value of `target_field` to its label word. `label_words` are the legal
+    targets, in order; `positive` is the word `f1` counts (default: the second).
+    """
+
+    name: str = "task"
+    source: Source
+    input: str = "{text}"
+    target: Annotated[str | dict[str, str], pydantic.BeforeValidator(_words)] = "{label}"
+    target_field: str = "label"
+    label_words: list[str] | None = None
+    positive: str | None = None
+    metrics: list[str] = pydantic.Field(["accuracy"])
+
+    @pydantic.field_validator("input", "target")
+    @classmethod
+    def _templates_parse(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            _template_fields(value)
+        elif not value:
+            raise ValueError("expected at least one value with its label word")
+        return value
+
+    @pydantic.field_validator("metrics")
+    @classmethod
+    def _metrics_exist(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if name not in METRICS:
+                raise ValueError(
+                    f"unknown metric {name!r}; expected some of {', '.join(METRICS)}{nearest(name, METRICS)}"
+                )
+        if not names:
+            raise ValueError("expected at least one metric; the first one selects the best checkpoint")
+        return names
+
+    @pydantic.model_validator(mode="after")
+    def _words_agree(self) -> Task:
+        if self.label_words is not None and len(set(self.label_words)) != len(self.label_words):
+            raise ValueError(f"label_words {self.label_words} repeat a word; expected each once")
+        words = self.words
+        if self.label_words is not None and isinstance(self.target, dict):
+            strangers = sorted(set(self.target.values()) - set(self.label_words))
+            if strangers:
+                raise ValueError(f"target {strangers[0]!r} is not one of the label_words {self.label_words}")
+        if self.positive is not None and self.positive not in (words or [self.positive]):
+            raise ValueError(f"positive {self.positive!r} is not one of the label words {words}")
+        if "f1" in self.metrics and self.positive is None and len(words or []) != 2:
+            raise ValueError("the metric f1 needs two label words or `positive`; f1_macro takes any number")
+        if "f1_macro" in self.metrics and not words:
+            raise ValueError("the metric f1_macro needs label_words")
+        return self
+
+    @property
+    def words(self) -> list[str] | None:
+        """The legal targets in order, or None when any text is legal."""
+        if self.label_words is not None:
+            return self.label_words
+        return list(dict.fromkeys(self.target.values())) if isinstance(self.target, dict) else None
+
+
+def load(task: Task, split: str) -> list[Example]:
+    """Return all examples of a split in the source's order; an empty split is a UserError."""
+    examples = list(iterate(task, split))
+    if not examples:
+        raise UserError(f"task {task.name}: split {split!r} is empty; expected at least one example; check the source")
+    return examples
+
+
+def iterate(task: Task, split: str, labelled: bool = True) -> Iterator[Example]:
+    """Yield the examples of a split one by one, for sets that are too large for a list."""
+    return examples(task, read_rows(task.source, split, f"task {task.name}"), labelled)
+
+
+def splits(task: Task) -> list[str]:
+    """Return the names of the splits that the task's source has."""
+    return available_splits(task.source)
+
+
+def examples(task: Task, rows: Iterable[tuple[str, Mapping[str, Any]]], labelled: bool = True) -> Iterator[Example]:
+    """Turn rows, each with the place it came from, into examples; unlabelled ones get the target ""."""
+    words = frozenset(task.words or ())
+    for where, row in rows:
+        where = f"task {task.name}: {where}"
+        target = _target(task, row, where) if labelled else ""
+        if words and labelled and target not in words:
+            raise UserError(
+                f"{where}: found the label {target!r}; expected one of {', '.join(task.words or ())}; "
+                "correct the row or the label_words"
+            )
+        yield Example(fill(task.input, row, where), target, dict(row))
+
+
+def fill(template: str, row: Mapping[str, Any], where: str) -> str:
+    """Put the fields of a row into a template; a field that the row lacks is a UserError."""
+    parts = []
+    for literal, name, format_spec, _ in string.Formatter().parse(template):
+        parts.append(literal)
+        if name is None:
+            continue
+        value = _field(row, name, where)
+        if value is None:
+            raise UserError(f"{where}: the field {name!r} is empty; expected a value; complete or drop the row")
+        try:
+            parts.append(format(value, format_spec) if format_spec else _text(value))
+        except (ValueError, TypeError):
+            raise UserError(
+                f"{where}: the field {name!r} holds {value!r}; expected a value for {{{name}:{format_spec}}}"
+            ) from None
+    return "".join(parts)
+
+
+def _target(task: Task, row: Mapping[str, Any], where: str) -> str:
+    if isinstance(task.target, dict):
+        value = _field(row, task.target_field, where)
+        if not isinstance(value, (list, dict)) and _text(value) in task.target:
+            return task.target[_text(value)]
+        if value in _UNLABELLED:
+            raise _unlabelled(where, task.target_field, value)
+        raise UserError(
+            f"{where}: found {task.target_field} = {value!r}; expected one of {', '.join(task.target)}; "
+            "add it to the task's target"
+        )
+    for name in _template_fields(task.target):
+        if (value := _field(row, name, where)) in (None, ""):
+            raise _unlabelled(where, name, value)
+    return fill(task.target, row, where)
+
+
+def _unlabelled(where: str, name: str, value: Any) -> UserError:
+    return UserError(
+        f"{where}: unlabelled ({name} = {value!r}); expected a label; choose a split whose labels are public"
+    )
+
+
+def _field(row: Mapping[str, Any], name: str, where: str) -> Any:
+    if name not in row:
+        raise UserError(f"{where}: no field {name!r}; found {', '.join(map(str, row))}{nearest(name, row)}")
+    return row[name]
+
+
+def _template_fields(template: str) -> list[str]:
+    """Return the field names of a template; a ValueError tells what is wrong with it."""
+    try:
+        parsed = [part[1:] for part in string.Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise ValueError(f"not a template ({error}); write {{field}}, and {{{{ for a brace") from None
+    for name, format_spec, conversion in parsed:
+        if not name:
+            raise ValueError("a field without a name; write {field}, and {{ }} for braces")
+        if conversion or "{" in (format_spec or ""):
+            raise ValueError(f"{{{name}}} has a conversion or a nested format; expected {{{name}}} or {{{name}:.1f}}")
+    return [str(name) for name, _, _ in parsed]
+
+
+def _text(value: Any) -> str:
+    """The text of a value; 1.0 and 1 are the same label, since some readers turn integers into floats."""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return value if isinstance(value, str) else str(value)
