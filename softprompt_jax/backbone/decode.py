@@ -26,7 +26,7 @@ def greedy(
     decoder, settings = model.decoder, model.settings
     cross = jax.lax.map(lambda layer: layer.cross.keys_values(encoded), decoder.layers)
     batch = tokens.shape[0]
-    shape = (decoder.depth, batch, max_tokens, settings.num_heads, settings.d_kv)
+    shape = (decoder.depth, batch, settings.num_heads, max_tokens, settings.d_kv)
     cache = (jnp.zeros(shape, encoded.dtype), jnp.zeros(shape, encoded.dtype))
     positions = jnp.arange(max_tokens)
 
@@ -42,7 +42,7 @@ def greedy(
             written: list[Array] = []
 
             def remember(new_keys, new_values):
-                start = (index, 0, position, 0, 0)
+                start = (index, 0, 0, position, 0)
                 written.append(jax.lax.dynamic_update_slice(keys, new_keys[None], start))
                 written.append(jax.lax.dynamic_update_slice(values, new_values[None], start))
                 return written[0][index], written[1][index]
