@@ -78,9 +78,9 @@ def choose_shapes(
     return sorted(shapes | {last}, key=lambda shape: (sum(shape), shape))  # type: ignore[arg-type,return-value]
 
 
-def fitting_shape(shapes: list[Shape], encoder_length: int, decoder_length: int) -> Shape:
-    """Return the first (smallest) shape that holds these lengths."""
-    return next(shape for shape in shapes if shape[0] >= encoder_length and shape[1] >= decoder_length)
+def fitting_shape(shapes: list[Shape], needed: Int[np.ndarray, " 2"]) -> Shape:
+    """Return the first (smallest) shape that holds these encoder and decoder lengths."""
+    return next(shape for shape in shapes if shape[0] >= needed[0] and shape[1] >= needed[1])
 
 
 def _rounded(lengths: Int[np.ndarray, "... 2"], multiple: int) -> Int[np.ndarray, "... 2"]:

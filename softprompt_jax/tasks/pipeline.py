@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 from jaxtyping import Int
@@ -62,11 +62,11 @@ class TokenizedSet:
         """Tokens of each target."""
         return np.diff(self.target_offsets)
 
-    def input(self, index: int) -> Int[np.ndarray, " T"]:
+    def input(self, index: SupportsIndex) -> Int[np.ndarray, " T"]:
         """Return the ids of one input."""
         return self.inputs[self.input_offsets[index] : self.input_offsets[index + 1]]
 
-    def target(self, index: int) -> Int[np.ndarray, " U"]:
+    def target(self, index: SupportsIndex) -> Int[np.ndarray, " U"]:
         """Return the ids of one target."""
         return self.targets[self.target_offsets[index] : self.target_offsets[index + 1]]
 
@@ -232,7 +232,7 @@ class TrainBatches:
         self._text_shapes = choose_shapes(needed, _largest(tokenized), max_shapes)
         prompt_length = self._prompts.shape[1]
         self.shapes = [(prompt_length + text, target) for text, target in self._text_shapes]
-        padded = sum(sum(fitting_shape(self._text_shapes, *pair)) + prompt_length for pair in needed) * batch_size
+        padded = sum(sum(fitting_shape(self._text_shapes, pair)) + prompt_length for pair in needed) * batch_size
         real = self._lengths[first].sum() + first.size * prompt_length
         self.padding_share = float(1 - real / padded)
 
@@ -244,7 +244,7 @@ class TrainBatches:
     def batch(self, step: int) -> Batch:
         """Return this process's rows of the batch of a step."""
         ids = self.example_ids(step)
-        shape = fitting_shape(self._text_shapes, *_needed(self._tokenized, ids[None])[0])
+        shape = fitting_shape(self._text_shapes, _needed(self._tokenized, ids[None])[0])
         return collate(self._tokenized, ids[self._rows], shape, self._prompts)
 
     def from_step(self, step: int = 0) -> Iterator[Batch]:
@@ -287,7 +287,7 @@ def evaluation_batches(
     shapes = choose_shapes(needed, _largest(tokenized), max_shapes)
     for batch_ids, pair in zip(ids, needed, strict=True):
         local = batch_ids[rows]
-        batch = collate(tokenized, np.where(local < 0, batch_ids[0], local), fitting_shape(shapes, *pair), prompts)
+        batch = collate(tokenized, np.where(local < 0, batch_ids[0], local), fitting_shape(shapes, pair), prompts)
         for name in ("decoder_inputs", "decoder_targets"):
             batch[name][local < 0] = 0
         yield batch, local
