@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -62,11 +62,11 @@ class TokenizedSet:
         """Tokens of each target."""
         return np.diff(self.target_offsets)
 
-    def input(self, index: SupportsIndex) -> Int[np.ndarray, " T"]:
+    def input(self, index: int | np.integer) -> Int[np.ndarray, " T"]:
         """Return the ids of one input."""
         return self.inputs[self.input_offsets[index] : self.input_offsets[index + 1]]
 
-    def target(self, index: SupportsIndex) -> Int[np.ndarray, " U"]:
+    def target(self, index: int | np.integer) -> Int[np.ndarray, " U"]:
         """Return the ids of one target."""
         return self.targets[self.target_offsets[index] : self.target_offsets[index + 1]]
 
