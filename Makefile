@@ -1,0 +1,68 @@
+# One environment per checkout, in .venv; every target makes it first if it is missing or out of date.
+#   make install PYTHON=python3.12        another interpreter
+#   make install EXTRAS=dev,cuda13        other extras, see pyproject.toml
+#   make test PYTEST_ARGS="-k prompt -x"  part of the tests
+
+VENV ?= .venv
+EXTRAS ?= dev
+PYTEST_ARGS ?=
+
+# The first interpreter that really starts, is 3.11 or newer and can make environments (a name on the PATH proves nothing).
+PROBE = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
+	$$python -c '$(PROBE)' >/dev/null 2>&1 && echo $$python && break; done)
+
+comma := ,
+STAMP = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
+
+# pip compiles no bytecode (a minute, most of it never used); Python does so at the first import, if it may.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-slow test-torch test-network lint format clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## make .venv with the library in editable form (one to two minutes, once)
+	@:
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer with venv found; install one, or say PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing into $(VENV) with $$($(VENV)/bin/python --version), extras: $(EXTRAS)"
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+demo: install  ## prompt-tune the embedded T5 on movie sentences, then answer three
+	$(VENV)/bin/softprompt train configs/quickstart.yaml --out runs/demo
+	@printf '%s\n' \
+		'{"inputs": "a warm , funny and quietly moving film ."}' \
+		'{"inputs": "two hours of my life that i will never get back ."}' \
+		'{"inputs": "the jokes fall flat and the plot makes no sense ."}' \
+		| $(VENV)/bin/softprompt predict runs/demo --input - --output -
+
+test: install  ## run the default tests (no torch, no network, under 5 minutes)
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8 $(PYTEST_ARGS)
+
+test-slow: install  ## run the long tests
+	$(VENV)/bin/python -m pytest -m "slow and not network and not torch and not seqio and not tpu and not gpu" $(PYTEST_ARGS)
+
+test-torch:  ## compare with PyTorch and PEFT, in an environment of its own (.venv-torch)
+	$(MAKE) install VENV=.venv-torch EXTRAS=dev,torch
+	.venv-torch/bin/python -m pytest -m "torch and not slow" $(PYTEST_ARGS)
+
+test-network: install  ## run the tests that download
+	HF_HUB_OFFLINE=0 $(VENV)/bin/python -m pytest -m "network and not torch and not slow" $(PYTEST_ARGS)
+
+lint: install  ## check format, style and types
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+
+format: install  ## format and mend what ruff can mend
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:  ## remove environments and caches, keep runs
+	rm -rf .venv .venv-torch .pytest_cache .ruff_cache build dist *.egg-info
