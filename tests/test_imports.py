@@ -23,11 +23,12 @@ LAYERS = (
     "cli",
     "report serve plan",
     "train evaluate predict interpret",
+    "assembly",
     "run",
     "checkpoint interop optimizers blackbox losses",
     "methods tasks",
     "backbone",
-    "config sharding",
+    "config progress sharding",
 )
 LAYER = {module: height for height, line in enumerate(reversed(LAYERS)) for module in line.split()}
 # Not for reasons of height: a method knows no task, a task neither methods nor the model.
