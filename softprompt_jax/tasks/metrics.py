@@ -198,7 +198,7 @@ def _answers(target: Target) -> list[str]:
 
 
 def _best(score: Callable[[str, str], float], prediction: str, target: Target) -> float:
-    return max(score(prediction, answer) for answer in _answers(target))
+    return float(max(score(prediction, answer) for answer in _answers(target)))
 
 
 def _reference_streams(targets: Sequence[Target]) -> list[list[Any]]:

@@ -1,0 +1,252 @@
+"""Rows out of files, the hub and packages; every failure is one line that names the place."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+import tarfile
+import zipfile
+
+import pytest
+
+from softprompt_jax import tasks
+from softprompt_jax.config import UserError
+from softprompt_jax.tasks.metrics import majority
+from softprompt_jax.tasks.packages import (
+    READERS,
+    Package,
+    extract,
+    fetch_members,
+    reader,
+    split_rows,
+    without_duplicates,
+)
+from softprompt_jax.tasks.sources import Files, Hub, read_file, read_rows
+
+ROWS = [{"text": 'she said "hi", twice', "label": 1}, {"text": "NA", "label": 0}, {"text": "naïve\tcafé", "label": 1}]
+
+
+def rows_of(path, **settings):
+    return [row for _, row in read_file(path, **settings)]
+
+
+def error_of(call, *arguments, **settings) -> str:
+    with pytest.raises(UserError) as error:
+        list(call(*arguments, **settings))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# --------------------------------------------------------------------------------------------- files
+
+
+def test_jsonl_keeps_rows_and_numbers_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS), encoding="utf-8")
+    assert rows_of(path) == ROWS
+    assert [place for place, _ in read_file(path)] == [f"{path}:{line}" for line in (1, 3, 5)]
+
+
+def test_csv_and_tsv_keep_text_as_it_is(tmp_path):
+    comma, tab = tmp_path / "rows.csv", tmp_path / "rows.tsv"
+    comma.write_text('text,label\n"she said ""hi"", twice",1\nNA,0\n"naïve\tcafé",1\n', encoding="utf-8")
+    tab.write_text('text\tlabel\n"half a quote\t1\n', encoding="utf-8")
+    assert rows_of(comma) == [{**row, "label": str(row["label"])} for row in ROWS]
+    assert rows_of(tab, quotes=False) == [{"text": '"half a quote', "label": "1"}]
+    assert error_of(read_file, tab).startswith(f"{tab}:2: not a csv row")
+
+
+def test_csv_places_are_the_lines_where_rows_start(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('text\n"two\nlines"\nlast\n', encoding="utf-8")
+    assert list(read_file(path)) == [(f"{path}:2", {"text": "two\nlines"}), (f"{path}:4", {"text": "last"})]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_parquet_keeps_types(tmp_path, monkeypatch):
+    import pandas
+
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "rows.parquet"
+    pandas.DataFrame(ROWS).to_parquet(path)
+    assert rows_of(path) == ROWS
+    path.write_bytes(b"PAR1 nonsense")
+    assert "expected a parquet file" in error_of(read_file, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "x"}\n{"text": "y"\n', "a.jsonl:2: not JSON ("),
+        ("a.jsonl", b'{"text": "x"}\n["y"]\n', "a.jsonl:2: found list; expected a JSON object"),
+        ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl: not UTF-8 ("),
+        ("a.csv", b"text,label\nx,1,2\n", "a.csv:2: found 3 columns; expected 2 (text, label)"),
+        ("a.txt", b"x", "found the suffix '.txt'; expected .jsonl, .csv, .tsv or .parquet"),
+        ("a.jsonl", None, "a.jsonl: no such file; expected a data file"),
+    ],
+)
+def test_broken_file_is_told_by_name_and_line(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    assert message in error_of(read_file, path)
+
+
+def test_jsonl_row_without_a_field_is_told_by_name_and_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "x", "label": "a"}\n{"txt": "y", "label": "a"}\n', encoding="utf-8")
+    task = tasks.resolve({"name": "mine", "source": {"kind": "files", "train": str(path)}})
+    assert error_of(tasks.load, task, "train").startswith(f"task mine: {path}:2: no field 'text'; found txt, label")
+
+
+def test_split_that_the_source_lacks_names_those_it_has():
+    source = Files(train="a.jsonl", validation="b.jsonl")
+    assert "no split 'test'; found train, validation" in error_of(read_rows, source, "test", "here")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_hub_out_of_reach_says_what_is_cached(tmp_path, monkeypatch):
+    import datasets.config
+
+    (tmp_path / "someone___something").mkdir()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    message = error_of(read_rows, Hub(name="nobody/nothing"), "train", "task mine")
+    assert message.startswith("task mine: nobody/nothing could not be loaded from the hub (")
+    assert message.endswith("cached are: someone/something")
+
+
+# ------------------------------------------------------------------------------------------- packages
+
+
+def tar_of(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A wheel in a folder that pip takes for its only index."""
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    path = shelf / "toy_rows-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("toy_rows/inner.tar.gz", tar_of({"deep/rows.txt": b"one two"}))
+        archive.writestr("toy_rows/__init__.py", "raise RuntimeError('imported')")
+        archive.writestr("toy_rows-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: toy-rows\nVersion: 1.0\n")
+        archive.writestr("toy_rows-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("toy_rows-1.0.dist-info/RECORD", "")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
+    return path
+
+
+def toy(path, sha256="", **settings):
+    sha256 = sha256 or hashlib.sha256(path.read_bytes()).hexdigest()
+    defaults = {"members": ["toy_rows/inner.tar.gz!deep/rows.txt"], "reader": "toy", "form": "wheel"}
+    return Package(package="toy-rows", version="1.0", sha256=sha256, **{**defaults, **settings})
+
+
+def test_package_is_fetched_once_and_leaves_only_its_members(wheel, tmp_path):
+    source = toy(wheel)
+    assert list(fetch_members(source).values()) == [b"one two"]
+    wheel.unlink()
+    assert list(fetch_members(source).values()) == [b"one two"]
+    left = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert [path.read_bytes() for path in left] == [b"one two"]
+
+
+def test_package_with_another_hash_is_refused(wheel, tmp_path):
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    message = error_of(fetch_members, toy(wheel, sha256="0" * 64))
+    assert message.startswith(f"toy-rows==1.0: checksum mismatch: found sha256 {found}; expected {'0' * 64}; ")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_package_out_of_reach_and_member_not_in_it_are_one_line(wheel):
+    message = error_of(fetch_members, toy(wheel, members=["toy_rows/other.txt"]))
+    assert message.startswith("toy_rows/other.txt: not in the package (")
+    source = toy(wheel)
+    wheel.unlink()
+    message = error_of(fetch_members, source)
+    assert message.startswith("toy-rows==1.0: pip could not fetch the package (ERROR: ")
+
+
+def test_reader_turns_members_into_rows(wheel, monkeypatch):
+    assert "unknown reader 'toi'; expected one of " in error_of(read_rows, toy(wheel, reader="toi"), "train", "here")
+    monkeypatch.setitem(
+        READERS, "toy", lambda members, part: {"train": [{"text": part + b"".join(members.values()).decode()}]}
+    )
+    assert list(read_rows(toy(wheel, part="a "), "train", "here")) == [
+        ("toy-rows a train row 1", {"text": "a one two"})
+    ]
+    assert list(read_rows(toy(wheel), "test", "here")) == []
+
+
+def test_extract_reads_archives_in_archives():
+    inner = tar_of({"b/c.txt": b"deep"})
+    assert extract(tar_of({"a/inner.tgz": inner, "x": b"y"}), "a/inner.tgz!b/c.txt") == b"deep"
+    assert "not in the package" in error_of(extract, b"nonsense", "x")
+
+
+def test_registering_a_reader_keeps_the_function(monkeypatch):
+    monkeypatch.setattr("softprompt_jax.tasks.packages.READERS", {})
+    function = lambda members, part: {}  # noqa: E731
+    assert reader("new")(function) is function
+
+
+# -------------------------------------------------------------------------------------------- splitting
+
+
+def test_split_keeps_groups_whole_and_does_not_depend_on_the_order_of_rows():
+    rows = [{"id": f"{group}_{i}", "group": str(group)} for group in range(60) for i in range(1 + group % 5)]
+    parts = split_rows(rows, 20, 30, lambda row: row["group"])
+    assert sorted(row["id"] for part in parts.values() for row in part) == sorted(row["id"] for row in rows)
+    groups = [{row["group"] for row in part} for part in parts.values()]
+    assert not groups[0] & groups[1] | groups[0] & groups[2] | groups[1] & groups[2]
+    assert 20 <= len(parts["validation"]) < 25
+    assert 30 <= len(parts["test"]) < 35
+    shuffled = random.Random(0).sample(rows, len(rows))
+    again = split_rows(shuffled, 20, 30, lambda row: row["group"])
+    for split, part in parts.items():
+        assert {row["id"] for row in part} == {row["id"] for row in again[split]}
+
+
+def test_duplicates_differ_in_more_than_case_and_spaces():
+    rows = [{"t": "A b"}, {"t": "a  B "}, {"t": "a c"}]
+    assert without_duplicates(rows, "t") == [rows[0], rows[2]]
+
+
+# --------------------------------------------------------------------------------------------- network
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("name", "sizes", "majority_test"),
+    [
+        ("sentiment_movie", (8064, 1003, 1003), 0.5065),
+        ("sentiment_amazon", (2224, 387, 366), 0.5383),
+        ("sentiment_nyt", (2345, 290, 296), 0.5878),
+        ("sentiment_tweets", (2648, 353, 371), 0.6523),
+        ("spam_sms", (3627, 453, 453), 0.9029),
+    ],
+)
+def test_package_tasks_have_disjoint_splits_of_known_size(name, sizes, majority_test):
+    task = tasks.get(name)
+    sets = {split: tasks.load(task, split) for split in ("train", "validation", "test")}
+    assert tuple(map(len, sets.values())) == sizes
+    texts = [" ".join(example.input.lower().split()) for examples in sets.values() for example in examples]
+    assert len(set(texts)) == len(texts)
+    assert all(example.input and "\ufffd" not in example.input for examples in sets.values() for example in examples)
+    if name in ("sentiment_amazon", "sentiment_nyt"):
+        reviews = [{example.fields["id"].split("_")[0] for example in examples} for examples in sets.values()]
+        assert not reviews[0] & reviews[1] | reviews[0] & reviews[2] | reviews[1] & reviews[2]
+    targets = {split: [example.target for example in examples] for split, examples in sets.items()}
+    assert majority(targets["train"], targets["test"]) == pytest.approx(majority_test, abs=1e-4)
