@@ -28,7 +28,7 @@ install: $(STAMP)  ## make .venv with the library in editable form (one to two m
 	@:
 
 $(STAMP): pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer with venv found; install one, or say PYTHON=/path/to/python3" >&2; exit 2; }
+	@test -n "$(PYTHON)" || { echo "PYTHON: found none that works; expected 3.11 or newer with venv; install one, or say make PYTHON=/path/to/python3" >&2; exit 2; }
 	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing into $(VENV) with $$($(VENV)/bin/python --version), extras: $(EXTRAS)"
 	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[$(EXTRAS)]'
