@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from softprompt_jax.backbone.t5 import T5Settings
+from softprompt_jax.backbone.t5 import RUNTIME_DEFAULTS, T5Settings
 from softprompt_jax.config import UserError, nearest
 
 # name: (d_model, d_kv, d_ff, heads, layers)
@@ -68,5 +68,5 @@ def preset(name: str) -> T5Settings:
 
 def published(settings: T5Settings) -> str | None:
     """Return the preset that has this model's shapes (whatever its dropout or remat), or None."""
-    shapes = settings.model_copy(update={"dropout": 0.0, "remat": "none"})
+    shapes = settings.model_copy(update=RUNTIME_DEFAULTS)
     return next((name for name, known in PRESETS.items() if known == shapes), None)

@@ -17,7 +17,7 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from softprompt_jax.backbone.t5 import T5, T5Settings, abstract
+from softprompt_jax.backbone.t5 import RUNTIME_DEFAULTS, T5, T5Settings, abstract
 from softprompt_jax.config import UserError
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
@@ -180,7 +180,7 @@ def fingerprint(model: T5) -> str:
     table = model.embedding[...]
     step = max(1, table.shape[0] // 64)
     sample = np.asarray(table[::step, :16].astype(jnp.bfloat16)).tobytes()
-    shapes = model.settings.model_copy(update={"dropout": 0.0, "remat": "none"}).model_dump_json()
+    shapes = model.settings.model_copy(update=RUNTIME_DEFAULTS).model_dump_json()
     return hashlib.sha256(shapes.encode() + sample).hexdigest()[:16]
 
 

@@ -37,6 +37,7 @@ class T5Settings(Settings):
     epsilon: float = 1e-6
     dropout: float = 0.0
     remat: Literal["none", "dots", "full"] = "none"
+    unroll: bool = False  # the scan over layers: compiles longer, runs about a tenth faster on a CPU
 
     def parameters(self) -> int:
         """Count the parameters of the model these settings describe."""
@@ -50,6 +51,8 @@ class T5Settings(Settings):
         return encoder + decoder + biases + (1 if self.tied else 2) * self.vocabulary_rows * self.d_model
 
 
+# Settings that change how a model computes, not what it is.
+RUNTIME_DEFAULTS = {"dropout": 0.0, "remat": "none", "unroll": False}
 ACTIVATIONS = {
     "relu": jax.nn.relu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -209,7 +212,7 @@ class Stack(nnx.Module):
         shared_bias = not settings.bias_in_every_layer
         self.bias = RelativeBias(bias_key, settings, not cross) if shared_bias else nnx.data(None)
         self.norm = Norm(settings.d_model, settings.epsilon)
-        self.depth, self.dropout, self.remat = layers, settings.dropout, settings.remat
+        self.depth, self.dropout, self.remat, self.unroll = layers, settings.dropout, settings.remat, settings.unroll
 
     def __call__(
         self,
@@ -238,7 +241,7 @@ class Stack(nnx.Module):
         if self.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
             run = jax.checkpoint(run, policy=policy, prevent_cse=False)
-        x, _ = jax.lax.scan(run, dropout(x, self.dropout, first), (self.layers, keys))
+        x, _ = jax.lax.scan(run, dropout(x, self.dropout, first), (self.layers, keys), unroll=self.unroll)
         return dropout(self.norm(x), self.dropout, last)
 
 
