@@ -1,1 +1,33 @@
-"""Prompt tuning of frozen T5 models in JAX."""
+"""Prompt tuning of frozen T5 models in JAX.
+
+Backbones   load_backbone, Backbone
+Running     logits, generate, load_predictor
+Training    Run, load_run, train
+Prompts     load_prompt
+"""
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "Backbone": "backbone.pretrained",
+    "Run": "run",
+    "UserError": "config",
+    "generate": "predict",
+    "load_backbone": "backbone.pretrained",
+    "load_predictor": "predict",
+    "load_prompt": "interop",
+    "load_run": "run",
+    "logits": "predict",
+    "train": "train",
+}
+__all__ = list(_PUBLIC)
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that `softprompt --help` does not wait for JAX."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'softprompt_jax' has no attribute {name!r}")
+    module = importlib.import_module(f"softprompt_jax.{_PUBLIC[name]}")
+    return getattr(module, name)

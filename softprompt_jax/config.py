@@ -111,9 +111,7 @@ _Loader.yaml_implicit_resolvers = {
 }
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+|\d[\d_]*\.[\d_]*|\.\d[\d_]*|\.(?:inf|nan))$", 2
-    ),
+    re.compile(r"^[-+]?(?:(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+|\d[\d_]*\.[\d_]*|\.\d[\d_]*|\.(?:inf|nan))$", 2),
     list("-+0123456789."),
 )
 
@@ -161,9 +159,9 @@ def _known_keys(schema: Any, location: tuple) -> list[str]:
                 field = candidate.model_fields.get(str(part))
                 if field is not None:
                     following += _models_in(field.annotation)
-        candidates = following or [
-            c for c in candidates if isinstance(c, type) and _tag(c) in (part, None)
-        ] or candidates
+        candidates = (
+            following or [c for c in candidates if isinstance(c, type) and _tag(c) in (part, None)] or candidates
+        )
     keys: dict[str, None] = {}
     for candidate in candidates:
         keys.update(dict.fromkeys(candidate.model_fields))

@@ -34,9 +34,7 @@ def relative_buckets(
     return offset + jnp.where(distance < exact, distance, far)
 
 
-def same_segment(
-    query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"]
-) -> Bool[Array, "B 1 T S"]:
+def same_segment(query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"]) -> Bool[Array, "B 1 T S"]:
     """Return which keys a query sees: those of its own segment; segment 0 is padding, seen by none."""
     visible = (query_segments[:, :, None] == key_segments[:, None, :]) & (key_segments > 0)[:, None, :]
     return visible[:, None]

@@ -60,9 +60,7 @@ PRESETS: dict[str, T5Settings] = {
 def preset(name: str) -> T5Settings:
     """Return the settings of a published size, e.g. `t5-v1_1-small`."""
     if name not in PRESETS:
-        raise UserError(
-            f"preset {name!r}: unknown; expected one of {', '.join(PRESETS)}{nearest(name, PRESETS)}"
-        )
+        raise UserError(f"preset {name!r}: unknown; expected one of {', '.join(PRESETS)}{nearest(name, PRESETS)}")
     return PRESETS[name]
 
 

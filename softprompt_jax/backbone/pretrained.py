@@ -241,9 +241,7 @@ class _Tensors:
 def _with_head(settings: T5Settings, scaled: bool | None, tensors: _Tensors) -> T5Settings:
     """Untied if and only if there is a head that differs from the shared table."""
     shared = tensors.embedding()
-    tied = _HEAD not in tensors.names or (
-        shared in tensors.names and np.array_equal(tensors[_HEAD], tensors[shared])
-    )
+    tied = _HEAD not in tensors.names or (shared in tensors.names and np.array_equal(tensors[_HEAD], tensors[shared]))
     return settings.model_copy(update={"tied": tied, "scale_output": tied if scaled is None else scaled})
 
 
@@ -253,9 +251,7 @@ def _check_names(table: dict[str, tuple[list[str], bool]], tensors: _Tensors, fo
     missing = sorted(expected - tensors.names - ({shared} if tensors.embedding() in tensors.names else set()))
     if missing:
         raise UserError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}; expected a complete T5")
-    surplus = sorted(
-        n for n in tensors.names - expected - {*_EMBEDDING_ALIASES, _HEAD} if not _IGNORED.fullmatch(n)
-    )
+    surplus = sorted(n for n in tensors.names - expected - {*_EMBEDDING_ALIASES, _HEAD} if not _IGNORED.fullmatch(n))
     if surplus:
         raise UserError(f"{folder}: {len(surplus)} weights are unknown, first {surplus[0]}; expected only a T5's")
 
@@ -287,7 +283,9 @@ def _stacked(path: str) -> bool:
 def _config(settings: T5Settings, dtype: str) -> dict[str, Any]:
     activation = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu", "silu": "silu"}[settings.activation]
     return {
-        "architectures": ["UMT5ForConditionalGeneration" if settings.bias_in_every_layer else "T5ForConditionalGeneration"],
+        "architectures": [
+            "UMT5ForConditionalGeneration" if settings.bias_in_every_layer else "T5ForConditionalGeneration"
+        ],
         "model_type": "umt5" if settings.bias_in_every_layer else "t5",
         "vocab_size": settings.vocabulary_rows,
         "d_model": settings.d_model,

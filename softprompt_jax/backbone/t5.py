@@ -309,9 +309,7 @@ class T5(nnx.Module):
         segments = (tokens != 0).astype(jnp.int32) if segments is None else segments
         encoder_key, decoder_key = split_key(key, 2)
         encoded = self.encode(tokens, segments, encoder_key)
-        hidden = self.decode(
-            batch["decoder_inputs"], encoded, segments, batch.get("decoder_segments"), decoder_key
-        )
+        hidden = self.decode(batch["decoder_inputs"], encoded, segments, batch.get("decoder_segments"), decoder_key)
         return self.project(hidden)
 
 

@@ -166,4 +166,3 @@ def attach_rows(model: T5, rows: np.ndarray | Array) -> None:
             "the width of this backbone; use a prompt that was trained on it"
         )
     model.prompt = SoftPrompt(jnp.asarray(rows, jnp.float32))
-

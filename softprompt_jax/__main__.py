@@ -1,0 +1,5 @@
+"""`python -m softprompt_jax` is `softprompt`."""
+
+from softprompt_jax.cli import main
+
+main()

@@ -1,0 +1,75 @@
+"""From a run's settings to a model with its methods attached, its tokenizer and its task."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from softprompt_jax import methods
+from softprompt_jax.backbone.pretrained import Backbone, find_folder, load_backbone
+from softprompt_jax.backbone.t5 import T5
+from softprompt_jax.interop import load_prompt
+from softprompt_jax.run import Run, Scratch
+from softprompt_jax.tasks.task import Task
+from softprompt_jax.tasks.tokenizer import Tokenizer, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+    """A model ready to train, and what reads and writes its text."""
+
+    model: T5
+    tokenizer: Tokenizer
+    identity: str  # of the backbone
+    tokenizer_folder: Path
+
+    @property
+    def prompt_ids(self) -> np.ndarray | None:
+        """The ids of the prompt's rows, V to V + P - 1, or None."""
+        return prompt_ids(self.model)
+
+
+def prompt_ids(model: T5) -> np.ndarray | None:
+    """Return the ids of a model's prompt rows, V to V + P - 1, or None."""
+    if model.prompt is None:
+        return None
+    rows = model.settings.vocabulary_rows
+    return np.arange(rows, rows + model.prompt.length, dtype=np.int32)
+
+
+def assemble(run: Run) -> Assembly:
+    """Load the backbone and attach the run's methods; the same run gives the same bits."""
+    backbone = (
+        new_backbone(run.backbone, run.seed)
+        if isinstance(run.backbone, Scratch)
+        else load_backbone(run.backbone, run.dtype)
+    )
+    model = with_settings(backbone.model, dropout=run.dropout, remat=run.remat, unroll=run.unroll)
+    model.dtype = run.dtype
+    tokenizer = load_tokenizer(backbone.folder)
+    task = None if run.pretraining else run.resolved_task()
+    methods.attach(run.methods, model, jax.random.key(run.seed), context(tokenizer, task))
+    return Assembly(model, tokenizer, backbone.identity, backbone.folder)
+
+
+def new_backbone(scratch: Scratch, seed: int) -> Backbone:
+    """Build a backbone with random weights."""
+    model = T5(scratch.settings, jax.random.fold_in(jax.random.key(seed), 1))
+    return Backbone(model, find_folder(scratch.tokenizer), "scratch")
+
+
+def with_settings(model: T5, **changes) -> T5:
+    """Return the model with other dropout or remat, sharing its weights."""
+    settings = model.settings.model_copy(update=changes)
+    shell = nnx.eval_shape(lambda: T5(settings, jax.random.key(0), model.dtype))
+    return nnx.merge(nnx.graphdef(shell), nnx.state(model))
+
+
+def context(tokenizer: Tokenizer, task: Task | None) -> methods.Context:
+    """Collect what prompt initialisations look at."""
+    words = tuple(task.words or ()) if task is not None else ()
+    return methods.Context(tokenizer.encode, frozenset(tokenizer.special_ids), words, load_prompt)

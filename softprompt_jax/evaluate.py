@@ -1,0 +1,68 @@
+"""Decode a split with the current trainable weights and score it with the task's metrics."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from softprompt_jax.backbone import decode
+from softprompt_jax.losses import cross_entropy
+from softprompt_jax.methods import Split
+from softprompt_jax.tasks import metrics
+from softprompt_jax.tasks.pipeline import TokenizedSet, evaluation_batches
+from softprompt_jax.tasks.task import Example, Task
+from softprompt_jax.tasks.tokenizer import Tokenizer
+
+
+class Decoder:
+    """Greedy predictions of a split model; compiled once per shape."""
+
+    def __init__(self, parts: Split, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+
+        @functools.partial(jax.jit, static_argnames="max_tokens")
+        def decoded(trainable: Any, frozen: Any, tokens: jax.Array, max_tokens: int) -> jax.Array:
+            return decode.greedy(parts.merge(trainable, frozen), tokens, max_tokens)[0]
+
+        self._decoded = decoded
+
+    def predict(
+        self, trainable: Any, frozen: Any, tokenized: TokenizedSet, batch_size: int, max_tokens: int, prompt_ids=None
+    ) -> list[str]:
+        """Return the predicted text of every example, in order."""
+        predictions = [""] * len(tokenized)
+        for batch, ids in evaluation_batches(tokenized, min(batch_size, len(tokenized)), prompt_ids):
+            rows = np.asarray(self._decoded(trainable, frozen, batch["encoder_tokens"], max_tokens))
+            for row, index in zip(rows, ids, strict=True):
+                if index >= 0:
+                    predictions[index] = self._tokenizer.decode([int(token) for token in row if token])
+        return predictions
+
+
+def score(task: Task, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    """Return the task's metrics, with `illegal` (share of predictions that are no label) and `count`."""
+    return metrics.compute(task, predictions, [example.target for example in examples])
+
+
+def mean_score(task: Task, scores: dict[str, float]) -> float:
+    """Return the mean of the task's metrics, by which checkpoints are compared."""
+    return float(np.mean([scores[name] for name in task.metrics]))
+
+
+def mean_loss(parts: Split, batches: Sequence[dict[str, np.ndarray]]):
+    """Return a function of (trainable, frozen) giving the mean cross entropy in nats per target token."""
+
+    @jax.jit
+    def summed(trainable: Any, frozen: Any, batch: dict[str, jax.Array]):
+        return cross_entropy(parts.merge(trainable, frozen)(batch), batch["decoder_targets"])
+
+    def mean(trainable: Any, frozen: Any) -> float:
+        sums = [summed(trainable, frozen, jax.tree.map(jnp.asarray, batch)) for batch in batches]
+        return float(sum(loss for loss, _ in sums) / sum(weight for _, weight in sums))
+
+    return mean

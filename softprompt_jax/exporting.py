@@ -1,0 +1,61 @@
+"""Write what was trained in formats that other programs read."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from softprompt_jax import config, interop
+from softprompt_jax.assembly import Assembly, assemble
+from softprompt_jax.backbone.pretrained import save_backbone
+from softprompt_jax.checkpoint import Checkpoints
+from softprompt_jax.config import UserError
+from softprompt_jax.predict import put_trained
+from softprompt_jax.run import Run
+
+_TOKENIZER_FILES = ("*.model", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
+
+
+def export(source: str | Path, format: str, to: str | Path) -> None:
+    """Write prompt rows (`npy`, `safetensors`) to a file, or a fully tuned model (`hf`) to a folder."""
+    to = Path(to)
+    try:
+        if format == "hf":
+            assembly = load_latest(Path(source))
+            if assembly.model.prompt is not None:
+                raise UserError(f"{source}: has a prompt, which no Hugging Face model holds; export it as npy")
+            save_backbone(assembly.model, to)
+            for pattern in _TOKENIZER_FILES:
+                for path in assembly.tokenizer_folder.glob(pattern):
+                    shutil.copy(path, to / path.name)
+            return
+        rows, metadata = interop.read_prompt(source)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        if format == "npy":
+            np.save(to.with_suffix(".npy"), rows)
+        else:
+            interop.save_prompt(rows, to.with_suffix(".safetensors"), metadata)
+    except OSError as error:
+        raise UserError(f"{to}: cannot be written ({error.strerror}); expected a writable place") from None
+
+
+def load_latest(folder: Path) -> Assembly:
+    """Load what a run has trained: its result, or its latest checkpoint while it is not finished."""
+    settings = folder / "config.yaml"
+    if not settings.exists():
+        raise UserError(f"{folder}: no config.yaml; expected a run folder")
+    assembly = assemble(config.parse(Run, config.read(settings), str(settings)))
+    file = folder / interop.TRAINED_FILE
+    if file.exists():
+        trained, _ = interop.load_trained(file)
+    else:
+        checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
+        step = checkpoints.latest()
+        if step is None:
+            raise UserError(f"{folder}: has no checkpoint yet; expected one; wait for the run's first")
+        trained = checkpoints.restore(step)["trainable"]
+        checkpoints.close()
+    put_trained(assembly.model, trained, str(folder))
+    return assembly

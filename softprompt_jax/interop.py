@@ -1,0 +1,103 @@
+"""What a run leaves for others: prompt rows and trained weights as files, and how they are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from softprompt_jax.backbone.pretrained import fingerprint, flatten, unflatten
+from softprompt_jax.backbone.t5 import T5
+from softprompt_jax.config import UserError
+from softprompt_jax.methods import Trainable
+
+PROMPT_FILE, TRAINED_FILE = "prompt.safetensors", "trained.safetensors"
+_ROWS = "prompt"
+
+
+def save_trained(model: T5, path: Path, metadata: dict[str, str]) -> None:
+    """Write everything that trains as float32 under its path in the model, with `metadata`."""
+    arrays = {name: np.asarray(leaf) for name, leaf in flatten(nnx.to_pure_dict(nnx.state(model, Trainable)))}
+    _write(arrays, path, metadata | {"fingerprint": fingerprint(model)})
+
+
+def load_trained(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Read `trained.safetensors` back as a nested dictionary and its metadata."""
+    arrays, metadata = _read(path)
+    return unflatten({name: jnp.asarray(value) for name, value in arrays.items()}), metadata
+
+
+def save_prompt(rows: Float[np.ndarray, "P D"], path: Path, metadata: dict[str, str]) -> None:
+    """Write prompt rows (never ids, so that they fit every tokenizer and table size)."""
+    _write({_ROWS: np.asarray(rows, np.float32)}, path, metadata | {"length": str(len(rows))})
+
+
+def load_prompt(source: str | Path) -> Float[np.ndarray, "P D"]:
+    """Return prompt rows, float32 [P, D], of a `.npy` or safetensors file or a run folder."""
+    return read_prompt(source)[0]
+
+
+def read_prompt(source: str | Path) -> tuple[Float[np.ndarray, "P D"], dict[str, str]]:
+    """Return prompt rows and the metadata that stands with them (none in a `.npy`)."""
+    path = Path(source)
+    if path.is_dir():
+        path = path / PROMPT_FILE
+        if not path.exists():
+            hint = "its run has not finished" if (Path(source) / "config.yaml").exists() else "it is not a run folder"
+            raise UserError(f"{source}: no {PROMPT_FILE} ({hint}); expected the folder of a finished prompt run")
+    if not path.exists():
+        raise UserError(f"{source}: no such file; expected prompt rows as .npy, .safetensors or a run folder")
+    if path.suffix == ".safetensors":
+        arrays, metadata = _read(path)
+        if _ROWS not in arrays:
+            raise UserError(f"{path}: holds {', '.join(list(arrays)[:3])}; expected a tensor named {_ROWS!r}")
+        rows = arrays[_ROWS]
+    else:
+        metadata = {}
+        try:
+            rows = np.load(path, allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise UserError(f"{path}: not a .npy array ({error}); expected prompt rows") from None
+    if rows.ndim != 2:
+        raise UserError(f"{path}: found shape {list(rows.shape)}; expected prompt rows [P, D]")
+    return np.asarray(rows, np.float32), metadata
+
+
+def check_backbone(metadata: dict[str, str], model: T5, where: str, backbone: str) -> None:
+    """Refuse a prompt or adapter that was trained on another backbone."""
+    known, found = metadata.get("fingerprint"), fingerprint(model)
+    if known is not None and known != found:
+        raise UserError(
+            f"{where}: trained on backbone {metadata.get('backbone', '?')} ({known}), used on {backbone} ({found}); "
+            "expected the same backbone; give the one it was trained on"
+        )
+
+
+def _write(arrays: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+    temporary = path.with_suffix(".partial")
+    save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, temporary, metadata=metadata)
+    temporary.replace(path)
+
+
+def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected a safetensors file") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error}); export it again") from None
+
+
+def dump(value: Any, path: Path) -> None:
+    """Write JSON at once or not at all."""
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(json.dumps(value, indent=2) + "\n")
+    temporary.replace(path)

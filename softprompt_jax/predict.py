@@ -1,0 +1,203 @@
+"""Use what was trained: from a run folder or a prompt file to text, and the plain functions behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from softprompt_jax import config, interop
+from softprompt_jax.assembly import assemble, prompt_ids
+from softprompt_jax.backbone import decode
+from softprompt_jax.backbone.pretrained import Backbone, flatten, load_backbone
+from softprompt_jax.backbone.t5 import T5
+from softprompt_jax.config import UserError
+from softprompt_jax.evaluate import Decoder, score
+from softprompt_jax.methods import split
+from softprompt_jax.methods.prompt import attach_rows
+from softprompt_jax.run import Run
+from softprompt_jax.tasks import load
+from softprompt_jax.tasks.pipeline import tokenize
+from softprompt_jax.tasks.task import Example, Task, fill
+from softprompt_jax.tasks.tokenizer import Tokenizer, load_tokenizer
+
+
+def logits(
+    backbone: Backbone,
+    encoder_tokens: Int[Array | np.ndarray, "B T"],
+    decoder_tokens: Int[Array | np.ndarray, "B U"],
+    prompt: Float[Array | np.ndarray, "P D"] | None = None,
+) -> Float[Array, "B U V"]:
+    """Return float32 logits over the vocabulary at every decoder position.
+
+    `encoder_tokens`: 0 is padding; the prompt goes before each row. `decoder_tokens` are decoder
+    inputs, already shifted (the first is 0), under a causal mask only.
+    """
+    model, ids = _with_prompt(backbone.model, prompt)
+    batch = {"encoder_tokens": _prepend(ids, encoder_tokens), "decoder_inputs": jnp.asarray(decoder_tokens)}
+    return _logits(model, batch)
+
+
+def generate(
+    backbone: Backbone,
+    texts_or_tokens: Sequence[str] | Int[Array | np.ndarray, "B T"],
+    prompt: Float[Array | np.ndarray, "P D"] | None = None,
+    max_tokens: int = 32,
+) -> list[str] | Int[np.ndarray, "B U"]:
+    """Decode greedily: texts give texts, tokens [B, T] (0 is padding, with their EOS) give tokens [B, U]."""
+    model, ids = _with_prompt(backbone.model, prompt)
+    if not isinstance(texts_or_tokens, np.ndarray | jax.Array):
+        texts = list(texts_or_tokens)
+        if any(not isinstance(text, str) for text in texts):
+            raise UserError("generate: expected a list of texts, or an integer array [B, T] of tokens")
+        return Predictor(model, load_tokenizer(backbone.folder), None, max_tokens=max_tokens).texts(texts)
+    return np.asarray(_greedy(model, _prepend(ids, texts_or_tokens), max_tokens))
+
+
+@dataclasses.dataclass
+class Predictor:
+    """A trained model with its tokenizer and its task."""
+
+    model: T5
+    tokenizer: Tokenizer
+    task: Task | None
+    max_input_tokens: int = 512
+    max_tokens: int = 64
+    batch_size: int = 64
+
+    def __post_init__(self):
+        self._parts = split(self.model)
+        self._decoder = Decoder(self._parts, self.tokenizer)
+
+    def texts(self, texts: Sequence[str]) -> list[str]:
+        """Return the prediction for each text, in order."""
+        return self._predict([Example(text, "") for text in texts])
+
+    def _predict(self, examples: Sequence[Example]) -> list[str]:
+        if not examples:
+            return []
+        tokenized = tokenize(
+            [dataclasses.replace(example, target="") for example in examples],
+            self.tokenizer,
+            self.model.settings.vocabulary_rows,
+            self.max_input_tokens,
+            self.max_tokens,
+        )
+        trainable, frozen, ids = self._parts.trainable, self._parts.frozen, prompt_ids(self.model)
+        return self._decoder.predict(trainable, frozen, tokenized, self.batch_size, self.max_tokens, ids)
+
+    def evaluate(self, task: Task, split_name: str) -> dict[str, float]:
+        """Return the metrics of a task's split."""
+        examples = load(task, split_name)
+        return score(task, self._predict(examples), examples)
+
+    def lines(self, rows: Iterable[tuple[str, Any]], chunk: int = 1024) -> Iterator[dict[str, Any]]:
+        """Yield each row of (where, fields) with its `prediction`, in order, a chunk at a time."""
+        pending: list[tuple[Any, str]] = []
+        for where, row in rows:
+            pending.append((row, self._input(row, where)))
+            if len(pending) == chunk:
+                yield from self._answered(pending)
+                pending = []
+        yield from self._answered(pending)
+
+    def _answered(self, pending: list[tuple[Any, str]]) -> Iterator[dict[str, Any]]:
+        for (row, _), prediction in zip(pending, self.texts([text for _, text in pending]), strict=True):
+            yield {**row, "prediction": prediction}
+
+    def _input(self, row: Any, where: str) -> str:
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: found {type(row).__name__}; expected a JSON object with the task's fields")
+        if set(row) == {"inputs"} or self.task is None:
+            if not isinstance(row.get("inputs"), str):
+                raise UserError(f'{where}: no text \'inputs\'; found {", ".join(row)}; expected {{"inputs": "..."}}')
+            return row["inputs"]
+        return fill(self.task.input, row, where)
+
+
+def load_predictor(source: str | Path, backbone: str | None = None) -> Predictor:
+    """Load a finished run folder, or a prompt file (`.npy` needs `backbone`)."""
+    path = Path(source)
+    if path.is_dir():
+        settings, result = path / "config.yaml", path / "result.json"
+        if not settings.exists() or not result.exists():
+            found = "an unfinished run" if settings.exists() else "no run"
+            raise UserError(
+                f"{source}: {found}; expected the folder of a finished run; finish it with the same command"
+            )
+        run = config.parse(Run, config.read(settings), str(settings))
+        if (path / interop.PROMPT_FILE).exists():
+            return _from_prompt(path / interop.PROMPT_FILE, run, backbone)
+        assembly = assemble(run)
+        trained, metadata = interop.load_trained(path / interop.TRAINED_FILE)
+        put_trained(assembly.model, trained, str(path / interop.TRAINED_FILE))
+        return _predictor(assembly.model, assembly.tokenizer, run)
+    _, metadata = interop.read_prompt(path)
+    run = config.parse(Run, json.loads(metadata["settings"]), str(path)) if "settings" in metadata else None
+    return _from_prompt(path, run, backbone)
+
+
+def _from_prompt(path: Path, run: Run | None, backbone: str | None) -> Predictor:
+    source = backbone or (run.backbone if run is not None else None)
+    if not isinstance(source, str):
+        raise UserError(f"{path}: says no backbone; expected one; add --backbone with a folder or hub name")
+    rows, metadata = interop.read_prompt(path)
+    loaded = load_backbone(source, run.dtype if run is not None else "float32")
+    interop.check_backbone(metadata, loaded.model, str(path), source)
+    attach_rows(loaded.model, rows)
+    return _predictor(loaded.model, load_tokenizer(loaded.folder), run)
+
+
+def _predictor(model: T5, tokenizer: Tokenizer, run: Run | None) -> Predictor:
+    if run is None:
+        return Predictor(model, tokenizer, None)
+    task = None if run.pretraining else run.resolved_task()
+    limits = run.max_input_tokens, run.max_target_tokens
+    return Predictor(model, tokenizer, task, *limits, run.evaluation_batch_size)
+
+
+def put_trained(model: T5, trained: dict[str, Any], where: str) -> None:
+    """Give the model's trainable arrays their trained values."""
+    parts = split(model)
+    expected = {path: leaf.shape for path, leaf in flatten(parts.trainable)}
+    found = {path: leaf.shape for path, leaf in flatten(trained)}
+    if expected != found:
+        odd = sorted({*expected.items()} ^ {*found.items()})[0]
+        raise UserError(
+            f"{where}: does not fit its config.yaml at {odd[0]} {list(odd[1])}; expected the run's own file"
+        )
+    nnx.update(model, nnx.state(parts.merge(trained, parts.frozen)))
+
+
+def _with_prompt(model: T5, prompt: Any) -> tuple[T5, np.ndarray | None]:
+    """Return a model with the prompt attached, leaving the given one as it is."""
+    model = nnx.merge(*nnx.split(model))
+    if prompt is not None:
+        attach_rows(model, prompt)
+    return model, prompt_ids(model)
+
+
+def _prepend(ids: np.ndarray | None, tokens: Any) -> Int[Array, "B PT"]:
+    tokens = jnp.asarray(tokens, jnp.int32)
+    if ids is None:
+        return tokens
+    return jnp.concatenate([jnp.broadcast_to(jnp.asarray(ids), (tokens.shape[0], len(ids))), tokens], 1)
+
+
+@jax.jit
+def _logits(model: T5, batch: dict[str, Array]) -> Array:
+    return model(batch)
+
+
+@functools.partial(jax.jit, static_argnames="max_tokens")
+def _greedy(model: T5, tokens: Array, max_tokens: int) -> Array:
+    return decode.greedy(model, tokens, max_tokens)[0]

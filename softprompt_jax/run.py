@@ -1,0 +1,93 @@
+"""Run: every setting of a run on one screen. The defaults are those of Lester et al. (2021)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from softprompt_jax import config
+from softprompt_jax.backbone.t5 import T5Settings
+from softprompt_jax.config import Settings
+from softprompt_jax.methods import Method, Prompt
+from softprompt_jax.optimizers import Adafactor, Optimizer, Schedule
+from softprompt_jax.tasks import resolve
+from softprompt_jax.tasks.pretraining import Pretraining
+from softprompt_jax.tasks.task import Task
+
+
+class Scratch(Settings):
+    """A new backbone with random weights, for pre-training."""
+
+    settings: T5Settings
+    tokenizer: str = "embedded"  # folder or hub name
+
+
+def _task_kind(value: Any) -> str:
+    if isinstance(value, str):
+        return "name"
+    kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+    return "pretraining" if kind == "pretraining" else "task"
+
+
+AnyTask = Annotated[
+    Annotated[str, Tag("name")] | Annotated[Task, Tag("task")] | Annotated[Pretraining, Tag("pretraining")],
+    Discriminator(_task_kind),
+]
+
+
+class Run(Settings):
+    """One training run: a task, a frozen backbone, a list of methods, and how to train them."""
+
+    task: AnyTask
+    backbone: str | Scratch = "embedded"  # a Hugging Face folder, a hub name, or "embedded"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen weights and activations
+    methods: list[Method] = Field([Prompt()], min_length=1)
+    optimizer: Optimizer = Adafactor()
+    schedule: Schedule = Schedule()
+    steps: int = Field(30_000, gt=0)
+    batch_size: int = Field(32, gt=0)  # examples per step, over all devices and accumulated parts
+    accumulate: int = Field(1, gt=0)  # parts a batch is computed in, one after the other
+    clip_norm: float | None = Field(None, gt=0)  # of the gradient of all trainable weights together
+    max_input_tokens: int = Field(512, gt=0)  # of text with its EOS; the prompt comes on top
+    max_target_tokens: int = Field(64, gt=0)
+    shapes: int = Field(4, gt=0)  # compiled (encoder, decoder) lengths at most
+    loss: Literal["sum", "mean"] = "sum"  # over the batch's real target tokens
+    z_loss: float = Field(1e-4, ge=0)
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    remat: Literal["none", "dots", "full"] = "none"  # recompute activations in the backward pass
+    unroll: bool = False  # the scan over layers: compiles longer, runs about a tenth faster on a CPU
+    seed: int = 0
+    log_every: int = Field(50, gt=0)
+    evaluate_every: int = Field(1000, gt=0)
+    evaluation_batch_size: int = Field(64, gt=0)
+    evaluation_examples: int | None = Field(None, gt=0)  # of the validation split while training; all by default
+    checkpoint_every: int = Field(1000, gt=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Run:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
+        if isinstance(self.task, str):
+            try:
+                resolve(self.task)
+            except config.UserError as error:
+                raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def pretraining(self) -> Pretraining | None:
+        """The pre-training data, if this run has no task."""
+        return self.task if isinstance(self.task, Pretraining) else None
+
+    def resolved_task(self) -> Task:
+        """Return the task's settings."""
+        assert not isinstance(self.task, Pretraining)
+        return resolve(self.task)
+
+
+def load_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:
+    """Read a YAML file with overrides as a Run; anything wrong is a UserError naming the key."""
+    return config.parse(Run, config.read(path, overrides), str(path))

@@ -1,0 +1,397 @@
+"""The training loop: one step for all methods, evaluation, checkpoints that resume to the bit."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import yaml
+
+from softprompt_jax import interop, optimizers
+from softprompt_jax.assembly import Assembly, assemble
+from softprompt_jax.checkpoint import Checkpoints
+from softprompt_jax.config import UserError, differences, settings_hash, to_yaml
+from softprompt_jax.evaluate import Decoder, mean_loss, mean_score, score
+from softprompt_jax.losses import cross_entropy
+from softprompt_jax.methods import Split, leaves, split
+from softprompt_jax.progress import Reporter, duration
+from softprompt_jax.run import Run
+from softprompt_jax.tasks import load, metrics, splits
+from softprompt_jax.tasks.packages import cache_folder
+from softprompt_jax.tasks.pipeline import TrainBatches, tokenize
+from softprompt_jax.tasks.pretraining import PretrainingData
+
+State = dict[str, Any]  # trainable, optimizer, step (which is also the data position)
+
+
+def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Train a run in the folder `out`, or go on where it stopped, and return its result.
+
+    The result: `validation` and `test` metrics of the best checkpoint (by the mean of the task's
+    metrics), `baselines` on the same split (majority class, the prompt before training), `steps`,
+    `best_step` and `seconds`. Without a test split `test` is None. Default folder: `runs/HASH`.
+    """
+    folder = Path(out) if out is not None else Path("runs") / settings_hash(run)
+    reporter = reporter or Reporter(quiet=True)
+    finished = prepare_folder(run, folder)
+    if finished is not None:
+        reporter.line(f"{folder}: finished already; delete the folder to run it again")
+        return finished
+
+    # ---- model, data, step
+    assembly = assemble(run)
+    parts = split(assembly.model)
+    about = leaves(assembly.model)
+    data = PretrainingRun(run, assembly, parts) if run.pretraining else TaskRun(run, assembly, parts)
+    schedule = run.schedule.build(run.optimizer.learning_rate, run.steps)
+    optimizer = optimizers.build(run.optimizer, schedule, about, run.clip_norm)
+    step_function = make_step(run, parts, optimizer)
+    state: State = {
+        "trainable": jax.tree.map(jnp.copy, parts.trainable),  # donated; the start is compared with later
+        "optimizer": optimizer.init(parts.trainable),
+        "step": jnp.zeros((), jnp.int32),
+    }
+    trained = sum(leaf.size for leaf in jax.tree.leaves(parts.trainable))
+    scales = sorted({leaf.learning_rate_scale for leaf in about.values()})
+    reporter.line(
+        f"backbone {assembly.identity}: {assembly.model.settings.parameters():,} parameters, {trained:,} train; "
+        f"{jax.device_count()} {jax.default_backend()} device(s), {run.dtype}"
+    )
+    reporter.line(
+        f"learning rate {' and '.join(f'{run.optimizer.learning_rate * scale:.4g}' for scale in scales)} "
+        f"({run.optimizer.learning_rate:g} x scale {', '.join(f'{scale:.4g}' for scale in scales)} of the embedding)"
+    )
+    reporter.line(data.describe())
+
+    # ---- resume: state, then everything that is derived from it
+    checkpoints = Checkpoints(folder / "checkpoints")
+    first = 0
+    if (latest := checkpoints.latest()) is not None:
+        state, first = checkpoints.restore(latest, state), latest
+        reporter.line(f"resumed at step {first}")
+    log = Log(folder, first)
+    key = jax.random.fold_in(jax.random.key(run.seed), 2)
+
+    def checkpoint(step: int, state: State, scored: float | None) -> None:
+        if checkpoints.latest() != step:
+            checkpoints.save(step, state, scored)
+
+    def evaluate(step: int, state: State) -> float:
+        scores, scored = data.validate(state["trainable"], parts.frozen)
+        log.write({"step": step, "validation": scores})
+        reporter.line(f"step {step}: validation " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+        return scored
+
+    # ---- the loop
+    reporter.start("train", first, run.steps)
+    if first == 0:
+        evaluate(0, state)
+    batches = data.batches(first)
+    recent: list[tuple[Any, int, int]] = []
+    clock = time.monotonic()
+    for step in range(first + 1, run.steps + 1):
+        batch = next(batches)
+        real = sum(int(np.count_nonzero(batch[name])) for name in ("encoder_tokens", "decoder_targets"))
+        state, measured = step_function(state, parts.frozen, batch, key)
+        recent.append((measured, real, len(batch["encoder_tokens"])))
+        if step % run.log_every == 0 or step == run.steps:
+            loss = float(np.mean([float(measured["loss"]) for measured, _, _ in recent]))
+            now = time.monotonic()
+            per_second = [sum(entry[i] for entry in recent) / (now - clock) for i in (1, 2)]
+            line = {
+                "step": step,
+                "loss": loss,
+                "learning_rate": float(schedule(step - 1)),
+                "examples_per_s": round(per_second[1], 2),
+                "tokens_per_s": round(per_second[0], 1),
+                "seconds": round(log.seconds(), 2),
+            }
+            if not np.isfinite(loss):
+                raise UserError(
+                    f"step {step}: the loss is {loss}; expected a finite number; lower the learning rate, "
+                    "clip the gradient or use float32"
+                )
+            log.write(line)
+            reporter.update(step, run.steps, f"loss {loss:.4f}  {per_second[0]:,.0f} tokens/s")
+            recent, clock = [], now
+        if step % run.evaluate_every == 0 or step == run.steps:
+            paused = time.monotonic()
+            checkpoint(step, state, evaluate(step, state))
+            clock += time.monotonic() - paused
+        elif step % run.checkpoint_every == 0:
+            checkpoint(step, state, None)
+    reporter.stop()
+
+    # ---- the best checkpoint's results, files for others
+    checkpoints.wait()
+    best = checkpoints.best() if data.select_best else run.steps
+    assert best is not None
+    chosen = state if best == run.steps else checkpoints.restore(best, state)
+    checkpoints.close()
+    final = parts.merge(chosen["trainable"], parts.frozen)
+    metadata = {
+        "backbone": assembly.identity,
+        "task": "pretraining" if run.pretraining else run.resolved_task().name,
+        "settings_hash": settings_hash(run),
+        "step": str(best),
+        "settings": json.dumps(run.model_dump(mode="json")),
+    }
+    interop.save_trained(final, folder / interop.TRAINED_FILE, metadata)
+    if set(parts.trainable) == {"prompt"}:
+        metadata["fingerprint"] = interop.fingerprint(final)
+        rows = np.asarray(final.prompt.rows[...])
+        interop.save_prompt(rows, folder / interop.PROMPT_FILE, metadata)
+    result = data.result(chosen["trainable"], parts) | {
+        "steps": run.steps,
+        "best_step": best,
+        "seconds": round(log.seconds(), 1),
+    }
+    log.close()
+    interop.dump(result, folder / "result.json")
+    reporter.line(f"{folder}: done in {duration(result['seconds'])}")
+    return result
+
+
+def make_step(run: Run, parts: Split, optimizer: optax.GradientTransformation) -> Callable:
+    """Return the jitted `step(state, frozen, batch, key) -> state, metrics`; `state` is donated.
+
+    Only the trainable argument is differentiated, so that no weight gradient of the frozen backbone is
+    ever computed. With accumulation losses and weights are summed over the parts and divided once.
+    """
+
+    def summed_loss(trainable: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array | None):
+        model = parts.merge(trainable, jax.lax.stop_gradient(frozen))
+        return cross_entropy(model(batch, key), batch["decoder_targets"], run.z_loss, run.label_smoothing)
+
+    gradient = jax.value_and_grad(summed_loss, has_aux=True)
+
+    def part_gradient(trainable: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array | None):
+        (loss, weight), gradients = gradient(trainable, frozen, batch, key)
+        return loss, weight, gradients
+
+    def step(state: State, frozen: Any, batch: dict[str, jax.Array], key: jax.Array):
+        key = jax.random.fold_in(key, state["step"]) if run.dropout > 0 else None
+        trainable = state["trainable"]
+        if run.accumulate == 1:
+            loss, weight, gradients = part_gradient(trainable, frozen, batch, key)
+        else:
+            divided = jax.tree.map(lambda x: x.reshape(run.accumulate, -1, *x.shape[1:]), batch)
+            keys = None if key is None else jax.random.split(key, run.accumulate)
+
+            def add(total, part):
+                return jax.tree.map(jnp.add, total, part_gradient(trainable, frozen, *part)), None
+
+            zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
+            (loss, weight, gradients), _ = jax.lax.scan(add, zeros, (divided, keys))
+        weight = jnp.maximum(weight, 1)
+        if run.loss == "mean":
+            gradients = jax.tree.map(lambda g: g / weight, gradients)
+        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], trainable)
+        new = {
+            "trainable": optax.apply_updates(trainable, updates),
+            "optimizer": optimizer_state,
+            "step": state["step"] + 1,
+        }
+        return new, {"loss": loss / weight}
+
+    return jax.jit(step, donate_argnums=0)
+
+
+class TaskRun:
+    """The data of a run on a task: train batches, validation, and the final result."""
+
+    select_best = True
+
+    def __init__(self, run: Run, assembly: Assembly, parts: Split):
+        self.run, self.task = run, run.resolved_task()
+        rows = assembly.model.settings.vocabulary_rows
+        self._prompt_ids = assembly.prompt_ids
+
+        def read(split: str):
+            examples = load(self.task, split)
+            if split == "validation" and run.evaluation_examples is not None:
+                examples = examples[: run.evaluation_examples]
+            return examples, tokenize(
+                examples,
+                assembly.tokenizer,
+                rows,
+                run.max_input_tokens,
+                run.max_target_tokens,
+                cache=cache_folder() / "tokens",
+            )
+
+        self._available = splits(self.task)
+        self.sets = {name: read(name) for name in ("train", "validation", "test") if name in self._available}
+        for needed in ("train", "validation"):
+            if needed not in self.sets:
+                raise UserError(
+                    f"task {self.task.name}: no {needed} split; found {', '.join(self._available)}; "
+                    "expected train and validation"
+                )
+        self.train_batches = TrainBatches(
+            self.sets["train"][1], run.batch_size, run.seed, self._prompt_ids, max_shapes=run.shapes
+        )
+        self._decoder = Decoder(parts, assembly.tokenizer)
+        self._longest = max(int(tokenized.target_lengths.max()) for _, tokenized in self.sets.values())
+
+    def describe(self) -> str:
+        """Say in a line what the data are."""
+        counts = ", ".join(f"{name} {len(examples)}" for name, (examples, _) in self.sets.items())
+        truncated = sum(tokenized.truncated_inputs for _, tokenized in self.sets.values())
+        shapes = ", ".join(f"{t}/{u}" for t, u in self.train_batches.shapes)
+        return (
+            f"task {self.task.name}: {counts}; shapes {shapes}; padding {self.train_batches.padding_share:.0%}; "
+            f"{truncated} inputs truncated to {self.run.max_input_tokens} tokens"
+        )
+
+    def batches(self, first: int) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the batches from step `first` on."""
+        return self.train_batches.from_step(first)
+
+    def _scores(self, name: str, trainable: Any, frozen: Any) -> dict[str, float]:
+        examples, tokenized = self.sets[name]
+        predictions = self._decoder.predict(
+            trainable, frozen, tokenized, self.run.evaluation_batch_size, self._longest, self._prompt_ids
+        )
+        return score(self.task, predictions, examples)
+
+    def validate(self, trainable: Any, frozen: Any) -> tuple[dict[str, float], float]:
+        """Return the validation metrics and the number that selects the best checkpoint."""
+        scores = self._scores("validation", trainable, frozen)
+        return scores, mean_score(self.task, scores)
+
+    def result(self, trainable: Any, parts: Split) -> dict[str, Any]:
+        """Return the metrics of the chosen weights, beside the majority class and no training."""
+        measured = "test" if "test" in self.sets else "validation"
+        targets = {name: [example.target for example in examples] for name, (examples, _) in self.sets.items()}
+        return {
+            "validation": self._scores("validation", trainable, parts.frozen),
+            "test": self._scores("test", trainable, parts.frozen) if "test" in self.sets else None,
+            "baselines": {
+                "split": measured,
+                "majority": metrics.majority(targets["train"], targets[measured]),
+                "untrained": self._scores(measured, parts.trainable, parts.frozen),
+            },
+        }
+
+
+class PretrainingRun:
+    """The data of pre-training; validation is the loss on text windows of another seed."""
+
+    select_best = False
+
+    def __init__(self, run: Run, assembly: Assembly, parts: Split):
+        settings = run.pretraining
+        assert settings is not None
+        folder = assembly.tokenizer_folder
+        self.data = PretrainingData(settings, folder, run.batch_size, run.seed, run.steps)
+        held_out = settings.model_copy(update={"stages": settings.stages[-1:]})
+        sample = PretrainingData(held_out, folder, run.batch_size, run.seed + 1, 32)
+        self._loss = mean_loss(parts, [sample.batch(i) for i in range(0, 32, 4)])
+
+    def describe(self) -> str:
+        """Say in a line what the data are."""
+        return f"pre-training: shapes {', '.join(f'{t}/{u}' for t, u in self.data.shapes)}"
+
+    def batches(self, first: int) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the batches from step `first` on."""
+        source = grain.MapDataset.source(_Numbers(len(self.data))).slice(slice(first, None)).map(self.data.batch)
+        return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
+
+    def validate(self, trainable: Any, frozen: Any) -> tuple[dict[str, float], float]:
+        """Return the validation loss, and its negative as the score."""
+        loss = self._loss(trainable, frozen)
+        return {"loss": loss}, -loss
+
+    def result(self, trainable: Any, parts: Split) -> dict[str, Any]:
+        """Return the final loss."""
+        return {"validation": self.validate(trainable, parts.frozen)[0], "test": None}
+
+
+class _Numbers:
+    """0 to n - 1 as a data source."""
+
+    def __init__(self, count: int):
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class Log:
+    """`metrics.jsonl` and TensorBoard events; what a killed run wrote past its checkpoint is dropped."""
+
+    def __init__(self, folder: Path, first: int):
+        from tensorboardX import SummaryWriter
+
+        self._path = folder / "metrics.jsonl"
+        self._before = 0.0
+        if self._path.exists():
+            kept = []
+            for text in self._path.read_text().splitlines():
+                try:
+                    line = json.loads(text)
+                except ValueError:  # the last line of a killed run
+                    continue
+                if line["step"] <= first and first > 0:
+                    kept.append(text)
+                    self._before = line.get("seconds", self._before)
+            self._path.write_text("".join(f"{text}\n" for text in kept))
+        self._file = self._path.open("a", buffering=1)
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=first or None)
+        self._start = time.monotonic()
+
+    def seconds(self) -> float:
+        """Return the seconds of this run, those before a restart included."""
+        return self._before + time.monotonic() - self._start
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line, and its numbers as curves."""
+        self._file.write(json.dumps(line) + "\n")
+        for name, value in line.items():
+            if isinstance(value, dict):
+                for inner, number in value.items():
+                    self._events.add_scalar(f"{name}/{inner}", number, line["step"])
+            elif name != "step":
+                self._events.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._file.close()
+        self._events.close()
+
+
+def prepare_folder(run: Run, folder: Path) -> dict[str, Any] | None:
+    """Create a run's folder; return the result if it is finished; refuse one with other settings."""
+    settings = folder / "config.yaml"
+    if settings.exists():
+        old = yaml.safe_load(settings.read_text())
+        changed = differences(old, run.model_dump(mode="json"))
+        if changed:
+            raise UserError(
+                f"{folder}: was made with other settings ({'; '.join(changed[:6])}); "
+                "expected the same; use another --out, or delete the folder"
+            )
+        finished = folder / "result.json"
+        return json.loads(finished.read_text()) if finished.exists() else None
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder}: is not empty and no run; expected a new folder; use another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / "config.partial"
+        partial.write_text(to_yaml(run))
+        partial.replace(settings)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); expected a writable folder") from None
+    return None
