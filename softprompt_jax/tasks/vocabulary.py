@@ -1,0 +1,157 @@
+"""Train a T5 tokenizer: SentencePiece unigram pieces, then 100 sentinels."""
+
+# ruff: noqa: SIM905 - word lists read better as text
+from __future__ import annotations
+
+import base64
+import json
+import random
+from pathlib import Path
+
+import sentencepiece
+from sentencepiece import sentencepiece_model_pb2
+
+from softprompt_jax.tasks.corpus import TextFile, read_documents, split_sentences
+
+SENTINELS = 100
+
+# Words of instructions and labels, so that the common ones are single pieces.
+LABEL_WORDS = """positive negative neutral good bad great terrible yes no true false same different paraphrase
+duplicate unrelated similar contradiction entailment neutral acceptable unacceptable spam ham sentence sentence1
+sentence2 sentiment question context answer passage premise hypothesis word text message review movie film product
+summary summarize translate title label option choice first second before after original swapped happy sad love hate
+like dislike angry joy fear excellent awful boring funny best worst better worse nice poor wonderful horrible amazing
+disappointing news novel speech manual joke story dictionary sports business science politics opinion fact
+one two three four five zero none left right correct wrong""".split()
+
+
+def train_tokenizer(
+    texts: list[TextFile],
+    out: str | Path,
+    size: int = 8000,
+    seed: int = 0,
+    characters: int = 10_000_000,
+) -> Path:
+    """Write `spiece.model`, `tokenizer.json` and `tokenizer_config.json` into `out`, as T5's but for the size.
+
+    Ids: pad 0, eos 1, unk 2, pieces, then the sentinels: `<extra_id_99>` is `size`, `<extra_id_0>` is
+    `size + 99`. No byte fallback: transformers' T5 tokenizer drops it. `characters` of text are drawn,
+    `weight * size` of each file deciding its share.
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(_sample(texts, characters, seed)),
+        model_prefix=str(out / "spiece"),
+        model_type="unigram",
+        vocab_size=size,
+        character_coverage=0.9999,
+        byte_fallback=False,
+        normalization_rule_name="nmt_nfkc",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        pad_piece="<pad>",
+        max_sentence_length=20_000,
+        num_threads=1,
+        minloglevel=1,
+    )
+    (out / "spiece.vocab").unlink()
+    finish(out / "spiece.model")
+    write_transformers_files(out)
+    return out
+
+
+def finish(model: str | Path) -> None:
+    """Round the scores of pieces to multiples of 1/512 and forget the path, in place.
+
+    Pieces such as "." and "..." tie in either order. SentencePiece adds scores in float32, transformers in
+    float64: only sums that are exact in both break such ties alike. They are, for texts of up to 2,000 pieces.
+    """
+    path = Path(model)
+    proto = _read(path)
+    for piece in proto.pieces:
+        piece.score = round(piece.score * 512) / 512
+    proto.trainer_spec.model_prefix = ""
+    path.write_bytes(proto.SerializeToString())
+
+
+def write_transformers_files(folder: str | Path) -> None:
+    """Write `tokenizer.json` and `tokenizer_config.json` beside a `spiece.model`.
+
+    Written out in full, because transformers 5 numbers the sentinels upwards when it converts a
+    `spiece.model` by itself; T5 numbers them downwards.
+    """
+    folder = Path(folder)
+    model, charsmap = _pieces(folder / "spiece.model")
+    sentinels = [f"<extra_id_{i}>" for i in range(SENTINELS)]
+    pieces = model + [(sentinel, 0.0) for sentinel in reversed(sentinels)]
+    specials = [("<pad>", 0), ("</s>", 1), ("<unk>", 2)]
+    specials += [(piece, len(model) + i) for i, piece in enumerate(reversed(sentinels))]
+    added = [
+        {"id": i, "content": piece, "special": True, "normalized": False}
+        | {"single_word": False, "lstrip": False, "rstrip": False}
+        for piece, i in specials
+    ]
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+    end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
+    tokenizer = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace]},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [{"Sequence": {"id": "A", "type_id": 0}}, end],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, end, {"Sequence": {"id": "B", "type_id": 0}}, end],
+            "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
+        },
+        "decoder": metaspace,
+        "model": {"type": "Unigram", "unk_id": 2, "vocab": pieces, "byte_fallback": False},
+    }
+    config = {
+        "tokenizer_class": "T5Tokenizer",
+        "extra_ids": SENTINELS,
+        "additional_special_tokens": sentinels,
+        "pad_token": "<pad>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "model_max_length": 512,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _read(path: Path):
+    return sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _pieces(path: Path) -> tuple[list[tuple[str, float]], str]:
+    proto = _read(path)
+    charsmap = base64.b64encode(proto.normalizer_spec.precompiled_charsmap).decode()
+    return [(piece.piece, piece.score) for piece in proto.pieces], charsmap
+
+
+def _sample(texts: list[TextFile], characters: int, seed: int) -> list[str]:
+    """Draw sentences from every file; a file's share is its length times its weight."""
+    draw = random.Random(seed)
+    files = []
+    for text in texts:
+        sentences = [s for document in read_documents(text.path) for p in document for s in split_sentences(p)]
+        files.append((sentences, sum(map(len, sentences)) * text.weight, text.weight))
+    total = sum(share for _, share, _ in files)
+    sample = []
+    for sentences, _, weight in files:
+        rate = characters / total * weight
+        copies, rest = divmod(rate, 1.0) if sentences else (0, 0.0)
+        for sentence in sentences:
+            sample += [sentence] * (int(copies) + (draw.random() < rest))
+    # Label words, in running text so that they start with a space; 150 times each outweighs their pieces.
+    for _ in range(150):
+        words = draw.sample(LABEL_WORDS, len(LABEL_WORDS))
+        sample += [" ".join(words), ": ".join(words[:40]) + ":"]
+    draw.shuffle(sample)
+    return sample
