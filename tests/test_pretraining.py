@@ -266,11 +266,11 @@ def test_an_objective_the_texts_do_not_suit_is_an_error(texts):
 
 def test_trained_vocabulary_numbers_its_sentinels_as_t5(tmp_path, texts):
     import sentencepiece
-    from transformers import AutoTokenizer
+    from transformers import T5Tokenizer
 
     files = [TextFile(path=str(texts / "story.txt"))]
     folder = train_tokenizer(files, tmp_path / "vocabulary", size=220, characters=20_000)
-    theirs = AutoTokenizer.from_pretrained(folder)
+    theirs = T5Tokenizer.from_pretrained(folder)
     ours = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
     assert (ours.pad_id(), ours.eos_id(), ours.unk_id(), ours.bos_id()) == (0, 1, 2, -1)
     assert len(ours) == 220
@@ -282,9 +282,9 @@ def test_trained_vocabulary_numbers_its_sentinels_as_t5(tmp_path, texts):
 
 def test_transformers_and_sentencepiece_agree_on_the_embedded_vocabulary():
     import sentencepiece
-    from transformers import AutoTokenizer
+    from transformers import T5Tokenizer
 
-    theirs = AutoTokenizer.from_pretrained(EMBEDDED)
+    theirs = T5Tokenizer.from_pretrained(EMBEDDED)
     ours = sentencepiece.SentencePieceProcessor(model_file=str(EMBEDDED / "spiece.model"))
     draw = Random(0)
     odd = [

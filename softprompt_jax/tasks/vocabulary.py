@@ -1,10 +1,8 @@
-"""Train a T5 tokenizer: SentencePiece unigram pieces, then 100 sentinels."""
+"""Train a T5 tokenizer: SentencePiece unigram pieces, nothing else (the 100 sentinels are not stored)."""
 
 # ruff: noqa: SIM905 - word lists read better as text
 from __future__ import annotations
 
-import base64
-import json
 import random
 from pathlib import Path
 
@@ -12,8 +10,6 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from softprompt_jax.tasks.corpus import TextFile, read_documents, split_sentences
-
-SENTINELS = 100
 
 # Words of instructions and labels, so that the common ones are single pieces.
 LABEL_WORDS = """positive negative neutral good bad great terrible yes no true false same different paraphrase
@@ -32,11 +28,11 @@ def train_tokenizer(
     seed: int = 0,
     characters: int = 10_000_000,
 ) -> Path:
-    """Write `spiece.model`, `tokenizer.json` and `tokenizer_config.json` into `out`, as T5's but for the size.
+    """Write `spiece.model` into `out`, as T5's but for the size; return `out`.
 
-    Ids: pad 0, eos 1, unk 2, pieces, then the sentinels: `<extra_id_99>` is `size`, `<extra_id_0>` is
-    `size + 99`. No byte fallback: transformers' T5 tokenizer drops it. `characters` of text are drawn,
-    `weight * size` of each file deciding its share.
+    Ids: pad 0, eos 1, unk 2, then the pieces. Ours and transformers' T5 tokenizer add the sentinels:
+    `<extra_id_99>` is `size`, `<extra_id_0>` is `size + 99`. No byte fallback: transformers' T5 tokenizer
+    drops it. About `characters` of text are drawn; a file's share is its length times its weight.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -59,7 +55,6 @@ def train_tokenizer(
     )
     (out / "spiece.vocab").unlink()
     finish(out / "spiece.model")
-    write_transformers_files(out)
     return out
 
 
@@ -70,69 +65,11 @@ def finish(model: str | Path) -> None:
     float64: only sums that are exact in both break such ties alike. They are, for texts of up to 2,000 pieces.
     """
     path = Path(model)
-    proto = _read(path)
+    proto = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
     for piece in proto.pieces:
         piece.score = round(piece.score * 512) / 512
     proto.trainer_spec.model_prefix = ""
     path.write_bytes(proto.SerializeToString())
-
-
-def write_transformers_files(folder: str | Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json` beside a `spiece.model`.
-
-    Written out in full, because transformers 5 numbers the sentinels upwards when it converts a
-    `spiece.model` by itself; T5 numbers them downwards.
-    """
-    folder = Path(folder)
-    model, charsmap = _pieces(folder / "spiece.model")
-    sentinels = [f"<extra_id_{i}>" for i in range(SENTINELS)]
-    pieces = model + [(sentinel, 0.0) for sentinel in reversed(sentinels)]
-    specials = [("<pad>", 0), ("</s>", 1), ("<unk>", 2)]
-    specials += [(piece, len(model) + i) for i, piece in enumerate(reversed(sentinels))]
-    added = [
-        {"id": i, "content": piece, "special": True, "normalized": False}
-        | {"single_word": False, "lstrip": False, "rstrip": False}
-        for piece, i in specials
-    ]
-    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
-    end = {"SpecialToken": {"id": "</s>", "type_id": 0}}
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": added,
-        "normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap},
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, metaspace]},
-        "post_processor": {
-            "type": "TemplateProcessing",
-            "single": [{"Sequence": {"id": "A", "type_id": 0}}, end],
-            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, end, {"Sequence": {"id": "B", "type_id": 0}}, end],
-            "special_tokens": {"</s>": {"id": "</s>", "ids": [1], "tokens": ["</s>"]}},
-        },
-        "decoder": metaspace,
-        "model": {"type": "Unigram", "unk_id": 2, "vocab": pieces, "byte_fallback": False},
-    }
-    config = {
-        "tokenizer_class": "T5Tokenizer",
-        "extra_ids": SENTINELS,
-        "additional_special_tokens": sentinels,
-        "pad_token": "<pad>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "model_max_length": 512,
-    }
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _read(path: Path):
-    return sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _pieces(path: Path) -> tuple[list[tuple[str, float]], str]:
-    proto = _read(path)
-    charsmap = base64.b64encode(proto.normalizer_spec.precompiled_charsmap).decode()
-    return [(piece.piece, piece.score) for piece in proto.pieces], charsmap
 
 
 def _sample(texts: list[TextFile], characters: int, seed: int) -> list[str]:
