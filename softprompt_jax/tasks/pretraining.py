@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 import pydantic
 
-import softprompt_jax.tasks.instructions
-import softprompt_jax.tasks.polarity  # noqa: F401 - both register their tasks
+import softprompt_jax.tasks.definitions
+import softprompt_jax.tasks.polarity  # noqa: F401 - both register their tasks, after those of instructions.py
 from softprompt_jax.config import Settings, UserError, nearest
 from softprompt_jax.tasks.corpus import TextFile
 from softprompt_jax.tasks.lexicon import Lexicon, fetch_lexicon
