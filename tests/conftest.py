@@ -14,13 +14,13 @@ ROOT = Path(__file__).resolve().parents[1]
 jaxtyping.install_import_hook("softprompt_jax", "beartype.beartype")
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     # Set in the environment, and before jax is imported, so that the command lines that tests start see it too.
     # A setting from outside wins: JAX_PLATFORMS=cuda pytest -m gpu.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     # Each checkout has its own cache: programs compiled for one machine's CPU may not run on another's.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
