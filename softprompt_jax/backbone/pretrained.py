@@ -17,12 +17,16 @@ from flax import nnx
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from softprompt_jax.backbone.t5 import RUNTIME_DEFAULTS, T5, T5Settings, abstract
+from softprompt_jax.backbone.t5 import T5, T5Settings, abstract
 from softprompt_jax.config import UserError
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 _EMBEDDING_ALIASES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 _HEAD = "lm_head.weight"
+_IDENTITY = (
+    *("vocabulary_rows", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers"),
+    *("activation", "gated", "tied", "scale_output", "bias_in_every_layer", "relative_buckets"),
+)
 # Written by old versions of transformers, read by nobody.
 _IGNORED = re.compile(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight")
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu", "swish": "silu"}
@@ -61,7 +65,7 @@ def load_backbone(source: str | Path = "embedded", dtype: str = "float32") -> Ba
     table = names(settings)
     leaves = nnx.to_pure_dict(state)
     _check_names(table, tensors, folder)
-    loaded = {path: _read(tensors, *table[path], shape=leaf.shape, dtype=dtype) for path, leaf in flatten(leaves)}
+    loaded = {path: _read(tensors, *table[path], _stacked(path), leaf.shape, dtype) for path, leaf in flatten(leaves)}
     nnx.replace_by_pure_dict(state, unflatten(loaded))
     return Backbone(nnx.merge(graphdef, state), folder, str(source))
 
@@ -180,8 +184,8 @@ def fingerprint(model: T5) -> str:
     table = model.embedding[...]
     step = max(1, table.shape[0] // 64)
     sample = np.asarray(table[::step, :16].astype(jnp.bfloat16)).tobytes()
-    shapes = model.settings.model_copy(update=RUNTIME_DEFAULTS).model_dump_json()
-    return hashlib.sha256(shapes.encode() + sample).hexdigest()[:16]
+    what_it_is = {name: getattr(model.settings, name) for name in _IDENTITY}  # by name: new settings change no hash
+    return hashlib.sha256(json.dumps(what_it_is).encode() + sample).hexdigest()[:16]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -256,11 +260,13 @@ def _check_names(table: dict[str, tuple[list[str], bool]], tensors: _Tensors, fo
         raise UserError(f"{folder}: {len(surplus)} weights are unknown, first {surplus[0]}; expected only a T5's")
 
 
-def _read(tensors: _Tensors, tensor_names: list[str], transposed: bool, shape: tuple, dtype: str) -> jax.Array:
+def _read(
+    tensors: _Tensors, tensor_names: list[str], transposed: bool, stacked: bool, shape: tuple, dtype: str
+) -> jax.Array:
     """Read one weight of ours, stacking its layers in `dtype`."""
     if tensor_names[0] == _EMBEDDING_ALIASES[0]:
         tensor_names = [tensors.embedding()]
-    part_shape = shape if len(tensor_names) == 1 and len(shape) < 3 else shape[1:]
+    part_shape = shape[1:] if stacked else shape
     values = np.empty((len(tensor_names), *part_shape), jnp.dtype(dtype))
     for index, name in enumerate(tensor_names):
         try:
