@@ -7,6 +7,8 @@ Prompts     load_prompt
 """
 
 import importlib
+import sys
+import types
 from typing import Any
 
 _PUBLIC = {
@@ -31,3 +33,14 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'softprompt_jax' has no attribute {name!r}")
     module = importlib.import_module(f"softprompt_jax.{_PUBLIC[name]}")
     return getattr(module, name)
+
+
+class _Package(types.ModuleType):
+    """Keeps `softprompt_jax.train` the function: importing the file `train` would put the module there."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        public = name in _PUBLIC and isinstance(value, types.ModuleType)
+        super().__setattr__(name, getattr(value, name) if public else value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -4,28 +4,58 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from softprompt_jax.config import UserError
 
+
+class _Commands(TyperGroup):
+    """Wrong usage is bad input too: one line and exit code 2."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().main(*args, **kwargs | {"standalone_mode": False})
+        except Exception as error:
+            if not hasattr(error, "format_message"):
+                raise
+            message = error.format_message().replace("Value error, ", "").rstrip(".?")
+            if not message:  # no argument at all: the help has been shown
+                return 2
+            context = getattr(error, "ctx", None)
+            raise UserError(f"{message}; see {context.command_path if context else 'softprompt'} --help") from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Adapt a frozen T5 to text-to-text tasks by training a soft prompt.",
+    epilog="Start: softprompt train configs/quickstart.yaml --out runs/first",
 )
-Source = Annotated[str, typer.Argument(metavar="RUN|PROMPT", help="A finished run folder, or a prompt file.")]
+Source = Annotated[
+    str, typer.Argument(metavar="RUN|PROMPT", help="A finished run's folder, or a prompt file (.safetensors, .npy).")
+]
 Backbone = Annotated[
-    str | None, typer.Option(help="Folder or hub name of the backbone, where the prompt file does not say it.")
+    str | None,
+    typer.Option(
+        metavar="FOLDER|NAME",
+        help="Backbone, where the prompt file does not name it or it has moved.",
+        show_default=False,
+    ),
 ]
 JSON_INDENT = 2
+INTERRUPTED = 130
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
 class Format(enum.StrEnum):
@@ -43,17 +73,25 @@ def train(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that differ, e.g. steps=500.")
     ] = None,
     out: Annotated[
-        str | None, typer.Option(metavar="RUN", help="Run folder; default runs/HASH of the settings.")
+        str | None, typer.Option(metavar="RUN", help="Run folder. \\[default: runs/ and a hash of the settings]")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
 ) -> None:
-    """Train a run; the same command goes on where a killed one stopped."""
+    """Train a prompt (or what the config says) and score it.
+
+    The same command goes on where a killed one stopped, and prints the result of a finished one. RUN gets
+    config.yaml, metrics.jsonl, tensorboard/, checkpoints/, trained.safetensors, prompt.safetensors and result.json.
+    """
     from softprompt_jax.progress import Reporter
     from softprompt_jax.run import load_run
     from softprompt_jax.train import train as train_run
 
     run = load_run(config, overrides or [])
-    result = train_run(run, out, Reporter(quiet))
+    reporter = Reporter(quiet)
+    try:
+        result = train_run(run, out, reporter)
+    finally:
+        reporter.stop()  # a bar hides the cursor
     print(json.dumps(result, indent=JSON_INDENT))
     if not quiet:
         print(_summary(result), file=sys.stderr)
@@ -62,11 +100,13 @@ def train(
 @app.command(name="eval")
 def evaluate(
     source: Source,
-    task: Annotated[str | None, typer.Option(help="Task name; default: the one it was trained on.")] = None,
-    split: Annotated[str, typer.Option(help="Which split to score.")] = "validation",
+    task: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Task, see `softprompt tasks`. \\[default: its own]")
+    ] = None,
+    split: Annotated[str, typer.Option(metavar="NAME", help="Split to score.")] = "validation",
     backbone: Backbone = None,
 ) -> None:
-    """Score a split with the task's metrics."""
+    """Score a finished run or a prompt on a split with the task's metrics, as JSON."""
     from softprompt_jax.predict import load_predictor
     from softprompt_jax.tasks import resolve
 
@@ -76,44 +116,51 @@ def evaluate(
     if chosen is None:
         raise UserError(f"{source}: says no task; expected one; add --task NAME")
     print(json.dumps({"task": chosen.name, "split": split} | predictor.evaluate(chosen, split), indent=JSON_INDENT))
+    _report_truncated(predictor)
 
 
 @app.command()
 def predict(
     source: Source,
     input: Annotated[
-        str, typer.Option(metavar="FILE|-", help="jsonl, one object of fields (or 'inputs') a line.")
+        str, typer.Option(metavar="FILE|-", help="jsonl: an object with the task's fields, or with 'inputs', a line.")
     ] = "-",
     output: Annotated[str, typer.Option(metavar="FILE|-", help="jsonl: each object with its 'prediction'.")] = "-",
     backbone: Backbone = None,
 ) -> None:
-    """Answer jsonl with jsonl, in order."""
+    """Answer jsonl with jsonl, in order, by greedy decoding."""
     from softprompt_jax.predict import load_predictor
 
-    if input != "-" and not Path(input).is_file():
+    if input != "-" and (not Path(input).exists() or Path(input).is_dir()):
         raise UserError(f"{input}: no such file; expected jsonl, or - for standard input")
+    if input != "-" and Path(output).exists() and Path(output).samefile(input):
+        raise UserError(f"{output}: is the input too; expected another file for the output")
     with _output(output) as sink:
         predictor = load_predictor(source, backbone)
+        if output != "-" and sink.seekable():
+            sink.truncate(0)  # only now: a command that fails earlier leaves an old file as it was
         for line in predictor.lines(_json_lines(input)):
             sink.write(json.dumps(line, ensure_ascii=False) + "\n")
             sink.flush()
+    _report_truncated(predictor)
 
 
 @app.command()
 def export(
-    source: Annotated[str, typer.Argument(metavar="RUN|PROMPT")],
-    to: Annotated[str, typer.Option(metavar="PATH", help="The file (npy, safetensors) or folder (hf) to write.")],
-    format: Annotated[Format, typer.Option(help="npy or safetensors: the prompt's rows. hf: the whole model.")],
+    source: Source,
+    to: Annotated[str, typer.Option(metavar="PATH", help="File (npy, safetensors) or folder (hf) to write.")],
+    format: Annotated[Format, typer.Option(help="npy, safetensors: the prompt's rows. hf: a Hugging Face model.")],
 ) -> None:
     """Write a trained prompt, or a fully tuned model, for other programs."""
     from softprompt_jax import exporting
 
     exporting.export(source, format.value, to)
+    print(f"wrote {to}", file=sys.stderr)
 
 
 @app.command()
 def tasks() -> None:
-    """List the tasks that have a name."""
+    """List the tasks that have a name, with their label words."""
     from softprompt_jax.tasks import get, names
 
     for name in names():
@@ -140,16 +187,32 @@ def main() -> None:
     """Run the command line and exit."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        app()
+        code = app(prog_name="softprompt")
     except UserError as error:
-        print(f"softprompt: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("softprompt: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        _fail(" ".join(str(error).split()))
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        _fail(
+            f"{error.filename or 'output'}: cannot be written ({error.strerror}); expected a writable place with space"
+        )
+    if code == INTERRUPTED:
+        print("softprompt: interrupted; the same command starts again where it can", file=sys.stderr)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"softprompt: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _report_truncated(predictor: Any) -> None:
+    if predictor.truncated:
+        text = f"{predictor.truncated} inputs truncated to {predictor.max_input_tokens} tokens"
+        print(text, file=sys.stderr)
 
 
 def _summary(result: dict[str, Any]) -> str:
@@ -159,10 +222,8 @@ def _summary(result: dict[str, Any]) -> str:
         return f"validation: {result['validation']}"
     scores = result[baselines["split"]]
     name = next(iter(scores))
-    return (
-        f"{baselines['split']} {name}: {scores[name]:.1%} after training, {baselines['untrained'][name]:.1%} with the "
-        f"untrained prompt, {baselines['majority']:.1%} for the majority class"
-    )
+    text = f"{baselines['split']} {name}: {scores[name]:.1%} after training, {baselines['untrained'][name]:.1%} before"
+    return f"{text}, {baselines['majority']:.1%} for the majority class" if name == "accuracy" else text
 
 
 def _json_lines(path: str) -> Iterator[tuple[str, Any]]:
@@ -173,7 +234,7 @@ def _json_lines(path: str) -> Iterator[tuple[str, Any]]:
             if not line.strip():
                 continue
             try:
-                yield where, json.loads(line.decode("utf-8"))
+                yield where, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError:
                 raise UserError(f"{where}: not UTF-8; expected one JSON object a line in UTF-8") from None
             except ValueError as error:
@@ -182,12 +243,9 @@ def _json_lines(path: str) -> Iterator[tuple[str, Any]]:
 
 @contextlib.contextmanager
 def _output(path: str) -> Iterator[IO[str]]:
-    if path == "-":
-        yield sys.stdout
-        return
-    try:
-        sink = Path(path).open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); expected a writable file") from None
-    with sink:
+    with contextlib.ExitStack() as stack:
+        try:
+            sink = sys.stdout if path == "-" else stack.enter_context(Path(path).open("a", encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror}); expected a writable file") from None
         yield sink

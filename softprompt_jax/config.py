@@ -42,7 +42,7 @@ def parse(schema: type[S], values: Any, where: str) -> S:
     try:
         return schema.model_validate(values)
     except pydantic.ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(schema, error)}") from None
+        raise UserError(f"{where}: {_first_problem(schema, error, values)}") from None
 
 
 def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
@@ -62,12 +62,12 @@ def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[
         values = {}
     if not isinstance(values, dict):
         raise UserError(f"{path}: found {type(values).__name__}; expected a mapping of settings")
-    config = OmegaConf.create(_no_interpolation(values, str(path)))
+    config = OmegaConf.create(_plain(values, str(path)))
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
-            raise UserError(f"{override!r}: not an override; expected key=value, e.g. train.steps=100")
-        parsed = _no_interpolation(_yaml(value, override), override)
+            raise UserError(f"{override!r}: not an override; expected key=value, e.g. steps=100")
+        parsed = _plain(_yaml(value, override), override)
         try:
             OmegaConf.update(config, key, parsed, merge=False, force_add=True)
         except (OmegaConfBaseException, TypeError, ValueError, IndexError) as error:
@@ -123,19 +123,22 @@ def _yaml(text: str, where: str) -> Any:
         raise UserError(f"{where}: not YAML ({' '.join(str(error).split())}); expected valid YAML") from None
 
 
-def _no_interpolation(value: Any, where: str) -> Any:
+def _plain(value: Any, where: str) -> Any:
+    """Return a YAML value as it is, if it is one that settings can hold."""
     if isinstance(value, str) and "${" in value:
         raise UserError(f"{where}: found {value!r}; settings do not interpolate; write the value itself")
     if isinstance(value, dict):
-        return {key: _no_interpolation(item, f"{where}: {key}") for key, item in value.items()}
+        return {key: _plain(item, f"{where}: {key}") for key, item in value.items()}
     if isinstance(value, list):
-        return [_no_interpolation(item, where) for item in value]
+        return [_plain(item, where) for item in value]
+    if not isinstance(value, str | int | float | None):  # YAML knows dates, bytes and sets, too
+        raise UserError(f"{where}: found {value!r}; expected text, a number, a list or a mapping; quote a text")
     return value
 
 
-def _first_problem(schema: type[pydantic.BaseModel], error: pydantic.ValidationError) -> str:
+def _first_problem(schema: type[pydantic.BaseModel], error: pydantic.ValidationError, values: Any) -> str:
     problem = error.errors()[0]
-    path = ".".join(str(part) for part in problem["loc"])
+    path = ".".join(_written_path(problem["loc"], values))
     if problem["type"] == "extra_forbidden":
         known = _known_keys(schema, problem["loc"][:-1])
         hint = nearest(str(problem["loc"][-1]), known)
@@ -147,6 +150,20 @@ def _first_problem(schema: type[pydantic.BaseModel], error: pydantic.ValidationE
     shown = repr(problem.get("input"))
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     return f"{path or schema.__name__}: found {shown}; {message[0].lower() + message[1:]}"
+
+
+def _written_path(location: tuple, values: Any) -> list[str]:
+    """Leave out of an error's location what pydantic adds to it: the kinds of tagged unions."""
+    path = []
+    for part in location:
+        if isinstance(values, dict) and (part in values or part == location[-1]):
+            values = values.get(part)
+        elif isinstance(values, list | tuple) and isinstance(part, int):
+            values = values[part]
+        else:
+            continue
+        path.append(str(part))
+    return path
 
 
 def _known_keys(schema: Any, location: tuple) -> list[str]:

@@ -31,12 +31,15 @@ def export(source: str | Path, format: str, to: str | Path) -> None:
                 for path in assembly.tokenizer_folder.glob(pattern):
                     shutil.copy(path, to / path.name)
             return
+        if to.suffix != f".{format}":
+            raise UserError(f"{to}: ends in {to.suffix!r}; expected a file name ending in .{format}")
         rows, metadata = interop.read_prompt(source)
         to.parent.mkdir(parents=True, exist_ok=True)
         if format == "npy":
-            np.save(to.with_suffix(".npy"), rows)
+            with to.open("wb") as file:  # given a name, NumPy would change it
+                np.save(file, rows)
         else:
-            interop.save_prompt(rows, to.with_suffix(".safetensors"), metadata)
+            interop.save_prompt(rows, to, metadata)
     except OSError as error:
         raise UserError(f"{to}: cannot be written ({error.strerror}); expected a writable place") from None
 

@@ -65,7 +65,7 @@ def read_prompt(source: str | Path) -> tuple[Float[np.ndarray, "P D"], dict[str,
             rows = np.load(path, allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
             raise UserError(f"{path}: not a .npy array ({error}); expected prompt rows") from None
-    if rows.ndim != 2:
+    if rows.ndim != 2 or not len(rows):
         raise UserError(f"{path}: found shape {list(rows.shape)}; expected prompt rows [P, D]")
     return np.asarray(rows, np.float32), metadata
 
@@ -82,8 +82,24 @@ def check_backbone(metadata: dict[str, str], model: T5, where: str, backbone: st
 
 def _write(arrays: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
     temporary = path.with_suffix(".partial")
-    save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, temporary, metadata=metadata)
-    temporary.replace(path)
+    try:
+        save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, temporary, metadata=metadata)
+        _sort_metadata(temporary)
+        temporary.replace(path)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: cannot be written ({error}); expected a writable folder with space") from None
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort a file's metadata, which safetensors writes in another order each time: equal content, equal bits."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        content = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(size)
+        assert len(content) == size
+        file.seek(8)
+        file.write(content)
 
 
 def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

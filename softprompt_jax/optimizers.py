@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import jax
 import optax
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from softprompt_jax.config import Settings
 from softprompt_jax.methods.surgery import Leaf
@@ -83,7 +83,12 @@ class AdamW(Settings):
         ]
 
 
-Optimizer = Annotated[Adafactor | AdamW, Field(discriminator="kind")]
+def _adafactor_by_default(value: Any) -> Any:
+    """Let `optimizer: {learning_rate: 0.1}` keep the default kind."""
+    return {"kind": "adafactor", **value} if isinstance(value, dict) else value
+
+
+Optimizer = Annotated[Annotated[Adafactor | AdamW, Field(discriminator="kind")], BeforeValidator(_adafactor_by_default)]
 
 
 def build(

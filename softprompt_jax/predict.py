@@ -43,6 +43,8 @@ def logits(
     inputs, already shifted (the first is 0), under a causal mask only.
     """
     model, ids = _with_prompt(backbone.model, prompt)
+    for tokens in (encoder_tokens, decoder_tokens):
+        _check_ids(tokens, backbone.settings.vocabulary_rows)
     batch = {"encoder_tokens": _prepend(ids, encoder_tokens), "decoder_inputs": jnp.asarray(decoder_tokens)}
     return _logits(model, batch)
 
@@ -60,6 +62,7 @@ def generate(
         if any(not isinstance(text, str) for text in texts):
             raise UserError("generate: expected a list of texts, or an integer array [B, T] of tokens")
         return Predictor(model, load_tokenizer(backbone.folder), None, max_tokens=max_tokens).texts(texts)
+    _check_ids(texts_or_tokens, backbone.settings.vocabulary_rows)
     return np.asarray(_greedy(model, _prepend(ids, texts_or_tokens), max_tokens))
 
 
@@ -73,6 +76,7 @@ class Predictor:
     max_input_tokens: int = 512
     max_tokens: int = 64
     batch_size: int = 64
+    truncated: int = 0  # inputs so far that were longer than `max_input_tokens`
 
     def __post_init__(self):
         self._parts = split(self.model)
@@ -92,6 +96,7 @@ class Predictor:
             self.max_input_tokens,
             self.max_tokens,
         )
+        self.truncated += tokenized.truncated_inputs
         trainable, frozen, ids = self._parts.trainable, self._parts.frozen, prompt_ids(self.model)
         return self._decoder.predict(trainable, frozen, tokenized, self.batch_size, self.max_tokens, ids)
 
@@ -117,11 +122,12 @@ class Predictor:
     def _input(self, row: Any, where: str) -> str:
         if not isinstance(row, dict):
             raise UserError(f"{where}: found {type(row).__name__}; expected a JSON object with the task's fields")
-        if set(row) == {"inputs"} or self.task is None:
-            if not isinstance(row.get("inputs"), str):
-                raise UserError(f'{where}: no text \'inputs\'; found {", ".join(row)}; expected {{"inputs": "..."}}')
-            return row["inputs"]
-        return fill(self.task.input, row, where)
+        if self.task is not None and ("inputs" not in row or any(field in row for field in self.task.input_fields)):
+            return fill(self.task.input, row, where)
+        if not isinstance(row.get("inputs"), str):
+            found = ", ".join(row) or "no field"
+            raise UserError(f'{where}: no text \'inputs\'; found {found}; expected {{"inputs": "..."}}')
+        return row["inputs"]
 
 
 def load_predictor(source: str | Path, backbone: str | None = None) -> Predictor:
@@ -135,14 +141,17 @@ def load_predictor(source: str | Path, backbone: str | None = None) -> Predictor
                 f"{source}: {found}; expected the folder of a finished run; finish it with the same command"
             )
         run = config.parse(Run, config.read(settings), str(settings))
-        if (path / interop.PROMPT_FILE).exists():
+        if (path / interop.PROMPT_FILE).exists() and (backbone or isinstance(run.backbone, str)):
             return _from_prompt(path / interop.PROMPT_FILE, run, backbone)
-        assembly = assemble(run)
-        trained, metadata = interop.load_trained(path / interop.TRAINED_FILE)
+        assembly = assemble(run if backbone is None else run.model_copy(update={"backbone": backbone}))
+        trained, _ = interop.load_trained(path / interop.TRAINED_FILE)
         put_trained(assembly.model, trained, str(path / interop.TRAINED_FILE))
         return _predictor(assembly.model, assembly.tokenizer, run)
     _, metadata = interop.read_prompt(path)
-    run = config.parse(Run, json.loads(metadata["settings"]), str(path)) if "settings" in metadata else None
+    try:
+        run = config.parse(Run, json.loads(metadata["settings"]), str(path)) if "settings" in metadata else None
+    except ValueError as error:
+        raise UserError(f"{path}: its settings are not JSON ({error}); expected those of a run; export again") from None
     return _from_prompt(path, run, backbone)
 
 
@@ -184,6 +193,12 @@ def _with_prompt(model: T5, prompt: Any) -> tuple[T5, np.ndarray | None]:
     if prompt is not None:
         attach_rows(model, prompt)
     return model, prompt_ids(model)
+
+
+def _check_ids(tokens: Any, rows: int) -> None:
+    """Refuse text ids past the embedding table, which would silently read prompt rows."""
+    if tokens.size and not isinstance(tokens, jax.core.Tracer) and (largest := int(tokens.max())) >= rows:
+        raise UserError(f"tokens: found the id {largest}; expected ids under {rows}, the rows of the embedding")
 
 
 def _prepend(ids: np.ndarray | None, tokens: Any) -> Int[Array, "B PT"]:

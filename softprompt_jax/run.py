@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from softprompt_jax import config
 from softprompt_jax.backbone.t5 import T5Settings
-from softprompt_jax.config import Settings
+from softprompt_jax.config import Settings, nearest
 from softprompt_jax.methods import Method, Prompt
 from softprompt_jax.optimizers import Adafactor, Optimizer, Schedule
-from softprompt_jax.tasks import resolve
+from softprompt_jax.tasks import names, resolve
 from softprompt_jax.tasks.pretraining import Pretraining
 from softprompt_jax.tasks.task import Task
 
@@ -66,15 +66,17 @@ class Run(Settings):
     evaluation_examples: int | None = Field(None, gt=0)  # of the validation split while training; all by default
     checkpoint_every: int = Field(1000, gt=0)
 
+    @field_validator("task")
+    @classmethod
+    def _task_exists(cls, task: Any) -> Any:
+        if isinstance(task, str) and task not in names():
+            raise ValueError(f"expected one of {', '.join(names())}, or a task's settings{nearest(task, names())}")
+        return task
+
     @model_validator(mode="after")
     def _consistent(self) -> Run:
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
-        if isinstance(self.task, str):
-            try:
-                resolve(self.task)
-            except config.UserError as error:
-                raise ValueError(str(error)) from None
         return self
 
     @property

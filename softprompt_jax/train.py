@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import yaml
 
-from softprompt_jax import interop, optimizers
+from softprompt_jax import config, interop, optimizers
 from softprompt_jax.assembly import Assembly, assemble
 from softprompt_jax.checkpoint import Checkpoints
 from softprompt_jax.config import UserError, differences, settings_hash, to_yaml
@@ -80,10 +79,6 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
     log = Log(folder, first)
     key = jax.random.fold_in(jax.random.key(run.seed), 2)
 
-    def checkpoint(step: int, state: State, scored: float | None) -> None:
-        if checkpoints.latest() != step:
-            checkpoints.save(step, state, scored)
-
     def evaluate(step: int, state: State) -> float:
         scores, scored = data.validate(state["trainable"], parts.frozen)
         log.write({"step": step, "validation": scores})
@@ -93,7 +88,7 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
     # ---- the loop
     reporter.start("train", first, run.steps)
     if first == 0:
-        evaluate(0, state)
+        evaluate(0, state)  # the start; also shows at once whether evaluation works
     batches = data.batches(first)
     recent: list[tuple[Any, int, int]] = []
     clock = time.monotonic()
@@ -102,7 +97,9 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
         real = sum(int(np.count_nonzero(batch[name])) for name in ("encoder_tokens", "decoder_targets"))
         state, measured = step_function(state, parts.frozen, batch, key)
         recent.append((measured, real, len(batch["encoder_tokens"])))
-        if step % run.log_every == 0 or step == run.steps:
+        evaluated = step % run.evaluate_every == 0 or step == run.steps
+        saved = evaluated or step % run.checkpoint_every == 0
+        if step % run.log_every == 0 or saved:  # so that no mean reaches back past a checkpoint
             loss = float(np.mean([float(measured["loss"]) for measured, _, _ in recent]))
             now = time.monotonic()
             per_second = [sum(entry[i] for entry in recent) / (now - clock) for i in (1, 2)]
@@ -122,12 +119,10 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
             log.write(line)
             reporter.update(step, run.steps, f"loss {loss:.4f}  {per_second[0]:,.0f} tokens/s")
             recent, clock = [], now
-        if step % run.evaluate_every == 0 or step == run.steps:
+        if saved:
             paused = time.monotonic()
-            checkpoint(step, state, evaluate(step, state))
+            checkpoints.save(step, state, evaluate(step, state) if evaluated else None)
             clock += time.monotonic() - paused
-        elif step % run.checkpoint_every == 0:
-            checkpoint(step, state, None)
     reporter.stop()
 
     # ---- the best checkpoint's results, files for others
@@ -219,14 +214,11 @@ class TaskRun:
             examples = load(self.task, split)
             if split == "validation" and run.evaluation_examples is not None:
                 examples = examples[: run.evaluation_examples]
-            return examples, tokenize(
-                examples,
-                assembly.tokenizer,
-                rows,
-                run.max_input_tokens,
-                run.max_target_tokens,
-                cache=cache_folder() / "tokens",
-            )
+            limits, cache = (run.max_input_tokens, run.max_target_tokens), cache_folder() / "tokens"
+            try:
+                return examples, tokenize(examples, assembly.tokenizer, rows, *limits, cache=cache)
+            except UserError as error:
+                raise UserError(f"task {self.task.name}: {split}: {error}") from None
 
         self._available = splits(self.task)
         self.sets = {name: read(name) for name in ("train", "validation", "test") if name in self._available}
@@ -347,7 +339,9 @@ class Log:
                 if line["step"] <= first and first > 0:
                     kept.append(text)
                     self._before = line.get("seconds", self._before)
-            self._path.write_text("".join(f"{text}\n" for text in kept))
+            partial = self._path.with_suffix(".partial")
+            partial.write_text("".join(f"{text}\n" for text in kept))
+            partial.replace(self._path)
         self._file = self._path.open("a", buffering=1)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=first or None)
         self._start = time.monotonic()
@@ -374,10 +368,9 @@ class Log:
 
 def prepare_folder(run: Run, folder: Path) -> dict[str, Any] | None:
     """Create a run's folder; return the result if it is finished; refuse one with other settings."""
-    settings = folder / "config.yaml"
+    settings, partial = folder / "config.yaml", folder / "config.partial"
     if settings.exists():
-        old = yaml.safe_load(settings.read_text())
-        changed = differences(old, run.model_dump(mode="json"))
+        changed = differences(config.read(settings), run.model_dump(mode="json"))
         if changed:
             raise UserError(
                 f"{folder}: was made with other settings ({'; '.join(changed[:6])}); "
@@ -385,11 +378,12 @@ def prepare_folder(run: Run, folder: Path) -> dict[str, Any] | None:
             )
         finished = folder / "result.json"
         return json.loads(finished.read_text()) if finished.exists() else None
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: is not empty and no run; expected a new folder; use another --out")
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; expected a folder for the run; use another --out")
     try:
+        if folder.exists() and set(folder.iterdir()) - {partial}:
+            raise UserError(f"{folder}: is not empty and no run; expected a new folder; use another --out")
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "config.partial"
         partial.write_text(to_yaml(run))
         partial.replace(settings)
     except OSError as error:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jaxtyping
 import pytest
+
+if TYPE_CHECKING:
+    import small_runs
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,3 +35,39 @@ def shared_fixtures() -> Path:
     if not path.is_dir():
         pytest.skip(f"no {path.relative_to(ROOT.parent)} beside the checkout")
     return path
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory: pytest.TempPathFactory) -> small_runs.Files:
+    """Return a folder with a small backbone and a task that it can learn."""
+    import small_runs
+
+    return small_runs.write_files(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep what runs cache out of the home folder."""
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def _finished(settings: dict[str, Any], folder: Path) -> Path:
+    import softprompt_jax
+    from softprompt_jax.config import parse
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOFTPROMPT_CACHE", str(folder.parent / "cache"))
+        softprompt_jax.train(parse(softprompt_jax.Run, settings, "test"), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompt_run(small: small_runs.Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished prompt run; leave it as it is."""
+    return _finished(small.short, tmp_path_factory.mktemp("finished") / "prompt")
+
+
+@pytest.fixture(scope="session")
+def full_run(small: small_runs.Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished full-tuning run, which has learnt the task; leave it as it is."""
+    return _finished(small.full, tmp_path_factory.mktemp("finished") / "full")

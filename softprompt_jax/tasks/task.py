@@ -87,6 +87,11 @@ class Task(Settings):
         return self
 
     @property
+    def input_fields(self) -> list[str]:
+        """The fields of a row that the input template takes."""
+        return _template_fields(self.input)
+
+    @property
     def words(self) -> list[str] | None:
         """The legal targets in order, or None when any text is legal."""
         if self.label_words is not None:

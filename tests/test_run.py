@@ -1,0 +1,102 @@
+"""Every setting of a run: defaults, errors that name the key, a run's YAML is a run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from small_runs import write_config
+
+from softprompt_jax import Run, load_run
+from softprompt_jax.config import UserError, to_yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def refused(small, tmp_path, *overrides: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_run(write_config(tmp_path / "a.yaml", small.short), overrides)
+    text = str(error.value)
+    assert "\n" not in text
+    assert len(text) < 700
+    return text.replace(str(tmp_path / "a.yaml"), "A")
+
+
+def test_defaults_are_the_papers():
+    run = Run(task="sentiment_movie")
+    assert (run.steps, run.batch_size, run.methods[0].length) == (30_000, 32, 100)
+    assert (run.optimizer.kind, run.optimizer.learning_rate) == ("adafactor", 0.3)
+    assert (run.loss, run.z_loss, run.dropout, run.dtype) == ("sum", 1e-4, 0.1, "float32")
+
+
+def test_run_as_yaml_is_the_same_run(small, tmp_path):
+    run = load_run(write_config(tmp_path / "a.yaml", small.full), ["steps=7", "schedule.decay=cosine"])
+    (tmp_path / "b.yaml").write_text(to_yaml(run), encoding="utf-8")
+    assert load_run(tmp_path / "b.yaml") == run
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: path.stem)
+def test_every_config_that_ships_is_a_run(path):
+    run = load_run(path)
+    assert Run.model_validate(run.model_dump(mode="json")) == run
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("optimizer.learning_rate=0.1", ("adafactor", 0.1)),
+        ("optimizer.kind=adamw", ("adamw", 0.3)),
+        ("optimizer={kind: adamw, learning_rate: 2}", ("adamw", 2)),
+    ],
+)
+def test_part_of_the_default_optimizer_can_be_set(small, tmp_path, override, expected):
+    run = load_run(write_config(tmp_path / "a.yaml", small.short), [override])
+    assert (run.optimizer.kind, run.optimizer.learning_rate) == expected
+
+
+def test_prompt_start_has_a_short_form(small, tmp_path):
+    run = load_run(write_config(tmp_path / "a.yaml", small.short), ["methods.0.init=vocabulary"])
+    assert run.methods[0].init.kind == "vocabulary"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("stpes=3", "A: stpes: unknown setting; expected one of task, backbone, dtype, "),
+        ("stpes=3", "; did you mean steps"),
+        ("steps=many", "A: steps: found 'many'; input should be a valid integer"),
+        ("steps=0", "A: steps: found 0; input should be greater than 0"),
+        ("steps=1.5", "A: steps: found 1.5; input should be a valid integer"),
+        ("methods=[]", "A: methods: found []; list should have at least 1 item"),
+        (
+            "methods.0.lenght=3",
+            "A: methods.0.lenght: unknown setting; expected one of kind, length, init; did you mean",
+        ),
+        ("methods.0.kind=promt", "A: methods.0: found {'kind': 'promt', 'length': 3}; "),
+        ("methods.0.init=words", "A: methods.0.init: found {'kind': 'words'}"),
+        ("task=sentiment_moovie", "A: task: found 'sentiment_moovie'; expected one of "),
+        ("task=sentiment_moovie", "; did you mean sentiment_movie"),
+        ("task=null", "A: task: "),
+        ("task.label_word=[a]", "A: task.label_word: unknown setting; expected one of name, source, "),
+        ("task.source.trian=x", "A: task.source.trian: unknown setting; expected one of kind, train, "),
+        ("task.source.kind=file", "A: task.source: found {'kind': 'file', "),
+        ("task.input='{text'", "A: task.input: found '{text'; not a template"),
+        ("task.metrics=[acuracy]", "did you mean accuracy?"),
+        ("accumulate=3", "accumulate 3 does not divide batch_size 8"),
+        ("dtype=float16", "A: dtype: found 'float16'; input should be 'float32' or 'bfloat16'"),
+        ("dropout=1", "A: dropout: found 1; input should be less than 1"),
+        ("backbone=3", "A: backbone: found 3; input should be a valid string"),
+        ("optimizer.kind=sgd", "'adafactor', 'adamw'"),
+        ("seed=${x}", "settings do not interpolate"),
+    ],
+)
+def test_setting_that_does_not_fit_is_one_line(small, tmp_path, override, expected):
+    assert expected in refused(small, tmp_path, override)
+
+
+def test_task_is_the_one_setting_without_a_default(tmp_path):
+    (tmp_path / "a.yaml").write_text("steps: 3\n", encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape("a.yaml: task: missing; expected a value; add it to the settings")):
+        load_run(tmp_path / "a.yaml")
+    assert [name for name, field in Run.model_fields.items() if field.is_required()] == ["task"]
