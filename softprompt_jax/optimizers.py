@@ -74,12 +74,14 @@ class AdamW(Settings):
     beta2: float = Field(0.999, ge=0, lt=1)
     epsilon: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.0, ge=0)
+    parameter_scaling: bool = False
 
     def transform(self, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
         return [
             optax.scale_by_adam(self.beta1, self.beta2, self.epsilon),
             optax.add_decayed_weights(self.weight_decay),
             optax.scale_by_learning_rate(schedule, flip_sign=False),
+            *([optax.scale_by_param_block_rms()] if self.parameter_scaling else []),
         ]
 
 

@@ -6,7 +6,7 @@ F feed-forward width, V vocabulary rows, L layers. Token 0 is padding. Ids >= V 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -256,7 +256,7 @@ class T5(nnx.Module):
         self.decoder = Stack(keys[2], settings, cross=True)
         head = None if settings.tied else Linear(keys[3], shape[::-1], ("embed", "vocab"), shape[1] ** -0.5)
         self.head = nnx.data(None) if head is None else head
-        self.prompt = nnx.data(None)
+        self.prompt: Any = nnx.data(None)  # a module with `length` rows, once a method attaches one
         self.settings, self.dtype = settings, dtype
 
     def embed(self, tokens: Int[Array, "B T"], key: jax.Array | None = None) -> Float[Array, "B T D"]:

@@ -47,7 +47,7 @@ class Vocabulary(Settings):
     """Rows of the most common pieces: drawn from the first ids that are neither special nor sentinels."""
 
     kind: Literal["vocabulary"] = "vocabulary"
-    first: int = Field(5000, gt=0)
+    first: int = Field(default=5000, gt=0)
 
     def rows(self, length: int, model: T5, key: jax.Array, context: Context) -> Array:
         ids = [i for i in range(model.settings.vocabulary_rows) if i not in context.special_ids][: self.first]
@@ -116,7 +116,7 @@ class Prompt(Settings):
     """Prompt tuning: `length` rows before the encoder's input; nothing else trains."""
 
     kind: Literal["prompt"] = "prompt"
-    length: int = Field(100, ge=1)
+    length: int = Field(default=100, ge=1)
     init: Init | None = None  # None: labels where the task has label words, otherwise vocabulary
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:

@@ -19,10 +19,10 @@ TASKS: dict[str, tuple[Task, float]] = {}
 
 
 def task(weight: float) -> Callable[[Task], Task]:
-    """Register an instruction task; `weight` is its share of the objective `instructions`."""
+    """Register an instruction task: an objective of its own, and with `weight` a part of `instructions`."""
 
     def register(function: Task) -> Task:
-        TASKS[function.__name__] = function, weight
+        TASKS[function.__name__] = objective(function), weight
         return function
 
     return register
@@ -69,16 +69,16 @@ def decide(
 ) -> Example:
     """Ask a question with two answers; `labels` are (if true, if false).
 
-    Half of the questions name the options. Those that do not are answered in the first pair, so that the
-    words of the answer always follow from the question; now and then the question assigns two unrelated words.
+    A fifth of the questions name the options. Those that do not are answered in the first pair, so that the
+    words of the answer always follow from the question; very rarely the question assigns two unrelated words.
     `bare`: the options alone may stand for the question, as they say what is asked.
     """
     question = draw.choice(questions)
     form = draw.random()
-    if form < 0.5:
+    if form < 0.8:
         pair = labels[0]
         question = draw.choice((f"{question}:", f"{question}:", f"{question}?", question))
-    elif form < 0.93:
+    elif form < 0.98:
         pair = draw.choice(labels)
         first, second = draw.sample(pair, 2)
         question = draw.choice(_OPTIONS + _BARE if bare else _OPTIONS).format(q=question, first=first, second=second)
