@@ -14,6 +14,7 @@ import statistics
 from pathlib import Path
 
 from softprompt_jax import load_run, train
+from softprompt_jax.allocator import keep_freed_memory
 from softprompt_jax.progress import Reporter
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "embedded")
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     arguments = parser.parse_args()
+    keep_freed_memory()
     methods = {f"prompt, length {n}": ("quickstart.yaml", [f"methods.0.length={n}"]) for n in LENGTHS}
     methods["model tuning"] = ("model_tuning.yaml", [])
     rows = []

@@ -15,6 +15,7 @@ from typing import IO, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from softprompt_jax.allocator import keep_freed_memory
 from softprompt_jax.config import UserError
 
 
@@ -185,6 +186,7 @@ def tokenizer(
 
 def main() -> None:
     """Run the command line and exit."""
+    keep_freed_memory()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         code = app(prog_name="softprompt")

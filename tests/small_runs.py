@@ -84,14 +84,14 @@ def short_run(task: dict[str, Any] | str, backbone: Path | str) -> dict[str, Any
         "task": task,
         "backbone": str(backbone),
         "methods": [{"kind": "prompt", "length": 3}],
-        "steps": 12,
+        "steps": 40,
         "batch_size": 8,
         "max_input_tokens": 12,
         "max_target_tokens": 4,
         "shapes": 1,
         "log_every": 4,
-        "evaluate_every": 6,
-        "checkpoint_every": 3,
+        "evaluate_every": 10,
+        "checkpoint_every": 5,
     }
 
 

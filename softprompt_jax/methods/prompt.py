@@ -159,10 +159,10 @@ def embedding_scale(model: T5) -> float:
 
 def attach_rows(model: T5, rows: np.ndarray | Array) -> None:
     """Attach finished prompt rows [P, D], replacing those that are there."""
-    rows = np.asarray(rows)
+    rows = jnp.asarray(rows)
     if rows.ndim != 2 or rows.shape[1] != model.settings.d_model:
         raise UserError(
             f"prompt: found shape {list(rows.shape)}; expected [P, {model.settings.d_model}], "
             "the width of this backbone; use a prompt that was trained on it"
         )
-    model.prompt = SoftPrompt(jnp.asarray(rows, jnp.float32))
+    model.prompt = SoftPrompt(rows)
