@@ -59,12 +59,6 @@ def assemble(run: Run) -> Assembly:
 def new_backbone(scratch: Scratch, seed: int) -> Backbone:
     """Build a backbone with random weights."""
     model = T5(scratch.settings, jax.random.fold_in(jax.random.key(seed), 1))
-    for stack in (model.encoder, model.decoder):
-        layers = stack.layers
-        attentions = [layers.attention] + ([] if layers.cross is None else [layers.cross])
-        for linear in (*(attention.output for attention in attentions), layers.feed_forward.down):
-            linear.kernel[...] = scratch.residual_scale * linear.kernel[...]
-    model.embedding[...] = scratch.residual_scale * model.embedding[...]
     return Backbone(model, find_folder(scratch.tokenizer), "scratch")
 
 

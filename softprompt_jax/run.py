@@ -22,9 +22,6 @@ class Scratch(Settings):
 
     settings: T5Settings
     tokenizer: str = "embedded"  # folder or hub name
-    # Of the embedding and of what layers add to it. The model computes the same, but less lets Adam move the rows of
-    # rare words, which T5's own 1 hardly does in a short run.
-    residual_scale: float = Field(default=1.0, gt=0)
 
 
 def _task_kind(value: Any) -> str:
