@@ -6,6 +6,7 @@
 VENV ?= .venv
 EXTRAS ?= dev
 PYTEST_ARGS ?=
+BENCHMARK_ARGS ?=
 
 # The first interpreter that really starts, is 3.11 or newer and can make environments (a name on the PATH proves nothing).
 PROBE = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
@@ -19,7 +20,7 @@ STAMP = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-torch test-network lint format clean
+.PHONY: help install demo test test-slow test-torch test-network benchmark lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +56,10 @@ test-torch:  ## compare with PyTorch and PEFT, in an environment of its own (.ve
 
 test-network: install  ## run the tests that download
 	HF_HUB_OFFLINE=0 $(VENV)/bin/python -m pytest -m "network and not torch and not slow" $(PYTEST_ARGS)
+
+benchmark:  ## time a training step beside PEFT's (in .venv-torch), see benchmarks/README.md
+	$(MAKE) install VENV=.venv-torch EXTRAS=dev,torch
+	.venv-torch/bin/python benchmarks/training_step.py $(BENCHMARK_ARGS)
 
 lint: install  ## check format, style and types
 	$(VENV)/bin/ruff format --check .

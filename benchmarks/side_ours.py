@@ -1,0 +1,88 @@
+"""Our side: `make_step` of softprompt_jax, fed by its own batches."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from worker import serve
+from workload import BATCH_SIZE, LEARNING_RATE, PROMPT_LENGTH, WEIGHT_DECAY, Workload, systematic_sample
+
+from softprompt_jax import load_backbone, optimizers
+from softprompt_jax.assembly import prompt_ids, with_settings
+from softprompt_jax.methods import leaves, split
+from softprompt_jax.methods.prompt import attach_rows
+from softprompt_jax.run import Run
+from softprompt_jax.tasks.pipeline import TokenizedSet, TrainBatches, collate
+from softprompt_jax.train import make_step
+
+
+class Ours:
+    """`variant`: scan (the default settings) or unroll."""
+
+    def __init__(self, folder: str, dtype: str, variant: str, threads: int):
+        model = with_settings(load_backbone(folder, dtype).model, unroll=variant == "unroll")
+        self.workload = Workload.read(folder)
+        attach_rows(model, self.workload.prompt(model.settings.d_model))
+        self.prompt_ids = prompt_ids(model)
+        run = Run(
+            task="sentiment_movie", dtype=dtype, dropout=0.0, z_loss=0.0, loss="mean", batch_size=BATCH_SIZE,
+            optimizer=optimizers.AdamW(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY),
+        )  # fmt: skip
+        parts = split(model)
+        optimizer = optimizers.build(run.optimizer, run.schedule.build(LEARNING_RATE, 1), leaves(model))
+        self.function, self.frozen = make_step(run, parts, optimizer), parts.frozen
+        trainable = jax.tree.map(jnp.copy, parts.trainable)
+        self.state = {
+            "trainable": trainable,
+            "optimizer": optimizer.init(trainable),
+            "step": jnp.zeros((), jnp.int32),
+        }
+        self.key = jax.random.key(0)
+
+    def step(self, batch: dict[str, np.ndarray]) -> float:
+        """Take one optimizer step and return the loss before it."""
+        self.state, measured = self.function(self.state, self.frozen, batch, self.key)
+        return float(measured["loss"])
+
+    def warm_up(self, batches: list[dict[str, np.ndarray]]) -> None:
+        """Compile every shape, and leave the state as it was."""
+        kept = jax.tree.map(np.asarray, self.state)
+        for batch in {
+            batch["encoder_tokens"].shape + batch["decoder_inputs"].shape: batch for batch in batches
+        }.values():
+            self.step(batch)
+        self.state = jax.tree.map(jnp.array, kept)
+
+    def batches(self, case: str, count: int) -> tuple[list[dict[str, np.ndarray]], float]:
+        """Return `count` batches and the share of padding in a whole epoch."""
+        if case == "fixed":
+            tokenized = _tokenized([pair for batch in self.workload.fixed(count) for pair in batch], self.workload)
+            return [self._padded(tokenized, np.arange(BATCH_SIZE) + i * BATCH_SIZE) for i in range(count)], 0.0
+        tokenized = _tokenized(self.workload.uneven, self.workload)
+        if case == "check":
+            return [self._padded(tokenized, np.arange(BATCH_SIZE))], 0.0
+        shapes = int(case.partition("-")[2] or 4)  # bucketed: 4, the default of a run; bucketed-12: 12
+        plan = TrainBatches(tokenized, BATCH_SIZE, 0, self.prompt_ids, max_shapes=shapes)
+        epoch = [plan.batch(step) for step in range(plan.batches_per_epoch)]
+        if case == "padded":
+            epoch = [self._padded(tokenized, plan.example_ids(step)) for step in range(len(epoch))]
+        real = sum(np.count_nonzero(b["encoder_tokens"]) + np.count_nonzero(b["decoder_targets"]) for b in epoch)
+        sizes = np.array([b["encoder_tokens"].size + b["decoder_targets"].size for b in epoch])
+        return [epoch[i] for i in systematic_sample(sizes, count)], float(1 - real / sizes.sum())
+
+    def _padded(self, tokenized: TokenizedSet, ids: np.ndarray) -> dict[str, np.ndarray]:
+        prompts = np.broadcast_to(self.prompt_ids, (len(tokenized), PROMPT_LENGTH))
+        return collate(tokenized, ids, (self.workload.input_tokens, self.workload.target_tokens), prompts)
+
+
+def _tokenized(pairs: list[tuple[np.ndarray, np.ndarray]], workload: Workload) -> TokenizedSet:
+    inputs, targets = zip(*pairs, strict=True)
+    sides = []
+    for rows in (inputs, targets):
+        sides += [np.concatenate(rows), np.concatenate([[0], np.cumsum([len(row) for row in rows])])]
+    return TokenizedSet(*sides, workload.vocabulary_rows)
+
+
+if __name__ == "__main__":
+    serve(Ours)

@@ -1,0 +1,93 @@
+"""PEFT's side: PROMPT_TUNING around transformers' T5, fed by transformers' own sampler and padding."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import numpy as np
+import torch
+from peft import PromptTuningConfig, get_peft_model
+from transformers import T5ForConditionalGeneration
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from worker import serve
+from workload import BATCH_SIZE, LEARNING_RATE, PROMPT_LENGTH, WEIGHT_DECAY, Workload, systematic_sample
+
+
+class Peft:
+    """`variant`: eager or sdpa (transformers' attention), or compile (torch.compile, over sdpa)."""
+
+    def __init__(self, folder: str, dtype: str, variant: str, threads: int):
+        torch.set_num_threads(threads)
+        backbone = T5ForConditionalGeneration.from_pretrained(
+            folder, dtype=getattr(torch, dtype), attn_implementation="eager" if variant == "eager" else "sdpa"
+        )
+        self.workload = Workload.read(folder)
+        backbone.config.use_cache = False  # only generation needs it
+        config = PromptTuningConfig(
+            task_type="SEQ_2_SEQ_LM", num_virtual_tokens=PROMPT_LENGTH, num_transformer_submodules=1
+        )
+        self.model = get_peft_model(backbone, config)
+        embedding = self.model.prompt_encoder["default"].embedding.weight
+        embedding.data.copy_(torch.from_numpy(self.workload.prompt(backbone.config.d_model)))
+        self.model.eval()  # no dropout; gradients are unaffected
+        for name, weight in self.model.named_parameters():
+            assert weight.requires_grad == ("prompt_encoder" in name), name
+        self.optimizer = torch.optim.AdamW([embedding], lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        self.forward = torch.compile(self.model, dynamic=True) if variant == "compile" else self.model
+
+    def step(self, batch: dict[str, torch.Tensor]) -> float:
+        """Take one optimizer step and return the loss before it."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.forward(**batch).loss
+        loss.backward()
+        self.optimizer.step()
+        return float(loss)
+
+    def warm_up(self, batches: list[dict[str, torch.Tensor]]) -> None:
+        """Let caches fill (and torch.compile compile), and leave the state as it was."""
+        kept = copy.deepcopy((self.model.prompt_encoder.state_dict(), self.optimizer.state_dict()))
+        for batch in batches[:1]:
+            self.step(batch)
+        self.model.prompt_encoder.load_state_dict(kept[0])
+        self.optimizer.load_state_dict(kept[1])
+
+    def batches(self, case: str, count: int) -> tuple[list[dict[str, torch.Tensor]], float]:
+        """Return `count` batches and the share of padding in a whole epoch."""
+        if case == "fixed":
+            return [_pad(pairs) for pairs in self.workload.fixed(count)], 0.0
+        pairs = self.workload.uneven
+        if case == "check":
+            return [_pad(pairs[:BATCH_SIZE])], 0.0
+        lengths = [len(text) for text, _ in pairs]
+        generator = torch.Generator().manual_seed(0)
+        if case == "grouped":
+            order = list(LengthGroupedSampler(BATCH_SIZE, lengths=lengths, generator=generator))
+        else:
+            assert case == "dynamic"
+            order = torch.randperm(len(pairs), generator=generator).tolist()
+        epoch = [[pairs[i] for i in order[at : at + BATCH_SIZE]] for at in range(0, len(order), BATCH_SIZE)]
+        real = sum(PROMPT_LENGTH + len(text) + len(target) for batch in epoch for text, target in batch)
+        sizes = np.array(
+            [len(b) * (PROMPT_LENGTH + max(len(x) for x, _ in b) + max(len(y) for _, y in b)) for b in epoch]
+        )
+        return [_pad(epoch[i]) for i in systematic_sample(sizes, count)], float(1 - real / sizes.sum())
+
+
+def _pad(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
+    """Pad to the longest of the batch, as `DataCollatorForSeq2Seq` does by default."""
+
+    def stack(rows, filler: int) -> torch.Tensor:
+        out = np.full((len(rows), max(map(len, rows))), filler, np.int64)
+        for row, ids in enumerate(rows):
+            out[row, : len(ids)] = ids
+        return torch.from_numpy(out)
+
+    inputs, targets = zip(*pairs, strict=True)
+    ids = stack(inputs, 0)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": stack(targets, -100)}
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore")
+    serve(Peft)
