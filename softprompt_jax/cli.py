@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import io
 import json
 import os
 import sys
@@ -138,7 +139,7 @@ def predict(
         raise UserError(f"{output}: is the input too; expected another file for the output")
     with _output(output) as sink:
         predictor = load_predictor(source, backbone)
-        if output != "-" and sink.seekable():
+        if Path(output).is_file():
             sink.truncate(0)  # only now: a command that fails earlier leaves an old file as it was
         for line in predictor.lines(_json_lines(input)):
             sink.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -202,7 +203,7 @@ def main() -> None:
             f"{error.filename or 'output'}: cannot be written ({error.strerror}); expected a writable place with space"
         )
     if code == INTERRUPTED:
-        print("softprompt: interrupted; the same command starts again where it can", file=sys.stderr)
+        print("softprompt: interrupted; a run goes on with the same command", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -247,7 +248,9 @@ def _json_lines(path: str) -> Iterator[tuple[str, Any]]:
 def _output(path: str) -> Iterator[IO[str]]:
     with contextlib.ExitStack() as stack:
         try:
-            sink = sys.stdout if path == "-" else stack.enter_context(Path(path).open("a", encoding="utf-8"))
+            sink = sys.stdout if path == "-" else stack.enter_context(Path(path).open("a"))
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror}); expected a writable file") from None
+        if isinstance(sink, io.TextIOWrapper):  # half of a surrogate pair, which UTF-8 has not, becomes JSON's \\ud83d
+            sink.reconfigure(encoding="utf-8", errors="backslashreplace")
         yield sink

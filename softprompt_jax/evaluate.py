@@ -14,6 +14,7 @@ from softprompt_jax.backbone import decode
 from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import Split
 from softprompt_jax.tasks import metrics
+from softprompt_jax.tasks.buckets import Shape
 from softprompt_jax.tasks.pipeline import TokenizedSet, evaluation_batches
 from softprompt_jax.tasks.task import Example, Task
 from softprompt_jax.tasks.tokenizer import Tokenizer
@@ -32,11 +33,18 @@ class Decoder:
         self._decoded = decoded
 
     def predict(
-        self, trainable: Any, frozen: Any, tokenized: TokenizedSet, batch_size: int, max_tokens: int, prompt_ids=None
+        self,
+        trainable: Any,
+        frozen: Any,
+        tokenized: TokenizedSet,
+        batch_size: int,
+        max_tokens: int,
+        prompt_ids: np.ndarray | None = None,
+        shapes: list[Shape] | None = None,
     ) -> list[str]:
-        """Return the predicted text of every example, in order."""
+        """Return the predicted text of every example, in order; batches have `shapes`, or some that suit the set."""
         predictions = [""] * len(tokenized)
-        for batch, ids in evaluation_batches(tokenized, min(batch_size, len(tokenized)), prompt_ids):
+        for batch, ids in evaluation_batches(tokenized, min(batch_size, len(tokenized)), prompt_ids, shapes=shapes):
             rows = np.asarray(self._decoded(trainable, frozen, batch["encoder_tokens"], max_tokens))
             for row, index in zip(rows, ids, strict=True):
                 if index >= 0:

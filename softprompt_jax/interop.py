@@ -50,7 +50,9 @@ def read_prompt(source: str | Path) -> tuple[Float[np.ndarray, "P D"], dict[str,
     if path.is_dir():
         path = path / PROMPT_FILE
         if not path.exists():
-            hint = "its run has not finished" if (Path(source) / "config.yaml").exists() else "it is not a run folder"
+            made = {file.name for file in Path(source).iterdir()}
+            hint = "it trained no prompt" if "result.json" in made else "its run has not finished"
+            hint = hint if "config.yaml" in made else "it is not a run folder"
             raise UserError(f"{source}: no {PROMPT_FILE} ({hint}); expected the folder of a finished prompt run")
     if not path.exists():
         raise UserError(f"{source}: no such file; expected prompt rows as .npy, .safetensors or a run folder")

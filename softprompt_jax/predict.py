@@ -81,6 +81,9 @@ class Predictor:
     def __post_init__(self):
         self._parts = split(self.model)
         self._decoder = Decoder(self._parts, self.tokenizer)
+        # The same few for every chunk of a stream, since each is compiled once: 16, 32, 64, ... tokens of text.
+        lengths = {min(16 << doubling, self.max_input_tokens) for doubling in range(self.max_input_tokens.bit_length())}
+        self._shapes = [(length, 2) for length in sorted(lengths)]
 
     def texts(self, texts: Sequence[str]) -> list[str]:
         """Return the prediction for each text, in order."""
@@ -98,7 +101,7 @@ class Predictor:
         )
         self.truncated += tokenized.truncated_inputs
         trainable, frozen, ids = self._parts.trainable, self._parts.frozen, prompt_ids(self.model)
-        return self._decoder.predict(trainable, frozen, tokenized, self.batch_size, self.max_tokens, ids)
+        return self._decoder.predict(trainable, frozen, tokenized, self.batch_size, self.max_tokens, ids, self._shapes)
 
     def evaluate(self, task: Task, split_name: str) -> dict[str, float]:
         """Return the metrics of a task's split."""

@@ -342,7 +342,6 @@ class Log:
             partial = self._path.with_suffix(".partial")
             partial.write_text("".join(f"{text}\n" for text in kept))
             partial.replace(self._path)
-        self._file = self._path.open("a", buffering=1)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=first or None)
         self._start = time.monotonic()
 
@@ -352,17 +351,18 @@ class Log:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line, and its numbers as curves."""
-        self._file.write(json.dumps(line) + "\n")
+        with self._path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
         for name, value in line.items():
             if isinstance(value, dict):
                 for inner, number in value.items():
                     self._events.add_scalar(f"{name}/{inner}", number, line["step"])
             elif name != "step":
                 self._events.add_scalar(name, value, line["step"])
+        self._events.flush()  # what a kill loses of a curve would not be drawn again
 
     def close(self) -> None:
-        """Flush everything."""
-        self._file.close()
+        """End the curves."""
         self._events.close()
 
 

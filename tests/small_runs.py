@@ -138,8 +138,45 @@ def write_files(folder: Path) -> Files:
     return Files(folder, write_backbone(folder / "backbone"), write_task(folder))
 
 
-def train_in(folder: str, config: str) -> None:
-    """Train a config: the target of processes that are killed."""
-    from softprompt_jax import load_run, train
+def train_in(folder: str, config: str, point: str = "", count: int = 0) -> None:
+    """Train a config; die by SIGKILL when `point` is reached for the `count`th time.
 
+    Points: "save", a checkpoint is being written; "validate", before a validation; "replace", before a file gets its
+    name; "replaced", after it.
+    """
+    import os
+    import signal
+
+    from softprompt_jax import load_run, train
+    from softprompt_jax.checkpoint import Checkpoints
+    from softprompt_jax.train import TaskRun
+
+    left = count
+
+    def reached() -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def dying(function: Any, first: bool) -> Any:
+        def call(*args: Any) -> Any:
+            if first:
+                reached()
+            result = function(*args)
+            if not first:
+                reached()
+            return result
+
+        return call
+
+    owner, name, first = {
+        "": (None, "", False),
+        "save": (Checkpoints, "save", False),  # it returns while the files are being written
+        "validate": (TaskRun, "validate", True),
+        "replace": (Path, "replace", True),
+        "replaced": (Path, "replace", False),
+    }[point]
+    if owner is not None:
+        setattr(owner, name, dying(getattr(owner, name), first))
     train(load_run(config), folder)

@@ -272,11 +272,13 @@ def evaluation_batches(
     max_shapes: int = 4,
     process_index: int = 0,
     process_count: int = 1,
+    shapes: list[Shape] | None = None,
 ) -> Iterator[tuple[Batch, Int[np.ndarray, " B"]]]:
     """Yield (batch, example ids) over every example once, longest first, so that memory runs out early or never.
 
     The last batch is filled with rows of id -1 that repeat an input and have no targets: they weigh
     nothing in a loss, and whoever decodes them drops them. Several processes get their rows of each batch.
+    `shapes` (smallest first) are chosen for this set unless given.
     """
     rows = _local_rows(batch_size, process_index, process_count)
     prompts = _prompts(tokenized, prompt_ids)
@@ -284,7 +286,7 @@ def evaluation_batches(
     ids = np.full((-(-len(order) // batch_size), batch_size), -1, np.int64)
     ids.reshape(-1)[: len(order)] = order
     needed = _needed(tokenized, np.where(ids < 0, ids[:, :1], ids))
-    shapes = choose_shapes(needed, _largest(tokenized), max_shapes)
+    shapes = shapes or choose_shapes(needed, _largest(tokenized), max_shapes)
     for batch_ids, pair in zip(ids, needed, strict=True):
         local = batch_ids[rows]
         batch = collate(tokenized, np.where(local < 0, batch_ids[0], local), fitting_shape(shapes, pair), prompts)

@@ -89,7 +89,7 @@ class _SentencePiece(Tokenizer):
         super().__init__(str(path), pieces, model.pad_id(), model.eos_id(), model.unk_id(), digest)
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        return [self._encode(text) for text in texts]
+        return [self._encode(_valid(text)) for text in texts]
 
     def _encode(self, text: str) -> list[int]:
         if "<extra_id_" not in text:
@@ -119,13 +119,18 @@ class _Transformers(Tokenizer):
         super().__init__(source, pieces, *ids, hashlib.sha256(state.encode()).hexdigest())
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-        texts = list(texts)
+        texts = [_valid(text) for text in texts]
         if not texts:
             return []
         return self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _text(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def _valid(text: str) -> str:
+    """Put "?" for half of a surrogate pair, which JSON may hold and no tokenizer takes."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:

@@ -1,0 +1,410 @@
+"""The command line: what it prints, where it writes, and one line with exit code 2 for whatever is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_runs
+from small_runs import rows, write_backbone, write_config, write_rows
+
+from softprompt_jax import load_predictor, load_prompt
+from softprompt_jax.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("own_cache")
+ROWS_IN = [row | {"id": number} for number, row in enumerate(rows()[:5])]
+
+
+@pytest.fixture
+def softprompt(monkeypatch, capsys):
+    """Run a command in this process; return its exit code, standard output and standard error."""
+
+    def run(*arguments, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["softprompt", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(softprompt):
+    """Run a command that is refused and return its one line."""
+
+    def run(*arguments, stdin: bytes = b"") -> str:
+        code, out, err = softprompt(*arguments, stdin=stdin)
+        assert code == 2, err
+        assert err.startswith("softprompt: ")
+        assert err.count("\n") == 1, err
+        assert "Traceback" not in out + err
+        return err
+
+    return run
+
+
+@pytest.fixture
+def config(small, tmp_path):
+    """Write the settings of a short run with changes and return the path."""
+
+    def write(**changes) -> Path:
+        return write_config(tmp_path / "a.yaml", small.short | changes)
+
+    return write
+
+
+# ----------------------------------------------------------------------------------------------- help
+
+
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "export", "tasks", "tokenizer"])
+def test_every_command_has_help(softprompt, command):
+    code, out, err = softprompt(command, "--help")
+    assert (code, err) == (0, "")
+    assert f"Usage: softprompt {command}" in out
+
+
+def test_help_lists_the_commands_and_where_to_start(softprompt):
+    code, out, _ = softprompt("--help")
+    assert code == 0
+    for word in ("train", "eval", "predict", "export", "tasks", "tokenizer", "configs/quickstart.yaml"):
+        assert word in out
+    assert softprompt()[0] == 2
+
+
+def test_module_is_the_command_and_its_help_waits_for_no_jax():
+    code = "import runpy, sys\ntry: runpy.run_module('softprompt_jax', run_name='__main__')\n"
+    code += "except SystemExit as stopped: print(stopped.code, {'jax', 'numpy', 'grain'} & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "Usage: softprompt" in ran.stdout
+    assert ran.stdout.splitlines()[-1] == "0 set()"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["tarin"], "No such command 'tarin'. Did you mean 'train'; see softprompt --help"),
+        (["train"], "Missing argument 'CONFIG'; see softprompt train --help"),
+        (["train", "a.yaml", "--otu", "x"], "No such option: --otu"),
+        (["train", "a.yaml", "--out"], "--out"),
+        (["export", "x", "--to", "y", "--format", "z"], "'z' is not one of 'hf', 'npy', 'safetensors'"),
+        (["tokenizer", "a.yaml", "--to", "x", "--size", "many"], "--size"),
+    ],
+)
+def test_wrong_usage_is_one_line(refused, arguments, expected):
+    assert expected in refused(*arguments)
+
+
+# --------------------------------------------------------------------------------------- what it does
+
+
+def test_finished_run_prints_its_result_and_exits_0(softprompt, small, prompt_run, tmp_path):
+    path = write_config(tmp_path / "a.yaml", small.short)
+    code, out, err = softprompt("train", path, "--out", prompt_run)
+    assert code == 0
+    assert json.loads(out) == json.loads((prompt_run / "result.json").read_text())
+    assert "finished already; delete the folder to run it again" in err
+    assert "test accuracy: " in err
+    assert " for the majority class" in err
+    code, out, err = softprompt("train", path, "steps=40", "--out", prompt_run, "--quiet")
+    assert (code, err) == (0, "")
+    assert json.loads(out)["steps"] == 40
+
+
+def test_eval_prints_the_metrics_of_a_split(softprompt, full_run):
+    code, out, _ = softprompt("eval", full_run, "--split", "test")
+    result = json.loads((full_run / "result.json").read_text())
+    assert code == 0
+    assert json.loads(out) == {"task": "moods", "split": "test"} | result["test"]
+
+
+def test_predict_answers_files_in_order_with_their_fields(softprompt, full_run, tmp_path):
+    written = write_rows(tmp_path / "in.jsonl", [*ROWS_IN, {"inputs": "the café 😀", "id": 5}])
+    code, out, err = softprompt("predict", full_run, "--input", written, "--output", tmp_path / "out.jsonl")
+    assert (code, out, err) == (0, "", "")
+    content = (tmp_path / "out.jsonl").read_text(encoding="utf-8")
+    found = [json.loads(line) for line in content.splitlines()]
+    answers = load_predictor(full_run).texts([row["text"] for row in ROWS_IN])
+    assert found[:5] == [row | {"prediction": answer} for row, answer in zip(ROWS_IN, answers, strict=True)]
+    assert found[5]["inputs"] == "the café 😀"
+    assert "the café 😀" in content  # not escaped
+
+
+def test_predict_answers_standard_input_on_standard_output(softprompt, full_run):
+    stdin = "\ufeff" + "\n\n".join(json.dumps(row) for row in ROWS_IN)
+    code, out, _ = softprompt("predict", full_run, stdin=stdin.encode())
+    assert code == 0
+    assert [json.loads(line)["id"] for line in out.splitlines()] == [0, 1, 2, 3, 4]
+    assert softprompt("predict", full_run, stdin=b"") == (0, "", "")
+
+
+def test_predict_reports_what_it_cut(softprompt, full_run):
+    code, _, err = softprompt("predict", full_run, stdin=json.dumps({"inputs": "dull " * 99}).encode())
+    assert code == 0
+    assert err == "1 inputs truncated to 12 tokens\n"
+
+
+def test_export_writes_what_it_says(softprompt, prompt_run, tmp_path):
+    code, out, err = softprompt("export", prompt_run, "--format", "npy", "--to", tmp_path / "p.npy")
+    assert (code, out, err) == (0, "", f"wrote {tmp_path / 'p.npy'}\n")
+    np.testing.assert_array_equal(np.load(tmp_path / "p.npy"), load_prompt(prompt_run))
+
+
+def test_tasks_lists_names_and_words(softprompt):
+    code, out, _ = softprompt("tasks")
+    assert code == 0
+    assert "sentiment_movie" in out
+    assert "ham, spam" in out
+
+
+# --------------------------------------------------------------------------------- bad input: settings
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("foo", "'foo': not an override; expected key=value"),
+        ("stpes=3", "stpes: unknown setting; expected one of"),
+        ("steps=many", "steps: found 'many'; input should be a valid integer"),
+        ("task=sentiment_moovie", "task: found 'sentiment_moovie'; expected one of"),
+        ("backbone=${HOME}", "backbone=${HOME}: found '${HOME}'; settings do not interpolate; write the value itself"),
+    ],
+)
+def test_setting_that_does_not_fit(refused, config, tmp_path, override, expected):
+    assert expected in refused("train", config(), override, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_config_that_is_not_there(refused, tmp_path):
+    assert "none.yaml: no such file; expected a YAML settings file" in refused("train", tmp_path / "none.yaml")
+
+
+def test_task_that_has_no_such_name(refused, prompt_run):
+    assert "task 'spam_smss': unknown; expected one of" in refused("eval", prompt_run, "--task", "spam_smss")
+
+
+# ------------------------------------------------------------------------- bad input: models and tokenizers
+
+
+@pytest.fixture
+def model(small, tmp_path):
+    """Return a copy of the backbone's folder to break."""
+    return Path(shutil.copytree(small.backbone, tmp_path / "model"))
+
+
+def damaged(name: str):
+    return lambda model: (model / name).write_bytes((model / name).read_bytes()[:-40])
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda model: (model / "model.safetensors").unlink(), "expected model.safetensors (or its sharded form)"),
+        (damaged("model.safetensors"), "not a complete safetensors file"),
+        (lambda model: (model / "config.json").unlink(), "no config.json; expected a T5 in Hugging Face layout"),
+        (damaged("config.json"), "cannot be read as JSON"),
+        (lambda model: (model / "spiece.model").unlink(), "no tokenizer in the folder"),
+        (lambda model: (model / "spiece.model").write_text("nonsense"), "not a SentencePiece model"),
+        (lambda model: shutil.rmtree(model), "no such folder; expected a Hugging Face folder or a hub name"),
+    ],
+    ids=["no weights", "cut weights", "no config", "cut config", "no tokenizer", "broken tokenizer", "nothing"],
+)
+def test_model_folder_that_is_not_complete(refused, config, model, tmp_path, damage, expected):
+    damage(model)
+    assert expected in refused("train", config(backbone=str(model)), "--out", tmp_path / "run")
+
+
+def test_tokenizer_that_does_not_fit_the_model(refused, config, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(small_runs, "ROWS", 10)
+    write_backbone(model)  # 10 rows; the tokenizer has some 40 pieces
+    error = refused("train", config(backbone=str(model)), "--out", tmp_path / "run")
+    assert "the tokenizer does not fit the model: it gives the id " in error
+    assert "expected ids under 10, the rows of the embedding; use the backbone's own tokenizer" in error
+
+
+def test_tokenizer_whose_padding_is_not_0(refused, config, model, tmp_path):
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a b c"] * 9),
+        model_prefix=str(model / "spiece"),
+        model_type="word",
+        vocab_size=9,
+        hard_vocab_limit=False,
+        pad_id=3,
+        minloglevel=2,
+    )
+    error = refused("train", config(backbone=str(model)), "--out", tmp_path / "run")
+    assert "padding has id 3; expected 0 as in every T5" in error
+
+
+# --------------------------------------------------------------------------------------- bad input: data
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ('{"text": "a", ', "train.jsonl:3: not JSON"),
+        ("[1]", "train.jsonl:3: found list; expected a JSON object"),
+        ('{"text": "a"}', "train.jsonl:3: no field 'label'; found text"),
+        ('{"txt": "a", "label": "yes"}', "train.jsonl:3: no field 'text'; found txt, label; did you mean txt?"),
+        ('{"text": "a", "label": "maybe"}', "train.jsonl:3: found the label 'maybe'; expected one of yes, no"),
+        ('{"text": "a", "label": null}', "train.jsonl:3: unlabelled (label = None)"),
+    ],
+)
+def test_row_that_does_not_fit_names_its_line(refused, config, small, tmp_path, line, expected):
+    path = write_rows(tmp_path / "train.jsonl", rows()[:2])
+    path.write_text(path.read_text() + line + "\n")
+    source = small.task["source"] | {"train": str(path)}
+    error = refused("train", config(task=small.task | {"source": source}), "--out", tmp_path / "run")
+    assert expected in error
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"validation": "empty.jsonl"}, "split 'validation' is empty; expected at least one example"),
+        ({"train": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"validation": None}, "task moods: no validation split; found train, test; expected train and validation"),
+        ({"train": "rows.xlsx"}, "found the suffix '.xlsx'; expected .jsonl, .csv, .tsv or .parquet"),
+    ],
+)
+def test_split_that_does_not_fit(refused, config, small, tmp_path, monkeypatch, changes, expected):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "rows.xlsx").write_text("")
+    task = small.task | {"source": small.task["source"] | changes}
+    assert expected in refused("train", config(task=task), "--out", tmp_path / "run")
+
+
+def test_target_that_is_too_long_names_its_split(refused, config, tmp_path):
+    error = refused("train", config(max_target_tokens=1), "--out", tmp_path / "run")
+    assert "task moods: train: example 0: the target 'yes' has 2 tokens with EOS; expected at most 1" in error
+
+
+# ------------------------------------------------------------------------------------ bad input: output
+
+
+def test_out_that_is_no_place_for_a_run(refused, config, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "is a file; expected a folder for the run" in refused("train", config(), "--out", tmp_path / "file")
+    assert "cannot be written (Not a directory)" in refused("train", config(), "--out", tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_out_of_another_run(refused, config, prompt_run):
+    error = refused("train", config(), "steps=41", "seed=1", "--out", prompt_run)
+    assert "was made with other settings (steps: 40 -> 41; seed: 0 -> 1); expected the same; use another --out" in error
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_full_disk(refused, full_run, tmp_path):
+    written = write_rows(tmp_path / "in.jsonl", ROWS_IN)
+    error = refused("predict", full_run, "--input", written, "--output", "/dev/full")
+    assert "cannot be written (No space left on device)" in error
+
+
+def test_predictions_that_cannot_be_written(refused, full_run, tmp_path):
+    written = write_rows(tmp_path / "in.jsonl", ROWS_IN)
+    for place in (tmp_path, tmp_path / "none" / "out.jsonl"):
+        assert "cannot be written" in refused("predict", full_run, "--input", written, "--output", place)
+    assert "is the input too" in refused("predict", full_run, "--input", written, "--output", written)
+    assert written.read_text().count("\n") == 5
+
+
+def test_predict_that_fails_early_leaves_an_old_output(refused, prompt_run, tmp_path):
+    written, old = write_rows(tmp_path / "in.jsonl", ROWS_IN), tmp_path / "old.jsonl"
+    old.write_text("mine")
+    (tmp_path / "run").mkdir()
+    refused("predict", tmp_path / "run", "--input", written, "--output", old)
+    refused("predict", prompt_run, "--input", tmp_path / "none", "--output", old)
+    assert old.read_text() == "mine"
+
+
+# ---------------------------------------------------------------------------------- bad input: predictions
+
+
+@pytest.mark.parametrize(
+    ("stdin", "expected"),
+    [
+        (b'{"text": "a"}\n{"text": ', "standard input:2: not JSON"),
+        (b"\n[1]\n", "standard input:2: found list; expected a JSON object with the task's fields"),
+        (b'{"txt": "a"}\n', "standard input:1: no field 'text'; found txt; did you mean txt?"),
+        (b'{"text": "caf\xe9"}\n', "standard input:1: not UTF-8; expected one JSON object a line in UTF-8"),
+    ],
+)
+def test_line_that_does_not_fit_names_its_place(refused, full_run, stdin, expected):
+    assert expected in refused("predict", full_run, stdin=stdin)
+
+
+def test_source_that_is_no_run_or_prompt(refused, prompt_run, full_run, tmp_path):
+    other = write_backbone(tmp_path / "other", seed=1)
+    wider = write_backbone(tmp_path / "wider", width=24)
+    (tmp_path / "broken.safetensors").write_bytes((prompt_run / "prompt.safetensors").read_bytes()[:-8])
+    prompt = prompt_run / "prompt.safetensors"
+    np.save(tmp_path / "p.npy", load_prompt(prompt))
+    for arguments, expected in [
+        ([tmp_path / "none"], "no such file; expected prompt rows as .npy, .safetensors or a run folder"),
+        ([tmp_path / "other"], "no run; expected the folder of a finished run"),
+        ([tmp_path / "broken.safetensors"], "not a complete safetensors file"),
+        ([full_run / "trained.safetensors"], "expected a tensor named 'prompt'"),
+        ([tmp_path / "p.npy"], "says no backbone; expected one; add --backbone"),
+        ([tmp_path / "p.npy", "--backbone", wider], "prompt: found shape [3, 16]; expected [P, 24]"),
+        ([prompt, "--backbone", other], "; expected the same backbone; give the one it was trained on"),
+        ([prompt, "--split", "dev"], "no split 'dev'; found train, validation, test"),
+    ]:
+        assert expected in refused("eval", *arguments)
+
+
+def test_unfinished_run(refused, config, tmp_path, prompt_run):
+    (tmp_path / "run").mkdir()
+    shutil.copy(prompt_run / "config.yaml", tmp_path / "run")
+    error = refused("predict", tmp_path / "run")
+    assert "an unfinished run; expected the folder of a finished run; finish it with the same command" in error
+
+
+def test_broken_checkpoint(softprompt, small, prompt_run, tmp_path):
+    run = Path(shutil.copytree(prompt_run, tmp_path / "run"))
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "40" / "default" / "d")
+    shutil.rmtree(run / "checkpoints" / "40" / "default" / "ocdbt.process_0")
+    code, _, err = softprompt("train", write_config(tmp_path / "a.yaml", small.short), "--out", run)
+    assert code == 2
+    (line,) = (line for line in err.splitlines() if line.startswith("softprompt: "))
+    assert "checkpoints/40: cannot be read" in line
+    assert "delete this folder to go on from the one before" in line
+    assert err.splitlines()[-1] == line
+    assert "Traceback" not in err
+
+
+# ------------------------------------------------------------------------------------- a real process
+
+
+def test_one_line_in_a_real_process(small, tmp_path):
+    path = write_config(tmp_path / "a.yaml", small.short | {"backbone": str(tmp_path)})
+    command = [sys.executable, "-m", "softprompt_jax", "train", str(path), "--out", str(tmp_path / "run")]
+    ran = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "40"}
+    )
+    assert (ran.returncode, ran.stdout) == (2, "")
+    assert ran.stderr == f"softprompt: {tmp_path}: no config.json; expected a T5 in Hugging Face layout\n"
+
+
+def test_pipe_that_closes_early_is_quiet(full_run, tmp_path):
+    written = write_rows(tmp_path / "in.jsonl", ROWS_IN * 500)
+    command = [sys.executable, "-m", "softprompt_jax", "predict", str(full_run), "--input", str(written)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert running.stdout.readline().startswith(b'{"text"')
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 1

@@ -1,0 +1,68 @@
+"""Evaluation is exact: every example counts once, whatever the batch size, and a saved run scores as it did."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from softprompt_jax import load_predictor
+from softprompt_jax.evaluate import mean_loss, mean_score
+from softprompt_jax.losses import cross_entropy
+from softprompt_jax.methods import split
+from softprompt_jax.tasks import load
+from softprompt_jax.tasks.pipeline import evaluation_batches, tokenize
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+@pytest.fixture(scope="module")
+def predictor(full_run):
+    return load_predictor(full_run)
+
+
+@pytest.fixture(scope="module")
+def tokenized(predictor):
+    return tokenize(load(predictor.task, "train"), predictor.tokenizer, predictor.model.settings.vocabulary_rows, 12, 4)
+
+
+@pytest.mark.parametrize("split_name", ["validation", "test"])
+def test_saved_run_scores_as_its_result_says(predictor, full_run, split_name):
+    result = json.loads((full_run / "result.json").read_text())
+    assert predictor.evaluate(predictor.task, split_name) == result[split_name]
+
+
+def test_saved_prompt_scores_as_its_result_says(prompt_run):
+    result = json.loads((prompt_run / "result.json").read_text())
+    predictor = load_predictor(prompt_run / "prompt.safetensors")
+    assert predictor.evaluate(predictor.task, "validation") == result["validation"]
+
+
+@pytest.mark.parametrize("batch_size", [7, 100])
+def test_padded_last_batch_counts_every_example_once(predictor, batch_size):
+    examples = load(predictor.task, "train")  # 64 = 9 * 7 + 1
+    scores = dataclasses.replace(predictor, batch_size=batch_size).evaluate(predictor.task, "train")
+    answers = [predictor.texts([example.input])[0] for example in examples[:9]]
+    assert dataclasses.replace(predictor, batch_size=batch_size).texts([e.input for e in examples])[:9] == answers
+    assert scores == predictor.evaluate(predictor.task, "train")
+    assert scores["count"] == 64
+
+
+def test_mean_loss_weighs_tokens_not_batches(predictor, tokenized):
+    parts = split(predictor.model)
+    batches = [batch for batch, _ in evaluation_batches(tokenized, 24)]  # the last has 16 real rows
+    found = mean_loss(parts, batches)(parts.trainable, parts.frozen)
+    (whole,) = (batch for batch, _ in evaluation_batches(tokenized, 64))
+    loss, weight = cross_entropy(
+        predictor.model(jax.tree.map(jnp.asarray, whole)), jnp.asarray(whole["decoder_targets"])
+    )
+    assert weight == 128
+    assert found == pytest.approx(float(loss / weight), rel=1e-5)
+
+
+def test_checkpoints_are_compared_by_the_mean_of_the_metrics(predictor):
+    task = predictor.task.model_copy(update={"metrics": ["accuracy", "f1"]})
+    assert mean_score(task, {"accuracy": 0.5, "f1": 1.0, "illegal": 0.0, "count": 9}) == 0.75

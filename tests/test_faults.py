@@ -1,0 +1,145 @@
+"""Runs that are killed: started again by the same command they end with the same bits as one that was not."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from small_runs import train_in, write_config
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMINGS = {"seconds", "examples_per_s", "tokens_per_s"}
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Return a function that starts a run in a process forked from one that has imported JAX but not used it."""
+    context = multiprocessing.get_context("forkserver")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        patch.setenv("SOFTPROMPT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        context.set_forkserver_preload(["small_runs", "softprompt_jax.train"])
+
+        def started(folder: Path, config: Path, point: str = "", count: int = 0):
+            process = context.Process(target=train_in, args=(str(folder), str(config), point, count))
+            process.start()
+            return process
+
+        yield started
+
+
+def ended(process) -> int:
+    process.join(300)
+    assert process.exitcode is not None, "hangs"
+    return process.exitcode
+
+
+def written(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.stat().st_size if path.exists() else 0
+
+
+def bits(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("*.safetensors"))}
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMINGS} for line in lines]
+
+
+def result(folder: Path) -> dict:
+    return {k: v for k, v in json.loads((folder / "result.json").read_text()).items() if k not in TIMINGS}
+
+
+def check_same(folder: Path, uninterrupted: Path) -> None:
+    assert bits(folder) == bits(uninterrupted)
+    assert metrics(folder) == metrics(uninterrupted)
+    assert result(folder) == result(uninterrupted)
+    assert (folder / "config.yaml").read_bytes() == (uninterrupted / "config.yaml").read_bytes()
+    leftover = [path for path in folder.rglob("*") if "partial" in path.name or "tmp" in path.name]
+    assert not leftover
+    assert len(list((folder / "checkpoints").iterdir())) <= 2
+
+
+def test_run_killed_while_it_saves_and_while_it_validates(start, small, prompt_run, tmp_path):
+    config, run = write_config(tmp_path / "a.yaml", small.short), tmp_path / "run"
+    assert ended(start(run, config, "save", 3)) == -signal.SIGKILL  # at step 15, after a validation at 10
+    assert not (run / "result.json").exists()
+    assert ended(start(run, config, "validate", 2)) == -signal.SIGKILL
+    assert 10 < len(metrics(run)) < len(metrics(prompt_run))
+    assert ended(start(run, config)) == 0
+    check_same(run, prompt_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("point", "count"),
+    [
+        ("save", 1),
+        ("save", 8),  # the last checkpoint
+        ("validate", 1),
+        ("validate", 5),
+        ("replace", 1),  # before config.yaml
+        ("replaced", 1),
+        ("replace", 2),  # before trained.safetensors
+        ("replaced", 2),
+        ("replace", 4),  # before result.json
+        ("replaced", 4),
+    ],
+)
+def test_run_killed_at_any_point(start, small, prompt_run, tmp_path, point, count):
+    config, run = write_config(tmp_path / "a.yaml", small.short), tmp_path / "run"
+    assert ended(start(run, config, point, count)) == -signal.SIGKILL
+    assert ended(start(run, config)) == 0
+    check_same(run, prompt_run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_run_killed_at_random_times_again_and_again(start, small, tmp_path, seed):
+    settings = small.short | {"steps": 400, "evaluate_every": 40, "checkpoint_every": 7, "log_every": 3}
+    config, run, whole = write_config(tmp_path / "a.yaml", settings), tmp_path / "run", tmp_path / "whole"
+    assert ended(start(whole, config)) == 0
+    draw = random.Random(seed)
+    for _ in range(6):
+        before = written(run)
+        process = start(run, config)
+        wanted = draw.choice(["start", "steps", "steps", "checkpoint"])
+        while process.is_alive():
+            if wanted == "start":
+                time.sleep(draw.uniform(0, 3))
+                break
+            if wanted == "steps" and written(run) > before + draw.randrange(2000):
+                break
+            if wanted == "checkpoint" and list(run.glob("checkpoints/*tmp*")):
+                break
+        process.kill()
+        ended(process)
+    assert ended(start(run, config)) == 0
+    check_same(run, whole)
+
+
+@pytest.mark.slow
+def test_interrupt_is_one_line_and_loses_nothing(small, tmp_path):
+    config, run = write_config(tmp_path / "a.yaml", small.short | {"steps": 10**6}), tmp_path / "run"
+    command = [sys.executable, "-m", "softprompt_jax", "train", str(config), "--out", str(run)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        while not list(run.glob("checkpoints/*/commit_success.txt")):
+            assert running.poll() is None
+            time.sleep(0.05)
+        running.send_signal(signal.SIGINT)
+        out, err = running.communicate(timeout=120)
+    assert running.returncode == 130
+    assert out == ""
+    assert "Traceback" not in err
+    assert err.splitlines()[-1] == "softprompt: interrupted; a run goes on with the same command"
+    assert [path.name.isdigit() for path in (run / "checkpoints").iterdir()]
