@@ -20,4 +20,5 @@ def keep_freed_memory() -> bool:
     libc = ctypes.CDLL(None)
     largest = 2**31 - 1
     changes = ((_MMAP_THRESHOLD, largest), (_TRIM_THRESHOLD, largest), (_TOP_PAD, 2**28), (_ARENA_MAX, 1))
-    return all([libc.mallopt(name, value) == 1 for name, value in changes])
+    accepted = [libc.mallopt(name, value) == 1 for name, value in changes]
+    return all(accepted)

@@ -27,9 +27,10 @@ class _Commands(TyperGroup):
         try:
             return super().main(*args, **kwargs | {"standalone_mode": False})
         except Exception as error:
-            if not hasattr(error, "format_message"):
+            format_message = getattr(error, "format_message", None)
+            if format_message is None:
                 raise
-            message = error.format_message().replace("Value error, ", "").rstrip(".?")
+            message = format_message().replace("Value error, ", "").rstrip(".?")
             if not message:  # no argument at all: the help has been shown
                 return 2
             context = getattr(error, "ctx", None)

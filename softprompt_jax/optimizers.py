@@ -16,9 +16,9 @@ from softprompt_jax.methods.surgery import Leaf
 class Schedule(Settings):
     """The learning rate's factor over the run: linear warm-up, then constant or decaying to `final`."""
 
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)
     decay: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"
-    final: float = Field(0.0, ge=0, le=1)  # share of the learning rate that is left at the last step
+    final: float = Field(default=0.0, ge=0, le=1)  # share of the learning rate that is left at the last step
 
     def build(self, learning_rate: float, steps: int) -> optax.Schedule:
         """Return step -> learning rate for a run of `steps` steps."""
@@ -44,12 +44,12 @@ class Adafactor(Settings):
     """
 
     kind: Literal["adafactor"] = "adafactor"
-    learning_rate: float = Field(0.3, gt=0)
-    decay: float = Field(0.8, gt=0, lt=1)
-    clipping: float | None = Field(1.0, gt=0)  # of each update's RMS
-    weight_decay: float = Field(1e-5, ge=0)  # per step, not times the learning rate
+    learning_rate: float = Field(default=0.3, gt=0)
+    decay: float = Field(default=0.8, gt=0, lt=1)
+    clipping: float | None = Field(default=1.0, gt=0)  # of each update's RMS
+    weight_decay: float = Field(default=1e-5, ge=0)  # per step, not times the learning rate
     parameter_scaling: bool = False
-    step_origin: int = Field(1_100_000, ge=0)
+    step_origin: int = Field(default=1_100_000, ge=0)
 
     def transform(self, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
         parts = [
@@ -73,11 +73,11 @@ class AdamW(Settings):
     """
 
     kind: Literal["adamw"] = "adamw"
-    learning_rate: float = Field(0.3, gt=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.999, ge=0, lt=1)
-    epsilon: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    learning_rate: float = Field(default=0.3, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     parameter_scaling: bool = False
 
     def transform(self, schedule: optax.Schedule) -> list[optax.GradientTransformation]:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
 from softprompt_jax import config, interop
@@ -200,7 +201,7 @@ def _with_prompt(model: T5, prompt: Any) -> tuple[T5, np.ndarray | None]:
 
 def _check_ids(tokens: Any, rows: int) -> None:
     """Refuse text ids past the embedding table, which would silently read prompt rows."""
-    if tokens.size and not isinstance(tokens, jax.core.Tracer) and (largest := int(tokens.max())) >= rows:
+    if tokens.size and not isinstance(tokens, Tracer) and (largest := int(tokens.max())) >= rows:
         raise UserError(f"tokens: found the id {largest}; expected ids under {rows}, the rows of the embedding")
 
 

@@ -106,7 +106,7 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
             line = {
                 "step": step,
                 "loss": loss,
-                "learning_rate": float(schedule(step - 1)),
+                "learning_rate": float(np.asarray(schedule(step - 1))),
                 "examples_per_s": round(per_second[1], 2),
                 "tokens_per_s": round(per_second[0], 1),
                 "seconds": round(log.seconds(), 2),
@@ -173,13 +173,13 @@ def make_step(run: Run, parts: Split, optimizer: optax.GradientTransformation) -
         return loss, weight, gradients
 
     def step(state: State, frozen: Any, batch: dict[str, jax.Array], key: jax.Array):
-        key = jax.random.fold_in(key, state["step"]) if run.dropout > 0 else None
+        dropout_key = jax.random.fold_in(key, state["step"]) if run.dropout > 0 else None
         trainable = state["trainable"]
         if run.accumulate == 1:
-            loss, weight, gradients = part_gradient(trainable, frozen, batch, key)
+            loss, weight, gradients = part_gradient(trainable, frozen, batch, dropout_key)
         else:
             divided = jax.tree.map(lambda x: x.reshape(run.accumulate, -1, *x.shape[1:]), batch)
-            keys = None if key is None else jax.random.split(key, run.accumulate)
+            keys = None if dropout_key is None else jax.random.split(dropout_key, run.accumulate)
 
             def add(total, part):
                 return jax.tree.map(jnp.add, total, part_gradient(trainable, frozen, *part)), None

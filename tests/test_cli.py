@@ -17,6 +17,7 @@ from small_runs import rows, write_backbone, write_config, write_rows
 
 from softprompt_jax import load_predictor, load_prompt
 from softprompt_jax.cli import main
+from softprompt_jax.tasks.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -165,6 +166,32 @@ def test_tasks_lists_names_and_words(softprompt):
     assert code == 0
     assert "sentiment_movie" in out
     assert "ham, spam" in out
+
+
+@pytest.fixture
+def texts(tmp_path):
+    """Write the settings of a pre-training run and return the path."""
+    (tmp_path / "text.txt").write_text("\n\n".join(row["text"] + "." for row in rows()), encoding="utf-8")
+    task = {"kind": "pretraining", "texts_folder": str(tmp_path), "texts": [{"path": "text.txt"}]}
+    return write_config(tmp_path / "a.yaml", {"task": task | {"stages": [{"until": 1.0, "objectives": {"copy": 1}}]}})
+
+
+def test_tokenizer_is_trained_on_the_texts_of_a_run(softprompt, texts, tmp_path):
+    code, _, err = softprompt("tokenizer", texts, "--to", tmp_path / "new", "--size", "300")
+    assert code == 0, err
+    tokenizer = load_tokenizer(tmp_path / "new")
+    assert tokenizer.size == 400
+    assert tokenizer.decode(tokenizer.encode("the tea room is warm")) == "the tea room is warm"
+
+
+def test_tokenizer_that_cannot_be_is_one_line(refused, texts, config, tmp_path):
+    error = refused("tokenizer", texts, "--to", tmp_path / "new", "--size", "100000")
+    assert "no tokenizer of 100000 pieces (Vocabulary size too high" in error
+    error = refused("tokenizer", texts, "--to", tmp_path / "a.yaml" / "new")
+    assert "cannot be written (Not a directory)" in error
+    (tmp_path / "text.txt").unlink()
+    assert "text.txt: no such file" in refused("tokenizer", texts, "--to", tmp_path / "new")
+    assert "its task is not pretraining; expected a run with texts" in refused("tokenizer", config(), "--to", tmp_path)
 
 
 # --------------------------------------------------------------------------------- bad input: settings

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from softprompt_jax.backbone.t5 import T5, T5Settings, abstract
-from softprompt_jax.config import UserError
+from softprompt_jax.config import UserError, parse
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 _EMBEDDING_ALIASES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -101,32 +101,35 @@ def read_settings(folder: Path) -> tuple[T5Settings, bool | None]:
         raise UserError(f"{folder}: no config.json; expected a T5 in Hugging Face layout") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); expected a T5 config") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: found {type(config).__name__}; expected a T5 config, a JSON object")
     kind = config.get("model_type")
     if kind not in ("t5", "mt5", "umt5"):
         raise UserError(f"{path}: model_type is {kind!r}; expected t5, mt5 or umt5 (this project is about T5)")
     try:
-        projection = config.get("feed_forward_proj", "relu")
+        projection = str(config.get("feed_forward_proj", "relu"))
         gated = projection.startswith("gated-")
         activation = "gelu_new" if projection == "gated-gelu" else projection.removeprefix("gated-")
         if activation not in _ACTIVATIONS:
             raise UserError(f"{path}: feed_forward_proj is {projection!r}; expected one of {', '.join(_ACTIVATIONS)}")
-        settings = T5Settings(
-            vocabulary_rows=config["vocab_size"],
-            d_model=config["d_model"],
-            d_kv=config["d_kv"],
-            d_ff=config["d_ff"],
-            num_heads=config["num_heads"],
-            num_layers=config["num_layers"],
-            num_decoder_layers=config.get("num_decoder_layers") or config["num_layers"],
-            activation=_ACTIVATIONS[activation],  # type: ignore[arg-type]
-            gated=gated,
-            bias_in_every_layer=kind == "umt5",
-            relative_buckets=config.get("relative_attention_num_buckets", 32),
-            relative_max_distance=config.get("relative_attention_max_distance", 128),
-            epsilon=config.get("layer_norm_epsilon", 1e-6),
-        )
+        values = {
+            "vocabulary_rows": config["vocab_size"],
+            "d_model": config["d_model"],
+            "d_kv": config["d_kv"],
+            "d_ff": config["d_ff"],
+            "num_heads": config["num_heads"],
+            "num_layers": config["num_layers"],
+            "num_decoder_layers": config.get("num_decoder_layers") or config["num_layers"],
+            "activation": _ACTIVATIONS[activation],
+            "gated": gated,
+            "bias_in_every_layer": kind == "umt5",
+            "relative_buckets": config.get("relative_attention_num_buckets", 32),
+            "relative_max_distance": config.get("relative_attention_max_distance", 128),
+            "epsilon": config.get("layer_norm_epsilon", 1e-6),
+        }
     except KeyError as error:
         raise UserError(f"{path}: no {error.args[0]!r}; expected it in a T5 config") from None
+    settings = parse(T5Settings, values, str(path))
     if kind != "t5":
         return settings, False
     return settings, config.get("scale_decoder_outputs", None if config.get("tie_word_embeddings", True) else False)
@@ -166,6 +169,7 @@ def names(settings: T5Settings) -> dict[str, tuple[list[str], bool]]:
 def save_backbone(model: T5, folder: str | Path, dtype: str = "bfloat16") -> None:
     """Write `config.json` and `model.safetensors` in Hugging Face layout (no tokenizer)."""
     settings, folder = model.settings, Path(folder)
+    config = json.dumps(_config(settings, dtype), indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     table, tensors = names(settings), {}
     for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model))):
@@ -176,7 +180,7 @@ def save_backbone(model: T5, folder: str | Path, dtype: str = "bfloat16") -> Non
     temporary = folder / "model.safetensors.partial"
     save_file(tensors, temporary, metadata={"format": "pt"})
     temporary.replace(folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(_config(settings, dtype), indent=2) + "\n")
+    (folder / "config.json").write_text(config)
 
 
 def fingerprint(model: T5) -> str:
@@ -287,7 +291,12 @@ def _stacked(path: str) -> bool:
 
 
 def _config(settings: T5Settings, dtype: str) -> dict[str, Any]:
-    activation = {"relu": "relu", "gelu": "gelu", "gelu_tanh": "gelu", "silu": "silu"}[settings.activation]
+    if settings.gated:
+        projections = {"gelu_tanh": "gated-gelu", "relu": "gated-relu", "silu": "gated-silu"}
+    else:
+        projections = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu"}
+    if settings.activation not in projections:
+        raise UserError("backbone: gated exact gelu; a T5 config has no name for it; use gelu_tanh")
     return {
         "architectures": [
             "UMT5ForConditionalGeneration" if settings.bias_in_every_layer else "T5ForConditionalGeneration"
@@ -300,7 +309,7 @@ def _config(settings: T5Settings, dtype: str) -> dict[str, Any]:
         "num_heads": settings.num_heads,
         "num_layers": settings.num_layers,
         "num_decoder_layers": settings.num_decoder_layers,
-        "feed_forward_proj": f"gated-{activation}" if settings.gated else activation,
+        "feed_forward_proj": projections[settings.activation],
         "relative_attention_num_buckets": settings.relative_buckets,
         "relative_attention_max_distance": settings.relative_max_distance,
         "layer_norm_epsilon": settings.epsilon,

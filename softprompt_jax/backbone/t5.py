@@ -173,8 +173,8 @@ class Layer(nnx.Module):
         keys = jax.random.split(key, 4)
         self.attention_norm = Norm(settings.d_model, settings.epsilon)
         self.attention = Attention(keys[0], settings)
-        self.cross_norm = Norm(settings.d_model, settings.epsilon) if cross else nnx.data(None)
-        self.cross = Attention(keys[1], settings) if cross else nnx.data(None)
+        self.cross_norm: Any = Norm(settings.d_model, settings.epsilon) if cross else nnx.data(None)
+        self.cross: Any = Attention(keys[1], settings) if cross else nnx.data(None)
         self.feed_forward_norm = Norm(settings.d_model, settings.epsilon)
         self.feed_forward = FeedForward(keys[2], settings)
         own_bias = settings.bias_in_every_layer
@@ -250,12 +250,12 @@ class T5(nnx.Module):
 
     def __init__(self, settings: T5Settings, key: jax.Array, dtype: str = "float32"):
         keys = jax.random.split(key, 4)
-        shape = (settings.vocabulary_rows, settings.d_model)
-        self.embedding = nnx.Param(jax.random.normal(keys[0], shape, jnp.float32), axes=("vocab", "embed"))
+        rows, width = settings.vocabulary_rows, settings.d_model
+        self.embedding = nnx.Param(jax.random.normal(keys[0], (rows, width), jnp.float32), axes=("vocab", "embed"))
         self.encoder = Stack(keys[1], settings, cross=False)
         self.decoder = Stack(keys[2], settings, cross=True)
-        head = None if settings.tied else Linear(keys[3], shape[::-1], ("embed", "vocab"), shape[1] ** -0.5)
-        self.head = nnx.data(None) if head is None else head
+        head = None if settings.tied else Linear(keys[3], (width, rows), ("embed", "vocab"), width**-0.5)
+        self.head: Any = nnx.data(None) if head is None else head
         self.prompt: Any = nnx.data(None)  # a module with `length` rows, once a method attaches one
         self.settings, self.dtype = settings, dtype
 

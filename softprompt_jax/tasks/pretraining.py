@@ -70,6 +70,11 @@ class Pretraining(Settings):
             raise ValueError("expected ascending `until`, the last 1.0")
         return stages
 
+    def located_texts(self) -> list[TextFile]:
+        """Return the texts with the folder before their paths."""
+        folder = Path(self.texts_folder)
+        return [text.model_copy(update={"path": str(folder / text.path)}) for text in self.texts]
+
 
 class PretrainingData:
     """Batches of pre-training; `batch(i)` depends on the arguments and on `i` alone.
@@ -95,9 +100,9 @@ class PretrainingData:
         self.shapes = sorted(fitting, key=lambda shape: (shape[0] * shape[1], shape))
         if lexicon is None:
             lexicon = fetch_lexicon() if settings.lexicon else Lexicon({})
-        folder = Path(settings.texts_folder)
-        texts = [text.model_copy(update={"path": str(folder / text.path)}) for text in settings.texts]
-        self.library = Library(texts, tokenizer_folder, lexicon, *limits, final_sentinel=settings.final_sentinel)
+        self.library = Library(
+            settings.located_texts(), tokenizer_folder, lexicon, *limits, final_sentinel=settings.final_sentinel
+        )
         self._lock = threading.Lock()
         self._window: tuple[int, list[dict[str, np.ndarray]]] = (-1, [])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
+from softprompt_jax.config import UserError
 from softprompt_jax.tasks.corpus import TextFile, read_documents, split_sentences
 
 # Words of instructions and labels, so that the common ones are single pieces.
@@ -34,10 +35,23 @@ def train_tokenizer(
     `<extra_id_99>` is `size`, `<extra_id_0>` is `size + 99`. No byte fallback: transformers' T5 tokenizer
     drops it. About `characters` of text are drawn; a file's share is its length times its weight.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out, sample = Path(out), _sample(texts, characters, seed)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _train(sample, out, size)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}); expected a writable folder") from None
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2] or str(error)  # after the place in its source
+        raise UserError(f"{out}: no tokenizer of {size} pieces ({' '.join(reason.split())})") from None
+    (out / "spiece.vocab").unlink()
+    finish(out / "spiece.model")
+    return out
+
+
+def _train(sample: list[str], out: Path, size: int) -> None:
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(_sample(texts, characters, seed)),
+        sentence_iterator=iter(sample),
         model_prefix=str(out / "spiece"),
         model_type="unigram",
         vocab_size=size,
@@ -53,9 +67,6 @@ def train_tokenizer(
         num_threads=1,
         minloglevel=1,
     )
-    (out / "spiece.vocab").unlink()
-    finish(out / "spiece.model")
-    return out
 
 
 def finish(model: str | Path) -> None:

@@ -1,0 +1,109 @@
+"""Attention, position buckets and masks, against the same written plainly in NumPy."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from scipy import special
+
+from softprompt_jax.backbone.attention import attend, relative_buckets, same_segment
+
+
+def buckets_of(distances, **settings) -> list[int]:
+    """Return the buckets of keys that lie `distances` before their query."""
+    positions = jnp.arange(max(map(abs, distances)) + 1)
+    found = np.asarray(relative_buckets(positions, positions, **settings))
+    # distance = query - key: the first column holds those >= 0, the first row the others.
+    return [int(found[d, 0]) if d >= 0 else int(found[0, -d]) for d in distances]
+
+
+def test_buckets_are_exact_when_near_and_logarithmic_when_far():
+    published = {"buckets": 32, "max_distance": 128}
+    far = [8, 11, 12, 15, 16, 22, 23, 31, 32, 45, 46, 63, 64, 90, 91, 127, 128, 200]
+    expected = [8, 8, 9, 9, 10, 10, 11, 11, 12, 12, 13, 13, 14, 14, 15, 15, 15, 15]
+    both = {"bidirectional": True, **published}
+    assert buckets_of(list(range(8)) + far, **both) == list(range(8)) + expected
+    assert buckets_of([-d for d in far], **both) == [16 + bucket for bucket in expected]
+    assert buckets_of([-1, -7], **both) == [17, 23]
+    past = {"bidirectional": False, **published}
+    assert buckets_of(range(16), **past) == list(range(16))
+    assert buckets_of([16, 18, 19, 31, 64, 112, 113, 128, 300], **past) == [16, 16, 17, 21, 26, 30, 31, 31, 31]
+    assert buckets_of([-1, -50], **past) == [0, 0]  # the future, which the mask hides
+
+
+def test_buckets_depend_on_distances_only():
+    settings = {"bidirectional": True, "buckets": 8, "max_distance": 20}
+    here = relative_buckets(jnp.arange(5), jnp.arange(7), **settings)
+    there = relative_buckets(jnp.arange(1000, 1005), jnp.arange(1000, 1007), **settings)
+    np.testing.assert_array_equal(here, there)
+
+
+def mix(query, key, value, bias, visible, *dropout) -> jax.Array:
+    query, key, value, visible = (jnp.asarray(array) for array in (query, key, value, visible))
+    return attend(query, key, value, None if bias is None else jnp.asarray(bias), visible, *dropout)
+
+
+@pytest.fixture
+def arrays() -> dict[str, np.ndarray]:
+    draw = np.random.default_rng(0)
+    sizes = {"query": (2, 3, 5, 4), "key": (2, 3, 7, 4), "value": (2, 3, 7, 4), "bias": (1, 3, 5, 7)}
+    return {name: draw.normal(size=size).astype(np.float32) for name, size in sizes.items()}
+
+
+def test_attention_is_a_softmax_without_scaling(arrays):
+    visible = (np.random.default_rng(1).random((2, 1, 5, 7)) < 0.6) | (np.arange(7) == 0)
+    query, key, value, bias = (arrays[name].astype(np.float64) for name in ("query", "key", "value", "bias"))
+    scores = np.where(visible, np.einsum("bhtk,bhsk->bhts", query, key) + bias, -np.inf)
+    expected = special.softmax(scores, -1) @ value
+    np.testing.assert_allclose(mix(**arrays, visible=visible), expected, atol=1e-5)
+    without = special.softmax(np.where(visible, scores - bias, -np.inf), -1) @ value
+    np.testing.assert_allclose(mix(**arrays | {"bias": None}, visible=visible), without, atol=1e-5)
+
+
+def test_a_hidden_key_changes_nothing_to_the_bit(arrays):
+    visible = np.ones((2, 1, 1, 7), bool)
+    visible[..., 4:] = False
+    before = mix(**arrays, visible=visible)
+    for name in ("key", "value"):
+        arrays[name][:, :, 4:] = 1e4
+    np.testing.assert_array_equal(mix(**arrays, visible=visible), before)
+
+
+def test_bfloat16_attention_keeps_its_scores_in_float32(arrays):
+    half = {name: jnp.asarray(array, jnp.bfloat16) for name, array in arrays.items()}
+    visible = np.ones((2, 1, 1, 7), bool)
+    assert mix(**half, visible=visible).dtype == jnp.bfloat16
+    # Two scores that bfloat16 cannot tell apart: 256 and 257.
+    query, key = np.zeros((1, 1, 1, 2)), np.zeros((1, 1, 2, 2))
+    query[...], key[..., 0, :], key[..., 1, :] = [16, 1], [16, 0], [16, 1]
+    value = np.array([[[[0.0], [1.0]]]]).repeat(2, -1)
+    mixed = mix(*(jnp.asarray(x, jnp.bfloat16) for x in (query, key, value)), None, np.ones((1, 1, 1, 2), bool))
+    np.testing.assert_allclose(float(mixed[0, 0, 0, 0]), special.expit(1.0), atol=4e-3)
+
+
+def test_attention_dropout_removes_a_key_for_all_queries_of_a_head_and_keeps_the_expectation():
+    keys = 400
+    query, key = np.zeros((2, 3, 5, keys), np.float32), np.zeros((2, 3, keys, keys), np.float32)
+    value = np.broadcast_to(np.eye(keys, dtype=np.float32), key.shape)  # so that the mix shows the weights
+    visible = np.ones((2, 1, 1, keys), bool)
+    weights = np.asarray(mix(query, key, value, None, visible, 0.25, tiny.key(0))) * keys
+    assert set(np.round(np.unique(weights), 4)) == {0.0, np.float32(1.3333)}
+    assert (weights == weights[:, :, :1]).all()
+    assert weights.mean() == pytest.approx(1, abs=0.05)
+    assert len({row.tobytes() for row in weights[:, :, 0].reshape(6, keys)}) == 6
+    np.testing.assert_allclose(mix(query, key, value, None, visible, 0.25, None) * keys, 1, rtol=1e-5)
+
+
+def test_a_query_sees_the_keys_of_its_segment_and_never_padding():
+    queries, keys = jnp.asarray([[1, 2, 0]]), jnp.asarray([[1, 1, 2, 0]])
+    expected = [[[[True, True, False, False], [False, False, True, False], [False, False, False, False]]]]
+    np.testing.assert_array_equal(same_segment(queries, keys), expected)
+
+
+def test_a_row_of_padding_alone_gives_finite_numbers(arrays):
+    hidden = np.zeros((2, 1, 1, 7), bool)
+    gradient = jax.grad(lambda query: mix(**arrays | {"query": query}, visible=hidden).sum())(arrays["query"])
+    assert np.isfinite(gradient).all()

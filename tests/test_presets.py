@@ -1,0 +1,49 @@
+"""The published sizes have the published numbers of parameters."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+from flax import nnx
+
+from softprompt_jax.backbone.presets import PRESETS, preset, published
+from softprompt_jax.backbone.t5 import abstract
+from softprompt_jax.config import UserError
+
+PARAMETERS = {
+    "t5-v1_1-small": 76_961_152,  # Lester et al., 2021, table 4
+    "t5-v1_1-base": 247_577_856,
+    "t5-v1_1-large": 783_150_080,
+    "t5-v1_1-xl": 2_849_757_184,
+    "t5-v1_1-xxl": 11_135_332_352,
+    "t5-small": 60_506_624,
+    "t5-base": 222_903_552,
+    "t5-large": 737_668_096,
+    "t5-3b": 2_851_598_336,
+    "t5-11b": 11_307_321_344,
+    "mt5-small": 300_176_768,
+    "mt5-base": 582_401_280,
+    "byt5-small": 299_637_760,
+}
+
+
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
+def test_a_published_size_has_its_number_of_parameters(name, count):
+    assert preset(name).parameters() == count
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_model_has_the_parameters_that_its_settings_count(name):
+    model = abstract(preset(name))  # shapes only: 11 B parameters cost nothing
+    assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) == preset(name).parameters()
+
+
+def test_a_model_is_recognised_as_published_whatever_its_dropout_and_remat():
+    for name, settings in PRESETS.items():
+        assert published(settings.model_copy(update={"dropout": 0.1, "remat": "full", "unroll": True})) == name
+    assert published(preset("t5-small").model_copy(update={"d_ff": 1000})) is None
+
+
+def test_a_misspelt_preset_is_refused_with_the_nearest_one():
+    with pytest.raises(UserError, match=r"unknown; expected one of .*did you mean t5-v1_1-small"):
+        preset("t5-v1.1-small")

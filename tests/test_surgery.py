@@ -1,0 +1,66 @@
+"""What trains is split from what is frozen, and put together again."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tiny
+from flax import nnx
+
+from softprompt_jax.backbone.pretrained import flatten
+from softprompt_jax.methods import Context, Full, Trainable, leaves, split
+from softprompt_jax.methods.surgery import thaw
+
+
+def names(tree) -> set[str]:
+    return {name for name, _ in flatten(tree)}
+
+
+def test_of_a_prompted_model_the_rows_train_and_nothing_else():
+    model = tiny.model(prompt=3)
+    everything = names(nnx.to_pure_dict(nnx.state(model)))
+    parts = split(model)
+    assert names(parts.trainable) == {"prompt.rows"} == set(leaves(model))
+    assert names(parts.frozen) == everything - {"prompt.rows"}
+    assert not split(tiny.model()).trainable
+
+
+def test_merging_gives_the_model_that_was_split_also_under_jit():
+    model, batch = tiny.model(prompt=3), tiny.batch(prompt=3)
+    parts = split(model)
+    merged = jax.jit(lambda trainable, frozen: parts.merge(trainable, frozen)(batch))(parts.trainable, parts.frozen)
+    np.testing.assert_allclose(merged, tiny.forward(model, batch), atol=1e-6)
+
+
+def test_full_tuning_trains_float32_copies_of_all_weights_and_keeps_the_function():
+    model, batch = tiny.model(dtype="bfloat16"), tiny.batch()
+    before = tiny.forward(model, batch)
+    everything = names(nnx.to_pure_dict(nnx.state(model)))
+    Full().attach(model, jax.random.key(0), Context(list))
+    parts = split(model)
+    assert names(parts.trainable) == everything
+    assert not parts.frozen
+    assert {leaf.dtype for leaf in jax.tree.leaves(parts.trainable)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(tiny.forward(model, batch), before, atol=1e-6)
+
+
+def test_leaves_tell_which_weights_are_stacks_of_layers():
+    model = tiny.model(bias_in_every_layer=True, prompt=2)
+    thaw(model)
+    about = leaves(model)
+    assert {name for name, leaf in about.items() if leaf.stacked} == {name for name in about if ".layers." in name}
+    assert about["encoder.layers.bias.table"].stacked
+    assert not about["embedding"].stacked
+    assert all(leaf.learning_rate_scale == 1 for leaf in about.values())
+
+
+def test_thawing_takes_the_wanted_paths_once():
+    model = tiny.model(prompt=2)
+    changed = thaw(model, lambda path: path.endswith("norm.scale"))
+    assert set(changed) == names(split(model).trainable) - {"prompt.rows"}
+    assert "decoder.layers.cross_norm.scale" in changed
+    assert len(changed) == len(set(changed)) == 7
+    assert thaw(model, lambda path: path.endswith("norm.scale")) == []
+    assert isinstance(model.encoder.norm.scale, Trainable)
+    assert model.encoder.norm.scale.get_metadata()["axes"] == ("embed",)
