@@ -177,10 +177,10 @@ def texts(tmp_path):
 
 
 def test_tokenizer_is_trained_on_the_texts_of_a_run(softprompt, texts, tmp_path):
-    code, _, err = softprompt("tokenizer", texts, "--to", tmp_path / "new", "--size", "300")
+    code, _, err = softprompt("tokenizer", texts, "--to", tmp_path / "new", "--size", "150")
     assert code == 0, err
     tokenizer = load_tokenizer(tmp_path / "new")
-    assert tokenizer.size == 400
+    assert tokenizer.size == 250
     assert tokenizer.decode(tokenizer.encode("the tea room is warm")) == "the tea room is warm"
 
 
