@@ -97,11 +97,12 @@ def test_decoding_stops_when_every_row_has_ended(monkeypatch):
     model.embedding[...] = jnp.abs(model.embedding[...]) * 100  # outweighs every layer
     steps = []
     project = type(model).project
-    monkeypatch.setattr(
-        type(model),
-        "project",
-        lambda self, hidden: jax.debug.callback(lambda: steps.append(1)) or project(self, hidden),
-    )
+
+    def spy(self, hidden):
+        jax.debug.callback(lambda: steps.append(1))
+        return project(self, hidden)
+
+    monkeypatch.setattr(type(model), "project", spy)
     output, _ = greedy(model, tiny.batch()["encoder_tokens"], 50)
     jax.effects_barrier()
     np.testing.assert_array_equal(output[:, 0], decode.EOS)

@@ -124,7 +124,8 @@ def test_a_prompt_step_has_no_weight_gradient(changes):
 )
 def test_no_setting_of_a_run_brings_weight_gradients_back(changes):
     parts, batch, settings = prompted(dropout=0.1), tiny.batch(prompt=P), run(**changes)
-    optimizer = build(Adafactor(), optax.constant_schedule(0.3), leaves(parts.merge(parts.trainable, parts.frozen)))
+    about = leaves(parts.merge(parts.trainable, parts.frozen))
+    optimizer = build(Adafactor(), optax.constant_schedule(0.3), about, settings.clip_norm)
     function = make_step(settings, parts, optimizer)
     found = flops(function, start(parts, optimizer), parts.frozen, batch, jax.random.key(0))
     weight_free(found, parts, batch, tiny.settings())
