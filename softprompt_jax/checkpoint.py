@@ -15,8 +15,9 @@ import orbax.checkpoint as ocp
 from softprompt_jax.config import UserError
 
 _SCORE, _STEP = "score", "step"
-# Orbax warns through it of what is meant here, such as opening a folder to read only.
-logging.getLogger("absl").setLevel(logging.ERROR)
+# Through it Orbax warns of what is meant here, such as opening a folder to read only, and tells errors of its threads,
+# which are raised here as well.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:

@@ -7,8 +7,10 @@ import enum
 import errno
 import io
 import json
+import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Annotated, Any, NoReturn
@@ -190,6 +192,9 @@ def main() -> None:
     """Run the command line and exit."""
     keep_freed_memory()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # What fails in a thread that writes a checkpoint is raised again where it is waited for: tell it once.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    threading.excepthook = lambda _: None
     try:
         code = app(prog_name="softprompt")
     except UserError as error:

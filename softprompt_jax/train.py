@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -44,7 +45,12 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
     if finished is not None:
         reporter.line(f"{folder}: finished already; delete the folder to run it again")
         return finished
+    with contextlib.ExitStack() as opened:
+        return _train(run, folder, reporter, opened)
 
+
+def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitStack) -> dict[str, Any]:
+    """Train a run whose folder is prepared; `opened` ends what must be ended, also after an error."""
     # ---- model, data, step
     assembly = assemble(run)
     parts = split(assembly.model)
@@ -71,12 +77,12 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
     reporter.line(data.describe())
 
     # ---- resume: state, then everything that is derived from it
-    checkpoints = Checkpoints(folder / "checkpoints")
+    checkpoints = opened.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints")))
     first = 0
     if (latest := checkpoints.latest()) is not None:
         state, first = checkpoints.restore(latest, state), latest
         reporter.line(f"resumed at step {first}")
-    log = Log(folder, first)
+    log = opened.enter_context(contextlib.closing(Log(folder, first)))
     key = jax.random.fold_in(jax.random.key(run.seed), 2)
 
     def evaluate(step: int, state: State) -> float:
@@ -130,7 +136,6 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
     best = checkpoints.best() if data.select_best else run.steps
     assert best is not None
     chosen = state if best == run.steps else checkpoints.restore(best, state)
-    checkpoints.close()
     final = parts.merge(chosen["trainable"], parts.frozen)
     metadata = {
         "backbone": assembly.identity,
@@ -149,7 +154,6 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
         "best_step": best,
         "seconds": round(log.seconds(), 1),
     }
-    log.close()
     interop.dump(result, folder / "result.json")
     reporter.line(f"{folder}: done in {duration(result['seconds'])}")
     return result

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ def softprompt(monkeypatch, capsys):
     """Run a command in this process; return its exit code, standard output and standard error."""
 
     def run(*arguments, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # main changes it
         monkeypatch.setattr(sys, "argv", ["softprompt", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         capsys.readouterr()
