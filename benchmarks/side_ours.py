@@ -13,7 +13,8 @@ from softprompt_jax.assembly import prompt_ids, with_settings
 from softprompt_jax.methods import leaves, split
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.run import Run
-from softprompt_jax.tasks.pipeline import TokenizedSet, TrainBatches, collate
+from softprompt_jax.tasks.pipeline import TrainBatches, collate
+from softprompt_jax.tasks.tokenized import TokenizedSet
 from softprompt_jax.train import make_step
 
 

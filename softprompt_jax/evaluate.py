@@ -15,8 +15,9 @@ from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import Split
 from softprompt_jax.tasks import metrics
 from softprompt_jax.tasks.buckets import Shape
-from softprompt_jax.tasks.pipeline import TokenizedSet, evaluation_batches
+from softprompt_jax.tasks.pipeline import evaluation_batches
 from softprompt_jax.tasks.task import Example, Task
+from softprompt_jax.tasks.tokenized import TokenizedSet
 from softprompt_jax.tasks.tokenizer import Tokenizer
 
 

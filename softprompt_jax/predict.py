@@ -27,8 +27,8 @@ from softprompt_jax.methods import split
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import load
-from softprompt_jax.tasks.pipeline import tokenize
 from softprompt_jax.tasks.task import Example, Task, fill
+from softprompt_jax.tasks.tokenized import tokenize
 from softprompt_jax.tasks.tokenizer import Tokenizer, load_tokenizer
 
 

@@ -5,29 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 from softprompt_jax import config, interop, optimizers
-from softprompt_jax.assembly import Assembly, assemble
+from softprompt_jax.assembly import assemble
 from softprompt_jax.checkpoint import Checkpoints
 from softprompt_jax.config import UserError, differences, settings_hash, to_yaml
-from softprompt_jax.evaluate import Decoder, mean_loss, mean_score, score
 from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import Split, leaves, split
 from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import Run
-from softprompt_jax.tasks import load, metrics, splits
-from softprompt_jax.tasks.packages import cache_folder
-from softprompt_jax.tasks.pipeline import TrainBatches, tokenize
-from softprompt_jax.tasks.pretraining import PretrainingData
+from softprompt_jax.task_run import PretrainingRun, TaskRun
 
 State = dict[str, Any]  # trainable, optimizer, step (which is also the data position)
 
@@ -202,127 +197,6 @@ def make_step(run: Run, parts: Split, optimizer: optax.GradientTransformation) -
         return new, {"loss": loss / weight}
 
     return jax.jit(step, donate_argnums=0)
-
-
-class TaskRun:
-    """The data of a run on a task: train batches, validation, and the final result."""
-
-    select_best = True
-
-    def __init__(self, run: Run, assembly: Assembly, parts: Split):
-        self.run, self.task = run, run.resolved_task()
-        rows = assembly.model.settings.vocabulary_rows
-        self._prompt_ids = assembly.prompt_ids
-
-        def read(split: str):
-            examples = load(self.task, split)
-            if split == "validation" and run.evaluation_examples is not None:
-                examples = examples[: run.evaluation_examples]
-            limits, cache = (run.max_input_tokens, run.max_target_tokens), cache_folder() / "tokens"
-            try:
-                return examples, tokenize(examples, assembly.tokenizer, rows, *limits, cache=cache)
-            except UserError as error:
-                raise UserError(f"task {self.task.name}: {split}: {error}") from None
-
-        self._available = splits(self.task)
-        self.sets = {name: read(name) for name in ("train", "validation", "test") if name in self._available}
-        for needed in ("train", "validation"):
-            if needed not in self.sets:
-                raise UserError(
-                    f"task {self.task.name}: no {needed} split; found {', '.join(self._available)}; "
-                    "expected train and validation"
-                )
-        self.train_batches = TrainBatches(
-            self.sets["train"][1], run.batch_size, run.seed, self._prompt_ids, max_shapes=run.shapes
-        )
-        self._decoder = Decoder(parts, assembly.tokenizer)
-        self._longest = max(int(tokenized.target_lengths.max()) for _, tokenized in self.sets.values())
-
-    def describe(self) -> str:
-        """Say in a line what the data are."""
-        counts = ", ".join(f"{name} {len(examples)}" for name, (examples, _) in self.sets.items())
-        truncated = sum(tokenized.truncated_inputs for _, tokenized in self.sets.values())
-        shapes = ", ".join(f"{t}/{u}" for t, u in self.train_batches.shapes)
-        return (
-            f"task {self.task.name}: {counts}; shapes {shapes}; padding {self.train_batches.padding_share:.0%}; "
-            f"{truncated} inputs truncated to {self.run.max_input_tokens} tokens"
-        )
-
-    def batches(self, first: int) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the batches from step `first` on."""
-        return self.train_batches.from_step(first)
-
-    def _scores(self, name: str, trainable: Any, frozen: Any) -> dict[str, float]:
-        examples, tokenized = self.sets[name]
-        predictions = self._decoder.predict(
-            trainable, frozen, tokenized, self.run.evaluation_batch_size, self._longest, self._prompt_ids
-        )
-        return score(self.task, predictions, examples)
-
-    def validate(self, trainable: Any, frozen: Any) -> tuple[dict[str, float], float]:
-        """Return the validation metrics and the number that selects the best checkpoint."""
-        scores = self._scores("validation", trainable, frozen)
-        return scores, mean_score(self.task, scores)
-
-    def result(self, trainable: Any, parts: Split) -> dict[str, Any]:
-        """Return the metrics of the chosen weights, beside the majority class and no training."""
-        measured = "test" if "test" in self.sets else "validation"
-        targets = {name: [example.target for example in examples] for name, (examples, _) in self.sets.items()}
-        return {
-            "validation": self._scores("validation", trainable, parts.frozen),
-            "test": self._scores("test", trainable, parts.frozen) if "test" in self.sets else None,
-            "baselines": {
-                "split": measured,
-                "majority": metrics.majority(targets["train"], targets[measured]),
-                "untrained": self._scores(measured, parts.trainable, parts.frozen),
-            },
-        }
-
-
-class PretrainingRun:
-    """The data of pre-training; validation is the loss on text windows of another seed."""
-
-    select_best = False
-
-    def __init__(self, run: Run, assembly: Assembly, parts: Split):
-        settings = run.pretraining
-        assert settings is not None
-        folder = assembly.tokenizer_folder
-        self.data = PretrainingData(settings, folder, run.batch_size, run.seed, run.steps)
-        held_out = settings.model_copy(update={"stages": settings.stages[-1:]})
-        sample = PretrainingData(held_out, folder, run.batch_size, run.seed + 1, 32)
-        self._loss = mean_loss(parts, [sample.batch(i) for i in range(0, 32, 4)])
-
-    def describe(self) -> str:
-        """Say in a line what the data are."""
-        return f"pre-training: shapes {', '.join(f'{t}/{u}' for t, u in self.data.shapes)}"
-
-    def batches(self, first: int) -> Iterator[dict[str, np.ndarray]]:
-        """Yield the batches from step `first` on."""
-        source = grain.MapDataset.source(_Numbers(len(self.data))).slice(slice(first, None)).map(self.data.batch)
-        return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
-
-    def validate(self, trainable: Any, frozen: Any) -> tuple[dict[str, float], float]:
-        """Return the validation loss, and its negative as the score."""
-        loss = self._loss(trainable, frozen)
-        return {"loss": loss}, -loss
-
-    def result(self, trainable: Any, parts: Split) -> dict[str, Any]:
-        """Return the final loss."""
-        return {"validation": self.validate(trainable, parts.frozen)[0], "test": None}
-
-
-class _Numbers:
-    """0 to n - 1 as a data source."""
-
-    def __init__(self, count: int):
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> int:
-        return index
 
 
 class Log:

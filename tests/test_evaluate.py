@@ -14,7 +14,8 @@ from softprompt_jax.evaluate import mean_loss, mean_score
 from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import split
 from softprompt_jax.tasks import load
-from softprompt_jax.tasks.pipeline import evaluation_batches, tokenize
+from softprompt_jax.tasks.pipeline import evaluation_batches
+from softprompt_jax.tasks.tokenized import tokenize
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

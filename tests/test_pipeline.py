@@ -11,8 +11,9 @@ import pytest
 from softprompt_jax.config import UserError
 from softprompt_jax.tasks import metrics
 from softprompt_jax.tasks.buckets import batch_plan, choose_shapes
-from softprompt_jax.tasks.pipeline import TrainBatches, evaluation_batches, tokenize
+from softprompt_jax.tasks.pipeline import TrainBatches, evaluation_batches
 from softprompt_jax.tasks.task import Example, Task
+from softprompt_jax.tasks.tokenized import tokenize
 from softprompt_jax.tasks.tokenizer import Tokenizer
 
 ROWS = 40  # rows of the embedding table
