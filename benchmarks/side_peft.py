@@ -45,7 +45,9 @@ class Peft:
         if output.loss.dtype == torch.float32:
             return float(output.loss)
         with torch.no_grad():  # in bfloat16 the loss itself is 0.03 coarse
-            return float(torch.nn.functional.cross_entropy(output.logits.float().flatten(0, 1), batch["labels"].flatten()))
+            return float(
+                torch.nn.functional.cross_entropy(output.logits.float().flatten(0, 1), batch["labels"].flatten())
+            )
 
     def warm_up(self, batches: list[dict[str, torch.Tensor]]) -> None:
         """Let caches fill (and torch.compile compile), and leave the state as it was."""

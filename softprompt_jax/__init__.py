@@ -16,7 +16,7 @@ _PUBLIC = {
     "Run": "run",
     "UserError": "config",
     "generate": "predict",
-    "load_backbone": "backbone.pretrained",
+    "load_backbone": "peft",
     "load_predictor": "predict",
     "load_prompt": "interop",
     "load_run": "run",

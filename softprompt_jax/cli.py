@@ -68,6 +68,7 @@ class Format(enum.StrEnum):
 
     hf = "hf"
     npy = "npy"
+    peft = "peft"
     safetensors = "safetensors"
 
 
@@ -153,10 +154,12 @@ def predict(
 @app.command()
 def export(
     source: Source,
-    to: Annotated[str, typer.Option(metavar="PATH", help="File (npy, safetensors) or folder (hf) to write.")],
-    format: Annotated[Format, typer.Option(help="npy, safetensors: the prompt's rows. hf: a Hugging Face model.")],
+    to: Annotated[str, typer.Option(metavar="PATH", help="File (npy, safetensors) or folder (hf, peft) to write.")],
+    format: Annotated[
+        Format, typer.Option(help="npy, safetensors: the prompt's rows. hf: a Hugging Face model. peft: an adapter.")
+    ],
 ) -> None:
-    """Write a trained prompt, or a fully tuned model, for other programs."""
+    """Write a trained prompt, adapter or tuned model for other programs."""
     from softprompt_jax import exporting
 
     exporting.export(source, format.value, to)

@@ -12,14 +12,15 @@ from softprompt_jax.assembly import Assembly, assemble
 from softprompt_jax.backbone.pretrained import save_backbone
 from softprompt_jax.checkpoint import Checkpoints
 from softprompt_jax.config import UserError
-from softprompt_jax.predict import put_trained
-from softprompt_jax.run import Run
+from softprompt_jax.methods import put_trained
+from softprompt_jax.peft import save_adapter
+from softprompt_jax.run import Run, load_run
 
 _TOKENIZER_FILES = ("*.model", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
 
 
 def export(source: str | Path, format: str, to: str | Path) -> None:
-    """Write prompt rows (`npy`, `safetensors`) to a file, or a fully tuned model (`hf`) to a folder."""
+    """Write prompt rows (`npy`, `safetensors`) to a file, a tuned model (`hf`) or an adapter (`peft`) to a folder."""
     to = Path(to)
     try:
         if format == "hf":
@@ -30,6 +31,11 @@ def export(source: str | Path, format: str, to: str | Path) -> None:
             for pattern in _TOKENIZER_FILES:
                 for path in assembly.tokenizer_folder.glob(pattern):
                     shutil.copy(path, to / path.name)
+            return
+        if format == "peft":
+            assembly, run = load_latest(Path(source)), load_run(Path(source) / "config.yaml")
+            backbone = None if assembly.identity in ("embedded", "scratch") else assembly.identity
+            save_adapter(assembly.model, run.methods, to, backbone, {"backbone": assembly.identity})
             return
         if to.suffix != f".{format}":
             raise UserError(f"{to}: ends in {to.suffix!r}; expected a file name ending in .{format}")

@@ -25,18 +25,18 @@ _ROWS = "prompt"
 def save_trained(model: T5, path: Path, metadata: dict[str, str]) -> None:
     """Write everything that trains as float32 under its path in the model, with `metadata`."""
     arrays = {name: np.asarray(leaf) for name, leaf in flatten(nnx.to_pure_dict(nnx.state(model, Trainable)))}
-    _write(arrays, path, metadata | {"fingerprint": fingerprint(model)})
+    write_tensors(arrays, path, metadata | {"fingerprint": fingerprint(model)})
 
 
 def load_trained(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Read `trained.safetensors` back as a nested dictionary and its metadata."""
-    arrays, metadata = _read(path)
+    arrays, metadata = read_tensors(path)
     return unflatten({name: jnp.asarray(value) for name, value in arrays.items()}), metadata
 
 
 def save_prompt(rows: Float[np.ndarray, "P D"], path: Path, metadata: dict[str, str]) -> None:
     """Write prompt rows (never ids, so that they fit every tokenizer and table size)."""
-    _write({_ROWS: np.asarray(rows, np.float32)}, path, metadata | {"length": str(len(rows))})
+    write_tensors({_ROWS: np.asarray(rows, np.float32)}, path, metadata | {"length": str(len(rows))})
 
 
 def load_prompt(source: str | Path) -> Float[np.ndarray, "P D"]:
@@ -57,7 +57,7 @@ def read_prompt(source: str | Path) -> tuple[Float[np.ndarray, "P D"], dict[str,
     if not path.exists():
         raise UserError(f"{source}: no such file; expected prompt rows as .npy, .safetensors or a run folder")
     if path.suffix == ".safetensors":
-        arrays, metadata = _read(path)
+        arrays, metadata = read_tensors(path)
         if _ROWS not in arrays:
             raise UserError(f"{path}: holds {', '.join(list(arrays)[:3])}; expected a tensor named {_ROWS!r}")
         rows = arrays[_ROWS]
@@ -82,7 +82,8 @@ def check_backbone(metadata: dict[str, str], model: T5, where: str, backbone: st
         )
 
 
-def _write(arrays: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+def write_tensors(arrays: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
+    """Write tensors with metadata at once or not at all; equal content gives equal bits."""
     temporary = path.with_suffix(".partial")
     try:
         save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, temporary, metadata=metadata)
@@ -104,7 +105,8 @@ def _sort_metadata(path: Path) -> None:
         file.write(content)
 
 
-def _read(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """Read the tensors of a safetensors file, and its metadata."""
     try:
         with safe_open(path, framework="numpy") as opened:
             return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118

@@ -19,11 +19,11 @@ from jaxtyping import Array, Float, Int
 from softprompt_jax import config, interop
 from softprompt_jax.assembly import assemble, prompt_ids
 from softprompt_jax.backbone import decode
-from softprompt_jax.backbone.pretrained import Backbone, flatten, load_backbone
+from softprompt_jax.backbone.pretrained import Backbone, load_backbone
 from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.config import UserError
 from softprompt_jax.evaluate import Decoder, score
-from softprompt_jax.methods import split
+from softprompt_jax.methods import put_trained, split
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import load
@@ -176,19 +176,6 @@ def _predictor(model: T5, tokenizer: Tokenizer, run: Run | None) -> Predictor:
     task = None if run.pretraining else run.resolved_task()
     limits = run.max_input_tokens, run.max_target_tokens
     return Predictor(model, tokenizer, task, *limits, run.evaluation_batch_size)
-
-
-def put_trained(model: T5, trained: dict[str, Any], where: str) -> None:
-    """Give the model's trainable arrays their trained values."""
-    parts = split(model)
-    expected = {path: leaf.shape for path, leaf in flatten(parts.trainable)}
-    found = {path: leaf.shape for path, leaf in flatten(trained)}
-    if expected != found:
-        odd = sorted({*expected.items()} ^ {*found.items()})[0]
-        raise UserError(
-            f"{where}: does not fit its config.yaml at {odd[0]} {list(odd[1])}; expected the run's own file"
-        )
-    nnx.update(model, nnx.state(parts.merge(trained, parts.frozen)))
 
 
 def _with_prompt(model: T5, prompt: Any) -> tuple[T5, np.ndarray | None]:

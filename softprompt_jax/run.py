@@ -80,6 +80,11 @@ class Run(Settings):
         return self
 
     @property
+    def draws_dropout(self) -> bool:
+        """Whether a step needs a random key: for dropout of the backbone's or a method's own."""
+        return self.dropout > 0 or any(getattr(method, "dropout", 0) > 0 for method in self.methods)
+
+    @property
     def pretraining(self) -> Pretraining | None:
         """The pre-training data, if this run has no task."""
         return self.task if isinstance(self.task, Pretraining) else None

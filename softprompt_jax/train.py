@@ -172,7 +172,7 @@ def make_step(run: Run, parts: Split, optimizer: optax.GradientTransformation) -
         return loss, weight, gradients
 
     def step(state: State, frozen: Any, batch: dict[str, jax.Array], key: jax.Array):
-        dropout_key = jax.random.fold_in(key, state["step"]) if run.dropout > 0 else None
+        dropout_key = jax.random.fold_in(key, state["step"]) if run.draws_dropout else None
         trainable = state["trainable"]
         if run.accumulate == 1:
             loss, weight, gradients = part_gradient(trainable, frozen, batch, dropout_key)

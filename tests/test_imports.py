@@ -25,6 +25,7 @@ LAYERS = (
     "train task_run evaluate predict interpret exporting",
     "assembly",
     "run",
+    "peft",
     "checkpoint interop optimizers blackbox losses",
     "methods tasks",
     "backbone",

@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, get_args
 
 import jax
 from pydantic import Field
 
 from softprompt_jax.backbone.t5 import T5
+from softprompt_jax.methods.contract import Context, MethodSettings
 from softprompt_jax.methods.full import Full
-from softprompt_jax.methods.prompt import Context, Prompt
-from softprompt_jax.methods.surgery import Split, Trainable, leaves, split
+from softprompt_jax.methods.prompt import Prompt
+from softprompt_jax.methods.surgery import Split, Trainable, leaves, put_trained, split
+
+__all__ = [
+    "METHODS",
+    "Context",
+    "Full",
+    "Method",
+    "MethodSettings",
+    "Prompt",
+    "Split",
+    "Trainable",
+    "attach",
+    "leaves",
+    "put_trained",
+    "split",
+]
 
 Method = Annotated[Prompt | Full, Field(discriminator="kind")]
-
-__all__ = ["Context", "Full", "Method", "Prompt", "Split", "Trainable", "attach", "leaves", "split"]
+METHODS: dict[str, type[MethodSettings]] = {
+    method.model_fields["kind"].default: method for method in get_args(get_args(Method)[0])
+}
 
 
 def attach(methods: Sequence[Method], model: T5, key: jax.Array, context: Context) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 
 from softprompt_jax.backbone.t5 import T5
-from softprompt_jax.config import Settings
-from softprompt_jax.methods.prompt import Context
+from softprompt_jax.methods.contract import Context, MethodSettings
 from softprompt_jax.methods.surgery import thaw
 
 
-class Full(Settings):
+class Full(MethodSettings):
     """Full tuning: float32 copies of all weights train; they compute in the run's dtype."""
 
+    paper: ClassVar[str] = "Raffel et al., 2020"
+    identity_at_start: ClassVar[bool] = True
     kind: Literal["full"] = "full"
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,21 +12,12 @@ from jaxtyping import Array, Bool, Float, Int
 from pydantic import BeforeValidator, Field
 
 from softprompt_jax.backbone.presets import published
-from softprompt_jax.backbone.t5 import T5
+from softprompt_jax.backbone.t5 import T5, T5Settings
 from softprompt_jax.config import Settings, UserError
+from softprompt_jax.methods.contract import Context, MethodSettings, Tensors
 from softprompt_jax.methods.surgery import Trainable
 
 T5_EMBEDDING_RMS = 10.7  # of the published T5s, for which the paper's widths and learning rate were found
-
-
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What initialisations may look at: the tokenizer, and the words that are the task's labels."""
-
-    encode: Callable[[str], list[int]]
-    special_ids: frozenset[int] = frozenset()
-    label_words: tuple[str, ...] = ()
-    load_rows: Callable[[str], np.ndarray] | None = None
 
 
 class Uniform(Settings):
@@ -112,9 +101,11 @@ Init = Annotated[
 ]
 
 
-class Prompt(Settings):
+class Prompt(MethodSettings):
     """Prompt tuning: `length` rows before the encoder's input; nothing else trains."""
 
+    paper: ClassVar[str] = "Lester et al., 2021"
+    peft_type: ClassVar[str | None] = "PROMPT_TUNING"
     kind: Literal["prompt"] = "prompt"
     length: int = Field(default=100, ge=1)
     init: Init | None = None  # None: labels where the task has label words, otherwise vocabulary
@@ -126,6 +117,19 @@ class Prompt(Settings):
         init = self.init or (Labels() if context.label_words else Vocabulary())
         rows = init.rows(self.length, model, key, context)
         model.prompt = SoftPrompt(rows, embedding_scale(model))
+
+    def to_peft(self, model: T5) -> tuple[dict[str, Any], Tensors]:
+        """Return P rows with one submodule; PEFT's default of two would ask for P dead ones."""
+        rows = np.asarray(model.prompt.rows[...])
+        return peft_prompt(model.settings, self.length), {"prompt_embeddings": rows}
+
+    @classmethod
+    def from_peft(
+        cls, config: dict[str, Any], tensors: Tensors, settings: T5Settings
+    ) -> tuple[MethodSettings, Tensors]:
+        """Take what PEFT reads as the settings of a new prompt and its rows."""
+        rows = peft_rows(config, tensors)
+        return cls(length=len(rows), init=Uniform()), {"prompt.rows": rows}
 
 
 class SoftPrompt(nnx.Module):
@@ -155,6 +159,27 @@ def embedding_scale(model: T5) -> float:
         return 1.0
     table = model.embedding[...].astype(jnp.float32)
     return float(jnp.sqrt(jnp.mean(table * table))) / T5_EMBEDDING_RMS
+
+
+def peft_prompt(settings: T5Settings, length: int) -> dict[str, Any]:
+    """Return what PEFT's adapter_config.json says of every kind of prompt rows."""
+    return {
+        "num_virtual_tokens": length,
+        "num_transformer_submodules": 1,
+        "token_dim": settings.d_model,
+        "num_layers": settings.num_layers,
+        "num_attention_heads": settings.num_heads,
+    }
+
+
+def peft_rows(config: dict[str, Any], tensors: Tensors) -> np.ndarray:
+    """Return the first P rows of a PEFT prompt: of the 2P that it saves for a T5 by default, P are never read."""
+    rows, length = tensors["prompt_embeddings"], config["num_virtual_tokens"]
+    if rows.ndim != 2 or len(rows) not in (length, 2 * length):
+        raise UserError(
+            f"prompt_embeddings: found shape {list(rows.shape)}; expected [{length} or {2 * length}, its width]"
+        )
+    return rows[:length]
 
 
 def attach_rows(model: T5, rows: np.ndarray | Array) -> None:

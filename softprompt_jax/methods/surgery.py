@@ -1,15 +1,24 @@
-"""What trains is a type: `Trainable` parameters are split from the frozen rest here and nowhere else."""
+"""What trains is a type: `Trainable` parameters are split from the frozen rest here and nowhere else.
+
+Also how a method takes the place of a `Linear`, found by a pattern over paths:
+
+    encoder.layers.attention.query   Linear    before
+    encoder.layers.attention.query   Wrapped   after: a method's module, with the Linear as its `inner`
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
-from softprompt_jax.backbone.pretrained import flatten
-from softprompt_jax.backbone.t5 import T5
+from softprompt_jax.backbone.pretrained import flatten, names
+from softprompt_jax.backbone.t5 import T5, Linear
+from softprompt_jax.config import UserError, nearest
 
 
 class Trainable(nnx.Param):
@@ -49,7 +58,20 @@ def leaves(model: T5) -> dict[str, Leaf]:
     return {path: Leaf(*_describe(variable)) for path, variable in flatten(variables)}
 
 
-def thaw(model: T5, wanted=lambda path: True) -> list[str]:
+def put_trained(model: T5, trained: dict[str, Any], where: str) -> None:
+    """Give the model's trainable arrays their trained values."""
+    parts = split(model)
+    expected = {path: leaf.shape for path, leaf in flatten(parts.trainable)}
+    found = {path: leaf.shape for path, leaf in flatten(trained)}
+    if expected != found:
+        odd = sorted({*expected.items()} ^ {*found.items()})[0]
+        raise UserError(
+            f"{where}: does not fit its config.yaml at {odd[0]} {list(odd[1])}; expected the run's own file"
+        )
+    nnx.update(model, nnx.state(parts.merge(trained, parts.frozen)))
+
+
+def thaw(model: T5, wanted=lambda path: True, learning_rate_scale: float = 1.0) -> list[str]:
     """Make every parameter whose path is wanted trainable, in float32, and return the paths."""
     changed = []
     for place, node in nnx.iter_graph(model):
@@ -59,9 +81,111 @@ def thaw(model: T5, wanted=lambda path: True) -> list[str]:
             path = ".".join(map(str, (*place, name)))
             if isinstance(variable, nnx.Param) and not isinstance(variable, Trainable) and wanted(path):
                 value = variable[...].astype(jax.numpy.float32)
-                setattr(node, name, Trainable(value, **variable.get_metadata()))
+                metadata = variable.get_metadata() | {"learning_rate_scale": learning_rate_scale}
+                setattr(node, name, Trainable(value, **metadata))
                 changed.append(path)
     return changed
+
+
+class Wrapped(nnx.Module):
+    """A method's module in the place of a Linear; `inner` is that Linear, or another method's module.
+
+    Weights have the inner kernel's leading axis of layers, if it has one: the scan takes it off.
+    """
+
+    inner: Linear | Wrapped
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        """Compute [..., in] -> [..., out]; the key is for dropout, None means evaluation."""
+        raise NotImplementedError
+
+    def merged(self, kernel: jax.Array) -> jax.Array | None:
+        """Return the float32 kernel [..., in, out] that alone computes the same, or None if there is none."""
+        raise NotImplementedError
+
+
+def linears(model: T5) -> dict[str, tuple[nnx.Module, str]]:
+    """Return where each Linear of the layers, or what stands in its place, is: path -> (owner, attribute)."""
+    known = names(model.settings)
+
+    def walk(owner: nnx.Module, prefix: str) -> Iterator[tuple[str, tuple[nnx.Module, str]]]:
+        for name, child in vars(owner).items():
+            if isinstance(child, Linear | Wrapped) and f"{prefix}{name}.kernel" in known:
+                yield prefix + name, (owner, name)
+            elif isinstance(child, nnx.Module) and not isinstance(child, Wrapped):
+                yield from walk(child, f"{prefix}{name}.")
+
+    return dict(sorted((*walk(model.encoder, "encoder."), *walk(model.decoder, "decoder."))))
+
+
+def kernel_of(module: Linear | Wrapped) -> nnx.Param:
+    """Return the frozen kernel at the bottom of a place."""
+    return kernel_of(module.inner) if isinstance(module, Wrapped) else module.kernel
+
+
+def matching(patterns: Sequence[str], paths: Iterable[str], where: str) -> list[str]:
+    """Return the paths that a pattern matches: `query`, `attention.query`, `decoder.*.value`, `*`.
+
+    A pattern stands for a whole path or its end after a dot; `*` stands for anything.
+    Errors: UserError for a pattern that matches nothing.
+    """
+    paths, found = list(paths), set()
+    for pattern in patterns:
+        hits = {path for path in paths if fnmatch.fnmatchcase(f".{path}", f"*.{pattern}")}
+        if not hits:
+            ends = dict.fromkeys(path.split(".", start)[-1] for start in range(5, 0, -1) for path in paths)
+            short = dict.fromkeys(path.rpartition(".")[2] for path in paths)
+            raise UserError(
+                f"{where}: {pattern!r} matches no weight of this backbone; expected one of {', '.join(short)}, or a "
+                f"path such as {paths[0]}{nearest(pattern, ends)}"
+            )
+        found |= hits
+    return [path for path in paths if path in found]
+
+
+def replace(
+    model: T5, patterns: Sequence[str], wrap: Callable[[str, Linear | Wrapped], Wrapped], where: str
+) -> list[str]:
+    """Put `wrap(path, module)` in the place of every Linear that a pattern matches, and return the paths."""
+    places = linears(model)
+    found = matching(patterns, places, where)
+    for path in found:
+        owner, name = places[path]
+        setattr(owner, name, wrap(path, getattr(owner, name)))
+    return found
+
+
+def merged(model: T5) -> T5:
+    """Return a model of plain Linears with the same function; the given one stays as it is, to the bit.
+
+    Errors: UserError for what trains and has no place in a plain T5.
+    """
+    model = nnx.merge(*nnx.split(model))
+    for path, (owner, name) in linears(model).items():
+        module = getattr(owner, name)
+        if isinstance(module, Wrapped):
+            setattr(owner, name, _plain(module, path))
+    own = sorted(set(leaves(model)) - set(names(model.settings)))
+    if own:
+        raise UserError(
+            f"methods: {own[0]} has no place in a plain T5; expected weights that can be merged into it; "
+            "export the run as peft or keep its folder"
+        )
+    return model
+
+
+def _plain(module: Linear | Wrapped, path: str) -> Linear:
+    if isinstance(module, Linear):
+        return module
+    linear = _plain(module.inner, path)
+    value = module.merged(linear.kernel[...].astype(jax.numpy.float32))
+    if value is None:
+        raise UserError(
+            f"methods: what was trained at {path} cannot be merged into its weight; expected a method that can; "
+            "keep the run's folder"
+        )
+    linear.kernel = nnx.Param(value, **linear.kernel.get_metadata())
+    return linear
 
 
 def _describe(variable: nnx.Variable) -> tuple[bool, float]:

@@ -1,0 +1,58 @@
+"""What every method says of itself. Only its own file and the union `Method` know a method by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from softprompt_jax.backbone.t5 import T5, T5Settings
+from softprompt_jax.config import Settings, UserError
+
+Tensors = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What initialisations may look at: the tokenizer, and the words that are the task's labels."""
+
+    encode: Callable[[str], list[int]]
+    special_ids: frozenset[int] = frozenset()
+    label_words: tuple[str, ...] = ()
+    load_rows: Callable[[str], np.ndarray] | None = None
+
+
+class MethodSettings(Settings):
+    """A method is its settings: a `kind`, what `attach` needs, and the facts below, which the contract test checks."""
+
+    paper: ClassVar[str]  # Author et al., year
+    identity_at_start: ClassVar[bool] = False  # attaching it leaves every logit as it was
+    refuses_packing: ClassVar[str | None] = None  # why several examples cannot share a row
+    peft_type: ClassVar[str | None] = None  # what PEFT calls it, if it has it
+
+    def attach(self, model: T5, key: jax.Array, context: Context) -> None:
+        """Put `Trainable` parameters into the model, in place."""
+        raise NotImplementedError
+
+    def to_peft(self, model: T5) -> tuple[dict[str, Any], Tensors]:
+        """Return the adapter_config.json and the tensors with which PEFT computes the same.
+
+        Errors: UserError where PEFT has no such method, or not with these settings.
+        """
+        raise UserError(
+            f"methods: {self.kind} has no counterpart in PEFT; "  # type: ignore[attr-defined]
+            "expected a method that PEFT knows; export it as hf or keep the run folder"
+        )
+
+    @classmethod
+    def from_peft(
+        cls, config: dict[str, Any], tensors: Tensors, settings: T5Settings
+    ) -> tuple[MethodSettings, Tensors]:
+        """Return the settings that an adapter stands for, and its values by their paths in our model.
+
+        Errors: UserError where the adapter asks for what this method cannot do.
+        """
+        raise NotImplementedError
