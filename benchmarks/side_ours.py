@@ -9,6 +9,7 @@ from worker import serve
 from workload import BATCH_SIZE, LEARNING_RATE, PROMPT_LENGTH, WEIGHT_DECAY, Workload, systematic_sample
 
 from softprompt_jax import load_backbone, optimizers
+from softprompt_jax.allocator import keep_freed_memory
 from softprompt_jax.assembly import prompt_ids, with_settings
 from softprompt_jax.methods import leaves, split
 from softprompt_jax.methods.prompt import attach_rows
@@ -86,4 +87,5 @@ def _tokenized(pairs: list[tuple[np.ndarray, np.ndarray]], workload: Workload) -
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the command line does
     serve(Ours)
