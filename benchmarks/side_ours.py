@@ -26,7 +26,7 @@ class Ours:
         model = with_settings(load_backbone(folder, dtype).model, unroll=variant == "unroll")
         self.workload = Workload.read(folder)
         attach_rows(model, self.workload.prompt(model.settings.d_model))
-        self.prompt_ids = prompt_ids(model)
+        self.prompt_ids = np.asarray(prompt_ids(model).before, np.int32)
         run = Run(
             task="sentiment_movie", dtype=dtype, dropout=0.0, z_loss=0.0, loss="mean", batch_size=BATCH_SIZE,
             optimizer=optimizers.AdamW(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY),

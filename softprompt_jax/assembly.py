@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import numpy as np
 from flax import nnx
 
 from softprompt_jax import methods
 from softprompt_jax.backbone.pretrained import Backbone, find_folder, load_backbone
 from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.interop import load_prompt
+from softprompt_jax.placement import Placement
 from softprompt_jax.run import Run, Scratch
 from softprompt_jax.tasks.task import Task
 from softprompt_jax.tasks.tokenizer import Tokenizer, load_tokenizer
@@ -28,17 +28,14 @@ class Assembly:
     tokenizer_folder: Path
 
     @property
-    def prompt_ids(self) -> np.ndarray | None:
-        """The ids of the prompt's rows, V to V + P - 1, or None."""
+    def prompt_ids(self) -> Placement | None:
+        """Where the ids of the prompt's rows, from V on, stand around a text; None without a prompt."""
         return prompt_ids(self.model)
 
 
-def prompt_ids(model: T5) -> np.ndarray | None:
-    """Return the ids of a model's prompt rows, V to V + P - 1, or None."""
-    if model.prompt is None:
-        return None
-    rows = model.settings.vocabulary_rows
-    return np.arange(rows, rows + model.prompt.length, dtype=np.int32)
+def prompt_ids(model: T5) -> Placement | None:
+    """Return where the ids of a model's prompt rows, from V on, stand around a text; None without a prompt."""
+    return None if model.prompt is None else model.prompt.placement
 
 
 def assemble(run: Run) -> Assembly:

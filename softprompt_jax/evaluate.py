@@ -13,9 +13,10 @@ import numpy as np
 from softprompt_jax.backbone import decode
 from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import Split
+from softprompt_jax.placement import Placement
 from softprompt_jax.tasks import metrics
 from softprompt_jax.tasks.buckets import Shape
-from softprompt_jax.tasks.pipeline import evaluation_batches
+from softprompt_jax.tasks.pipeline import PromptIds, evaluation_batches
 from softprompt_jax.tasks.task import Example, Task
 from softprompt_jax.tasks.tokenized import TokenizedSet
 from softprompt_jax.tasks.tokenizer import Tokenizer
@@ -28,8 +29,8 @@ class Decoder:
         self._tokenizer = tokenizer
 
         @functools.partial(jax.jit, static_argnames="max_tokens")
-        def decoded(trainable: Any, frozen: Any, tokens: jax.Array, max_tokens: int) -> jax.Array:
-            return decode.greedy(parts.merge(trainable, frozen), tokens, max_tokens)[0]
+        def decoded(trainable: Any, frozen: Any, tokens: jax.Array, before: jax.Array, max_tokens: int) -> jax.Array:
+            return decode.greedy(parts.merge(trainable, frozen), tokens, max_tokens, decoder_prompt=before)[0]
 
         self._decoded = decoded
 
@@ -40,13 +41,15 @@ class Decoder:
         tokenized: TokenizedSet,
         batch_size: int,
         max_tokens: int,
-        prompt_ids: np.ndarray | None = None,
+        prompt_ids: PromptIds = None,
         shapes: list[Shape] | None = None,
     ) -> list[str]:
         """Return the predicted text of every example, in order; batches have `shapes`, or some that suit the set."""
         predictions = [""] * len(tokenized)
+        first = np.shape(prompt_ids.decoder)[-1] if isinstance(prompt_ids, Placement) else 0
         for batch, ids in evaluation_batches(tokenized, min(batch_size, len(tokenized)), prompt_ids, shapes=shapes):
-            rows = np.asarray(self._decoded(trainable, frozen, batch["encoder_tokens"], max_tokens))
+            before = batch["decoder_inputs"][:, :first]
+            rows = np.asarray(self._decoded(trainable, frozen, batch["encoder_tokens"], before, max_tokens))
             for row, index in zip(rows, ids, strict=True):
                 if index >= 0:
                     predictions[index] = self._tokenizer.decode([int(token) for token in row if token])

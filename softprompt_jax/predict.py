@@ -25,6 +25,7 @@ from softprompt_jax.config import UserError
 from softprompt_jax.evaluate import Decoder, score
 from softprompt_jax.methods import put_trained, split
 from softprompt_jax.methods.prompt import attach_rows
+from softprompt_jax.placement import Placement
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import load
 from softprompt_jax.tasks.task import Example, Task, fill
@@ -166,8 +167,9 @@ def _from_prompt(path: Path, run: Run | None, backbone: str | None) -> Predictor
     rows, metadata = interop.read_prompt(path)
     loaded = load_backbone(source, run.dtype if run is not None else "float32")
     interop.check_backbone(metadata, loaded.model, str(path), source)
-    attach_rows(loaded.model, rows)
-    return _predictor(loaded.model, load_tokenizer(loaded.folder), run)
+    tokenizer = load_tokenizer(loaded.folder)
+    attach_rows(loaded.model, rows, metadata.get("place", "before"), tokenizer.encode)
+    return _predictor(loaded.model, tokenizer, run)
 
 
 def _predictor(model: T5, tokenizer: Tokenizer, run: Run | None) -> Predictor:
@@ -178,7 +180,7 @@ def _predictor(model: T5, tokenizer: Tokenizer, run: Run | None) -> Predictor:
     return Predictor(model, tokenizer, task, *limits, run.evaluation_batch_size)
 
 
-def _with_prompt(model: T5, prompt: Any) -> tuple[T5, np.ndarray | None]:
+def _with_prompt(model: T5, prompt: Any) -> tuple[T5, Placement | None]:
     """Return a model with the prompt attached, leaving the given one as it is."""
     model = nnx.merge(*nnx.split(model))
     if prompt is not None:
@@ -192,11 +194,14 @@ def _check_ids(tokens: Any, rows: int) -> None:
         raise UserError(f"tokens: found the id {largest}; expected ids under {rows}, the rows of the embedding")
 
 
-def _prepend(ids: np.ndarray | None, tokens: Any) -> Int[Array, "B PT"]:
+def _prepend(placement: Placement | None, tokens: Any) -> Int[Array, "B PT"]:
     tokens = jnp.asarray(tokens, jnp.int32)
-    if ids is None:
+    if placement is None:
         return tokens
-    return jnp.concatenate([jnp.broadcast_to(jnp.asarray(ids), (tokens.shape[0], len(ids))), tokens], 1)
+    if len(placement.after) or len(placement.decoder):
+        raise UserError("tokens: the prompt stands not only before them; expected texts, or a prompt placed before")
+    ids = jnp.asarray(placement.before, jnp.int32)
+    return jnp.concatenate([jnp.broadcast_to(ids, (tokens.shape[0], len(ids))), tokens], 1)
 
 
 @jax.jit

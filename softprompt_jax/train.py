@@ -142,7 +142,8 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
     interop.save_trained(final, folder / interop.TRAINED_FILE, metadata)
     if set(parts.trainable) == {"prompt"}:
         metadata["fingerprint"] = interop.fingerprint(final)
-        rows = np.asarray(final.prompt.rows[...])
+        metadata["place"] = final.prompt.place
+        rows = np.asarray(final.prompt.table())
         interop.save_prompt(rows, folder / interop.PROMPT_FILE, metadata)
     result = data.result(chosen["trainable"], parts) | {
         "steps": run.steps,

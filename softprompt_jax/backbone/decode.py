@@ -12,12 +12,16 @@ EOS = 1
 
 
 def greedy(
-    model: T5, encoder_tokens: Int[Array, "B T"], max_tokens: int, encoder_segments: Int[Array, "B T"] | None = None
+    model: T5,
+    encoder_tokens: Int[Array, "B T"],
+    max_tokens: int,
+    encoder_segments: Int[Array, "B T"] | None = None,
+    decoder_prompt: Int[Array, "B P"] | None = None,
 ) -> tuple[Int[Array, "B U"], Float[Array, "B"]]:
     """Return the most likely next tokens up to EOS (then 0), and the sum of their log-probabilities.
 
-    Shapes: B rows, U = `max_tokens`; prompt ids already stand in `encoder_tokens`. Stops when every
-    row has ended. Compiles once per shape.
+    Shapes: B rows, U = `max_tokens`; prompt ids already stand in `encoder_tokens`; those of `decoder_prompt`
+    are read before the decoder's first input. Stops when every row has ended. Compiles once per shape.
     """
     tokens = encoder_tokens
     segments = (tokens != 0).astype(jnp.int32) if encoder_segments is None else encoder_segments
@@ -25,15 +29,15 @@ def greedy(
     visible = (segments > 0)[:, None, None, :]
     decoder, settings = model.decoder, model.settings
     cross = jax.lax.map(lambda layer: layer.cross.keys_values(encoded), decoder.layers)
-    batch = tokens.shape[0]
-    shape = (decoder.depth, batch, settings.num_heads, max_tokens, settings.d_kv)
+    batch, first = tokens.shape[0], 0 if decoder_prompt is None else decoder_prompt.shape[1]
+    shape = (decoder.depth, batch, settings.num_heads, first + max_tokens, settings.d_kv)
     cache = (jnp.zeros(shape, encoded.dtype), jnp.zeros(shape, encoded.dtype))
-    positions = jnp.arange(max_tokens)
+    positions = jnp.arange(first + max_tokens)
 
-    def step(carry):
-        position, last, ended, caches, output, score = carry
-        past = (positions <= position)[None, None, None, :]
-        here = position[None]
+    def read(tokens, position, caches):
+        """Run the decoder on tokens [B, U] that stand from `position` on; return its output and the caches."""
+        here = position + jnp.arange(tokens.shape[1])
+        past = (positions <= here[:, None])[None, None]
         shared_bias = None if decoder.bias is None else decoder.bias(here, positions)
 
         def run(carry, layer_cross_index):
@@ -53,19 +57,25 @@ def greedy(
             return (x, *written), None
 
         indices = jnp.arange(decoder.depth)
-        x = model.embed(last[:, None])
-        (x, *caches), _ = jax.lax.scan(run, (x, *caches), (decoder.layers, cross, indices))
+        (x, *caches), _ = jax.lax.scan(run, (model.embed(tokens), *caches), (decoder.layers, cross, indices))
+        return x, tuple(caches)
+
+    def step(carry):
+        position, last, ended, caches, output, score = carry
+        x, caches = read(last[:, None], first + position, caches)
         log_p = jax.nn.log_softmax(model.project(decoder.norm(x))[:, 0])
         best = jnp.argmax(log_p, -1).astype(jnp.int32)
         score = score + jnp.where(ended, 0, jnp.take_along_axis(log_p, best[:, None], -1)[:, 0])
         chosen = jnp.where(ended, 0, best)
         output = output.at[:, position].set(chosen)
-        return position + 1, chosen, ended | (chosen == EOS), tuple(caches), output, score
+        return position + 1, chosen, ended | (chosen == EOS), caches, output, score
 
     def unfinished(carry):
         position, _, ended, *_ = carry
         return (position < max_tokens) & ~jnp.all(ended)
 
+    if decoder_prompt is not None and first:
+        _, cache = read(decoder_prompt, 0, cache)
     start = (
         jnp.zeros((), jnp.int32),
         jnp.zeros((batch,), jnp.int32),

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
+from softprompt_jax import placement
 from softprompt_jax.backbone.presets import published
 from softprompt_jax.backbone.t5 import T5, T5Settings
 from softprompt_jax.config import Settings, UserError
 from softprompt_jax.methods.contract import Context, MethodSettings, Tensors
 from softprompt_jax.methods.surgery import Trainable
+from softprompt_jax.placement import Placement
 
 T5_EMBEDDING_RMS = 10.7  # of the published T5s, for which the paper's widths and learning rate were found
 
@@ -101,27 +103,68 @@ Init = Annotated[
 ]
 
 
-class Prompt(MethodSettings):
-    """Prompt tuning: `length` rows before the encoder's input; nothing else trains."""
+class Placed(MethodSettings):
+    """What all methods with prompt rows share: how many, where they stand, what they start from.
+
+    `place`: "before" the text, "after" it (before its EOS), on the "decoder" side (before its first input), "both"
+    (`length` rows before the text, `length` others before the decoder's input), or a template with anchor words
+    such as "{prompt:10} {text} it was {prompt:5}", where {text} is the task's input.
+    """
+
+    length: int = Field(default=100, ge=1)
+    place: str = "before"
+    init: Init | None = None  # None: labels where the task has label words, otherwise vocabulary
+
+    @model_validator(mode="after")
+    def _place_fits(self) -> Placed:
+        placement.check(self.place, self.length)
+        return self
+
+    def placed(self, model: T5, context: Context) -> Placement:
+        """Return where the rows stand; a second method that wants the prompt is a UserError."""
+        if model.prompt is not None:
+            raise UserError("methods: two methods want the prompt; expected one; remove the other")
+        return placement.place(self.place, self.length, model.settings.vocabulary_rows, context.encode)
+
+    def first_rows(self, model: T5, key: jax.Array, context: Context) -> Float[Array, "P D"]:
+        """Return the rows that training starts from."""
+        init = self.init or (Labels() if context.label_words else Vocabulary())
+        return init.rows(placement.rows(self.place, self.length), model, key, context)
+
+
+    def peft_rows(self, model: T5) -> tuple[dict[str, Any], Tensors]:
+        """Return the rows as PEFT saves those of all its prompts; elsewhere than before the text is a UserError."""
+        if self.place != "before":
+            raise UserError(
+                f"methods: place is {self.place!r}; expected before, since PEFT knows no other; keep the run folder"
+            )
+        settings = model.settings
+        config = {
+            "num_virtual_tokens": self.length,
+            "num_transformer_submodules": 1,
+            "token_dim": settings.d_model,
+            "num_layers": settings.num_layers,
+            "num_attention_heads": settings.num_heads,
+        }
+        return config, {"prompt_embeddings": np.asarray(model.prompt.table())}
+
+
+class Prompt(Placed):
+    """Prompt tuning: `length` rows, by default before the encoder's input; nothing else trains."""
 
     paper: ClassVar[str] = "Lester et al., 2021"
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
     kind: Literal["prompt"] = "prompt"
-    length: int = Field(default=100, ge=1)
-    init: Init | None = None  # None: labels where the task has label words, otherwise vocabulary
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Give the model a trainable prompt."""
-        if model.prompt is not None:
-            raise UserError("methods: two methods want the prompt; expected one; remove the other")
-        init = self.init or (Labels() if context.label_words else Vocabulary())
-        rows = init.rows(self.length, model, key, context)
-        model.prompt = SoftPrompt(rows, embedding_scale(model))
+        placed = self.placed(model, context)
+        rows = self.first_rows(model, key, context)
+        model.prompt = SoftPrompt(rows, embedding_scale(model), self.place, placed)
 
     def to_peft(self, model: T5) -> tuple[dict[str, Any], Tensors]:
         """Return P rows with one submodule; PEFT's default of two would ask for P dead ones."""
-        rows = np.asarray(model.prompt.rows[...])
-        return peft_prompt(model.settings, self.length), {"prompt_embeddings": rows}
+        return self.peft_rows(model)
 
     @classmethod
     def from_peft(
@@ -132,25 +175,42 @@ class Prompt(MethodSettings):
         return cls(length=len(rows), init=Uniform()), {"prompt.rows": rows}
 
 
-class SoftPrompt(nnx.Module):
-    """P rows of width D for the ids V to V + P - 1."""
+class PromptTable(nnx.Module):
+    """What `model.prompt` is: `table()` gives the rows of the ids V onwards, `placement` says where those stand."""
 
-    def __init__(self, rows: Float[Array, "P D"], learning_rate_scale: float = 1.0):
-        self.rows = Trainable(
-            jnp.asarray(rows, jnp.float32), axes=("prompt", "embed"), learning_rate_scale=learning_rate_scale
-        )
+    place: str
+    placement: Placement
 
-    @property
-    def length(self) -> int:
-        """The number of rows, P."""
-        return self.rows.shape[0]
+    def table(self) -> Float[Array, "P D"]:
+        """Return all rows, in float32."""
+        raise NotImplementedError
 
     def __call__(
         self, indices: Int[Array, "B T"], virtual: Bool[Array, "B T"], key: jax.Array | None = None
     ) -> Float[Array, "B T D"]:
         """Look rows up as a one-hot product, whose gradient is a product too and not a scatter."""
-        one_hot = jax.nn.one_hot(jnp.where(virtual, indices, -1), self.length, dtype=jnp.float32)
-        return jnp.matmul(one_hot, self.rows[...], precision=jax.lax.Precision.HIGHEST)
+        table = self.table()
+        one_hot = jax.nn.one_hot(jnp.where(virtual, indices, -1), len(table), dtype=jnp.float32)
+        return jnp.matmul(one_hot, table, precision=jax.lax.Precision.HIGHEST)
+
+
+class SoftPrompt(PromptTable):
+    """P trainable rows of width D for the ids V to V + P - 1."""
+
+    def __init__(
+        self,
+        rows: Float[Array, "P D"],
+        learning_rate_scale: float = 1.0,
+        place: str = "before",
+        placement: Placement | None = None,
+    ):
+        self.rows = Trainable(
+            jnp.asarray(rows, jnp.float32), axes=("prompt", "embed"), learning_rate_scale=learning_rate_scale
+        )
+        self.place, self.placement = place, placement or Placement()
+
+    def table(self) -> Float[Array, "P D"]:
+        return self.rows[...]
 
 
 def embedding_scale(model: T5) -> float:
@@ -159,17 +219,6 @@ def embedding_scale(model: T5) -> float:
         return 1.0
     table = model.embedding[...].astype(jnp.float32)
     return float(jnp.sqrt(jnp.mean(table * table))) / T5_EMBEDDING_RMS
-
-
-def peft_prompt(settings: T5Settings, length: int) -> dict[str, Any]:
-    """Return what PEFT's adapter_config.json says of every kind of prompt rows."""
-    return {
-        "num_virtual_tokens": length,
-        "num_transformer_submodules": 1,
-        "token_dim": settings.d_model,
-        "num_layers": settings.num_layers,
-        "num_attention_heads": settings.num_heads,
-    }
 
 
 def peft_rows(config: dict[str, Any], tensors: Tensors) -> np.ndarray:
@@ -182,12 +231,23 @@ def peft_rows(config: dict[str, Any], tensors: Tensors) -> np.ndarray:
     return rows[:length]
 
 
-def attach_rows(model: T5, rows: np.ndarray | Array) -> None:
-    """Attach finished prompt rows [P, D], replacing those that are there."""
+def attach_rows(
+    model: T5, rows: np.ndarray | Array, place: str = "before", encode: Callable[[str], list[int]] | None = None
+) -> None:
+    """Attach finished prompt rows [P, D], replacing those that are there; a template's anchors need `encode`."""
     rows = jnp.asarray(rows)
     if rows.ndim != 2 or rows.shape[1] != model.settings.d_model:
         raise UserError(
             f"prompt: found shape {list(rows.shape)}; expected [P, {model.settings.d_model}], "
             "the width of this backbone; use a prompt that was trained on it"
         )
-    model.prompt = SoftPrompt(rows)
+    try:
+        length = len(rows) // placement.rows(place, 1)
+        placed = placement.place(place, length, model.settings.vocabulary_rows, encode or _no_anchors)
+    except ValueError as error:
+        raise UserError(f"prompt: {error}") from None
+    model.prompt = SoftPrompt(rows, 1.0, place, placed)
+
+
+def _no_anchors(text: str) -> list[int]:
+    raise UserError(f"prompt: its place has the words {text!r}; expected the backbone's tokenizer to read them")

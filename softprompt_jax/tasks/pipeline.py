@@ -2,8 +2,8 @@
 
 A batch is a dict of int32 arrays, 0 being padding (B rows, T encoder and U decoder positions):
 
-    encoder_tokens   [B, T]  prompt ids (if any), text, EOS, padding
-    decoder_inputs   [B, U]  targets shifted right behind a 0
+    encoder_tokens   [B, T]  text, EOS, padding; prompt ids (if any) before the text or around it
+    decoder_inputs   [B, U]  prompt ids (if any stand there), targets shifted right behind a 0
     decoder_targets  [B, U]  target, EOS, padding; a 0 has no weight in the loss
 
 Packed batches will add `encoder_segments` [B, T] and `decoder_segments` [B, U] (1, 2, ... per
@@ -23,17 +23,21 @@ import numpy as np
 from jaxtyping import Int
 
 from softprompt_jax.config import UserError
+from softprompt_jax.placement import Placement
 from softprompt_jax.tasks.buckets import Shape, batch_plan, choose_shapes, fitting_shape
 from softprompt_jax.tasks.tokenized import TokenizedSet
 
 Batch = dict[str, np.ndarray]
+PromptIds = Placement | np.ndarray | None
+EOS = 1  # of every T5
 
 
 class TrainBatches:
     """Training batches without end: any step at random, or an iterator from a step on.
 
     `prompt_ids` [P] (ids of `vocabulary_rows` and more) go before every text, or [examples, P] before
-    each its own. `batch_size` B is the global one; a process gets rows `process_index * B / process_count`
+    each its own, or where a `Placement` says. `batch_size` B is the global one; a process gets rows
+    `process_index * B / process_count`
     onwards of each batch. `shapes` lists every (T, U) that occurs, prompt included; `padding_share` is the
     share of padding among all tokens of the first epoch.
     """
@@ -43,7 +47,7 @@ class TrainBatches:
         tokenized: TokenizedSet,
         batch_size: int,
         seed: int,
-        prompt_ids: Int[np.ndarray, " P"] | Int[np.ndarray, "examples P"] | None = None,
+        prompt_ids: PromptIds = None,
         window: int = 64,
         max_shapes: int = 4,
         process_index: int = 0,
@@ -60,8 +64,9 @@ class TrainBatches:
         self.batches_per_epoch = len(first)
         needed = _needed(tokenized, first)
         self._text_shapes = choose_shapes(needed, _largest(tokenized), max_shapes)
-        prompt_length = self._prompts.shape[1]
-        self.shapes = [(prompt_length + text, target) for text, target in self._text_shapes]
+        prompt_length, decoder_length = self._prompts.lengths
+        self.shapes = [(prompt_length + text, decoder_length + target) for text, target in self._text_shapes]
+        prompt_length += decoder_length
         padded = sum(sum(fitting_shape(self._text_shapes, pair)) + prompt_length for pair in needed) * batch_size
         real = self._lengths[first].sum() + first.size * prompt_length
         self.padding_share = float(1 - real / padded)
@@ -98,7 +103,7 @@ class _Steps:
 def evaluation_batches(
     tokenized: TokenizedSet,
     batch_size: int,
-    prompt_ids: Int[np.ndarray, " P"] | Int[np.ndarray, "examples P"] | None = None,
+    prompt_ids: PromptIds = None,
     max_shapes: int = 4,
     process_index: int = 0,
     process_count: int = 1,
@@ -125,29 +130,50 @@ def evaluation_batches(
         yield batch, local
 
 
-def collate(
-    tokenized: TokenizedSet, ids: Int[np.ndarray, " B"], shape: Shape, prompts: Int[np.ndarray, "examples P"]
-) -> Batch:
+def collate(tokenized: TokenizedSet, ids: Int[np.ndarray, " B"], shape: Shape, prompts: Prompts) -> Batch:
     """Return the batch of these examples, text padded to `shape`; the prompts come on top of it."""
-    prompt_length = prompts.shape[1]
+    prompt_length, first = prompts.lengths  # the decoder's first own input
     encoder_tokens = np.zeros((len(ids), prompt_length + shape[0]), np.int32)
-    decoder_targets = np.zeros((len(ids), shape[1]), np.int32)
-    encoder_tokens[:, :prompt_length] = prompts[ids]
+    decoder_targets = np.zeros((len(ids), first + shape[1]), np.int32)
     for row, index in enumerate(ids):
-        text, target = tokenized.input(index), tokenized.target(index)
-        encoder_tokens[row, prompt_length : prompt_length + len(text)] = text
-        decoder_targets[row, : len(target)] = target
+        encoder, target = prompts.surround(tokenized.input(index), index), tokenized.target(index)
+        encoder_tokens[row, : len(encoder)] = encoder
+        decoder_targets[row, first : first + len(target)] = target
     decoder_inputs = np.zeros_like(decoder_targets)
-    decoder_inputs[:, 1:] = decoder_targets[:, :-1]
+    decoder_inputs[:, :first] = prompts.decoder[ids]
+    decoder_inputs[:, first + 1 :] = decoder_targets[:, first:-1]
     return {"encoder_tokens": encoder_tokens, "decoder_inputs": decoder_inputs, "decoder_targets": decoder_targets}
 
 
-def _prompts(tokenized: TokenizedSet, prompt_ids: np.ndarray | None) -> np.ndarray:
-    """One row of prompt ids per example (a view where they share one)."""
-    ids = np.zeros((0,), np.int32) if prompt_ids is None else np.asarray(prompt_ids, np.int32)
-    if ids.size and ids.min() < tokenized.vocabulary_rows:
-        raise ValueError(f"prompt id {ids.min()} is a text id; expected ids from {tokenized.vocabulary_rows} on")
-    return np.broadcast_to(ids, (len(tokenized), ids.shape[-1]))
+@dataclass(frozen=True)
+class Prompts:
+    """The ids around each example: before its text, after it, before its decoder input (views where all share them)."""
+
+    before: Int[np.ndarray, "examples _"]
+    after: Int[np.ndarray, "examples _"]
+    decoder: Int[np.ndarray, "examples _"]
+
+    @property
+    def lengths(self) -> Shape:
+        """How much longer they make an encoder and a decoder row."""
+        return self.before.shape[1] + self.after.shape[1], self.decoder.shape[1]
+
+    def surround(self, text: Int[np.ndarray, " T"], index: int | np.integer) -> Int[np.ndarray, " PT"]:
+        """Return an example's encoder ids; what stands after the text stands before its EOS."""
+        end = len(text) - int(text[-1] == EOS)
+        return np.concatenate([self.before[index], text[:end], self.after[index], text[end:]])
+
+
+def _prompts(tokenized: TokenizedSet, prompt_ids: PromptIds) -> Prompts:
+    """Return what stands around each example."""
+    if not isinstance(prompt_ids, Placement):
+        if prompt_ids is not None and prompt_ids.size and prompt_ids.min() < tokenized.vocabulary_rows:
+            raise ValueError(
+                f"prompt id {prompt_ids.min()} is a text id; expected ids from {tokenized.vocabulary_rows} on"
+            )
+        prompt_ids = Placement(() if prompt_ids is None else prompt_ids)
+    parts = (np.asarray(part, np.int32) for part in (prompt_ids.before, prompt_ids.after, prompt_ids.decoder))
+    return Prompts(*(np.broadcast_to(part, (len(tokenized), part.shape[-1])) for part in parts))
 
 
 def _needed(tokenized: TokenizedSet, ids: Int[np.ndarray, "batches B"]) -> Int[np.ndarray, "batches 2"]:
