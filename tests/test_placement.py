@@ -20,7 +20,8 @@ from softprompt_jax.methods import Context, Prompt, split
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.placement import Placement, place
 from softprompt_jax.predict import generate, load_predictor
-from softprompt_jax.tasks.pipeline import TokenizedSet, TrainBatches, evaluation_batches
+from softprompt_jax.tasks.pipeline import TrainBatches, evaluation_batches
+from softprompt_jax.tasks.tokenized import TokenizedSet
 
 V = tiny.ROWS
 WORDS = {"it was": [11, 12], "so": [13]}

@@ -131,7 +131,6 @@ class Placed(MethodSettings):
         init = self.init or (Labels() if context.label_words else Vocabulary())
         return init.rows(placement.rows(self.place, self.length), model, key, context)
 
-
     def peft_rows(self, model: T5) -> tuple[dict[str, Any], Tensors]:
         """Return the rows as PEFT saves those of all its prompts; elsewhere than before the text is a UserError."""
         if self.place != "before":

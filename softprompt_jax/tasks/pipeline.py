@@ -15,6 +15,7 @@ that any process can compute any batch at any time and resuming replays nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import sys
 from collections.abc import Iterator
@@ -145,7 +146,7 @@ def collate(tokenized: TokenizedSet, ids: Int[np.ndarray, " B"], shape: Shape, p
     return {"encoder_tokens": encoder_tokens, "decoder_inputs": decoder_inputs, "decoder_targets": decoder_targets}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Prompts:
     """The ids around each example: before its text, after it, before its decoder input (views where all share them)."""
 
