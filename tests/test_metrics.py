@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from softprompt_jax.config import UserError
-from softprompt_jax.tasks.metrics import METRICS, compute, majority
+from softprompt_jax.tasks.metrics import METRICS, Answers, compute, majority
 from softprompt_jax.tasks.task import Task
 
 WORDS = ["ham", "spam", "other"]
@@ -33,7 +33,8 @@ def test_label_metrics_equal_scikit_learn(illegal):
     ids = {word: number for number, word in enumerate(WORDS)}
     p, t = [ids.get(word, -1) for word in predictions], [ids[word] for word in targets]
     assert found["accuracy"] == pytest.approx(accuracy_score(t, p))
-    assert found["f1"] == pytest.approx(f1_score(np.equal(t, 0), np.equal(p, 0)))
+    guess = np.where(np.equal(p, -1), np.not_equal(t, 0), np.equal(p, 0))  # illegal: the opposite of the target
+    assert found["f1"] == pytest.approx(f1_score(np.equal(t, 0), guess))
     assert found["f1_macro"] == pytest.approx(f1_score(t, p, labels=[0, 1, 2], average="macro"))
     assert found["matthews"] == pytest.approx(matthews_corrcoef(t, p))
     assert found["illegal"] == pytest.approx(np.mean(np.equal(p, -1)))
@@ -47,7 +48,7 @@ def test_f1_counts_the_second_word_unless_told():
     told = compute(task("f1", label_words=["ham", "spam"], positive="ham"), ["ham"] * 4, targets)
     assert told["f1"] == pytest.approx(2 / 3)
     with pytest.raises(UserError, match="no positive word"):
-        METRICS["f1"](predictions, targets, None, None)
+        METRICS["f1"](Answers(predictions, targets))
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -55,11 +56,12 @@ def test_perfect_answers_score_one_and_metrics_of_nothing_useful_do_not_fail(nam
     targets = ["1", "2", "3", "1", "2", "3"]
     labels = {"label_words": ["1", "2", "3"], "positive": "1"}
     # BLEU of texts under four words is 0 by definition.
-    long = [f"{target} many words in one line" for target in targets] if name in ("bleu", "chrf", "rouge") else targets
+    free = name.startswith(("bleu", "chrf", "rouge"))
+    long = [f"{target} many words in one line" for target in targets] if free else targets
     labels = {} if long is not targets else labels
-    assert compute(task(name, **labels), long, long)[name] == pytest.approx(1.0)
+    assert compute(task(name, **labels), long, long, range(6))[name] == pytest.approx(1.0)
     for predictions in (["zzz"] * 6, [""] * 6):
-        worst = compute(task(name, **labels), predictions, long)
+        worst = compute(task(name, **labels), predictions, long, range(6))
         assert 0.0 <= worst[name] <= 0.05
         assert worst["illegal"] == (1.0 if labels else 0.0)
 
@@ -88,23 +90,41 @@ def test_squad_scores_normalise_and_take_the_best_answer():
     found = compute(both, ["a black cat sat"], ["white cat"])
     assert (found["exact_match"], found["squad_f1"]) == (0.0, pytest.approx(2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2)))
     assert compute(both, ["black cat"], [["white dog", "black cat"]])["exact_match"] == 1.0
-    assert compute(both, ["", "the"], ["", "x"])["squad_f1"] == 0.5
+    # As in SQuAD's script: nothing in common is 0, even where both sides are empty.
+    assert compute(both, ["", "the"], ["", "x"]) == {"exact_match": 0.5, "squad_f1": 0.0, "illegal": 0.0, "count": 2}
+
+
+def test_group_exact_match_wants_every_answer_of_a_question():
+    grouped = task("group_exact_match", label_words=["no", "yes"])
+    predictions, targets = ["yes", "no", "yes", "maybe", "no"], ["yes", "no", "no", "no", "no"]
+    groups = [(0, 0), (0, 1), (0, 0), (1, 0), (1, 1)]
+    assert compute(grouped, predictions, targets, groups)["group_exact_match"] == 0.5
+    with pytest.raises(UserError, match="examples without a group; expected one each; set `group_fields`"):
+        compute(grouped, predictions, targets)
 
 
 def test_generation_metrics_equal_sacrebleu_and_rouge_score():
     import sacrebleu
     from rouge_score.rouge_scorer import RougeScorer
 
-    predictions = ["the cat sat on the mat today", "a dog barks at night in town"]
-    targets = [["the cat sat on a mat", "a cat was on the mat today"], "dogs bark at night in the town"]
-    found = compute(task("bleu", "chrf", "rouge"), predictions, targets)
+    predictions = ["the cat sat on the mat today", "a dog barks at night . it is in town – again"]
+    targets = [
+        ["the cat sat on a mat", "a cat was on the mat today"],
+        "it is again in the town – or not . dogs bark at night",
+    ]
+    kinds = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
+    found = compute(task("bleu", "bleu_intl", "chrf", *kinds), predictions, targets)
     streams = [["the cat sat on a mat", targets[1]], ["a cat was on the mat today", None]]
     assert found["bleu"] == pytest.approx(sacrebleu.corpus_bleu(predictions, streams).score / 100)
+    intl = sacrebleu.corpus_bleu(predictions, streams, tokenize="intl").score / 100
+    assert found["bleu_intl"] == pytest.approx(intl)
     assert found["chrf"] == pytest.approx(sacrebleu.corpus_chrf(predictions, streams).score / 100)
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    score = lambda answer, prediction: scorer.score(answer, prediction)["rougeL"].fmeasure  # noqa: E731
-    best = [max(score(answer, predictions[0]) for answer in targets[0]), score(targets[1], predictions[1])]
-    assert found["rouge"] == pytest.approx(np.mean(best))
+    lines = lambda text: text.replace(" . ", " .\n")  # noqa: E731
+    for kind in kinds:
+        score = lambda text, answer, kind=kind: RougeScorer([kind]).score(lines(text), lines(answer))[kind].fmeasure  # noqa: E731
+        best = [max(score(text, predictions[0]) for text in targets[0]), score(targets[1], predictions[1])]
+        assert found[kind] == pytest.approx(np.mean(best))
+    assert found["rougeL"] != pytest.approx(found["rougeLsum"])
 
 
 def test_majority_is_the_training_splits_answer():

@@ -1,15 +1,17 @@
 """Scores of predicted texts against target texts, each between 0 and 1 (correlations: -1 and 1).
 
 A target may be one text or a list of acceptable texts; the metrics of free text take the best of them.
-scikit-learn, scipy, sacrebleu and rouge-score do the computing and are imported when first used.
+Illegal answers count as wrong, as in T5 (Raffel et al., 2020). scikit-learn, scipy, sacrebleu and
+rouge-score do the computing and are imported when first used.
 """
 
 from __future__ import annotations
 
 import re
 import string
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -17,7 +19,29 @@ import numpy as np
 from softprompt_jax.config import UserError
 
 Target = str | Sequence[str]
-Metric = Callable[[Sequence[str], Sequence[Target], Sequence[str] | None, str | None], float]
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What a metric sees: predictions beside targets, the legal `words`, and the group of each example, if any.
+
+    `positive` is the word that `f1` counts. A group is what belongs together, such as the question
+    that several of MultiRC's answers belong to.
+    """
+
+    predictions: Sequence[str]
+    targets: Sequence[Target]
+    words: list[str] | None = None
+    positive: str | None = None
+    groups: Sequence[Hashable] | None = None
+
+    def mean(self, score: Callable[[str, str], float]) -> float:
+        """Return the mean over the examples of the best `score(prediction, acceptable answer)`."""
+        pairs = zip(self.predictions, self.targets, strict=True)
+        return float(np.mean([max(score(prediction, text) for text in _texts(target)) for prediction, target in pairs]))
+
+
+Metric = Callable[[Answers], float]
 METRICS: dict[str, Metric] = {}
 _ZERO: Any = 0.0  # scikit-learn's stubs know only "warn"
 _NUMERIC = ("pearson", "spearman")
@@ -38,7 +62,7 @@ class Scored(Protocol):
 
 
 def metric(name: str) -> Callable[[Metric], Metric]:
-    """Register `function(predictions, targets, words, positive)` as the metric called `name`."""
+    """Register `function(answers)` as the metric called `name`."""
 
     def register(function: Metric) -> Metric:
         METRICS[name] = function
@@ -47,21 +71,24 @@ def metric(name: str) -> Callable[[Metric], Metric]:
     return register
 
 
-def compute(task: Scored, predictions: Sequence[str], targets: Sequence[Target]) -> dict[str, float]:
+def compute(
+    task: Scored, predictions: Sequence[str], targets: Sequence[Target], groups: Sequence[Hashable] | None = None
+) -> dict[str, float]:
     """Return the task's metrics, `illegal` (share of predictions that cannot be a target) and `count`."""
     if len(predictions) != len(targets):
         raise ValueError(f"{len(predictions)} predictions for {len(targets)} targets")
     if not targets:
         raise UserError(f"task {task.name}: nothing to score; expected at least one example; check the split")
-    result = {name: float(METRICS[name](predictions, targets, task.words, task.positive)) for name in task.metrics}
+    answers = Answers(predictions, targets, task.words, task.positive, groups)
+    result = {name: float(METRICS[name](answers)) for name in task.metrics}
     return {**result, "illegal": _illegal(task, predictions), "count": len(targets)}
 
 
-def majority(train_targets: Sequence[str], targets: Sequence[str]) -> float:
+def majority(train_targets: Sequence[str], targets: Sequence[Target]) -> float:
     """Return the accuracy of always answering the most frequent target of the training split."""
     counts = Counter(train_targets)
     answer = min(counts, key=lambda word: (-counts[word], word))
-    return sum(target == answer for target in targets) / len(targets)
+    return sum(answer in _texts(target) for target in targets) / len(targets)
 
 
 def _illegal(task: Scored, predictions: Sequence[str]) -> float:
@@ -72,76 +99,99 @@ def _illegal(task: Scored, predictions: Sequence[str]) -> float:
     return 0.0
 
 
+def _texts(target: Target) -> list[str]:
+    return [target] if isinstance(target, str) else list(target)
+
+
 # --------------------------------------------------------------------------------------------- labels
 
 
 @metric("accuracy")
-def accuracy(predictions, targets, words=None, positive=None) -> float:
+def accuracy(answers: Answers) -> float:
     """Share of predictions that equal the target (one of the targets)."""
-    return float(np.mean([p in _answers(t) for p, t in zip(predictions, targets, strict=True)]))
+    return answers.mean(lambda prediction, text: float(prediction == text))
 
 
 @metric("f1")
-def f1(predictions, targets, words=None, positive=None) -> float:
-    """F1 of the positive word (default: the second); an illegal prediction is never positive."""
+def f1(answers: Answers) -> float:
+    """F1 of the positive word (default: the second); an illegal prediction counts as the other, wrong, class.
+
+    So it hurts on both sides: a missed positive, or a false one. (Raffel et al., 2020)
+    """
     from sklearn.metrics import f1_score
 
+    positive, words = answers.positive, answers.words
     if positive is None:
         if not words or len(words) < 2:
             raise UserError("metric f1: no positive word; expected two label words; set `positive` or `label_words`")
         positive = words[1]
-    truth, answer = [t == positive for t in targets], [p == positive for p in predictions]
-    return float(f1_score(truth, answer, zero_division=_ZERO))
+    legal = set(words or [*answers.predictions])
+    truth = [target == positive for target in answers.targets]
+    guess = [p == positive if p in legal else not t for p, t in zip(answers.predictions, truth, strict=True)]
+    return float(f1_score(truth, guess, zero_division=_ZERO))
 
 
 @metric("f1_macro")
-def f1_macro(predictions, targets, words=None, positive=None) -> float:
+def f1_macro(answers: Answers) -> float:
     """Mean over the label words of each one's F1; a word that never occurs counts 0."""
     from sklearn.metrics import f1_score
 
-    words = list(words or dict.fromkeys(targets))
-    return float(f1_score(list(targets), list(predictions), labels=words, average="macro", zero_division=_ZERO))
+    words = list(answers.words or dict.fromkeys(answers.targets))
+    truth, guess = list(answers.targets), list(answers.predictions)
+    return float(f1_score(truth, guess, labels=words, average="macro", zero_division=_ZERO))
 
 
 @metric("matthews")
-def matthews(predictions, targets, words=None, positive=None) -> float:
+def matthews(answers: Answers) -> float:
     """Matthews correlation; illegal predictions form a class of their own; 0 where it is undefined."""
     from sklearn.metrics import matthews_corrcoef
 
-    legal = set(words) if words else set(targets)
-    answers = [p if p in legal else "(illegal)" for p in predictions]
-    if len(set(answers)) < 2 or len(set(targets)) < 2:
+    legal = set(answers.words or answers.targets)
+    guess = [prediction if prediction in legal else "(illegal)" for prediction in answers.predictions]
+    if len(set(guess)) < 2 or len(set(answers.targets)) < 2:
         return 0.0
-    return float(matthews_corrcoef(list(targets), answers))
+    return float(matthews_corrcoef(list(answers.targets), guess))
+
+
+@metric("group_exact_match")
+def group_exact_match(answers: Answers) -> float:
+    """Share of groups whose predictions are all right: MultiRC's EM, per question (Khashabi et al., 2018)."""
+    if answers.groups is None or any(group is None for group in answers.groups):
+        raise UserError("metric group_exact_match: examples without a group; expected one each; set `group_fields`")
+    right: dict[Hashable, bool] = defaultdict(lambda: True)
+    for group, prediction, target in zip(answers.groups, answers.predictions, answers.targets, strict=True):
+        right[group] = right[group] and prediction in _texts(target)
+    return float(np.mean(list(right.values())))
 
 
 # -------------------------------------------------------------------------------------------- numbers
 
 
 @metric("pearson")
-def pearson(predictions, targets, words=None, positive=None) -> float:
+def pearson(answers: Answers) -> float:
     """Pearson correlation; a prediction that is no number counts as -1, as in T5 (Raffel et al., 2020)."""
     from scipy.stats import pearsonr
 
-    return _correlation(pearsonr, predictions, targets)
+    return _correlation(pearsonr, answers)
 
 
 @metric("spearman")
-def spearman(predictions, targets, words=None, positive=None) -> float:
+def spearman(answers: Answers) -> float:
     """Spearman correlation; a prediction that is no number counts as -1, as in T5 (Raffel et al., 2020)."""
     from scipy.stats import spearmanr
 
-    return _correlation(spearmanr, predictions, targets)
+    return _correlation(spearmanr, answers)
 
 
-def _correlation(function, predictions, targets) -> float:
-    truth = [_number(target) for target in targets]
+def _correlation(function, answers: Answers) -> float:
+    truth = [_number(target) if isinstance(target, str) else None for target in answers.targets]
     if None in truth:
-        raise UserError(f"found the target {targets[truth.index(None)]!r}; pearson and spearman expected numbers")
-    answers = [-1.0 if (number := _number(prediction)) is None else number for prediction in predictions]
-    if len(truth) < 2 or np.ptp(truth) == 0 or np.ptp(answers) == 0:  # type: ignore[arg-type]
+        found = answers.targets[truth.index(None)]
+        raise UserError(f"found the target {found!r}; pearson and spearman expected numbers")
+    guess = [-1.0 if (number := _number(prediction)) is None else number for prediction in answers.predictions]
+    if len(truth) < 2 or np.ptp(truth) == 0 or np.ptp(guess) == 0:  # type: ignore[arg-type]
         return 0.0  # undefined: one side is constant
-    return float(function(answers, truth).statistic)
+    return float(function(guess, truth).statistic)
 
 
 def _number(text: str) -> float | None:
@@ -156,56 +206,18 @@ def _number(text: str) -> float | None:
 
 
 @metric("exact_match")
-def exact_match(predictions, targets, words=None, positive=None) -> float:
+def exact_match(answers: Answers) -> float:
     """Share of predictions that equal an answer, both normalised as in SQuAD (Rajpurkar et al., 2016)."""
-    return float(np.mean([_best(_squad_exact, p, t) for p, t in zip(predictions, targets, strict=True)]))
+    return answers.mean(lambda prediction, text: float(_squad_words(prediction) == _squad_words(text)))
 
 
 @metric("squad_f1")
-def squad_f1(predictions, targets, words=None, positive=None) -> float:
-    """Mean F1 over the words of the best answer, normalised as in SQuAD (Rajpurkar et al., 2016)."""
-    return float(np.mean([_best(_squad_overlap, p, t) for p, t in zip(predictions, targets, strict=True)]))
+def squad_f1(answers: Answers) -> float:
+    """Mean F1 over the words of the best answer, normalised as in SQuAD 1.1 (Rajpurkar et al., 2016).
 
-
-@metric("rouge")
-def rouge(predictions, targets, words=None, positive=None) -> float:
-    """Mean ROUGE-L F with stemming (Lin, 2004)."""
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=True)
-    score = lambda prediction, target: scorer.score(target, prediction)["rougeL"].fmeasure  # noqa: E731
-    return float(np.mean([_best(score, p, t) for p, t in zip(predictions, targets, strict=True)]))
-
-
-@metric("bleu")
-def bleu(predictions, targets, words=None, positive=None) -> float:
-    """Corpus BLEU by sacrebleu's defaults, divided by 100 (Post, 2018)."""
-    import sacrebleu
-
-    return sacrebleu.corpus_bleu(list(predictions), _reference_streams(targets)).score / 100
-
-
-@metric("chrf")
-def chrf(predictions, targets, words=None, positive=None) -> float:
-    """Corpus chrF by sacrebleu's defaults, divided by 100 (Popović, 2015)."""
-    import sacrebleu
-
-    return sacrebleu.corpus_chrf(list(predictions), _reference_streams(targets)).score / 100
-
-
-def _answers(target: Target) -> list[str]:
-    return [target] if isinstance(target, str) else list(target)
-
-
-def _best(score: Callable[[str, str], float], prediction: str, target: Target) -> float:
-    return float(max(score(prediction, answer) for answer in _answers(target)))
-
-
-def _reference_streams(targets: Sequence[Target]) -> list[list[Any]]:
-    # sacrebleu skips a None where a row has fewer references than others.
-    answers = [_answers(target) for target in targets]
-    width = max(map(len, answers))
-    return [[each[i] if i < len(each) else None for each in answers] for i in range(width)]
+    As in its script, no common word is 0, even where nothing is left of both sides.
+    """
+    return answers.mean(_squad_overlap)
 
 
 def _squad_words(text: str) -> list[str]:
@@ -213,13 +225,59 @@ def _squad_words(text: str) -> list[str]:
     return re.sub(r"\b(a|an|the)\b", " ", text).split()
 
 
-def _squad_exact(prediction: str, answer: str) -> float:
-    return float(_squad_words(prediction) == _squad_words(answer))
-
-
 def _squad_overlap(prediction: str, answer: str) -> float:
     found, wanted = _squad_words(prediction), _squad_words(answer)
-    if not found or not wanted:
-        return float(found == wanted)
     same = sum((Counter(found) & Counter(wanted)).values())
-    return 2 * same / (len(found) + len(wanted))
+    return 2 * same / (len(found) + len(wanted)) if same else 0.0
+
+
+def _rouge(kind: str) -> Metric:
+    def rouge(answers: Answers) -> float:
+        from rouge_score.rouge_scorer import RougeScorer
+
+        scorer = RougeScorer([kind])
+        return answers.mean(lambda p, text: scorer.score(_sentences(text), _sentences(p))[kind].fmeasure)
+
+    rouge.__doc__ = f"Mean {kind} F without stemming, as in T5 but not resampled (Lin, 2004)."
+    return rouge
+
+
+for _kind in ("rouge1", "rouge2", "rougeL", "rougeLsum"):
+    metric(_kind)(_rouge(_kind))
+
+
+def _sentences(text: str) -> str:
+    """Put a sentence on a line, which rougeLsum looks at; a full stop between spaces ends one."""
+    return text.replace(" . ", " .\n")
+
+
+@metric("bleu")
+def bleu(answers: Answers) -> float:
+    """Corpus BLEU by sacrebleu's defaults, divided by 100 (Post, 2018)."""
+    import sacrebleu
+
+    return sacrebleu.corpus_bleu(list(answers.predictions), _reference_streams(answers.targets)).score / 100
+
+
+@metric("bleu_intl")
+def bleu_intl(answers: Answers) -> float:
+    """Corpus BLEU with sacrebleu's international tokenizer, divided by 100, as T5 reports (Raffel et al., 2020)."""
+    import sacrebleu
+
+    streams = _reference_streams(answers.targets)
+    return sacrebleu.corpus_bleu(list(answers.predictions), streams, tokenize="intl").score / 100
+
+
+@metric("chrf")
+def chrf(answers: Answers) -> float:
+    """Corpus chrF by sacrebleu's defaults, divided by 100 (Popović, 2015)."""
+    import sacrebleu
+
+    return sacrebleu.corpus_chrf(list(answers.predictions), _reference_streams(answers.targets)).score / 100
+
+
+def _reference_streams(targets: Sequence[Target]) -> list[list[Any]]:
+    # sacrebleu skips a None where a row has fewer references than others.
+    texts = [_texts(target) for target in targets]
+    width = max(map(len, texts))
+    return [[each[i] if i < len(each) else None for each in texts] for i in range(width)]
