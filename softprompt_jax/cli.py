@@ -82,22 +82,35 @@ def train(
         str | None, typer.Option(metavar="RUN", help="Run folder. \\[default: runs/ and a hash of the settings]")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Process 0's address; TPU pods and Slurm tell it.", show_default=False),
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="How many there are.", show_default=False)] = None,
+    process: Annotated[int | None, typer.Option(help="Which one this is, from 0.", show_default=False)] = None,
 ) -> None:
     """Train a prompt (or what the config says) and score it.
 
     The same command goes on where a killed one stopped, and prints the result of a finished one. RUN gets
     config.yaml, metrics.jsonl, tensorboard/, checkpoints/, trained.safetensors, prompt.safetensors and result.json.
     """
+    from softprompt_jax.processes import PREEMPTED, Preempted, connect, is_first
     from softprompt_jax.progress import Reporter
     from softprompt_jax.run import load_run
     from softprompt_jax.train import train as train_run
 
     run = load_run(config, overrides or [])
+    connect(coordinator, processes, process)
     reporter = Reporter(quiet)
     try:
         result = train_run(run, out, reporter)
+    except Preempted as told:
+        print(f"softprompt: {told}", file=sys.stderr)
+        raise typer.Exit(PREEMPTED) from None
     finally:
         reporter.stop()  # a bar hides the cursor
+    if not is_first():
+        return
     print(json.dumps(result, indent=JSON_INDENT))
     if not quiet:
         print(_summary(result), file=sys.stderr)

@@ -83,9 +83,9 @@ def to_yaml(settings: pydantic.BaseModel) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def settings_hash(settings: pydantic.BaseModel, length: int = 12) -> str:
-    """Return a stable short hash of complete settings."""
-    text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
+def settings_hash(settings: pydantic.BaseModel, length: int = 12, without: frozenset[str] = frozenset()) -> str:
+    """Return a stable short hash of complete settings, some of them left out."""
+    text = json.dumps(settings.model_dump(mode="json", exclude=set(without)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:length]
 
 

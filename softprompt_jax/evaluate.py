@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from softprompt_jax import sharding
 from softprompt_jax.backbone import decode
 from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import Split
@@ -47,9 +47,11 @@ class Decoder:
         """Return the predicted text of every example, in order; batches have `shapes`, or some that suit the set."""
         predictions = [""] * len(tokenized)
         first = np.shape(prompt_ids.decoder)[-1] if isinstance(prompt_ids, Placement) else 0
-        for batch, ids in evaluation_batches(tokenized, min(batch_size, len(tokenized)), prompt_ids, shapes=shapes):
-            before = batch["decoder_inputs"][:, :first]
-            rows = np.asarray(self._decoded(trainable, frozen, batch["encoder_tokens"], before, max_tokens))
+        shards = sharding.row_shards()
+        batch_size = -(-min(batch_size, len(tokenized)) // shards) * shards
+        for batch, ids in evaluation_batches(tokenized, batch_size, prompt_ids, shapes=shapes):
+            given = sharding.spread_whole((batch["encoder_tokens"], batch["decoder_inputs"][:, :first]))
+            rows = sharding.collect(self._decoded(trainable, frozen, *given, max_tokens))
             for row, index in zip(rows, ids, strict=True):
                 if index >= 0:
                     predictions[index] = self._tokenizer.decode([int(token) for token in row if token])
@@ -74,7 +76,7 @@ def mean_loss(parts: Split, batches: Sequence[dict[str, np.ndarray]]):
         return cross_entropy(parts.merge(trainable, frozen)(batch), batch["decoder_targets"])
 
     def mean(trainable: Any, frozen: Any) -> float:
-        sums = [summed(trainable, frozen, jax.tree.map(jnp.asarray, batch)) for batch in batches]
+        sums = [summed(trainable, frozen, sharding.spread_whole(batch)) for batch in batches]
         return float(sum(loss for loss, _ in sums) / sum(weight for _, weight in sums))
 
     return mean

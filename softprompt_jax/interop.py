@@ -25,7 +25,9 @@ _ROWS = "prompt"
 def save_trained(model: T5, path: Path, metadata: dict[str, str]) -> None:
     """Write everything that trains as float32 under its path in the model, with `metadata`."""
     arrays = {name: np.asarray(leaf) for name, leaf in flatten(nnx.to_pure_dict(nnx.state(model, Trainable)))}
-    write_tensors(arrays, path, metadata | {"fingerprint": fingerprint(model)})
+    if "fingerprint" not in metadata:
+        metadata = metadata | {"fingerprint": fingerprint(model)}
+    write_tensors(arrays, path, metadata)
 
 
 def load_trained(path: Path) -> tuple[dict[str, Any], dict[str, str]]:

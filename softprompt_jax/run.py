@@ -12,9 +12,12 @@ from softprompt_jax.backbone.t5 import T5Settings
 from softprompt_jax.config import Settings, nearest
 from softprompt_jax.methods import Method, Prompt
 from softprompt_jax.optimizers import Adafactor, Optimizer, Schedule
+from softprompt_jax.sharding import Mesh
 from softprompt_jax.tasks import names, resolve
 from softprompt_jax.tasks.pretraining import Pretraining
 from softprompt_jax.tasks.task import Task
+
+MACHINE = frozenset({"mesh"})  # settings that say where a run computes, not what: it may go on with others
 
 
 class Scratch(Settings):
@@ -59,6 +62,7 @@ class Run(Settings):
     dropout: float = Field(0.1, ge=0, lt=1)
     remat: Literal["none", "dots", "full"] = "none"  # recompute activations in the backward pass
     unroll: bool = False  # the scan over layers: compiles longer, runs about a tenth faster on a CPU
+    mesh: Mesh = Mesh()  # how the devices share the work; not part of what a run is
     seed: int = 0
     log_every: int = Field(50, gt=0)
     evaluate_every: int = Field(1000, gt=0)

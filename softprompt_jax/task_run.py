@@ -8,6 +8,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from softprompt_jax import sharding
 from softprompt_jax.assembly import Assembly
 from softprompt_jax.config import UserError
 from softprompt_jax.evaluate import Decoder, mean_loss, mean_score, score
@@ -48,8 +49,15 @@ class TaskRun:
                     f"task {self.task.name}: no {needed} split; found {', '.join(self._available)}; "
                     "expected train and validation"
                 )
+        index, count = sharding.process_share()
         self.train_batches = TrainBatches(
-            self.sets["train"][1], run.batch_size, run.seed, self._prompt_ids, max_shapes=run.shapes
+            self.sets["train"][1],
+            run.batch_size,
+            run.seed,
+            self._prompt_ids,
+            max_shapes=run.shapes,
+            process_index=index,
+            process_count=count,
         )
         self._decoder = Decoder(parts, assembly.tokenizer)
         self._longest = max(int(tokenized.target_lengths.max()) for _, tokenized in self.sets.values())
@@ -115,7 +123,12 @@ class PretrainingRun:
 
     def batches(self, first: int) -> Iterator[dict[str, np.ndarray]]:
         """Yield the batches from step `first` on."""
-        source = grain.MapDataset.source(_Numbers(len(self.data))).slice(slice(first, None)).map(self.data.batch)
+        index, count = sharding.process_share()
+
+        def share(step: int) -> dict[str, np.ndarray]:
+            return {name: np.split(rows, count)[index] for name, rows in self.data.batch(step).items()}
+
+        source = grain.MapDataset.source(_Numbers(len(self.data))).slice(slice(first, None)).map(share)
         return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
 
     def validate(self, trainable: Any, frozen: Any) -> tuple[dict[str, float], float]:

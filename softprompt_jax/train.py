@@ -14,14 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from softprompt_jax import config, interop, optimizers
+import softprompt_jax
+from softprompt_jax import config, interop, optimizers, sharding
 from softprompt_jax.assembly import assemble
 from softprompt_jax.checkpoint import Checkpoints
 from softprompt_jax.config import UserError, differences, settings_hash, to_yaml
 from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import Split, leaves, split
+from softprompt_jax.processes import Preempted, Preemption, agreed, is_first, on_first
 from softprompt_jax.progress import Reporter, duration
-from softprompt_jax.run import Run
+from softprompt_jax.run import MACHINE, Run
 from softprompt_jax.task_run import PretrainingRun, TaskRun
 
 State = dict[str, Any]  # trainable, optimizer, step (which is also the data position)
@@ -33,14 +35,21 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
     The result: `validation` and `test` metrics of the best checkpoint (by the mean of the task's
     metrics), `baselines` on the same split (majority class, the prompt before training), `steps`,
     `best_step` and `seconds`. Without a test split `test` is None. Default folder: `runs/HASH`.
+
+    Several processes (see `processes.connect`) call this alike and share the folder. Raises Preempted after
+    SIGTERM, with everything saved.
     """
-    folder = Path(out) if out is not None else Path("runs") / settings_hash(run)
-    reporter = reporter or Reporter(quiet=True)
-    finished = prepare_folder(run, folder)
-    if finished is not None:
+    folder = Path(out) if out is not None else Path("runs") / settings_hash(run, without=MACHINE)
+    reporter = reporter if reporter is not None and is_first() else Reporter(quiet=True)
+    agreed("versions", f"softprompt_jax {softprompt_jax.__version__}, jax {jax.__version__}")
+    agreed("settings", settings_hash(run, without=MACHINE))
+    mesh = run.mesh.build()
+    on_first(lambda: prepare_folder(run, folder), str(folder))
+    if (finished := folder / "result.json").exists():
         reporter.line(f"{folder}: finished already; delete the folder to run it again")
-        return finished
+        return json.loads(finished.read_text())
     with contextlib.ExitStack() as opened:
+        opened.enter_context(jax.set_mesh(mesh))
         return _train(run, folder, reporter, opened)
 
 
@@ -48,22 +57,30 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
     """Train a run whose folder is prepared; `opened` ends what must be ended, also after an error."""
     # ---- model, data, step
     assembly = assemble(run)
-    parts = split(assembly.model)
-    about = leaves(assembly.model)
+    sharding.check(run.batch_size // run.accumulate, assembly.model.settings.num_heads)
+    model = sharding.place(assembly.model)
+    parts = split(model)
+    about = leaves(model)
     data = PretrainingRun(run, assembly, parts) if run.pretraining else TaskRun(run, assembly, parts)
     schedule = run.schedule.build(run.optimizer.learning_rate, run.steps)
     optimizer = optimizers.build(run.optimizer, schedule, about, run.clip_norm)
-    step_function = make_step(run, parts, optimizer)
-    state: State = {
-        "trainable": jax.tree.map(jnp.copy, parts.trainable),  # donated; the start is compared with later
-        "optimizer": optimizer.init(parts.trainable),
-        "step": jnp.zeros((), jnp.int32),
-    }
+
+    def begin(trainable: Any) -> State:
+        return {
+            "trainable": jax.tree.map(jnp.copy, trainable),  # donated; the start is compared with later
+            "optimizer": optimizer.init(trainable),
+            "step": jnp.zeros((), jnp.int32),
+        }
+
+    layout = sharding.layout(jax.eval_shape(begin, parts.trainable), parts.trainable)
+    state = jax.jit(begin, out_shardings=layout)(parts.trainable)
+    step_function = make_step(run, parts, optimizer, layout)
+    _, shares = sharding.process_share()
     trained = sum(leaf.size for leaf in jax.tree.leaves(parts.trainable))
     scales = sorted({leaf.learning_rate_scale for leaf in about.values()})
     reporter.line(
         f"backbone {assembly.identity}: {assembly.model.settings.parameters():,} parameters, {trained:,} train; "
-        f"{jax.device_count()} {jax.default_backend()} device(s), {run.dtype}"
+        f"{sharding.describe()}, {run.dtype}"
     )
     reporter.line(
         f"learning rate {' and '.join(f'{run.optimizer.learning_rate * scale:.4g}' for scale in scales)} "
@@ -91,15 +108,17 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
     if first == 0:
         evaluate(0, state)  # the start; also shows at once whether evaluation works
     batches = data.batches(first)
+    preemption = opened.enter_context(Preemption())
     recent: list[tuple[Any, int, int]] = []
     clock = time.monotonic()
     for step in range(first + 1, run.steps + 1):
         batch = next(batches)
-        real = sum(int(np.count_nonzero(batch[name])) for name in ("encoder_tokens", "decoder_targets"))
-        state, measured = step_function(state, parts.frozen, batch, key)
-        recent.append((measured, real, len(batch["encoder_tokens"])))
+        real = shares * sum(int(np.count_nonzero(batch[name])) for name in ("encoder_tokens", "decoder_targets"))
+        state, measured = step_function(state, parts.frozen, sharding.spread(batch), key)
+        recent.append((measured, real, run.batch_size))
         evaluated = step % run.evaluate_every == 0 or step == run.steps
-        saved = evaluated or step % run.checkpoint_every == 0
+        leaving = preemption.reached(step) and step < run.steps
+        saved = evaluated or leaving or step % run.checkpoint_every == 0
         if step % run.log_every == 0 or saved:  # so that no mean reaches back past a checkpoint
             loss = float(np.mean([float(measured["loss"]) for measured, _, _ in recent]))
             now = time.monotonic()
@@ -124,6 +143,9 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
             paused = time.monotonic()
             checkpoints.save(step, state, evaluate(step, state) if evaluated else None)
             clock += time.monotonic() - paused
+        if leaving:
+            checkpoints.wait()
+            raise Preempted(f"{folder}: told to stop, saved at step {step}; the same command goes on")
     reporter.stop()
 
     # ---- the best checkpoint's results, files for others
@@ -131,35 +153,39 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
     best = checkpoints.best() if data.select_best else run.steps
     assert best is not None
     chosen = state if best == run.steps else checkpoints.restore(best, state)
-    final = parts.merge(chosen["trainable"], parts.frozen)
-    metadata = {
-        "backbone": assembly.identity,
-        "task": "pretraining" if run.pretraining else run.resolved_task().name,
-        "settings_hash": settings_hash(run),
-        "step": str(best),
-        "settings": json.dumps(run.model_dump(mode="json")),
-    }
-    interop.save_trained(final, folder / interop.TRAINED_FILE, metadata)
-    if set(parts.trainable) == {"prompt"}:
-        metadata["fingerprint"] = interop.fingerprint(final)
-        metadata["place"] = final.prompt.place
-        rows = np.asarray(final.prompt.table())
-        interop.save_prompt(rows, folder / interop.PROMPT_FILE, metadata)
     result = data.result(chosen["trainable"], parts) | {
         "steps": run.steps,
         "best_step": best,
         "seconds": round(log.seconds(), 1),
     }
-    interop.dump(result, folder / "result.json")
+    final = parts.merge(jax.tree.map(sharding.collect, chosen["trainable"]), parts.frozen)
+    metadata = {
+        "backbone": assembly.identity,
+        "task": "pretraining" if run.pretraining else run.resolved_task().name,
+        "settings_hash": settings_hash(run, without=MACHINE),
+        "step": str(best),
+        "settings": json.dumps(run.model_dump(mode="json")),
+        "fingerprint": interop.fingerprint(final),
+    }
+
+    def leave_files() -> None:
+        interop.save_trained(final, folder / interop.TRAINED_FILE, metadata)
+        if set(parts.trainable) == {"prompt"}:
+            rows = np.asarray(final.prompt.table())
+            interop.save_prompt(rows, folder / interop.PROMPT_FILE, metadata | {"place": final.prompt.place})
+        interop.dump(result, folder / "result.json")
+
+    on_first(leave_files, str(folder))
     reporter.line(f"{folder}: done in {duration(result['seconds'])}")
     return result
 
 
-def make_step(run: Run, parts: Split, optimizer: optax.GradientTransformation) -> Callable:
+def make_step(run: Run, parts: Split, optimizer: optax.GradientTransformation, state_shardings: Any = None) -> Callable:
     """Return the jitted `step(state, frozen, batch, key) -> state, metrics`; `state` is donated.
 
     Only the trainable argument is differentiated, so that no weight gradient of the frozen backbone is
     ever computed. With accumulation losses and weights are summed over the parts and divided once.
+    `state_shardings` keeps the state where it lies, which XLA would be free to change.
     """
 
     def summed_loss(trainable: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array | None):
@@ -197,17 +223,23 @@ def make_step(run: Run, parts: Split, optimizer: optax.GradientTransformation) -
         }
         return new, {"loss": loss / weight}
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
 class Log:
-    """`metrics.jsonl` and TensorBoard events; what a killed run wrote past its checkpoint is dropped."""
+    """`metrics.jsonl` and TensorBoard events; what a killed run wrote past its checkpoint is dropped.
+
+    Only the first process writes.
+    """
 
     def __init__(self, folder: Path, first: int):
         from tensorboardX import SummaryWriter
 
         self._path = folder / "metrics.jsonl"
-        self._before = 0.0
+        self._before, self._start = 0.0, time.monotonic()
+        self._events: Any = None
+        if not is_first():
+            return
         if self._path.exists():
             kept = []
             for text in self._path.read_text().splitlines():
@@ -222,7 +254,6 @@ class Log:
             partial.write_text("".join(f"{text}\n" for text in kept))
             partial.replace(self._path)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=first or None)
-        self._start = time.monotonic()
 
     def seconds(self) -> float:
         """Return the seconds of this run, those before a restart included."""
@@ -230,6 +261,8 @@ class Log:
 
     def write(self, line: dict[str, Any]) -> None:
         """Append one line, and its numbers as curves."""
+        if self._events is None:
+            return
         with self._path.open("a") as file:
             file.write(json.dumps(line) + "\n")
         for name, value in line.items():
@@ -242,14 +275,16 @@ class Log:
 
     def close(self) -> None:
         """End the curves."""
-        self._events.close()
+        if self._events is not None:
+            self._events.close()
 
 
 def prepare_folder(run: Run, folder: Path) -> dict[str, Any] | None:
     """Create a run's folder; return the result if it is finished; refuse one with other settings."""
     settings, partial = folder / "config.yaml", folder / "config.partial"
     if settings.exists():
-        changed = differences(config.read(settings), run.model_dump(mode="json"))
+        saved = {key: value for key, value in config.read(settings).items() if key not in MACHINE}
+        changed = differences(saved, run.model_dump(mode="json", exclude=set(MACHINE)))
         if changed:
             raise UserError(
                 f"{folder}: was made with other settings ({'; '.join(changed[:6])}); "

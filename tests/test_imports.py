@@ -29,7 +29,7 @@ LAYERS = (
     "checkpoint interop optimizers blackbox losses",
     "methods tasks",
     "backbone",
-    "allocator config placement progress sharding",
+    "allocator config placement processes progress sharding",
 )
 LAYER = {module: height for height, line in enumerate(reversed(LAYERS)) for module in line.split()}
 # Not for reasons of height: a method knows no task, a task neither methods nor the model.

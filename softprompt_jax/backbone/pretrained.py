@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from softprompt_jax.backbone.t5 import T5, T5Settings, abstract
 from softprompt_jax.config import UserError, parse
+from softprompt_jax.sharding import collect
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 _EMBEDDING_ALIASES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
@@ -187,7 +188,7 @@ def fingerprint(model: T5) -> str:
     """Hash a model's shapes and a sample of its embedding table as bfloat16."""
     table = model.embedding[...]
     step = max(1, table.shape[0] // 64)
-    sample = np.asarray(table[::step, :16].astype(jnp.bfloat16)).tobytes()
+    sample = collect(table[::step, :16].astype(jnp.bfloat16)).tobytes()
     what_it_is = {name: getattr(model.settings, name) for name in _IDENTITY}  # by name: new settings change no hash
     return hashlib.sha256(json.dumps(what_it_is).encode() + sample).hexdigest()[:16]
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from softprompt_jax.backbone.attention import attend, relative_buckets, same_segment
 from softprompt_jax.config import Settings
+from softprompt_jax.sharding import constrain
 
 
 class T5Settings(Settings):
@@ -236,12 +237,13 @@ class Stack(nnx.Module):
             x = layer.attend_self(x, bias, visible, keys[0])
             if layer.cross is not None:
                 x = layer.attend_cross(x, layer.cross.keys_values(encoded, keys[1]), encoded_visible, keys[1])
-            return layer.feed(x, keys[2]), None
+            return constrain(layer.feed(x, keys[2]), "rows", None, None), None
 
         if self.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
             run = jax.checkpoint(run, policy=policy, prevent_cse=False)
-        x, _ = jax.lax.scan(run, dropout(x, self.dropout, first), (self.layers, keys), unroll=self.unroll)
+        x = constrain(dropout(x, self.dropout, first), "rows", None, None)
+        x, _ = jax.lax.scan(run, x, (self.layers, keys), unroll=self.unroll)
         return dropout(self.norm(x), self.dropout, last)
 
 

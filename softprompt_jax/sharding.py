@@ -1,0 +1,223 @@
+"""Devices as a mesh (data, fsdp, tensor): where every weight and every row of a batch lies.
+
+Weights name their axes (`embed`, `heads`, ...); one table maps them to mesh axes. With the default mesh all devices
+share the batch and each holds all weights: a prompt's gradient is then all that travels. A run enters its mesh with
+`jax.set_mesh`; what is called inside finds it there, and without one everything works on one device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from pydantic import Field, model_validator
+
+from softprompt_jax.config import Settings, UserError
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # mesh axes that share the rows of a batch
+# Logical axis of a weight -> mesh axis that it is cut along; all others are whole everywhere.
+WEIGHTS = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp"}
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+class Mesh(Settings):
+    """How many devices share what; -1 for one axis means all that the others leave."""
+
+    data: int = Field(default=-1, ge=-1)  # rows of the batch; weights are whole on each
+    fsdp: int = Field(default=1, ge=-1)  # rows of the batch, and weights along the model width
+    tensor: int = Field(default=1, ge=-1)  # weights along heads, feed-forward width and vocabulary
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Mesh:
+        sizes = [getattr(self, axis) for axis in AXES]
+        if 0 in sizes or sizes.count(-1) > 1:
+            raise ValueError(f"mesh {sizes}: expected sizes of 1 or more, and -1 at most once")
+        return self
+
+    def sizes(self, devices: int) -> tuple[int, ...]:
+        """Return the size of each axis on so many devices."""
+        sizes = [getattr(self, axis) for axis in AXES]
+        rest = devices // int(np.prod([size for size in sizes if size > 0]))
+        sizes = [rest if size == -1 else size for size in sizes]
+        if int(np.prod(sizes)) != devices:
+            wanted = " x ".join(f"{axis} {getattr(self, axis)}" for axis in AXES)
+            raise UserError(f"mesh: found {wanted} for {devices} device(s); expected a product of {devices}")
+        return tuple(sizes)
+
+    def build(self, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
+        """Lay the devices (default: all of all processes) out as a mesh."""
+        devices = jax.devices() if devices is None else list(devices)
+        return jax.make_mesh(self.sizes(len(devices)), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def weight_spec(sizes: Mapping[str, int], axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
+    """Return how an array [*stacked, *axes] is cut over mesh axes of these sizes.
+
+    Prompts, vectors and what the mesh does not divide stay whole: only matrices are worth the traffic.
+    """
+    stacked = [None] * (len(shape) - len(axes))
+    if len(axes) < 2 or "prompt" in axes:
+        return PartitionSpec()
+    cut = [WEIGHTS.get(axis) for axis in axes]
+    lengths = shape[len(stacked) :]
+    return PartitionSpec(*stacked, *(n if n and d % sizes[n] == 0 else None for n, d in zip(cut, lengths, strict=True)))
+
+
+def variable_sharding(mesh: jax.sharding.Mesh, variable: nnx.Variable) -> NamedSharding:
+    """Return where a weight lies, by the axes that it names."""
+    axes = variable.get_metadata().get("axes", ())
+    return NamedSharding(mesh, weight_spec(mesh.shape, axes, variable[...].shape))
+
+
+def place(model: Model) -> Model:
+    """Return the model with its weights laid out on the mesh."""
+    mesh = _mesh()
+    if mesh is None:
+        return model
+    graphdef, state = nnx.split(model)
+    placed = jax.tree.map(
+        lambda variable: variable.replace(put(variable[...], variable_sharding(mesh, variable))),
+        state,
+        is_leaf=lambda node: isinstance(node, nnx.Variable),
+    )
+    return nnx.merge(graphdef, placed)
+
+
+def layout(state: Any, weights: Any) -> Any:
+    """Return where a training state lies: what has a weight's path and shape as that weight, all else whole.
+
+    `state` may be abstract. None without a mesh.
+    """
+    mesh = _mesh()
+    if mesh is None:
+        return None
+    known = {_path(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(weights)[0]}
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def choose(keys: tuple, leaf: Any) -> Any:
+        path = f".{_path(keys)}."
+        weight = next((weight for name, weight in known.items() if f".{name}." in path), None)
+        return whole if weight is None or weight.shape != leaf.shape else weight.sharding
+
+    return jax.tree_util.tree_map_with_path(choose, state)
+
+
+def check(rows: int, heads: int) -> None:
+    """Refuse a mesh that cannot share so many rows (of a batch's part) or attention heads evenly."""
+    mesh = _mesh()
+    if mesh is None:
+        return
+    shards, tensor = row_shards(), mesh.shape["tensor"]
+    if rows % shards:
+        raise UserError(
+            f"mesh: data x fsdp is {shards}; expected a divisor of the {rows} rows computed at a time; "
+            "change batch_size, accumulate or mesh"
+        )
+    if heads % tensor:
+        raise UserError(f"mesh: tensor is {tensor}; expected a divisor of the backbone's {heads} heads; change mesh")
+
+
+def put(value: Any, sharding: NamedSharding) -> jax.Array:
+    """Lay an array out that every process holds whole."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    whole = np.asarray(value)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Keep an activation cut along its rows ("rows") and named weight axes; without a mesh nothing happens."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    names = [ROWS if axis == "rows" else WEIGHTS.get(axis) if axis else None for axis in axes]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*names))
+
+
+# ---------------------------------------------------------------------------------------------- batches
+
+
+def row_shards() -> int:
+    """Return in how many parts the rows of a batch are cut."""
+    mesh = _mesh()
+    return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in ROWS]))
+
+
+def process_share() -> tuple[int, int]:
+    """Return (index, count) of this process's equal share of every batch's rows.
+
+    Processes that hold the same rows, as under tensor parallelism across hosts, have the same index.
+    """
+    mesh = _mesh()
+    if mesh is None:
+        return 0, 1
+    shards = row_shards()
+    by_rows = mesh.devices.reshape(shards, -1)
+    own = jax.process_index()
+    owned = [row for row in range(shards) if any(device.process_index == own for device in by_rows[row])]
+    first, count = owned[0], len(owned)
+    if owned != list(range(first, first + count)) or first % count or shards % count:
+        return 0, 1  # an odd layout: everyone reads everything
+    return first // count, shards // count
+
+
+def spread(rows: Any) -> Any:
+    """Join every process's share of a batch (arrays [B / count, ...]) to arrays cut along the rows."""
+    mesh = _mesh()
+    if mesh is None:
+        return rows
+    sharding, (index, count) = NamedSharding(mesh, PartitionSpec(ROWS)), process_share()
+
+    def join(local: np.ndarray) -> jax.Array:
+        before = index * len(local)
+
+        def part(where: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = where[0].indices(count * len(local))
+            return local[start - before : stop - before]
+
+        return jax.make_array_from_callback((count * len(local), *local.shape[1:]), sharding, part)
+
+    return jax.tree.map(join, rows)
+
+
+def spread_whole(rows: Any) -> Any:
+    """Cut arrays along the rows that every process holds whole."""
+    mesh = _mesh()
+    if mesh is None:
+        return rows
+    sharding = NamedSharding(mesh, PartitionSpec(ROWS))
+    return jax.tree.map(lambda whole: put(whole, sharding), rows)
+
+
+def collect(x: jax.Array) -> np.ndarray:
+    """Return an array whole, in every process."""
+    if x.is_fully_addressable or x.is_fully_replicated:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
+def describe() -> str:
+    """Say what runs where."""
+    mesh = _mesh()
+    if mesh is None:
+        return f"1 {jax.default_backend()} device"
+    sizes = ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES if mesh.shape[axis] > 1)
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{mesh.size} {jax.default_backend()} devices{processes} ({sizes})"
+
+
+def _mesh() -> jax.sharding.Mesh | None:
+    """Return the mesh that is entered, if it has several devices."""
+    mesh = jax.sharding.get_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def _path(keys: tuple) -> str:
+    return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)

@@ -1,0 +1,103 @@
+"""Run by test_sharding.py in a process of its own, since the number of devices is fixed when JAX starts.
+
+    on_eight_devices.py prompt,full DATA,FSDP,TENSOR ...
+
+Prints JSON: for every method and mesh how far loss, gradient and ten steps are from one device, and how a kernel lies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import numpy as np
+import optax
+import tiny
+
+from softprompt_jax import sharding
+from softprompt_jax.methods import Context, Full, leaves, split
+from softprompt_jax.optimizers import Adafactor, Schedule, build
+from softprompt_jax.run import Run
+from softprompt_jax.train import make_step
+
+TASK = {"name": "none", "source": {"kind": "files", "train": "none.jsonl"}}
+
+
+def steps(sizes: tuple[int, ...] | None, full: bool, count: int):
+    """Return the first loss and gradient, what has been trained after `count` steps, and a kernel's sharding."""
+    model = tiny.model(prompt=0 if full else 3, num_heads=8, d_ff=32)
+    if full:
+        Full().attach(model, jax.random.key(0), Context(list))
+    # Dropout is on: its masks must not depend on the mesh either.
+    run = Run(**{"task": TASK, "dropout": 0.1, "z_loss": 1e-4, "batch_size": 16, "accumulate": 1})
+    batch = jax.tree.map(np.asarray, tiny.batch(rows=16, prompt=0 if full else 3))
+    with contextlib.ExitStack() as opened:
+        if sizes is not None:
+            mesh = sharding.Mesh(**dict(zip(sharding.AXES, sizes, strict=True))).build()
+            opened.enter_context(jax.set_mesh(mesh))
+        sharding.check(16, 8)
+        model = sharding.place(model)
+        parts, about = split(model), leaves(model)
+        found = []
+        for optimizer, number in (
+            (optax.sgd(1.0), 1),
+            (
+                build(
+                    Adafactor(learning_rate=0.01 if full else 0.3), Schedule().build(0.01 if full else 0.3, 1), about
+                ),
+                count,
+            ),
+        ):
+
+            def begin(trainable, optimizer=optimizer):
+                return {
+                    "trainable": trainable,
+                    "optimizer": optimizer.init(trainable),
+                    "step": jax.numpy.zeros((), int),
+                }
+
+            layout = sharding.layout(jax.eval_shape(begin, parts.trainable), parts.trainable)
+            state = jax.jit(lambda t, begin=begin: begin(jax.tree.map(jax.numpy.copy, t)), out_shardings=layout)(
+                parts.trainable
+            )
+            step = make_step(run, parts, optimizer, layout)
+            losses = []
+            for _ in range(number):
+                state, measured = step(state, parts.frozen, sharding.spread(batch), jax.random.key(7))
+                losses.append(float(measured["loss"]))
+            found.append((losses[0], jax.tree.map(sharding.collect, state["trainable"])))
+        start = jax.tree.map(sharding.collect, parts.trainable)
+        gradient = jax.tree.map(lambda a, b: a - b, start, found[0][1])
+        kernel = model.encoder.layers.attention.query.kernel[...]
+        return found[0][0], gradient, found[1][1], list(getattr(kernel.sharding, "spec", []))
+
+
+def apart(one, other) -> float:
+    """Return the largest difference, relative to the largest value of each array."""
+    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
+    return max(float(np.abs(a - b).max() / max(1e-9, np.abs(a).max())) for a, b in pairs)
+
+
+def main() -> None:
+    answer = {}
+    for method in sys.argv[1].split(","):
+        full = method == "full"
+        single = steps(None, full, 10)
+        for text in sys.argv[2:]:
+            loss, gradient, trained, cut = steps(tuple(map(int, text.split(","))), full, 10)
+            answer[f"{method} {text}"] = {
+                "loss": abs(loss - single[0]) / single[0],
+                "gradient": apart(single[1], gradient),
+                "trained": apart(single[2], trained),
+                "cut": cut,
+            }
+    print(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    main()
