@@ -194,9 +194,9 @@ def spread_whole(rows: Any) -> Any:
     return jax.tree.map(lambda whole: put(whole, sharding), rows)
 
 
-def collect(x: jax.Array) -> np.ndarray:
+def collect(x: jax.Array | np.ndarray) -> np.ndarray:
     """Return an array whole, in every process."""
-    if x.is_fully_addressable or x.is_fully_replicated:
+    if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     from jax.experimental import multihost_utils
 

@@ -158,7 +158,8 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
         "best_step": best,
         "seconds": round(log.seconds(), 1),
     }
-    final = parts.merge(jax.tree.map(sharding.collect, chosen["trainable"]), parts.frozen)
+    whole = jax.tree.map(lambda leaf: jnp.asarray(sharding.collect(leaf)), chosen["trainable"])
+    final = parts.merge(whole, parts.frozen)
     metadata = {
         "backbone": assembly.identity,
         "task": "pretraining" if run.pretraining else run.resolved_task().name,

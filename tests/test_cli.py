@@ -100,7 +100,7 @@ def test_module_is_the_command_and_its_help_waits_for_no_jax():
         (["train"], "Missing argument 'CONFIG'; see softprompt train --help"),
         (["train", "a.yaml", "--otu", "x"], "No such option: --otu"),
         (["train", "a.yaml", "--out"], "--out"),
-        (["export", "x", "--to", "y", "--format", "z"], "'z' is not one of 'hf', 'npy', 'safetensors'"),
+        (["export", "x", "--to", "y", "--format", "z"], "'z' is not one of 'hf', 'npy', 'peft', 'safetensors'"),
         (["tokenizer", "a.yaml", "--to", "x", "--size", "many"], "--size"),
     ],
 )
