@@ -13,6 +13,7 @@ from softprompt_jax.backbone.pretrained import save_backbone
 from softprompt_jax.checkpoint import Checkpoints
 from softprompt_jax.config import UserError
 from softprompt_jax.methods import put_trained
+from softprompt_jax.methods.surgery import merged
 from softprompt_jax.peft import save_adapter
 from softprompt_jax.run import Run, load_run
 
@@ -27,7 +28,7 @@ def export(source: str | Path, format: str, to: str | Path) -> None:
             assembly = load_latest(Path(source))
             if assembly.model.prompt is not None:
                 raise UserError(f"{source}: has a prompt, which no Hugging Face model holds; export it as npy")
-            save_backbone(assembly.model, to)
+            save_backbone(merged(assembly.model), to)
             for pattern in _TOKENIZER_FILES:
                 for path in assembly.tokenizer_folder.glob(pattern):
                     shutil.copy(path, to / path.name)

@@ -14,28 +14,35 @@ from safetensors.numpy import load_file, save_file
 
 from softprompt_jax import UserError, load_backbone
 from softprompt_jax.exporting import export
-from softprompt_jax.methods import METHODS, Context, Full, Prompt, attach, split
+from softprompt_jax.methods import METHODS, Context, Full, Prompt, attach, put_trained, split
 from softprompt_jax.peft import attach_adapter, save_adapter
 
-ADAPTERS = peft_fixture.PROMPTED
+ADAPTERS = [*peft_fixture.PROMPTED, "LORA", "IA3", "LN_TUNING"]
 CONTEXT = Context(list)
 
 
-def adapter_parts(fixtures, name):
-    """Return the fixture's model with its adapter, taken apart, and its batch with prompt ids where it has a prompt."""
-    folder = fixtures / "peft" / name
-    model = load_backbone(folder / "backbone", adapter=folder / "adapter").model
-    return split(model), peft_fixture.batch(fixtures, name)
+_SAVED_NAME = {"prompt_encoder.embedding.weight": "prompt_embeddings"}
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
-def test_their_adapter_gives_their_logits_and_loss(shared_fixtures, name):
-    golden = peft_fixture.golden(shared_fixtures, name)
-    parts, batch = adapter_parts(shared_fixtures, name)
-    loss, logits, _ = tiny.loss_logits_gradient(parts, batch)
+def test_their_adapter_gives_their_logits_loss_and_gradient(shared_fixtures, name, tmp_path):
+    golden, folder = peft_fixture.golden(shared_fixtures, name), shared_fixtures / "peft" / name
+    model, batch = load_backbone(folder / "backbone").model, peft_fixture.batch(shared_fixtures, name)
+    method = attach_adapter(model, folder / "adapter")
+    loss, logits, gradient = tiny.loss_logits_gradient(split(model), batch)
     real = np.asarray(batch["decoder_targets"]) != 0
     np.testing.assert_allclose(logits[real], golden["logits"][real], atol=1e-4)
     np.testing.assert_allclose(loss / real.sum(), golden["loss"], rtol=1e-5)
+    put_trained(model, gradient, name)  # so that it gets PEFT's names and layout
+    _, slopes = method.to_peft(model)
+    theirs = {key.removeprefix("grad/").replace(".default", ""): golden[key] for key in golden if key[:5] == "grad/"}
+    theirs = {_SAVED_NAME.get(key, key): value for key, value in theirs.items()}
+    assert slopes.keys() == theirs.keys()
+    for key, slope in slopes.items():
+        expected = theirs[key][: len(slope)]  # of 2P rows of a prompt P are read
+        tolerance = 2e-5 * max(1, np.abs(expected).max())
+        np.testing.assert_allclose(slope / real.sum(), expected, atol=tolerance, err_msg=key)
+        assert not theirs[key][len(slope) :].any()
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tiny
 from flax import nnx
 
 from softprompt_jax.backbone.pretrained import flatten
-from softprompt_jax.methods import Context, Full, Trainable, leaves, split
-from softprompt_jax.methods.surgery import thaw
+from softprompt_jax.config import UserError
+from softprompt_jax.methods import IA3, Context, Full, LoRA, Trainable, attach, leaves, put_trained, split
+from softprompt_jax.methods.surgery import linears, matching, merged, thaw
+
+CONTEXT = Context(list)
 
 
 def names(tree) -> set[str]:
@@ -64,3 +68,41 @@ def test_thawing_takes_the_wanted_paths_once():
     assert thaw(model, lambda path: path.endswith("norm.scale")) == []
     assert isinstance(model.encoder.norm.scale, Trainable)
     assert model.encoder.norm.scale.get_metadata()["axes"] == ("embed",)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "expected"),
+    [
+        (["query"], {"encoder.layers.attention.query", "decoder.layers.attention.query", "decoder.layers.cross.query"}),
+        (["cross.query"], {"decoder.layers.cross.query"}),
+        (["encoder.*.query", "encoder.layers.attention.query"], {"encoder.layers.attention.query"}),
+        (["encoder.*attention.*"], {f"encoder.layers.attention.{p}" for p in ("query", "key", "value", "output")}),
+    ],
+)
+def test_a_pattern_is_a_whole_path_or_its_end(patterns, expected):
+    found = matching(patterns, linears(tiny.model()), "methods")
+    assert set(found) == expected
+    assert len(found) == len(expected)
+
+
+def test_methods_stack_in_the_same_place_and_merge_together():
+    model, batch = tiny.model(), tiny.batch()
+    attach(
+        [LoRA(rank=2, targets=["value"]), IA3(), LoRA(rank=2, dora=True, targets=["value"])],
+        model,
+        tiny.key(0),
+        CONTEXT,
+    )
+    draw = np.random.default_rng(0)
+    moved = jax.tree.map(
+        lambda leaf: leaf + jnp.asarray(0.3 * draw.normal(size=leaf.shape), jnp.float32), split(model).trainable
+    )
+    put_trained(model, moved, "test")
+    assert set(linears(model)) == set(linears(tiny.model()))  # a pattern finds what stands there now
+    np.testing.assert_allclose(tiny.forward(merged(model), batch), tiny.forward(model, batch), atol=1e-4)
+
+
+def test_values_that_do_not_fit_are_refused_in_a_line():
+    model = tiny.model(prompt=2)
+    with pytest.raises(UserError, match=r"file: does not fit its config.yaml at prompt.rows \[2, 16\]"):
+        put_trained(model, {"prompt": {"rows": jnp.zeros((3, 16))}}, "file")

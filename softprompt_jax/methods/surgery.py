@@ -118,9 +118,25 @@ def linears(model: T5) -> dict[str, tuple[nnx.Module, str]]:
     return dict(sorted((*walk(model.encoder, "encoder."), *walk(model.decoder, "decoder."))))
 
 
-def kernel_of(module: Linear | Wrapped) -> nnx.Param:
-    """Return the frozen kernel at the bottom of a place."""
-    return kernel_of(module.inner) if isinstance(module, Wrapped) else module.kernel
+def linear_of(module: Linear | Wrapped) -> Linear:
+    """Return the Linear at the bottom of a place."""
+    return linear_of(module.inner) if isinstance(module, Wrapped) else module
+
+
+def plain_kernel(module: Linear | Wrapped) -> jax.Array:
+    """Return the float32 kernel [..., in, out] that alone computes what stands in a place.
+
+    Errors: UserError where something stands there that no kernel can express.
+    """
+    if isinstance(module, Linear):
+        return module.kernel[...].astype(jax.numpy.float32)
+    kernel = module.merged(plain_kernel(module.inner))
+    if kernel is None:
+        raise UserError(
+            f"methods: what {type(module).__name__.lower()} adds cannot be merged into a weight; expected a method "
+            "that can; keep the run's folder, or leave this method out"
+        )
+    return kernel
 
 
 def matching(patterns: Sequence[str], paths: Iterable[str], where: str) -> list[str]:
@@ -161,10 +177,13 @@ def merged(model: T5) -> T5:
     Errors: UserError for what trains and has no place in a plain T5.
     """
     model = nnx.merge(*nnx.split(model))
-    for path, (owner, name) in linears(model).items():
+    for owner, name in linears(model).values():
         module = getattr(owner, name)
         if isinstance(module, Wrapped):
-            setattr(owner, name, _plain(module, path))
+            kernel = plain_kernel(module)
+            bottom = linear_of(module)
+            bottom.kernel = nnx.Param(kernel, **bottom.kernel.get_metadata())
+            setattr(owner, name, bottom)
     own = sorted(set(leaves(model)) - set(names(model.settings)))
     if own:
         raise UserError(
@@ -172,20 +191,6 @@ def merged(model: T5) -> T5:
             "export the run as peft or keep its folder"
         )
     return model
-
-
-def _plain(module: Linear | Wrapped, path: str) -> Linear:
-    if isinstance(module, Linear):
-        return module
-    linear = _plain(module.inner, path)
-    value = module.merged(linear.kernel[...].astype(jax.numpy.float32))
-    if value is None:
-        raise UserError(
-            f"methods: what was trained at {path} cannot be merged into its weight; expected a method that can; "
-            "keep the run's folder"
-        )
-    linear.kernel = nnx.Param(value, **linear.kernel.get_metadata())
-    return linear
 
 
 def _describe(variable: nnx.Variable) -> tuple[bool, float]:

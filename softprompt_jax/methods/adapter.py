@@ -1,0 +1,64 @@
+"""Adapters (Houlsby et al., 2019; Pfeiffer et al., 2021): a small network behind a sublayer, added to its output."""
+
+from __future__ import annotations
+
+import zlib
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from pydantic import Field
+
+from softprompt_jax.backbone.t5 import ACTIVATIONS, T5, Linear
+from softprompt_jax.methods.contract import Context, MethodSettings
+from softprompt_jax.methods.surgery import Trainable, Wrapped, linear_of, replace
+
+_PLACES = {
+    "houlsby": ["attention.output", "cross.output", "feed_forward.down"],
+    "pfeiffer": ["feed_forward.down"],
+}
+
+
+class Adapter(MethodSettings):
+    """Adapters of an inner `width`: behind attention and feed-forward (`houlsby`) or feed-forward only (`pfeiffer`)."""
+
+    paper: ClassVar[str] = "Houlsby et al., 2019"
+    identity_at_start: ClassVar[bool] = True
+    kind: Literal["adapter"] = "adapter"
+    style: Literal["houlsby", "pfeiffer"] = "houlsby"
+    width: int = Field(default=64, ge=1)
+    activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "relu"
+    learning_rate_scale: float = Field(default=1.0, gt=0)  # times the run's, for use beside a prompt
+
+    def attach(self, model: T5, key: jax.Array, context: Context) -> None:
+        """Put a network behind every sublayer of the style."""
+        places = [f"*.{place}" for place in _PLACES[self.style]]
+        replace(
+            model, places, lambda path, module: Bottleneck(module, self, path, key), f"methods: {self.style} adapter"
+        )
+
+
+class Bottleneck(Wrapped):
+    """`y + f(y A + a) B + b` for `y = inner(x)`; B and b are 0 at the start."""
+
+    def __init__(self, inner: Linear | Wrapped, settings: Adapter, path: str, key: jax.Array):
+        kernel = linear_of(inner).kernel
+        *layers, _, columns = kernel.shape
+        axis, width = kernel.get_metadata()["axes"][-1], settings.width
+        rate = {"learning_rate_scale": settings.learning_rate_scale}
+        own = jax.random.fold_in(key, zlib.crc32(path.encode()))
+        down = columns**-0.5 * jax.random.normal(own, (*layers, columns, width))
+        self.inner, self.activation = inner, settings.activation
+        self.down = Trainable(down, axes=(axis, "rank"), **rate)
+        self.down_bias = Trainable(jnp.zeros((*layers, width)), axes=("rank",), **rate)
+        self.up = Trainable(jnp.zeros((*layers, width, columns)), axes=("rank", axis), **rate)
+        self.up_bias = Trainable(jnp.zeros((*layers, columns)), axes=(axis,), **rate)
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        made = self.inner(x, key)
+        down, shift, up, out = (w[...].astype(x.dtype) for w in (self.down, self.down_bias, self.up, self.up_bias))
+        hidden = ACTIVATIONS[self.activation](made.reshape(-1, made.shape[-1]) @ down + shift)
+        return made + (hidden @ up + out).reshape(made.shape)
+
+    def merged(self, kernel: jax.Array) -> None:
+        return None  # it is not linear

@@ -1,0 +1,61 @@
+"""Bias tuning, as BitFit (Ben Zaken et al., 2022) would be on a T5, which has no biases but those of positions.
+
+What trains: a vector added to the output of every product, 0 at the start, and the relative position biases.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from pydantic import Field, model_validator
+
+from softprompt_jax.backbone.t5 import T5, Linear
+from softprompt_jax.config import UserError
+from softprompt_jax.methods.contract import Context, MethodSettings
+from softprompt_jax.methods.surgery import Trainable, Wrapped, linear_of, replace, thaw
+
+
+class Bias(MethodSettings):
+    """Bias tuning. With `targets: []` only the position biases train, and the model stays a plain T5."""
+
+    paper: ClassVar[str] = "Ben Zaken et al., 2022"
+    identity_at_start: ClassVar[bool] = True
+    kind: Literal["bias"] = "bias"
+    targets: list[str] = Field(default=["*"])  # patterns over paths of the backbone
+    positions: bool = True
+    learning_rate_scale: float = Field(default=1.0, gt=0)  # times the run's, for use beside a prompt
+
+    @model_validator(mode="after")
+    def _something(self) -> Bias:
+        if not self.targets and not self.positions:
+            raise ValueError("expected targets, positions, or both")
+        return self
+
+    def attach(self, model: T5, key: jax.Array, context: Context) -> None:
+        """Add the vectors, and make the position biases trainable."""
+        rate = self.learning_rate_scale
+        if self.targets:
+            replace(model, self.targets, lambda path, module: Shifted(module, rate), "methods: bias targets")
+        if self.positions and not thaw(model, lambda path: path.endswith("bias.table"), rate):
+            raise UserError("methods: two methods train the position biases; expected one; set positions=false")
+
+
+class Shifted(Wrapped):
+    """`inner(x) + shift`."""
+
+    def __init__(self, inner: Linear | Wrapped, learning_rate_scale: float):
+        kernel = linear_of(inner).kernel
+        self.inner = inner
+        self.shift = Trainable(
+            jnp.zeros((*kernel.shape[:-2], kernel.shape[-1])),
+            axes=kernel.get_metadata()["axes"][-1:],
+            learning_rate_scale=learning_rate_scale,
+        )
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        return self.inner(x, key) + self.shift[...].astype(x.dtype)
+
+    def merged(self, kernel: jax.Array) -> None:
+        return None  # no kernel adds a constant

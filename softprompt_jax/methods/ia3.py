@@ -1,0 +1,106 @@
+"""IA3 (Liu et al., 2022): one trained factor for each feature of the keys, the values and the inner feed-forward."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from pydantic import Field, model_validator
+
+from softprompt_jax.backbone.t5 import T5, Linear, T5Settings
+from softprompt_jax.config import UserError
+from softprompt_jax.methods import peft_names
+from softprompt_jax.methods.contract import Context, MethodSettings, Tensors
+from softprompt_jax.methods.surgery import Trainable, Wrapped, linear_of, linears, replace
+
+
+class IA3(MethodSettings):
+    """IA3: the outputs of some products and the inputs of others are multiplied by trained factors, 1 at the start."""
+
+    paper: ClassVar[str] = "Liu et al., 2022"
+    identity_at_start: ClassVar[bool] = True
+    peft_type: ClassVar[str | None] = "IA3"
+    kind: Literal["ia3"] = "ia3"
+    outputs: list[str] = Field(default=["key", "value"])  # patterns over paths of the backbone
+    inputs: list[str] = Field(default=["down"])
+    learning_rate_scale: float = Field(default=1.0, gt=0)  # times the run's, for use beside a prompt
+
+    @model_validator(mode="after")
+    def _something(self) -> IA3:
+        if not self.outputs and not self.inputs:
+            raise ValueError("expected outputs or inputs to scale")
+        return self
+
+    def attach(self, model: T5, key: jax.Array, context: Context) -> None:
+        """Put the factors behind or before every target."""
+        for patterns, side in ((self.outputs, "outputs"), (self.inputs, "inputs")):
+            if patterns:
+                replace(
+                    model,
+                    patterns,
+                    lambda path, module, side=side: Scaled(module, side, self.learning_rate_scale),
+                    f"methods: ia3 {side}",
+                )
+
+    def to_peft(self, model: T5) -> tuple[dict[str, Any], Tensors]:
+        """Return the factors: [out, 1] behind a product, [1, in] before one."""
+        settings, tensors = model.settings, {}
+        sides: dict[str, list[str]] = {"outputs": [], "inputs": []}
+        for path, (owner, name) in linears(model).items():
+            module = getattr(owner, name)
+            if not isinstance(module, Scaled):
+                continue
+            if isinstance(module.inner, Scaled):
+                raise UserError(f"methods: ia3 scales both sides of {path}, which PEFT cannot; expected one side")
+            weight = f"{path}.kernel"
+            sides[module.side].append(weight)
+            values = np.asarray(module.factors[...])
+            values = values[..., None] if module.side == "outputs" else values[..., None, :]
+            tensors |= peft_names.to_layers(settings, weight, "ia3_l", values)
+        config = {
+            "target_modules": peft_names.target_modules(settings, sides["outputs"] + sides["inputs"], ".kernel"),
+            "feedforward_modules": peft_names.target_modules(settings, sides["inputs"], ".kernel"),
+            "fan_in_fan_out": False,
+        }
+        return config, tensors
+
+    @classmethod
+    def from_peft(
+        cls, config: dict[str, Any], tensors: Tensors, settings: T5Settings
+    ) -> tuple[MethodSettings, Tensors]:
+        """Tell the sides by the tensors' shapes."""
+        peft_names.check_settings(config, {"feedforward_modules", "init_ia3_weights"})
+        values: Tensors = {}
+        sides: dict[str, list[str]] = {"outputs": [], "inputs": []}
+        for weight, parts in peft_names.from_layers(settings, tensors, ["ia3_l"], ".kernel").items():
+            stack, place = parts["ia3_l"], weight.removesuffix(".kernel")
+            if stack.ndim != 3 or 1 not in stack.shape[1:]:
+                raise UserError(f"ia3_l of {place}: found {list(stack.shape[1:])}; expected [width, 1] or [1, width]")
+            sides["outputs" if stack.shape[2] == 1 else "inputs"].append(place)
+            values[f"{place}.factors"] = stack.reshape(len(stack), -1)
+        short = {side: peft_names.short_paths(settings, places, ".kernel") for side, places in sides.items()}
+        return cls(**short), values
+
+
+class Scaled(Wrapped):
+    """`inner(x) * factors`, or `inner(x * factors)`."""
+
+    def __init__(self, inner: Linear | Wrapped, side: str, learning_rate_scale: float):
+        kernel = linear_of(inner).kernel
+        axis = -1 if side == "outputs" else -2
+        self.inner, self.side = inner, side
+        self.factors = Trainable(
+            jnp.ones((*kernel.shape[:-2], kernel.shape[axis])),
+            axes=(kernel.get_metadata()["axes"][axis],),
+            learning_rate_scale=learning_rate_scale,
+        )
+
+    def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
+        factors = self.factors[...].astype(x.dtype)
+        return self.inner(x, key) * factors if self.side == "outputs" else self.inner(x * factors, key)
+
+    def merged(self, kernel: jax.Array) -> jax.Array:
+        factors = self.factors[...]
+        return kernel * (factors[..., None, :] if self.side == "outputs" else factors[..., None])

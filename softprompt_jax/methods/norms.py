@@ -1,0 +1,57 @@
+"""Norm tuning (Zhao et al., 2024): the scales of the layer norms train, a few thousand numbers in the whole model."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+from pydantic import Field
+
+from softprompt_jax.backbone.pretrained import flatten, names
+from softprompt_jax.backbone.t5 import T5, T5Settings
+from softprompt_jax.config import UserError
+from softprompt_jax.methods import peft_names
+from softprompt_jax.methods.contract import Context, MethodSettings, Tensors
+from softprompt_jax.methods.surgery import Trainable, matching, thaw
+
+
+class Norms(MethodSettings):
+    """Norm tuning: float32 copies of the norms' scales train; merging is nothing to do."""
+
+    paper: ClassVar[str] = "Zhao et al., 2024"
+    identity_at_start: ClassVar[bool] = True
+    peft_type: ClassVar[str | None] = "LN_TUNING"
+    kind: Literal["norms"] = "norms"
+    targets: list[str] = Field(default=["*"], min_length=1)  # patterns over paths such as decoder.layers.cross_norm
+    learning_rate_scale: float = Field(default=1.0, gt=0)  # times the run's, for use beside a prompt
+
+    def attach(self, model: T5, key: jax.Array, context: Context) -> None:
+        """Make the scales trainable."""
+        known = [weight.removesuffix(".scale") for weight in names(model.settings) if weight.endswith(".scale")]
+        wanted = {f"{place}.scale" for place in matching(self.targets, known, "methods: norms targets")}
+        if set(thaw(model, wanted.__contains__, self.learning_rate_scale)) != wanted:
+            raise UserError("methods: two methods train the same norms; expected one; remove the other")
+
+    def to_peft(self, model: T5) -> tuple[dict[str, Any], Tensors]:
+        """Return the scales, which stand for the backbone's own."""
+        scales = dict(flatten(nnx.to_pure_dict(nnx.state(model, Trainable))))
+        tensors: Tensors = {}
+        for weight, values in scales.items():
+            tensors |= peft_names.to_layers(model.settings, weight, _ENDING, np.asarray(values))
+        return {"target_modules": peft_names.target_modules(model.settings, list(scales), ".scale")}, tensors
+
+    @classmethod
+    def from_peft(
+        cls, config: dict[str, Any], tensors: Tensors, settings: T5Settings
+    ) -> tuple[MethodSettings, Tensors]:
+        """Stack the layers' scales."""
+        peft_names.check_settings(config, set())
+        stacks = peft_names.from_layers(settings, tensors, [_ENDING], ".scale")
+        places = [weight.removesuffix(".scale") for weight in stacks]
+        targets = peft_names.short_paths(settings, places, ".scale")
+        return cls(targets=targets), {weight: parts[_ENDING] for weight, parts in stacks.items()}
+
+
+_ENDING = "ln_tuning_layers.weight"
