@@ -14,7 +14,7 @@ from softprompt_jax.assembly import prompt_ids, with_settings
 from softprompt_jax.methods import leaves, split
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.run import Run
-from softprompt_jax.tasks.pipeline import TrainBatches, collate
+from softprompt_jax.tasks.pipeline import TrainBatches, collate, prompts_around
 from softprompt_jax.tasks.tokenized import TokenizedSet
 from softprompt_jax.train import make_step
 
@@ -68,14 +68,14 @@ class Ours:
         plan = TrainBatches(tokenized, BATCH_SIZE, 0, self.prompt_ids, max_shapes=shapes)
         epoch = [plan.batch(step) for step in range(plan.batches_per_epoch)]
         if case == "padded":
-            epoch = [self._padded(tokenized, plan.example_ids(step)) for step in range(len(epoch))]
+            epoch = [self._padded(tokenized, np.concatenate(plan.row_ids(step))) for step in range(len(epoch))]
         real = sum(np.count_nonzero(b["encoder_tokens"]) + np.count_nonzero(b["decoder_targets"]) for b in epoch)
         sizes = np.array([b["encoder_tokens"].size + b["decoder_targets"].size for b in epoch])
         return [epoch[i] for i in systematic_sample(sizes, count)], float(1 - real / sizes.sum())
 
     def _padded(self, tokenized: TokenizedSet, ids: np.ndarray) -> dict[str, np.ndarray]:
-        prompts = np.broadcast_to(self.prompt_ids, (len(tokenized), PROMPT_LENGTH))
-        return collate(tokenized, ids, (self.workload.input_tokens, self.workload.target_tokens), prompts)
+        shape = PROMPT_LENGTH + self.workload.input_tokens, self.workload.target_tokens
+        return collate(tokenized, ids[:, None], shape, prompts_around(tokenized, self.prompt_ids))
 
 
 def _tokenized(pairs: list[tuple[np.ndarray, np.ndarray]], workload: Workload) -> TokenizedSet:

@@ -17,9 +17,10 @@ _NAMED["both"] = (_NAMED["before"][0], 1)
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Ids around every text (each [n], or [examples, n]); those of V and more are prompt rows, others anchor words.
+    """Ids around every text, each [n], or [N, n] for the texts of N tasks; those of V and more are prompt rows.
 
-    `after` stands between the text and its EOS. `decoder` stands before the decoder's first input.
+    The others are anchor words. `after` stands between the text and its EOS, `decoder` before the decoder's
+    first input.
     """
 
     before: Sequence[int] | np.ndarray = ()

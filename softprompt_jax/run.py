@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from softprompt_jax import config
 from softprompt_jax.backbone.t5 import T5Settings
@@ -14,6 +14,7 @@ from softprompt_jax.methods import Method, Prompt
 from softprompt_jax.optimizers import Adafactor, Optimizer, Schedule
 from softprompt_jax.sharding import Mesh
 from softprompt_jax.tasks import names, resolve
+from softprompt_jax.tasks.packing import Packing
 from softprompt_jax.tasks.pretraining import Pretraining
 from softprompt_jax.tasks.task import Task
 
@@ -40,6 +41,14 @@ AnyTask = Annotated[
 ]
 
 
+def _packing(value: Any) -> Any:
+    """Let `packing: true` stand for the default row, false for none."""
+    return ({} if value else None) if isinstance(value, bool) else value
+
+
+PackingSetting = Annotated[Packing | None, BeforeValidator(_packing)]
+
+
 class Run(Settings):
     """One training run: a task, a frozen backbone, a list of methods, and how to train them."""
 
@@ -55,7 +64,9 @@ class Run(Settings):
     clip_norm: float | None = Field(None, gt=0)  # of the gradient of all trainable weights together
     max_input_tokens: int = Field(512, gt=0)  # of text with its EOS; the prompt comes on top
     max_target_tokens: int = Field(64, gt=0)
+    truncate_targets: bool = False  # a longer target is an error
     shapes: int = Field(4, gt=0)  # compiled (encoder, decoder) lengths at most
+    packing: PackingSetting = None  # several examples in a row of one shape: true, or {length: 512}
     loss: Literal["sum", "mean"] = "sum"  # over the batch's real target tokens
     z_loss: float = Field(1e-4, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)

@@ -36,8 +36,11 @@ class TaskRun:
             if split == "validation" and run.evaluation_examples is not None:
                 examples = examples[: run.evaluation_examples]
             limits, cache = (run.max_input_tokens, run.max_target_tokens), cache_folder() / "tokens"
+            cut = run.truncate_targets
             try:
-                return examples, tokenize(examples, assembly.tokenizer, rows, *limits, cache=cache)
+                return examples, tokenize(
+                    examples, assembly.tokenizer, rows, *limits, truncate_targets=cut, cache=cache
+                )
             except UserError as error:
                 raise UserError(f"task {self.task.name}: {split}: {error}") from None
 
@@ -56,6 +59,8 @@ class TaskRun:
             run.seed,
             self._prompt_ids,
             max_shapes=run.shapes,
+            packing=run.packing,
+            rows_multiple=run.accumulate * sharding.row_shards(),
             process_index=index,
             process_count=count,
         )
@@ -65,12 +70,18 @@ class TaskRun:
     def describe(self) -> str:
         """Say in a line what the data are."""
         counts = ", ".join(f"{name} {len(examples)}" for name, (examples, _) in self.sets.items())
-        truncated = sum(tokenized.truncated_inputs for _, tokenized in self.sets.values())
-        shapes = ", ".join(f"{t}/{u}" for t, u in self.train_batches.shapes)
-        return (
-            f"task {self.task.name}: {counts}; shapes {shapes}; padding {self.train_batches.padding_share:.0%}; "
-            f"{truncated} inputs truncated to {self.run.max_input_tokens} tokens"
+        inputs, targets = (
+            sum(getattr(tokenized, name) for _, tokenized in self.sets.values())
+            for name in ("truncated_inputs", "truncated_targets")
         )
+        batches = self.train_batches
+        shapes = ", ".join(f"{t}/{u}" for t, u in batches.shapes)
+        packed = f"packed in {batches.rows} rows of {shapes}, {batches.examples_per_batch:.1f} examples a step"
+        line = (
+            f"task {self.task.name}: {counts}; {packed if self.run.packing else f'shapes {shapes}'}; "
+            f"padding {batches.padding_share:.0%}; {inputs} inputs truncated to {self.run.max_input_tokens} tokens"
+        )
+        return f"{line}, {targets} targets to {self.run.max_target_tokens}" if self.run.truncate_targets else line
 
     def batches(self, first: int) -> Iterator[dict[str, np.ndarray]]:
         """Yield the batches from step `first` on."""

@@ -25,6 +25,7 @@ from softprompt_jax.processes import Preempted, Preemption, agreed, is_first, on
 from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import MACHINE, Run
 from softprompt_jax.task_run import PretrainingRun, TaskRun
+from softprompt_jax.tasks.pipeline import examples_in
 
 State = dict[str, Any]  # trainable, optimizer, step (which is also the data position)
 
@@ -57,7 +58,8 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
     """Train a run whose folder is prepared; `opened` ends what must be ended, also after an error."""
     # ---- model, data, step
     assembly = assemble(run)
-    sharding.check(run.batch_size // run.accumulate, assembly.model.settings.num_heads)
+    rows = sharding.row_shards() if run.packing else run.batch_size // run.accumulate  # packed rows follow the mesh
+    sharding.check(rows, assembly.model.settings.num_heads)
     model = sharding.place(assembly.model)
     parts = split(model)
     about = leaves(model)
@@ -109,18 +111,19 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
         evaluate(0, state)  # the start; also shows at once whether evaluation works
     batches = data.batches(first)
     preemption = opened.enter_context(Preemption())
-    recent: list[tuple[Any, int, int]] = []
+    recent: list[tuple[Any, int, int, int]] = []
     clock = time.monotonic()
     for step in range(first + 1, run.steps + 1):
         batch = next(batches)
-        real = shares * sum(int(np.count_nonzero(batch[name])) for name in ("encoder_tokens", "decoder_targets"))
+        tokens = [batch[name] for name in ("encoder_tokens", "decoder_targets")]
+        real, padded = sum(int(np.count_nonzero(side)) for side in tokens), sum(side.size for side in tokens)
         state, measured = step_function(state, parts.frozen, sharding.spread(batch), key)
-        recent.append((measured, real, run.batch_size))
+        recent.append((measured, shares * real, shares * examples_in(batch), shares * padded))
         evaluated = step % run.evaluate_every == 0 or step == run.steps
         leaving = preemption.reached(step) and step < run.steps
         saved = evaluated or leaving or step % run.checkpoint_every == 0
         if step % run.log_every == 0 or saved:  # so that no mean reaches back past a checkpoint
-            loss = float(np.mean([float(measured["loss"]) for measured, _, _ in recent]))
+            loss = float(np.mean([float(measured["loss"]) for measured, *_ in recent]))
             now = time.monotonic()
             per_second = [sum(entry[i] for entry in recent) / (now - clock) for i in (1, 2)]
             line = {
@@ -129,6 +132,7 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
                 "learning_rate": float(np.asarray(schedule(step - 1))),
                 "examples_per_s": round(per_second[1], 2),
                 "tokens_per_s": round(per_second[0], 1),
+                "padding": round(1 - sum(entry[1] for entry in recent) / sum(entry[3] for entry in recent), 4),
                 "seconds": round(log.seconds(), 2),
             }
             if not np.isfinite(loss):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 
@@ -36,6 +37,11 @@ class Letters(Tokenizer):
         return "".join(self.pieces[id_] for id_ in ids)
 
 
+def planned(lengths, batch_size: int, seed: int, epoch: int, window: int = 64):
+    random = np.random.default_rng([seed, epoch])
+    return batch_plan(random.permutation(len(lengths)), lengths, batch_size, random, window)
+
+
 def some_examples(count: int, seed: int = 0, longest: int = 40) -> list[Example]:
     random = np.random.default_rng(seed)
     lengths = random.geometric(0.12, count).clip(1, longest)
@@ -54,35 +60,35 @@ def some_set(count: int = 100, **limits):
 def test_every_example_occurs_at_most_once_an_epoch_and_all_but_a_rest_do(count, batch_size, window):
     lengths = np.random.default_rng(0).integers(1, 99, count)
     for epoch in range(3):
-        ids = batch_plan(lengths, batch_size, 5, epoch, window).reshape(-1)
+        ids = planned(lengths, batch_size, 5, epoch, window).reshape(-1)
         assert len(set(ids)) == len(ids) == count // batch_size * batch_size
         assert set(ids) <= set(range(count))
 
 
 def test_all_examples_are_seen_within_a_few_epochs_although_a_rest_is_left_out():
     lengths = np.arange(30)
-    seen = {int(id_) for epoch in range(12) for id_ in batch_plan(lengths, 16, 0, epoch).reshape(-1)}
+    seen = {int(id_) for epoch in range(12) for id_ in planned(lengths, 16, 0, epoch).reshape(-1)}
     assert seen == set(range(30))
 
 
 def test_plan_is_a_pure_function_and_differs_between_epochs_and_seeds():
     lengths = np.random.default_rng(0).integers(1, 99, 256)
-    plan = batch_plan(lengths, 8, 1, 2)
-    np.testing.assert_array_equal(plan, batch_plan(lengths.copy(), 8, 1, 2))
-    assert (plan != batch_plan(lengths, 8, 1, 3)).any()
-    assert (plan != batch_plan(lengths, 8, 2, 2)).any()
+    plan = planned(lengths, 8, 1, 2)
+    np.testing.assert_array_equal(plan, planned(lengths.copy(), 8, 1, 2))
+    assert (plan != planned(lengths, 8, 1, 3)).any()
+    assert (plan != planned(lengths, 8, 2, 2)).any()
 
 
 def test_batches_hold_examples_of_similar_length_in_mixed_order():
     lengths = np.random.default_rng(0).integers(1, 200, 1024)
-    batches = lengths[batch_plan(lengths, 16, 0, 0, window=64)]
+    batches = lengths[planned(lengths, 16, 0, 0, window=64)]
     assert np.ptp(batches, axis=1).mean() < 10
     means = batches.mean(1)
     assert (np.diff(means) > 0).mean() < 0.7  # not sorted over the epoch
 
 
 def test_set_smaller_than_a_batch_fills_it_by_starting_again():
-    plan = batch_plan(np.array([3, 1, 2]), 8, 0, 0)
+    plan = planned(np.array([3, 1, 2]), 8, 0, 0)
     assert plan.shape == (1, 8)
     assert sorted(Counter(plan[0].tolist()).values()) == [2, 3, 3]
 
@@ -130,12 +136,12 @@ def test_shapes_are_few_and_padding_is_what_the_batches_show():
 
 @pytest.mark.parametrize("prompt_ids", [None, PROMPT, ROWS + np.arange(600).reshape(100, 6)])
 def test_batches_reproduce_the_rows(prompt_ids):
-    tokenized = some_set()
+    tokenized = dataclasses.replace(some_set(), tasks=np.arange(100))
     train = TrainBatches(tokenized, 8, 0, prompt_ids)
     for step in range(20):
         batch = train.batch(step)
         assert all(array.dtype == np.int32 for array in batch.values())
-        for row, index in enumerate(train.example_ids(step)):
+        for row, index in enumerate(np.concatenate(train.row_ids(step))):
             prompt = [] if prompt_ids is None else np.broadcast_to(prompt_ids, (100, prompt_ids.shape[-1]))[index]
             length = len(prompt) + len(tokenized.input(index))
             encoder, targets = batch["encoder_tokens"][row], batch["decoder_targets"][row]

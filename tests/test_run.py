@@ -55,6 +55,20 @@ def test_part_of_the_default_optimizer_can_be_set(small, tmp_path, override, exp
     assert (run.optimizer.kind, run.optimizer.learning_rate) == expected
 
 
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("packing=true", (None, None)),
+        ("packing={length: 64}", (64, None)),
+        ("packing=false", None),
+        ("packing=null", None),
+    ],
+)
+def test_packing_has_a_short_form(small, tmp_path, override, expected):
+    packing = load_run(write_config(tmp_path / "a.yaml", small.short), [override]).packing
+    assert packing == expected or (packing.length, packing.target_length) == expected
+
+
 def test_prompt_start_has_a_short_form(small, tmp_path):
     run = load_run(write_config(tmp_path / "a.yaml", small.short), ["methods.0.init=vocabulary"])
     assert run.methods[0].init.kind == "vocabulary"
@@ -84,6 +98,8 @@ def test_prompt_start_has_a_short_form(small, tmp_path):
         ("task.input='{text'", "A: task.input: found '{text'; not a template"),
         ("task.metrics=[acuracy]", "did you mean accuracy?"),
         ("accumulate=3", "accumulate 3 does not divide batch_size 8"),
+        ("packing=64", "A: packing: found 64; "),
+        ("packing={lenght: 64}", "A: packing.lenght: unknown setting; expected one of length, target_length; did you "),
         ("dtype=float16", "A: dtype: found 'float16'; input should be 'float32' or 'bfloat16'"),
         ("dropout=1", "A: dropout: found 1; input should be less than 1"),
         ("backbone=3", "A: backbone: found 3; input should be a valid string"),

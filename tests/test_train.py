@@ -45,7 +45,7 @@ def test_metrics_have_a_line_per_logged_step(small, prompt_run):
     trained = [line for line in lines if "loss" in line]
     assert [line["step"] for line in trained] == sorted({*range(4, 41, 4), *range(5, 41, 5)})
     for line in trained:
-        assert set(line) == {"step", "loss", "learning_rate", "examples_per_s", "tokens_per_s", "seconds"}
+        assert set(line) == {"step", "loss", "learning_rate", "examples_per_s", "tokens_per_s", "padding", "seconds"}
         assert line["learning_rate"] == pytest.approx(0.3)
         assert line["tokens_per_s"] > line["examples_per_s"] > 0
     scored = [line for line in lines if "validation" in line]
@@ -98,6 +98,17 @@ def test_nothing_half_written_stays(prompt_run, full_run):
     for folder in (prompt_run, full_run):
         assert not [path for path in folder.rglob("*") if "partial" in path.name or "tmp" in path.name]
         assert len(list((folder / "checkpoints").iterdir())) <= 2
+
+
+def test_packed_run_reports_its_rows_and_learns(small, tmp_path, capsys):
+    settings = small.full | {"packing": {"length": 32}, "steps": 40}
+    result = softprompt_jax.train(run_of(settings), tmp_path / "run", Reporter())
+    line = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("task moods"))
+    assert "packed in 2 rows of 32/8, " in line
+    assert "padding" in line
+    assert result["test"]["accuracy"] >= 0.9
+    logged = [line for line in metrics(tmp_path / "run") if "loss" in line]
+    assert all(0 <= line["padding"] < 0.3 and line["examples_per_s"] > 0 for line in logged)
 
 
 def test_full_tuning_leaves_no_prompt(full_run):
@@ -234,6 +245,17 @@ def test_loss_that_is_no_number_is_one_line_and_keeps_what_there_is(small, tmp_p
         softprompt_jax.train(run, tmp_path / "run")
     assert (tmp_path / "run" / "config.yaml").exists()
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_long_targets_are_an_error_unless_cut(small, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(TRAIN, "Checkpoints", None)  # far enough
+    with pytest.raises(UserError, match=r"^task moods: train: example 0: the target 'yes' has 2 tokens with EOS; exp"):
+        softprompt_jax.train(run_of(small.short, max_target_tokens=1), tmp_path / "run")
+    with pytest.raises(TypeError):
+        softprompt_jax.train(
+            run_of(small.short, max_target_tokens=1, truncate_targets=True), tmp_path / "cut", Reporter()
+        )
+    assert "0 inputs truncated to 12 tokens, 96 targets to 1" in capsys.readouterr().err
 
 
 def test_long_inputs_are_cut_counted_and_reported(small, tmp_path, capsys, monkeypatch):

@@ -14,20 +14,21 @@ Shape = tuple[int, int]  # encoder and decoder length
 
 
 def batch_plan(
-    lengths: Int[np.ndarray, " examples"], batch_size: int, seed: int, epoch: int, window: int = 64
+    order: Int[np.ndarray, " chosen"],
+    lengths: Int[np.ndarray, " examples"],
+    batch_size: int,
+    random: np.random.Generator,
+    window: int = 64,
 ) -> Int[np.ndarray, "batches B"]:
-    """Return the example ids of every batch of one epoch, a pure function of its arguments.
+    """Return the example ids of every batch of one epoch, whose shuffled examples are `order`.
 
-    Permute the examples, cut them in windows of `window` batches, sort by length inside each window, chop
-    into batches, permute the batches. No example occurs twice; the last examples that do not fill a batch
-    (other ones every epoch) are left out. A set smaller than a batch fills one by starting again.
+    Cut them in windows of `window` batches, sort by length inside each window, chop into batches, permute
+    the batches. The last examples that do not fill a batch (other ones every epoch) are left out. Fewer
+    than a batch fill one by starting again.
     """
-    examples = len(lengths)
-    random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, epoch])))
-    order = random.permutation(examples)
-    if examples < batch_size:
+    if len(order) < batch_size:
         return np.resize(order, (1, batch_size))
-    order = order[: examples // batch_size * batch_size]
+    order = order[: len(order) // batch_size * batch_size].copy()
     for start in range(0, len(order), window * batch_size):
         part = order[start : start + window * batch_size]
         order[start : start + len(part)] = part[np.argsort(lengths[part], kind="stable")]
@@ -45,8 +46,8 @@ def choose_shapes(
     for the whole vocabulary. Shapes are added one by one, each time the one that saves most, then
     exchanged while that saves more.
     """
-    needed = _rounded(np.asarray(needed), multiple)
-    last = tuple(int(length) for length in _rounded(np.asarray(largest), multiple))
+    needed = rounded(np.asarray(needed), multiple)
+    last = tuple(int(length) for length in rounded(np.asarray(largest), multiple))
     pairs, counts = np.unique(needed, axis=0, return_counts=True)
     candidates = np.array([(t, u) for t in _levels(pairs[:, 0], 48) for u in _levels(pairs[:, 1], 12)])
     # cost[c, p]: tokens of one batch row needing pair p in a batch of shape c; too small shapes are impossible.
@@ -83,8 +84,8 @@ def fitting_shape(shapes: list[Shape], needed: Int[np.ndarray, " 2"]) -> Shape:
     return next(shape for shape in shapes if shape[0] >= needed[0] and shape[1] >= needed[1])
 
 
-def _rounded(lengths: Int[np.ndarray, "... 2"], multiple: int) -> Int[np.ndarray, "... 2"]:
-    """Pairs of lengths rounded up: to multiples, and decoder lengths under 8 to 2 or 4."""
+def rounded(lengths: Int[np.ndarray, "... 2"], multiple: int = 8) -> Int[np.ndarray, "... 2"]:
+    """Return pairs of lengths rounded up: to multiples, and decoder lengths under 8 to 2 or 4."""
     rounded = -(-lengths // multiple) * multiple
     decoder = lengths[..., 1]
     rounded[..., 1] = np.where(decoder <= 2, 2, np.where(decoder <= 4, 4, rounded[..., 1]))

@@ -1,13 +1,12 @@
-"""Token ids to batches: plan the order, bucket by length, put the prompt in front.
+"""Token ids to batches: plan the order, bucket by length or pack, put the prompt in front.
 
 A batch is a dict of int32 arrays, 0 being padding (B rows, T encoder and U decoder positions):
 
-    encoder_tokens   [B, T]  text, EOS, padding; prompt ids (if any) before the text or around it
-    decoder_inputs   [B, U]  prompt ids (if any stand there), targets shifted right behind a 0
-    decoder_targets  [B, U]  target, EOS, padding; a 0 has no weight in the loss
-
-Packed batches will add `encoder_segments` [B, T] and `decoder_segments` [B, U] (1, 2, ... per
-example of a row, 0 padding); a batch without them has one segment a row.
+    encoder_tokens    [B, T]  text, EOS, padding; prompt ids (if any) before the text or around it
+    decoder_inputs    [B, U]  prompt ids (if any stand there), targets shifted right behind a 0
+    decoder_targets   [B, U]  target, EOS, padding; a 0 has no weight in the loss
+    encoder_segments  [B, T]  in packed rows: 1, 2, ... for the examples of a row, 0 for padding
+    decoder_segments  [B, U]  the same numbers; a batch without segments has one example a row
 
 The order is a pure function of (seed, epoch, lengths) and the position is one integer, the step, so
 that any process can compute any batch at any time and resuming replays nothing.
@@ -18,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -26,21 +25,26 @@ from jaxtyping import Int
 from softprompt_jax.config import UserError
 from softprompt_jax.placement import Placement
 from softprompt_jax.tasks.buckets import Shape, batch_plan, choose_shapes, fitting_shape
+from softprompt_jax.tasks.packing import Packing, Rows, choose_row_shape, pack
 from softprompt_jax.tasks.tokenized import TokenizedSet
 
 Batch = dict[str, np.ndarray]
 PromptIds = Placement | np.ndarray | None
 EOS = 1  # of every T5
+Draw = Callable[[int, np.random.Generator], Int[np.ndarray, " chosen"]]  # the shuffled examples of an epoch
 
 
 class TrainBatches:
     """Training batches without end: any step at random, or an iterator from a step on.
 
-    `prompt_ids` [P] (ids of `vocabulary_rows` and more) go before every text, or [examples, P] before
-    each its own, or where a `Placement` says. `batch_size` B is the global one; a process gets rows
-    `process_index * B / process_count`
-    onwards of each batch. `shapes` lists every (T, U) that occurs, prompt included; `padding_share` is the
-    share of padding among all tokens of the first epoch.
+    `prompt_ids` [P] (ids of `vocabulary_rows` and more) go before every text, or of [N, P] the row of the
+    example's task, or where a `Placement` says. `batch_size` B is the global one; a process gets rows
+    `process_index * B / process_count` onwards of each batch. `draw` gives the examples of an epoch
+    (default: all of them, shuffled).
+
+    With `packing` a batch has as many rows (a multiple of `rows_multiple`) as hold about `batch_size`
+    examples. `shapes` lists every (T, U) that occurs, prompt included; `examples_per_batch` and
+    `padding_share`, of padding among all tokens, are those of the first epoch.
     """
 
     def __init__(
@@ -51,37 +55,73 @@ class TrainBatches:
         prompt_ids: PromptIds = None,
         window: int = 64,
         max_shapes: int = 4,
+        packing: Packing | None = None,
+        rows_multiple: int = 1,
+        draw: Draw | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ):
-        self._rows = _local_rows(batch_size, process_index, process_count)
-        self._tokenized, self._prompts = tokenized, _prompts(tokenized, prompt_ids)
-        self.batch_size, self.seed, self.window = batch_size, seed, window
-        self._lengths = tokenized.input_lengths + tokenized.target_lengths
-        self._plan = functools.lru_cache(maxsize=2)(
-            lambda epoch: batch_plan(self._lengths, self.batch_size, self.seed, epoch, self.window)
-        )
-        first = self._plan(0)
-        self.batches_per_epoch = len(first)
-        needed = _needed(tokenized, first)
-        self._text_shapes = choose_shapes(needed, _largest(tokenized), max_shapes)
-        prompt_length, decoder_length = self._prompts.lengths
-        self.shapes = [(prompt_length + text, decoder_length + target) for text, target in self._text_shapes]
-        prompt_length += decoder_length
-        padded = sum(sum(fitting_shape(self._text_shapes, pair)) + prompt_length for pair in needed) * batch_size
-        real = self._lengths[first].sum() + first.size * prompt_length
-        self.padding_share = float(1 - real / padded)
+        self._tokenized, self._prompts = tokenized, prompts_around(tokenized, prompt_ids)
+        self.batch_size, self.seed, self.window, self._packing = batch_size, seed, window, packing
+        self._draw = draw or (lambda epoch, random: random.permutation(len(tokenized)))
+        prompt = np.array(self._prompts.lengths)
+        self._lengths = tokenized.lengths + prompt
+        if packing is not None:
+            self.shapes = [choose_row_shape(self._lengths, packing)]
+            first = self._packed(self._order(0)[0])
+            multiple = np.lcm(rows_multiple, process_count)
+            self.rows = max(1, round(batch_size * len(first) / len(first.ids) / multiple)) * int(multiple)
+            self.batches_per_epoch = max(1, len(first) // self.rows)
+        else:
+            self.rows = batch_size
+        self._local = _local_rows(self.rows, process_index, process_count)
+        self._epoch = functools.lru_cache(maxsize=2)(self._plan)
+        first = self._epoch(0)
+        if packing is None:
+            self.batches_per_epoch = len(first) // self.rows
+            needed = self._lengths[first.ids].reshape(-1, self.rows, 2).max(1)
+            shapes = choose_shapes(needed - prompt, _largest(tokenized), max_shapes)
+            self.shapes = [(text + int(prompt[0]), target + int(prompt[1])) for text, target in shapes]
+            padded = sum(sum(fitting_shape(self.shapes, pair)) for pair in needed) * self.rows
+        else:
+            padded = len(first) * sum(self.shapes[0])
+        self.examples_per_batch = len(first.ids) / self.batches_per_epoch
+        self.padding_share = float(1 - self._lengths[first.ids].sum() / padded)
 
-    def example_ids(self, step: int) -> Int[np.ndarray, " B"]:
-        """Return the example ids of the whole batch of a step, the same in every process."""
+    def _order(self, epoch: int) -> tuple[Int[np.ndarray, " chosen"], np.random.Generator]:
+        """The examples of an epoch, shuffled, and the generator that has shuffled them."""
+        random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, epoch])))
+        return self._draw(epoch, random), random
+
+    def _packed(self, order: Int[np.ndarray, " chosen"]) -> Rows:
+        if len(order) < self.batch_size:
+            order = np.resize(order, self.batch_size)
+        return pack(order, self._lengths, self.shapes[0], self.window * self.batch_size)
+
+    def _plan(self, epoch: int) -> Rows:
+        """The rows of an epoch, batch after batch; what fills no batch, other examples every epoch, is left out.
+
+        Every epoch has as many batches as the first; one that packs better takes some rows twice.
+        """
+        order, random = self._order(epoch)
+        if self._packing is None:
+            return Rows.of_one(batch_plan(order, self._lengths.sum(1), self.batch_size, random, self.window))
+        rows = self._packed(order)
+        return rows.take(np.resize(random.permutation(len(rows)), self.batches_per_epoch * self.rows))
+
+    def row_ids(self, step: int) -> list[Int[np.ndarray, " _"]]:
+        """Return the example ids of each row of the whole batch of a step, the same in every process."""
         epoch, index = divmod(step, self.batches_per_epoch)
-        return self._plan(epoch)[index]
+        rows = self._epoch(epoch)
+        return [rows[row] for row in range(index * self.rows, (index + 1) * self.rows)]
 
     def batch(self, step: int) -> Batch:
         """Return this process's rows of the batch of a step."""
-        ids = self.example_ids(step)
-        shape = fitting_shape(self._text_shapes, _needed(self._tokenized, ids[None])[0])
-        return collate(self._tokenized, ids[self._rows], shape, self._prompts)
+        rows = self.row_ids(step)
+        if self._packing is not None:
+            return collate(self._tokenized, rows[self._local], self.shapes[0], self._prompts, packed=True)
+        shape = fitting_shape(self.shapes, self._lengths[np.concatenate(rows)].max(0))
+        return collate(self._tokenized, rows[self._local], shape, self._prompts)
 
     def from_step(self, step: int = 0) -> Iterator[Batch]:
         """Iterate over the batches from a step on, prepared ahead by a thread."""
@@ -114,73 +154,92 @@ def evaluation_batches(
 
     The last batch is filled with rows of id -1 that repeat an input and have no targets: they weigh
     nothing in a loss, and whoever decodes them drops them. Several processes get their rows of each batch.
-    `shapes` (smallest first) are chosen for this set unless given.
+    `shapes` (of text, smallest first) are chosen for this set unless given.
     """
     rows = _local_rows(batch_size, process_index, process_count)
-    prompts = _prompts(tokenized, prompt_ids)
-    order = np.argsort(-(tokenized.input_lengths + tokenized.target_lengths), kind="stable")
+    prompts = prompts_around(tokenized, prompt_ids)
+    order = np.argsort(-tokenized.lengths.sum(1), kind="stable")
     ids = np.full((-(-len(order) // batch_size), batch_size), -1, np.int64)
     ids.reshape(-1)[: len(order)] = order
-    needed = _needed(tokenized, np.where(ids < 0, ids[:, :1], ids))
+    needed = tokenized.lengths[np.where(ids < 0, ids[:, :1], ids)].max(1)
     shapes = shapes or choose_shapes(needed, _largest(tokenized), max_shapes)
     for batch_ids, pair in zip(ids, needed, strict=True):
         local = batch_ids[rows]
-        batch = collate(tokenized, np.where(local < 0, batch_ids[0], local), fitting_shape(shapes, pair), prompts)
+        text, target = fitting_shape(shapes, pair)
+        chosen = np.where(local < 0, batch_ids[0], local)
+        shape = text + prompts.lengths[0], target + prompts.lengths[1]
+        batch = collate(tokenized, chosen[:, None], shape, prompts)
         for name in ("decoder_inputs", "decoder_targets"):
             batch[name][local < 0] = 0
         yield batch, local
 
 
-def collate(tokenized: TokenizedSet, ids: Int[np.ndarray, " B"], shape: Shape, prompts: Prompts) -> Batch:
-    """Return the batch of these examples, text padded to `shape`; the prompts come on top of it."""
-    prompt_length, first = prompts.lengths  # the decoder's first own input
-    encoder_tokens = np.zeros((len(ids), prompt_length + shape[0]), np.int32)
-    decoder_targets = np.zeros((len(ids), first + shape[1]), np.int32)
-    for row, index in enumerate(ids):
-        encoder, target = prompts.surround(tokenized.input(index), index), tokenized.target(index)
-        encoder_tokens[row, : len(encoder)] = encoder
-        decoder_targets[row, first : first + len(target)] = target
-    decoder_inputs = np.zeros_like(decoder_targets)
-    decoder_inputs[:, :first] = prompts.decoder[ids]
-    decoder_inputs[:, first + 1 :] = decoder_targets[:, first:-1]
-    return {"encoder_tokens": encoder_tokens, "decoder_inputs": decoder_inputs, "decoder_targets": decoder_targets}
+def collate(
+    tokenized: TokenizedSet,
+    rows: Sequence[Int[np.ndarray, " _"]] | Int[np.ndarray, "B segments"],
+    shape: Shape,
+    prompts: Prompts,
+    packed: bool = False,
+) -> Batch:
+    """Return the batch of these rows of examples, padded to `shape`, the (T, U) with prompts."""
+    tokens, segments = np.zeros((2, len(rows), shape[0]), np.int32)
+    inputs, targets, target_segments = np.zeros((3, len(rows), shape[1]), np.int32)
+    for row, ids in enumerate(rows):
+        start, target_start = 0, 0
+        for segment, index in enumerate(ids, start=1):
+            task = 0 if tokenized.tasks is None else tokenized.tasks[index]
+            encoder, target = prompts.surround(tokenized.input(index), task), tokenized.target(index)
+            end = start + len(encoder)
+            tokens[row, start:end], segments[row, start:end] = encoder, segment
+            first = target_start + prompts.lengths[1]
+            target_end = first + len(target)
+            inputs[row, target_start:first] = prompts.decoder[task]
+            inputs[row, first] = 0
+            inputs[row, first + 1 : target_end + 1] = target[: shape[1] - first - 1]
+            targets[row, first:target_end], target_segments[row, target_start:target_end] = target, segment
+            start, target_start = end, target_end
+    batch = {"encoder_tokens": tokens, "decoder_inputs": inputs, "decoder_targets": targets}
+    return batch | {"encoder_segments": segments, "decoder_segments": target_segments} if packed else batch
+
+
+def examples_in(batch: Batch) -> int:
+    """Return the number of examples in a batch, packed or not."""
+    segments = batch.get("encoder_segments")
+    return len(batch["encoder_tokens"]) if segments is None else int(segments.max(1).sum())
 
 
 @dataclasses.dataclass(frozen=True)
 class Prompts:
-    """The ids around each example: before its text, after it, before its decoder input (views where all share them)."""
+    """The ids around the examples of each task: before the text, after it, before the decoder input."""
 
-    before: Int[np.ndarray, "examples _"]
-    after: Int[np.ndarray, "examples _"]
-    decoder: Int[np.ndarray, "examples _"]
+    before: Int[np.ndarray, "N _"]
+    after: Int[np.ndarray, "N _"]
+    decoder: Int[np.ndarray, "N _"]
 
     @property
     def lengths(self) -> Shape:
         """How much longer they make an encoder and a decoder row."""
         return self.before.shape[1] + self.after.shape[1], self.decoder.shape[1]
 
-    def surround(self, text: Int[np.ndarray, " T"], index: int | np.integer) -> Int[np.ndarray, " PT"]:
+    def surround(self, text: Int[np.ndarray, " T"], task: int | np.integer) -> Int[np.ndarray, " PT"]:
         """Return an example's encoder ids; what stands after the text stands before its EOS."""
         end = len(text) - int(text[-1] == EOS)
-        return np.concatenate([self.before[index], text[:end], self.after[index], text[end:]])
+        return np.concatenate([self.before[task], text[:end], self.after[task], text[end:]])
 
 
-def _prompts(tokenized: TokenizedSet, prompt_ids: PromptIds) -> Prompts:
-    """Return what stands around each example."""
+def prompts_around(tokenized: TokenizedSet, prompt_ids: PromptIds) -> Prompts:
+    """Return what stands around the examples of each task of a set; one task's ids, or none, serve all."""
     if not isinstance(prompt_ids, Placement):
         if prompt_ids is not None and prompt_ids.size and prompt_ids.min() < tokenized.vocabulary_rows:
             raise ValueError(
                 f"prompt id {prompt_ids.min()} is a text id; expected ids from {tokenized.vocabulary_rows} on"
             )
         prompt_ids = Placement(() if prompt_ids is None else prompt_ids)
-    parts = (np.asarray(part, np.int32) for part in (prompt_ids.before, prompt_ids.after, prompt_ids.decoder))
-    return Prompts(*(np.broadcast_to(part, (len(tokenized), part.shape[-1])) for part in parts))
-
-
-def _needed(tokenized: TokenizedSet, ids: Int[np.ndarray, "batches B"]) -> Int[np.ndarray, "batches 2"]:
-    """The longest input and target of each batch."""
-    offsets = tokenized.input_offsets, tokenized.target_offsets
-    return np.stack([(side[ids + 1] - side[ids]).max(1) for side in offsets], axis=1)
+    parts = [np.asarray(part, np.int32) for part in (prompt_ids.before, prompt_ids.after, prompt_ids.decoder)]
+    tasks = max(
+        1 if tokenized.tasks is None else int(tokenized.tasks.max()) + 1, *(len(np.atleast_2d(p)) for p in parts)
+    )
+    return Prompts(*(np.broadcast_to(part, (tasks, part.shape[-1])) for part in parts))
 
 
 def _largest(tokenized: TokenizedSet) -> Shape:

@@ -21,7 +21,10 @@ from softprompt_jax.tasks.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class TokenizedSet:
-    """Token ids of a split, ragged: example i is `inputs[input_offsets[i]:input_offsets[i + 1]]`, EOS included."""
+    """Token ids of a split, ragged: example i is `inputs[input_offsets[i]:input_offsets[i + 1]]`, EOS included.
+
+    `tasks` numbers the task of each example, where there are several.
+    """
 
     inputs: Int[np.ndarray, " input_tokens"]
     input_offsets: Int[np.ndarray, " examples_and_one"]
@@ -30,6 +33,7 @@ class TokenizedSet:
     vocabulary_rows: int
     truncated_inputs: int = 0
     truncated_targets: int = 0
+    tasks: Int[np.ndarray, " examples"] | None = None
 
     def __len__(self) -> int:
         return len(self.input_offsets) - 1
@@ -43,6 +47,11 @@ class TokenizedSet:
     def target_lengths(self) -> Int[np.ndarray, " examples"]:
         """Tokens of each target."""
         return np.diff(self.target_offsets)
+
+    @property
+    def lengths(self) -> Int[np.ndarray, "examples 2"]:
+        """Tokens of each input and target."""
+        return np.stack([self.input_lengths, self.target_lengths], axis=1)
 
     def input(self, index: int | np.integer) -> Int[np.ndarray, " T"]:
         """Return the ids of one input."""
@@ -173,4 +182,4 @@ def _write(path: Path, tokenized: TokenizedSet) -> None:
         ) from None
 
 
-_FIELDS = tuple(TokenizedSet.__dataclass_fields__)
+_FIELDS = tuple(name for name in TokenizedSet.__dataclass_fields__ if name != "tasks")
