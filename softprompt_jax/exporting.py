@@ -56,8 +56,8 @@ def load_latest(folder: Path) -> Assembly:
     settings = folder / "config.yaml"
     if not settings.exists():
         raise UserError(f"{folder}: no config.yaml; expected a run folder")
-    assembly = assemble(config.parse(Run, config.read(settings), str(settings)))
-    file = folder / interop.TRAINED_FILE
+    run, file = config.parse(Run, config.read(settings), str(settings)), folder / interop.TRAINED_FILE
+    assembly = assemble(run.finished() if file.exists() else run)
     if file.exists():
         trained, _ = interop.load_trained(file)
     else:

@@ -148,6 +148,7 @@ def load_predictor(source: str | Path, backbone: str | None = None) -> Predictor
         run = config.parse(Run, config.read(settings), str(settings))
         if (path / interop.PROMPT_FILE).exists() and (backbone or isinstance(run.backbone, str)):
             return _from_prompt(path / interop.PROMPT_FILE, run, backbone)
+        run = run.finished()
         assembly = assemble(run if backbone is None else run.model_copy(update={"backbone": backbone}))
         trained, _ = interop.load_trained(path / interop.TRAINED_FILE)
         put_trained(assembly.model, trained, str(path / interop.TRAINED_FILE))

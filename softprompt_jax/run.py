@@ -104,6 +104,10 @@ class Run(Settings):
         """The pre-training data, if this run has no task."""
         return self.task if isinstance(self.task, Pretraining) else None
 
+    def finished(self) -> Run:
+        """Return the settings with which what was trained is read: without what only training needed."""
+        return self.model_copy(update={"methods": [method.finished() for method in self.methods]})
+
     def resolved_task(self) -> Task:
         """Return the task's settings."""
         assert not isinstance(self.task, Pretraining)

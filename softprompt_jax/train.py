@@ -20,7 +20,7 @@ from softprompt_jax.assembly import assemble
 from softprompt_jax.checkpoint import Checkpoints
 from softprompt_jax.config import UserError, differences, settings_hash, to_yaml
 from softprompt_jax.losses import cross_entropy
-from softprompt_jax.methods import Split, leaves, split
+from softprompt_jax.methods import Split, finish, leaves, split
 from softprompt_jax.processes import Preempted, Preemption, agreed, is_first, on_first
 from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import MACHINE, Run
@@ -174,7 +174,7 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
     }
 
     def leave_files() -> None:
-        interop.save_trained(final, folder / interop.TRAINED_FILE, metadata)
+        interop.save_trained(finish(final), folder / interop.TRAINED_FILE, metadata)
         if set(parts.trainable) == {"prompt"}:
             rows = np.asarray(final.prompt.table())
             interop.save_prompt(rows, folder / interop.PROMPT_FILE, metadata | {"place": final.prompt.place})

@@ -40,6 +40,22 @@ def same_segment(query_segments: Int[Array, "B T"], key_segments: Int[Array, "B 
     return visible[:, None]
 
 
+def with_prefix(prefix: tuple[Array, Array] | None, keys: Array, values: Array) -> tuple[Array, Array]:
+    """Put a prefix's keys and values [H, P, K] before those [B, H, S, K] of every row."""
+    if prefix is None:
+        return keys, values
+    rows = (jnp.broadcast_to(part.astype(keys.dtype), (len(keys), *part.shape)) for part in prefix)
+    joined = [jnp.concatenate(pair, 2) for pair in zip(rows, (keys, values), strict=True)]
+    return joined[0], joined[1]
+
+
+def sees_prefix(visible: Bool[Array, "#B 1 #T S"] | None, prefix: tuple[Array, Array] | None) -> Array | None:
+    """Let every query see the prefix [..., P, K] that stands before its S keys."""
+    if visible is None or prefix is None:
+        return visible
+    return jnp.pad(visible, ((0, 0), (0, 0), (0, 0), (prefix[0].shape[-2], 0)), constant_values=True)
+
+
 def attend(
     query: Float[Array, "B H T K"],
     key: Float[Array, "B H S K"],

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from softprompt_jax.backbone.attention import sees_prefix, with_prefix
 from softprompt_jax.backbone.t5 import T5
 
 EOS = 1
@@ -28,17 +29,24 @@ def greedy(
     encoded = model.encode(tokens, segments)
     visible = (segments > 0)[:, None, None, :]
     decoder, settings = model.decoder, model.settings
-    cross = jax.lax.map(lambda layer: layer.cross.keys_values(encoded), decoder.layers)
+    before, before_cross = decoder.prefixes()
+    cross = jax.lax.map(
+        lambda layer_prefix: with_prefix(layer_prefix[1], *layer_prefix[0].cross.keys_values(encoded)),
+        (decoder.layers, before_cross),
+    )
+    visible = sees_prefix(visible, before_cross)
     batch, first = tokens.shape[0], 0 if decoder_prompt is None else decoder_prompt.shape[1]
     shape = (decoder.depth, batch, settings.num_heads, first + max_tokens, settings.d_kv)
-    cache = (jnp.zeros(shape, encoded.dtype), jnp.zeros(shape, encoded.dtype))
+    empty = jnp.zeros(shape, encoded.dtype)
+    cache = (empty, empty) if before is None else jax.vmap(with_prefix)(before, empty, empty)
+    prefix_length = cache[0].shape[3] - shape[3]
     positions = jnp.arange(first + max_tokens)
 
     def read(tokens, position, caches):
         """Run the decoder on tokens [B, U] that stand from `position` on; return its output and the caches."""
         here = position + jnp.arange(tokens.shape[1])
-        past = (positions <= here[:, None])[None, None]
-        shared_bias = None if decoder.bias is None else decoder.bias(here, positions)
+        past = sees_prefix((positions <= here[:, None])[None, None], before)
+        shared_bias = None if decoder.bias is None else decoder.biased(decoder.bias, here, positions)
 
         def run(carry, layer_cross_index):
             x, keys, values = carry
@@ -46,12 +54,12 @@ def greedy(
             written: list[Array] = []
 
             def remember(new_keys, new_values):
-                start = (index, 0, 0, position, 0)
+                start = (index, 0, 0, prefix_length + position, 0)
                 written.append(jax.lax.dynamic_update_slice(keys, new_keys[None], start))
                 written.append(jax.lax.dynamic_update_slice(values, new_values[None], start))
                 return written[0][index], written[1][index]
 
-            bias = shared_bias if layer.bias is None else layer.bias(here, positions)
+            bias = shared_bias if layer.bias is None else decoder.biased(layer.bias, here, positions)
             x = layer.attend_self(x, bias, past, cache=remember)
             x = layer.feed(layer.attend_cross(x, cross_keys_values, visible))
             return (x, *written), None

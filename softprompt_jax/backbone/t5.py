@@ -6,6 +6,7 @@ F feed-forward width, V vocabulary rows, L layers. Token 0 is padding. Ids >= V 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from softprompt_jax.backbone.attention import attend, relative_buckets, same_segment
+from softprompt_jax.backbone.attention import attend, relative_buckets, same_segment, sees_prefix, with_prefix
 from softprompt_jax.config import Settings
 from softprompt_jax.sharding import constrain
 
@@ -213,6 +214,7 @@ class Stack(nnx.Module):
         shared_bias = not settings.bias_in_every_layer
         self.bias = RelativeBias(bias_key, settings, not cross) if shared_bias else nnx.data(None)
         self.norm = Norm(settings.d_model, settings.epsilon)
+        self.prefix: Any = nnx.data(None)  # a module that gives keys and values, once a method attaches one
         self.depth, self.dropout, self.remat, self.unroll = layers, settings.dropout, settings.remat, settings.unroll
 
     def __call__(
@@ -228,23 +230,40 @@ class Stack(nnx.Module):
             first, last, scanned = jax.random.split(key, 3)
             keys = jax.random.split(scanned, self.depth)
         positions = jnp.arange(x.shape[1])
-        shared_bias = None if self.bias is None else self.bias(positions, positions)
+        shared_bias = None if self.bias is None else self.biased(self.bias, positions, positions)
+        before, before_cross = self.prefixes()
+        visible, encoded_visible = sees_prefix(visible, before), sees_prefix(encoded_visible, before_cross)
 
-        def run(x, layer_and_key):
-            layer, layer_key = layer_and_key
+        def run(x, scanned):
+            layer, layer_key, before, before_cross = scanned
             keys = split_key(layer_key, 3)
-            bias = shared_bias if layer.bias is None else layer.bias(positions, positions)
-            x = layer.attend_self(x, bias, visible, keys[0])
+            bias = shared_bias if layer.bias is None else self.biased(layer.bias, positions, positions)
+            x = layer.attend_self(x, bias, visible, keys[0], functools.partial(with_prefix, before))
             if layer.cross is not None:
-                x = layer.attend_cross(x, layer.cross.keys_values(encoded, keys[1]), encoded_visible, keys[1])
+                cross = with_prefix(before_cross, *layer.cross.keys_values(encoded, keys[1]))
+                x = layer.attend_cross(x, cross, encoded_visible, keys[1])
             return constrain(layer.feed(x, keys[2]), "rows", None, None), None
 
         if self.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
             run = jax.checkpoint(run, policy=policy, prevent_cse=False)
         x = constrain(dropout(x, self.dropout, first), "rows", None, None)
-        x, _ = jax.lax.scan(run, x, (self.layers, keys), unroll=self.unroll)
+        xs = (self.layers, keys, before, before_cross)
+        x, _ = jax.lax.scan(run, x, xs, unroll=self.unroll)
         return dropout(self.norm(x), self.dropout, last)
+
+    def prefixes(self) -> tuple[Any, Any]:
+        """Return the keys and values [L, H, P, K] before those of self and of cross attention; None where none are."""
+        return (None, None) if self.prefix is None else self.prefix()
+
+    def biased(self, bias: RelativeBias, queries: Int[Array, "T"], keys: Int[Array, "S"]) -> Float[Array, "1 H T PS"]:
+        """Return the bias of positions; keys of a prefix have none, or count as the P positions before the first."""
+        length = 0 if self.prefix is None else self.prefix.self_length
+        if not length:
+            return bias(queries, keys)
+        if self.prefix.positions:
+            return bias(queries, jnp.concatenate([jnp.arange(-length, 0), keys]))
+        return jnp.pad(bias(queries, keys), ((0, 0), (0, 0), (0, 0), (length, 0)))
 
 
 class T5(nnx.Module):

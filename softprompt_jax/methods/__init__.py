@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Annotated, get_args
 
 import jax
+from flax import nnx
 from pydantic import Field
 
 from softprompt_jax.backbone.t5 import T5
@@ -16,6 +17,7 @@ from softprompt_jax.methods.full import Full
 from softprompt_jax.methods.ia3 import IA3
 from softprompt_jax.methods.lora import LoRA
 from softprompt_jax.methods.norms import Norms
+from softprompt_jax.methods.prefix import Prefix
 from softprompt_jax.methods.prompt import Prompt
 from softprompt_jax.methods.surgery import Split, Trainable, leaves, put_trained, split
 
@@ -30,19 +32,30 @@ __all__ = [
     "Method",
     "MethodSettings",
     "Norms",
+    "Prefix",
     "Prompt",
     "Split",
     "Trainable",
     "attach",
+    "finish",
     "leaves",
     "put_trained",
     "split",
 ]
 
-Method = Annotated[Prompt | LoRA | IA3 | Adapter | Norms | Bias | Full, Field(discriminator="kind")]
+Method = Annotated[Prompt | Prefix | LoRA | IA3 | Adapter | Norms | Bias | Full, Field(discriminator="kind")]
 METHODS: dict[str, type[MethodSettings]] = {
     method.model_fields["kind"].default: method for method in get_args(get_args(Method)[0])
 }
+
+
+def finish(model: T5) -> T5:
+    """Return the same function without what only training needed, such as the network behind a prompt or prefix."""
+    model = nnx.merge(*nnx.split(model))
+    for owner, name in ((model, "prompt"), (model.encoder, "prefix"), (model.decoder, "prefix")):
+        if getattr(owner, name) is not None:
+            setattr(owner, name, getattr(owner, name).finished())
+    return model
 
 
 def attach(methods: Sequence[Method], model: T5, key: jax.Array, context: Context) -> None:

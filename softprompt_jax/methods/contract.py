@@ -37,6 +37,10 @@ class MethodSettings(Settings):
         """Put `Trainable` parameters into the model, in place."""
         raise NotImplementedError
 
+    def finished(self) -> MethodSettings:
+        """Return the settings of what is left after training, without what only training needed."""
+        return self
+
     def to_peft(self, model: T5) -> tuple[dict[str, Any], Tensors]:
         """Return the adapter_config.json and the tensors with which PEFT computes the same.
 

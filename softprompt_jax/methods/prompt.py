@@ -184,6 +184,10 @@ class PromptTable(nnx.Module):
         """Return all rows, in float32."""
         raise NotImplementedError
 
+    def finished(self) -> SoftPrompt:
+        """Return the same rows as parameters of their own."""
+        return SoftPrompt(self.table(), place=self.place, placement=self.placement)
+
     def __call__(
         self, indices: Int[Array, "B T"], virtual: Bool[Array, "B T"], key: jax.Array | None = None
     ) -> Float[Array, "B T D"]:

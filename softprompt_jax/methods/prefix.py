@@ -1,0 +1,239 @@
+"""Prefix tuning (Li and Liang, 2021): P trainable keys and values before those of the text, at every layer."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from pydantic import Field, field_validator, model_validator
+
+from softprompt_jax.backbone.attention import same_segment
+from softprompt_jax.backbone.t5 import T5, Stack, T5Settings
+from softprompt_jax.config import UserError
+from softprompt_jax.methods.contract import Context, MethodSettings, Tensors
+from softprompt_jax.methods.prompt import Init, Labels, Vocabulary
+from softprompt_jax.methods.surgery import Trainable
+
+Attended = Literal["encoder", "decoder", "cross"]
+Pair = tuple[Array, Array]  # keys and values
+
+
+class Prefix(MethodSettings):
+    """Prefix tuning: `length` keys and values that every query sees, in each kind of attention that is named.
+
+    `network` is the width of the network that makes them while training and is dropped afterwards; with null they
+    train themselves, and start as those of real words (`init`). T5 knows positions by a bias only: prefixes
+    have none, or with `positions: before` the bias of tokens before the text, as in PEFT.
+    """
+
+    paper: ClassVar[str] = "Li and Liang, 2021"
+    peft_type: ClassVar[str | None] = "PREFIX_TUNING"
+    kind: Literal["prefix"] = "prefix"
+    length: int = Field(default=20, ge=1)
+    attentions: list[Attended] = Field(["encoder", "decoder", "cross"], min_length=1)
+    network: int | None = Field(default=512, ge=1)
+    positions: Literal["none", "before"] = "none"
+    init: Init | Literal["zero"] | None = None  # without a network; None: label words where there are, or vocabulary
+
+    @field_validator("attentions")
+    @classmethod
+    def _once_each(cls, names: list[Attended]) -> list[Attended]:
+        if len(set(names)) < len(names):
+            raise ValueError("expected each attention once")
+        return names
+
+    @model_validator(mode="after")
+    def _network_starts_by_itself(self) -> Prefix:
+        if self.network is not None and self.init is not None:
+            raise ValueError("init has no say where a network makes the prefix; expected network: null beside it")
+        return self
+
+    @property
+    def refuses_packing(self) -> str | None:  # type: ignore[override]
+        """Why several examples cannot share a row."""
+        if self.positions == "none":
+            return None  # all examples share the prefix, wherever they stand
+        return "a prefix with positions stands before the first example of a row only; set positions: none"
+
+    def attach(self, model: T5, key: jax.Array, context: Context) -> None:
+        """Give the named attentions a trainable prefix."""
+        if model.encoder.prefix is not None or model.decoder.prefix is not None:
+            raise UserError("methods: two methods want the prefix; expected one; remove the other")
+        inner = model.settings.num_heads * model.settings.d_kv
+        started: dict[Attended, Pair] = {}
+        if self.init == "zero":
+            depths = {"encoder": model.encoder.depth, "decoder": model.decoder.depth, "cross": model.decoder.depth}
+            empty = {name: jnp.zeros((depth, self.length, inner)) for name, depth in depths.items()}
+            started = {name: (zeros, zeros) for name, zeros in empty.items()}
+        elif self.network is None:
+            init = self.init or (Labels() if context.label_words else Vocabulary())
+            started = activations(model, init.rows(self.length, model, key, context))
+
+        def part(name: Attended, depth: int, index: int) -> KeysValues | Network | None:
+            if name not in self.attentions:
+                return None
+            if name in started:
+                return KeysValues(*started[name])
+            drawn = jax.random.fold_in(key, index)
+            return Network(drawn, depth, self.length, model.settings.d_model, self.network or 0, inner)
+
+        encoder, decoder, cross = (
+            part(name, depth, index)
+            for index, (name, depth) in enumerate(
+                [("encoder", model.encoder.depth), ("decoder", model.decoder.depth), ("cross", model.decoder.depth)]
+            )
+        )
+        before = self.positions == "before"
+        if encoder is not None:
+            model.encoder.prefix = Prefixes(encoder, None, model.settings.num_heads, before)
+        if decoder is not None or cross is not None:
+            model.decoder.prefix = Prefixes(decoder, cross, model.settings.num_heads, before)
+
+    def finished(self) -> MethodSettings:
+        """Return the settings of the prefix without its network."""
+        return self.model_copy(update={"network": None, "init": "zero"})
+
+    def to_peft(self, model: T5) -> tuple[dict[str, Any], Tensors]:
+        """Return the decoder's keys and values in PEFT's slots, two layers to a slot where the depth is even."""
+        settings = model.settings
+        if self.attentions != ["decoder"] or self.positions != "before":
+            raise UserError(
+                f"methods: a prefix of {', '.join(self.attentions)} with positions {self.positions}; expected only the "
+                "decoder's with positions before, as PEFT has them on a T5; keep the run folder"
+            )
+        if settings.num_heads * settings.d_kv != settings.d_model:
+            raise UserError("methods: the heads are not as wide as the model; expected it, since PEFT fails otherwise")
+        assert model.decoder.prefix.attention is not None
+        pairs = [np.asarray(part) for part in model.decoder.prefix.attention()]
+        slots = np.zeros((self.length, 2 * model.decoder.depth, settings.d_model), np.float32)
+        for layer, (keys, values) in enumerate(_slots(model.decoder.depth)):
+            for slot, part in ((keys, pairs[0][layer]), (values, pairs[1][layer])):
+                if slots[:, slot].any() and not np.array_equal(slots[:, slot], part):
+                    raise UserError(
+                        f"methods: layers of the decoder differ (found at {layer}); expected layers i and i + L/2 to "
+                        "share a prefix, as in PEFT on a T5 of even depth; keep the run folder"
+                    )
+                slots[:, slot] = part
+        config = {
+            "num_virtual_tokens": self.length,
+            "num_transformer_submodules": 1,
+            "token_dim": settings.d_model,
+            "num_layers": model.decoder.depth,
+            "num_attention_heads": settings.num_heads,
+            "prefix_projection": False,
+            "encoder_hidden_size": settings.d_model,
+        }
+        return config, {"prompt_embeddings": slots.reshape(self.length, -1)}
+
+    @classmethod
+    def from_peft(
+        cls, config: dict[str, Any], tensors: Tensors, settings: T5Settings
+    ) -> tuple[MethodSettings, Tensors]:
+        """Take PEFT's slots apart: keys and values of the decoder's self-attention."""
+        depth, length = settings.num_decoder_layers, config["num_virtual_tokens"]
+        slots = tensors["prompt_embeddings"]
+        expected = (length, 2 * depth * settings.d_model)
+        if slots.shape != expected:
+            raise UserError(f"prompt_embeddings: found shape {list(slots.shape)}; expected {list(expected)}")
+        slots = slots.reshape(length, 2 * depth, settings.d_model).swapaxes(0, 1)
+        chosen = np.asarray(_slots(depth))
+        method = cls(length=length, attentions=["decoder"], network=None, positions="before", init="zero")
+        place = "decoder.prefix.attention"
+        return method, {f"{place}.keys": slots[chosen[:, 0]], f"{place}.values": slots[chosen[:, 1]]}
+
+
+def _slots(depth: int) -> list[tuple[int, int]]:
+    """Return which of PEFT's 2L slots are the keys and the values of each decoder layer."""
+    return [(4 * layer % (2 * depth), (4 * layer + 1) % (2 * depth)) for layer in range(depth)]
+
+
+class Prefixes(nnx.Module):
+    """What `Stack.prefix` is: keys and values before those of self-attention, of cross attention, or of both."""
+
+    def __init__(
+        self, attention: KeysValues | Network | None, cross: KeysValues | Network | None, heads: int, positions: bool
+    ):
+        self.attention: Any = nnx.data(None) if attention is None else attention
+        self.cross: Any = nnx.data(None) if cross is None else cross
+        self.heads, self.positions = heads, positions
+        self.self_length = 0 if attention is None else attention.length
+
+    def __call__(self) -> tuple[Pair | None, Pair | None]:
+        """Return keys and values [L, H, P, K] of both attentions."""
+        return self._split(self.attention), self._split(self.cross)
+
+    def _split(self, part: KeysValues | Network | None) -> Pair | None:
+        if part is None:
+            return None
+        keys, values = (x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2) for x in part())
+        return keys, values
+
+    def finished(self) -> Prefixes:
+        """Return the same prefixes without their networks."""
+        plain = (None if part is None else KeysValues(*part()) for part in (self.attention, self.cross))
+        return Prefixes(*plain, self.heads, self.positions)
+
+
+class KeysValues(nnx.Module):
+    """Trainable keys and values [L, P, HK]."""
+
+    def __init__(self, keys: Float[Array, "L P HK"], values: Float[Array, "L P HK"]):
+        self.keys = Trainable(jnp.asarray(keys, jnp.float32), axes=("prompt", "heads"))
+        self.values = Trainable(jnp.asarray(values, jnp.float32), axes=("prompt", "heads"))
+        self.length = keys.shape[1]
+
+    def __call__(self) -> Pair:
+        return self.keys[...], self.values[...]
+
+
+class Network(nnx.Module):
+    """P vectors of width D and a network with one hidden layer (tanh) that makes the keys and values of all layers."""
+
+    def __init__(self, key: jax.Array, depth: int, length: int, width: int, hidden: int, inner: int):
+        keys = jax.random.split(key, 3)
+        self.rows = Trainable(jax.random.normal(keys[0], (length, width)), axes=("prompt", "embed"))
+        self.hidden = Trainable(width**-0.5 * jax.random.normal(keys[1], (width, hidden)), axes=("embed", "network"))
+        self.hidden_bias = Trainable(jnp.zeros((hidden,)), axes=("network",))
+        drawn = hidden**-0.5 * jax.random.normal(keys[2], (depth, hidden, 2 * inner))
+        self.output = Trainable(drawn, axes=("network", "heads"))
+        self.output_bias = Trainable(jnp.zeros((depth, 2 * inner)), axes=("heads",))
+        self.length = length
+
+    def __call__(self) -> Pair:
+        hidden = jnp.tanh(self.rows[...] @ self.hidden[...] + self.hidden_bias[...])
+        keys, values = jnp.split(hidden @ self.output[...] + self.output_bias[...][:, None], 2, -1)
+        return keys, values
+
+
+def activations(model: T5, rows: Float[Array, "P D"]) -> dict[Attended, Pair]:
+    """Return the keys and values [L, P, HK] that embedded words have at every layer, in each kind of attention."""
+    x = rows[None].astype(model.dtype)
+    everywhere = jnp.ones((1, len(rows)), jnp.int32)
+    own, encoded = _through(model.encoder, x, same_segment(everywhere, everywhere))
+    encoded = model.encoder.norm(encoded)
+    decoder_own, _ = _through(model.decoder, x, jnp.tril(jnp.ones((len(rows),) * 2, bool))[None, None], encoded)
+    cross = jax.lax.map(
+        lambda layer: (layer.cross.key(encoded)[0], layer.cross.value(encoded)[0]), model.decoder.layers
+    )
+    return {"encoder": own, "decoder": decoder_own, "cross": cross}
+
+
+def _through(stack: Stack, x: Array, visible: Array, encoded: Array | None = None) -> tuple[Pair, Array]:
+    """Run the layers of a stack; return the keys and values of its self-attention, and its output before the norm."""
+    positions = jnp.arange(x.shape[1])
+
+    def run(x, layer):
+        normed = layer.attention_norm(x)
+        pair = layer.attention.key(normed)[0], layer.attention.value(normed)[0]
+        x = layer.attend_self(x, (layer.bias if stack.bias is None else stack.bias)(positions, positions), visible)
+        if layer.cross is not None:
+            seen = jnp.ones((1, 1, 1, encoded.shape[1]), bool)
+            x = layer.attend_cross(x, layer.cross.keys_values(encoded), seen)
+        return layer.feed(x), pair
+
+    x, pairs = jax.lax.scan(run, x, stack.layers)
+    return pairs, x
