@@ -13,6 +13,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from softprompt_jax.backbone import t5x
 from softprompt_jax.backbone.pretrained import fingerprint, flatten, unflatten
 from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.config import UserError
@@ -42,13 +43,16 @@ def save_prompt(rows: Float[np.ndarray, "P D"], path: Path, metadata: dict[str, 
 
 
 def load_prompt(source: str | Path) -> Float[np.ndarray, "P D"]:
-    """Return prompt rows, float32 [P, D], of a `.npy` or safetensors file or a run folder."""
+    """Return prompt rows, float32 [P, D], of a `.npy` or safetensors file, a run folder or a T5X prompt tuning run."""
     return read_prompt(source)[0]
 
 
 def read_prompt(source: str | Path) -> tuple[Float[np.ndarray, "P D"], dict[str, str]]:
     """Return prompt rows and the metadata that stands with them (none in a `.npy`)."""
     path = Path(source)
+    if not (path / PROMPT_FILE).exists() and (checkpoint := t5x.find_checkpoint(source)) is not None:
+        opened = t5x.Checkpoint(checkpoint)
+        return opened.prompt(), {"step": str(opened.step)}
     if path.is_dir():
         path = path / PROMPT_FILE
         if not path.exists():

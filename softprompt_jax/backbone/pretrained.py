@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from softprompt_jax.backbone import t5x
 from softprompt_jax.backbone.t5 import T5, T5Settings, abstract
+from softprompt_jax.backbone.tensors import Tensor, open_folder, read_stacked, same
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.sharding import collect
 
@@ -51,24 +52,63 @@ class Backbone:
         return fingerprint(self.model)
 
 
-def load_backbone(source: str | Path = "embedded", dtype: str = "float32") -> Backbone:
-    """Load a T5 from a Hugging Face folder, a hub name, or `embedded` (the small one that ships here).
+def load_backbone(
+    source: str | Path = "embedded",
+    dtype: str = "float32",
+    sharding: Callable[[nnx.Variable], jax.sharding.Sharding] | None = None,
+) -> Backbone:
+    """Load a T5: `embedded` (the small one that ships here), a Hugging Face folder or hub name, a T5X checkpoint.
 
-    Weights become `dtype` on the way in; norms, softmax and logits compute in float32 regardless.
+    A T5X checkpoint is a local folder or `gs://`. Weights become `dtype` on the way in; norms, softmax and
+    logits compute in float32 regardless. `sharding` tells where each weight lies (default: one device): slices
+    go straight there, and no process reads more than its own.
     Errors: UserError names the folder, tensor or setting that does not fit.
     """
-    folder = find_folder(source)
-    settings, embedded_head = read_settings(folder)
-    tensors = _Tensors(folder)
-    settings = _with_head(settings, embedded_head, tensors)
+    settings, tensors, folder = _open(source)
     model = abstract(settings, dtype)
     graphdef, state = nnx.split(model)
     table = names(settings)
-    leaves = nnx.to_pure_dict(state)
-    _check_names(table, tensors, folder)
-    loaded = {path: _read(tensors, *table[path], _stacked(path), leaf.shape, dtype) for path, leaf in flatten(leaves)}
-    nnx.replace_by_pure_dict(state, unflatten(loaded))
+    _check_names(table, tensors, source)
+    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def load(path: str, variable: nnx.Variable) -> jax.Array:
+        shape = variable.shape
+        tensor_names, transposed = table[path]
+        parts = _parts(tensors, tensor_names, transposed, shape[1:] if _stacked(path) else shape)
+        return jax.make_array_from_callback(
+            shape,
+            one_device if sharding is None else sharding(variable),
+            lambda index: read_stacked(parts, shape, index, jnp.dtype(dtype)),
+        )
+
+    variables = flatten(nnx.to_pure_dict(state, extract_fn=lambda variable: variable))
+    nnx.replace_by_pure_dict(state, unflatten({path: load(path, variable) for path, variable in variables}))
     return Backbone(nnx.merge(graphdef, state), folder, str(source))
+
+
+def load_adafactor(source: str | Path) -> tuple[int, dict[str, dict[str, np.ndarray]]]:
+    """Return the step of a T5X checkpoint and Adafactor's slots by the path of our weight, layers stacked, float32.
+
+    Slots are `v` [as the weight], or `v_row` and `v_col`, and `m` if there was momentum. Weights that were frozen
+    have none; those of a prompt are under `prompt.rows`. The paper's model tuning starts from them.
+    """
+    checkpoint = t5x.find_checkpoint(source)
+    if checkpoint is None:
+        raise UserError(f"{source}: no T5X checkpoint; expected one, since only these hold optimizer slots")
+    opened = t5x.Checkpoint(checkpoint)
+    found, slots = opened.adafactor(), {}
+    for path, (tensor_names, transposed) in names(opened.settings()).items():
+        layers = [found.get(name, {}) for name in tensor_names]
+        if any(layer.keys() != layers[0].keys() for layer in layers):
+            raise UserError(f"{source}: unlike optimizer slots for the layers of {path}; expected the same for each")
+        for slot in layers[0]:
+            turned = transposed and not slot.startswith("v_")
+            arrays = [(layer[slot].transposed() if turned else layer[slot]).read() for layer in layers]
+            slots.setdefault(path, {})[slot] = np.stack(arrays) if _stacked(path) else arrays[0]
+    for name, tensors in found.items():
+        if name in opened.prompts:
+            slots["prompt.rows"] = {slot: tensor.read() for slot, tensor in tensors.items()}
+    return opened.step, slots
 
 
 def find_folder(source: str | Path) -> Path:
@@ -214,77 +254,49 @@ def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-class _Tensors:
-    """The tensors of a folder's safetensors files, read one at a time from mapped memory."""
-
-    def __init__(self, folder: Path):
-        index = folder / "model.safetensors.index.json"
-        if index.exists():
-            try:
-                files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-            except (ValueError, KeyError, AttributeError):
-                raise UserError(f"{index}: not an index of weights; expected a JSON 'weight_map'") from None
-        else:
-            files = [folder / "model.safetensors"]
-        if index.exists() is False and not files[0].exists():
-            found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-            raise UserError(f"{folder}: found {found}; expected model.safetensors (or its sharded form) with weights")
-        self._files: dict[str, Any] = {}
-        for path in files:
-            try:
-                opened = safe_open(path, framework="numpy")
-            except FileNotFoundError:
-                raise UserError(f"{path}: missing; expected every file that the index names") from None
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: not a complete safetensors file ({error}); download it again") from None
-            self._files |= dict.fromkeys(opened.keys(), opened)
-        self.names = set(self._files)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self._files[name].get_tensor(name)
-
-    def embedding(self) -> str:
-        return next((name for name in _EMBEDDING_ALIASES if name in self.names), _EMBEDDING_ALIASES[0])
+def _open(source: str | Path) -> tuple[T5Settings, dict[str, Tensor], Path]:
+    """Return a source's settings, its tensors under Hugging Face names, and the folder of its tokenizer."""
+    checkpoint = t5x.find_checkpoint(source)
+    if checkpoint is not None:
+        opened = t5x.Checkpoint(checkpoint)
+        return opened.settings(), opened.tensors, Path(source)
+    folder = find_folder(source)
+    settings, scaled = read_settings(folder)
+    tensors = open_folder(folder)
+    # Untied if and only if there is a head that differs from the shared table.
+    shared = tensors.get(_embedding(tensors))
+    tied = _HEAD not in tensors or (shared is not None and same(tensors[_HEAD], shared))
+    settings = settings.model_copy(update={"tied": tied, "scale_output": tied if scaled is None else scaled})
+    return settings, tensors, folder
 
 
-def _with_head(settings: T5Settings, scaled: bool | None, tensors: _Tensors) -> T5Settings:
-    """Untied if and only if there is a head that differs from the shared table."""
-    shared = tensors.embedding()
-    tied = _HEAD not in tensors.names or (shared in tensors.names and np.array_equal(tensors[_HEAD], tensors[shared]))
-    return settings.model_copy(update={"tied": tied, "scale_output": tied if scaled is None else scaled})
+def _embedding(tensors: dict[str, Tensor]) -> str:
+    return next((name for name in _EMBEDDING_ALIASES if name in tensors), _EMBEDDING_ALIASES[0])
 
 
-def _check_names(table: dict[str, tuple[list[str], bool]], tensors: _Tensors, folder: Path) -> None:
+def _check_names(table: dict[str, tuple[list[str], bool]], tensors: dict[str, Tensor], source: str | Path) -> None:
     expected = {name for tensor_names, _ in table.values() for name in tensor_names}
-    shared = _EMBEDDING_ALIASES[0]
-    missing = sorted(expected - tensors.names - ({shared} if tensors.embedding() in tensors.names else set()))
+    found = tensors.keys() | ({_EMBEDDING_ALIASES[0]} if _embedding(tensors) in tensors else set())
+    missing = sorted(expected - found)
     if missing:
-        raise UserError(f"{folder}: {len(missing)} weights are missing, first {missing[0]}; expected a complete T5")
-    surplus = sorted(n for n in tensors.names - expected - {*_EMBEDDING_ALIASES, _HEAD} if not _IGNORED.fullmatch(n))
+        raise UserError(f"{source}: {len(missing)} weights are missing, first {missing[0]}; expected a complete T5")
+    surplus = sorted(n for n in found - expected - {*_EMBEDDING_ALIASES, _HEAD} if not _IGNORED.fullmatch(n))
     if surplus:
-        raise UserError(f"{folder}: {len(surplus)} weights are unknown, first {surplus[0]}; expected only a T5's")
+        raise UserError(f"{source}: {len(surplus)} weights are unknown, first {surplus[0]}; expected only a T5's")
 
 
-def _read(
-    tensors: _Tensors, tensor_names: list[str], transposed: bool, stacked: bool, shape: tuple, dtype: str
-) -> jax.Array:
-    """Read one weight of ours, stacking its layers in `dtype`."""
-    if tensor_names[0] == _EMBEDDING_ALIASES[0]:
-        tensor_names = [tensors.embedding()]
-    part_shape = shape[1:] if stacked else shape
-    values = np.empty((len(tensor_names), *part_shape), jnp.dtype(dtype))
-    for index, name in enumerate(tensor_names):
-        try:
-            tensor = tensors[name]
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"tensor {name}: cannot be read ({error}); download the weights again") from None
-        tensor = tensor.T if transposed else tensor
-        if tensor.shape != part_shape:
+def _parts(tensors: dict[str, Tensor], tensor_names: list[str], transposed: bool, shape: tuple) -> list[Tensor]:
+    """Return the tensors, one a layer, that make up a weight of ours of this shape."""
+    parts = []
+    for name in tensor_names:
+        tensor = tensors[_embedding(tensors) if name == _EMBEDDING_ALIASES[0] else name]
+        tensor = tensor.transposed() if transposed else tensor
+        if tensor.shape != shape:
             raise UserError(
-                f"tensor {name}: found shape {list(tensor.shape)}; expected {list(part_shape)} as config.json says"
+                f"tensor {tensor.name}: found shape {list(tensor.shape)}; expected {list(shape)} as the settings say"
             )
-        values[index] = tensor.astype(jnp.dtype(dtype))
-    return jnp.asarray(values.reshape(shape))
+        parts.append(tensor)
+    return parts
 
 
 def _stacked(path: str) -> bool:

@@ -1,0 +1,146 @@
+"""Arrays on disk, read by slices: what the loader asks of every file format."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from softprompt_jax.config import UserError
+
+Index = tuple[slice, ...]  # one slice an axis, each with a start and a stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """An array on disk; `part(index)` reads what the slices of an index, one an axis, select."""
+
+    name: str
+    shape: tuple[int, ...]
+    part: Callable[[Index], np.ndarray]
+
+    def read(self, index: Index | None = None) -> np.ndarray:
+        """Read a part (default: all), as an array of the file's dtype whose numbers are all finite."""
+        index = whole(self.shape) if index is None else index
+        try:
+            values = np.asarray(self.part(index))
+        except UserError:
+            raise
+        except (SafetensorError, OSError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"tensor {self.name}: cannot be read ({reason}); download the weights again") from None
+        if not finite(values):
+            raise UserError(
+                f"tensor {self.name}: holds numbers that are not finite; expected weights; download them again"
+            )
+        return values
+
+    def transposed(self) -> Tensor:
+        """Return the view of a matrix with its two axes exchanged."""
+        return Tensor(self.name, self.shape[::-1], lambda index: self.part(index[::-1]).T)
+
+    def layer(self, number: int, axis: int) -> Tensor:
+        """Return the view of one layer of an array that stacks them along `axis`."""
+
+        def part(index: Index) -> np.ndarray:
+            return self.part((*index[:axis], slice(number, number + 1), *index[axis:])).squeeze(axis)
+
+        return Tensor(f"{self.name}[{number}]", self.shape[:axis] + self.shape[axis + 1 :], part)
+
+    def merged(self, axis: int) -> Tensor:
+        """Return the view in which `axis` and the one after it, heads and their width, are one."""
+        heads, width = self.shape[axis : axis + 2]
+
+        def part(index: Index) -> np.ndarray:
+            start, stop = index[axis].start, index[axis].stop
+            first, last = start // width, -(-stop // width)
+            values = self.part((*index[:axis], slice(first, last), slice(0, width), *index[axis + 1 :]))
+            values = values.reshape(*values.shape[:axis], -1, *values.shape[axis + 2 :])
+            wanted = slice(start - first * width, stop - first * width)
+            return values[(*[slice(None)] * axis, wanted)]
+
+        return Tensor(self.name, (*self.shape[:axis], heads * width, *self.shape[axis + 2 :]), part)
+
+
+def stored(name: str, array: np.ndarray) -> Tensor:
+    """Return a tensor that is in memory already."""
+    return Tensor(name, array.shape, lambda index: np.asarray(array[index]))
+
+
+def whole(shape: Sequence[int]) -> Index:
+    """Return the index of everything."""
+    return tuple(slice(0, length) for length in shape)
+
+
+def read_stacked(parts: Sequence[Tensor], shape: tuple[int, ...], index: Index, dtype: np.dtype) -> np.ndarray:
+    """Read an index of the array [len(parts), ...], or of the only part if `shape` has its axes, as `dtype`."""
+    index = tuple(slice(*where.indices(length)[:2]) for where, length in zip(index, shape, strict=True))
+    if len(shape) == len(parts[0].shape):
+        return parts[0].read(index).astype(dtype, order="C")
+    values = np.empty([where.stop - where.start for where in index], dtype)
+    for position, part in enumerate(parts[index[0]]):
+        values[position] = part.read(index[1:])  # converts on the way
+    return values
+
+
+def same(first: Tensor, second: Tensor, rows: int = 256) -> bool:
+    """Tell whether two matrices are equal, a few rows at a time, stopping at the first difference."""
+    if first.shape != second.shape:
+        return False
+    for start in range(0, first.shape[0], rows):
+        index = (slice(start, min(start + rows, first.shape[0])), *whole(first.shape[1:]))
+        if not np.array_equal(first.read(index), second.read(index)):
+            return False
+    return True
+
+
+def finite(values: np.ndarray) -> bool:
+    """Tell whether an array has neither infinities nor NaN; bfloat16 by its bits, which is faster."""
+    if values.dtype == jnp.bfloat16:
+        return not ((values.view(np.uint16) & 0x7F80) == 0x7F80).any()
+    return bool(np.isfinite(values).all())
+
+
+def open_folder(folder: Path) -> dict[str, Tensor]:
+    """Open the weights of a Hugging Face folder: `model.safetensors`, whole or sharded."""
+    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if index.exists():
+        try:
+            named = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise UserError(f"{index}: not an index of weights; expected a JSON 'weight_map'") from None
+        files = [_beside(index, name) for name in sorted(named)]
+    elif single.exists():
+        files = [single]
+    else:
+        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
+        raise UserError(f"{folder}: found {found}; expected model.safetensors (or its sharded form) with weights")
+    return {name: tensor for path in files for name, tensor in open_safetensors(path).items()}
+
+
+def open_safetensors(path: Path) -> dict[str, Tensor]:
+    """Open a safetensors file; nothing is read yet."""
+    try:
+        opened = safe_open(path, framework="numpy")
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; expected every file that the index names") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error}); download it again") from None
+
+    def tensor(name: str) -> Tensor:
+        shape = tuple(opened.get_slice(name).get_shape())
+        return Tensor(name, shape, lambda index: opened.get_slice(name)[index] if shape else opened.get_tensor(name))
+
+    return {name: tensor(name) for name in opened.keys()}  # noqa: SIM118
+
+
+def _beside(index: Path, name: Any) -> Path:
+    if not isinstance(name, str) or Path(name).name != name:
+        raise UserError(f"{index}: names the file {name!r}; expected plain names of files beside it")
+    return index.parent / name
