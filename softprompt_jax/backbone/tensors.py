@@ -78,8 +78,9 @@ def whole(shape: Sequence[int]) -> Index:
     return tuple(slice(0, length) for length in shape)
 
 
-def read_stacked(parts: Sequence[Tensor], shape: tuple[int, ...], index: Index, dtype: np.dtype) -> np.ndarray:
+def read_stacked(parts: Sequence[Tensor], shape: tuple[int, ...], index: Index | None, dtype: np.dtype) -> np.ndarray:
     """Read an index of the array [len(parts), ...], or of the only part if `shape` has its axes, as `dtype`."""
+    index = whole(shape) if index is None else index
     index = tuple(slice(*where.indices(length)[:2]) for where, length in zip(index, shape, strict=True))
     if len(shape) == len(parts[0].shape):
         return parts[0].read(index).astype(dtype, order="C")
