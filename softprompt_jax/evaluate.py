@@ -17,6 +17,7 @@ from softprompt_jax.placement import Placement
 from softprompt_jax.tasks import metrics
 from softprompt_jax.tasks.buckets import Shape
 from softprompt_jax.tasks.pipeline import PromptIds, evaluation_batches
+from softprompt_jax.tasks.preparations import POSTPROCESSORS
 from softprompt_jax.tasks.task import Example, Task
 from softprompt_jax.tasks.tokenized import TokenizedSet
 from softprompt_jax.tasks.tokenizer import Tokenizer
@@ -60,7 +61,17 @@ class Decoder:
 
 def score(task: Task, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
     """Return the task's metrics, with `illegal` (share of predictions that are no label) and `count`."""
-    return metrics.compute(task, predictions, [example.target for example in examples])
+    groups = [example.group for example in examples]
+    answers = task_answers(task, predictions, examples)
+    return metrics.compute(task, answers, [example.accepted for example in examples], groups)
+
+
+def task_answers(task: Task, predictions: Sequence[str], examples: Sequence[Example]) -> list[str]:
+    """Return predictions after the task's postprocessor, if it has one."""
+    if task.postprocess is None:
+        return list(predictions)
+    read = POSTPROCESSORS[task.postprocess]
+    return [read(prediction, example.target) for prediction, example in zip(predictions, examples, strict=True)]
 
 
 def mean_score(task: Task, scores: dict[str, float]) -> float:

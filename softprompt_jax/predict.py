@@ -28,7 +28,7 @@ from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.placement import Placement
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import load
-from softprompt_jax.tasks.task import Example, Task, fill
+from softprompt_jax.tasks.task import Example, Task, input_text
 from softprompt_jax.tasks.tokenized import tokenize
 from softprompt_jax.tasks.tokenizer import Tokenizer, load_tokenizer
 
@@ -127,8 +127,10 @@ class Predictor:
     def _input(self, row: Any, where: str) -> str:
         if not isinstance(row, dict):
             raise UserError(f"{where}: found {type(row).__name__}; expected a JSON object with the task's fields")
-        if self.task is not None and ("inputs" not in row or any(field in row for field in self.task.input_fields)):
-            return fill(self.task.input, row, where)
+        if self.task is not None and (
+            "inputs" not in row or any(f.partition(".")[0] in row for f in self.task.input_fields)
+        ):
+            return input_text(self.task, row, where)
         if not isinstance(row.get("inputs"), str):
             found = ", ".join(row) or "no field"
             raise UserError(f'{where}: no text \'inputs\'; found {found}; expected {{"inputs": "..."}}')

@@ -13,7 +13,7 @@ from softprompt_jax.config import Settings, nearest
 from softprompt_jax.methods import Method, Prompt
 from softprompt_jax.optimizers import Adafactor, Optimizer, Schedule
 from softprompt_jax.sharding import Mesh
-from softprompt_jax.tasks import names, resolve
+from softprompt_jax.tasks import complete, names, resolve
 from softprompt_jax.tasks.packing import Packing
 from softprompt_jax.tasks.pretraining import Pretraining
 from softprompt_jax.tasks.task import Task
@@ -36,7 +36,9 @@ def _task_kind(value: Any) -> str:
 
 
 AnyTask = Annotated[
-    Annotated[str, Tag("name")] | Annotated[Task, Tag("task")] | Annotated[Pretraining, Tag("pretraining")],
+    Annotated[str, Tag("name")]
+    | Annotated[Annotated[Task, BeforeValidator(complete)], Tag("task")]
+    | Annotated[Pretraining, Tag("pretraining")],
     Discriminator(_task_kind),
 ]
 

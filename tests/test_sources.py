@@ -12,7 +12,7 @@ import zipfile
 import pytest
 
 from softprompt_jax import tasks
-from softprompt_jax.config import UserError
+from softprompt_jax.config import UserError, parse
 from softprompt_jax.tasks.metrics import majority
 from softprompt_jax.tasks.packages import (
     READERS,
@@ -23,7 +23,7 @@ from softprompt_jax.tasks.packages import (
     split_rows,
     without_duplicates,
 )
-from softprompt_jax.tasks.sources import Files, Hub, read_file, read_rows
+from softprompt_jax.tasks.sources import Files, Hub, pin, read_file, read_rows
 
 ROWS = [{"text": 'she said "hi", twice', "label": 1}, {"text": "NA", "label": 0}, {"text": "naïve\tcafé", "label": 1}]
 
@@ -115,6 +115,64 @@ def test_hub_out_of_reach_says_what_is_cached(tmp_path, monkeypatch):
     message = error_of(read_rows, Hub(name="nobody/nothing"), "train", "task mine")
     assert message.startswith("task mine: nobody/nothing could not be loaded from the hub (")
     assert message.endswith("cached are: someone/something")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_converted_hub_repository_is_read_by_config_and_split(tmp_path, monkeypatch):
+    import datasets
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
+    labels = datasets.ClassLabel(names=["False", "True"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": labels})
+    for config in ("boolq", "cb"):
+        for split, rows in (("train", ROWS), ("dev", ROWS[:1])):
+            folder = tmp_path / "hub" / config / split
+            folder.mkdir(parents=True)
+            made = datasets.Dataset.from_list([row | {"text": f"{config} {split}"} for row in rows], features)
+            made.to_parquet(folder / "0000.parquet")
+    source = Hub(
+        name=str(tmp_path / "hub"), config="cb", converted=True, splits={"train": "train", "validation": "dev"}
+    )
+    assert [row for _, row in read_rows(source, "validation", "here")] == [{"text": "cb dev", "label": 1}]
+    assert len(list(read_rows(source, "train", "here"))) == len(ROWS)
+    with pytest.raises(UserError, match="converted: the conversion has a folder per config; expected `config`"):
+        parse(Hub, {"name": "x", "converted": True}, "source")
+
+
+def test_pinned_revision_is_recorded_and_read(tmp_path, monkeypatch):
+    import types
+
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
+    asked = []
+
+    def dataset_info(self, name, revision):
+        asked.append((name, revision))
+        return types.SimpleNamespace(sha="c0ffee")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    converted, plain = Hub(name="a/b", config="c", converted=True), Hub(name="a/b")
+    assert (converted.read_revision, plain.read_revision) == ("refs/convert/parquet", None)
+    assert pin(converted, "task mine").revision == "c0ffee"
+    assert asked == [("a/b", "refs/convert/parquet")]
+    assert (converted.read_revision, plain.read_revision) == ("c0ffee", None)
+    assert converted.model_copy(update={"revision": "v1"}).read_revision == "v1"
+
+    read = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: read.append((args, kwargs)) or [{"x": 1}])
+    assert [row for _, row in read_rows(converted, "test", "here")] == [{"x": 1}]
+    files = {"test": "c/test/*.parquet"}
+    assert read == [(("a/b",), {"data_files": files, "split": "test", "revision": "c0ffee"})]
+
+    def unreachable(self, name, revision):
+        raise OSError("no route\nto host")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
+    assert "the revision of a/b could not be asked for (no route); expected a hub" in error_of(pin, plain, "task mine")
 
 
 # ------------------------------------------------------------------------------------------- packages

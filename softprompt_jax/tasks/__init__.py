@@ -5,15 +5,17 @@ A new task is a file here with a dict `TASKS`, listed below.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from softprompt_jax.config import UserError, nearest, parse
-from softprompt_jax.tasks import sentiment, spam
+from softprompt_jax.tasks import generation, glue, inference, question_answering, sentiment, spam, superglue
 from softprompt_jax.tasks.task import Example, Task, load, splits
 
-__all__ = ["Example", "Task", "get", "load", "names", "resolve", "splits"]
+__all__ = ["Example", "Task", "complete", "get", "load", "names", "resolve", "splits"]
 
-_TASKS: dict[str, Task] = {**sentiment.TASKS, **spam.TASKS}
+_FILES = (superglue, glue, question_answering, inference, generation, sentiment, spam)
+_TASKS: dict[str, Task] = {name: task for file in _FILES for name, task in file.TASKS.items()}
 
 
 def names() -> list[str]:
@@ -28,6 +30,15 @@ def get(name: str) -> Task:
     return _TASKS[name]
 
 
+def complete(value: Any) -> Any:
+    """Return a mapping without a source as the named task with these settings in the stead of its own."""
+    if not isinstance(value, Mapping) or "source" in value or "name" not in value:
+        return value
+    return {**get(str(value["name"])).model_dump(), **value}
+
+
 def resolve(value: Any, where: str = "task") -> Task:
     """Return the task that a run's settings state: a name, a mapping of settings, or a task already."""
-    return get(value) if isinstance(value, str) else value if isinstance(value, Task) else parse(Task, value, where)
+    if isinstance(value, str):
+        return get(value)
+    return value if isinstance(value, Task) else parse(Task, complete(value), where)

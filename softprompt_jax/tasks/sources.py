@@ -28,13 +28,38 @@ class Files(Settings):
 
 
 class Hub(Settings):
-    """A data set of the hub, through `datasets`; `splits` maps our names to the hub's."""
+    """A data set of the hub, through `datasets`; `splits` maps our names to the hub's.
+
+    `converted` reads the hub's own conversion to parquet, for repositories whose rows come out of a script,
+    which today's `datasets` does not run. `revision` is a branch, a tag or a commit (of the conversion, if
+    converted); without one the newest is read, or the one that `softprompt task NAME --pin` recorded.
+    """
 
     kind: Literal["hub"] = "hub"
     name: str
     config: str | None = None
     revision: str | None = None
+    converted: bool = False
     splits: dict[str, str] = pydantic.Field({split: split for split in SPLITS})
+
+    @pydantic.model_validator(mode="after")
+    def _conversion_has_configs(self) -> Hub:
+        if self.converted and self.config is None:
+            raise ValueError("converted: the conversion has a folder per config; expected `config`, often 'default'")
+        return self
+
+    @property
+    def read_revision(self) -> str | None:
+        """The revision that is read: the stated one, the pinned one, or the newest."""
+        return self.revision or pins().get(self.pin_key) or (CONVERSION if self.converted else None)
+
+    @property
+    def pin_key(self) -> str:
+        """What a recorded revision is filed under."""
+        return f"{self.name}@{CONVERSION}" if self.converted else self.name
+
+
+CONVERSION = "refs/convert/parquet"  # the hub's branch for it, with the files CONFIG/SPLIT/0000.parquet, ...
 
 
 Source = Annotated[Files | Hub | Package, pydantic.Field(discriminator="kind")]
@@ -154,8 +179,13 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
 def _hub_rows(source: Hub, split: str, where: str) -> Iterator[tuple[str, Row]]:
     import datasets
 
+    found = source.splits[split]
     try:
-        rows = datasets.load_dataset(source.name, source.config, split=source.splits[split], revision=source.revision)
+        if source.converted:
+            files = {found: f"{source.config}/{found}/*.parquet"}
+            rows = datasets.load_dataset(source.name, data_files=files, split=found, revision=source.read_revision)
+        else:
+            rows = datasets.load_dataset(source.name, source.config, split=found, revision=source.read_revision)
     except Exception as error:  # unreachable, unknown, gated, without that split: one line for each
         cached = _cached_hub_names()
         raise UserError(
@@ -164,6 +194,43 @@ def _hub_rows(source: Hub, split: str, where: str) -> Iterator[tuple[str, Row]]:
         ) from None
     for number, row in enumerate(rows, start=1):
         yield f"{source.name} {split} row {number}", row  # type: ignore[misc]
+
+
+def pins() -> dict[str, str]:
+    """Return the recorded revisions of hub data sets."""
+    path = _pins_file()
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def pin(source: Hub, where: str) -> Hub:
+    """Ask the hub for the commit a data set is at, record it for later loads, and return the source at that commit."""
+    from huggingface_hub import HfApi
+
+    try:
+        commit = (
+            HfApi()
+            .dataset_info(source.name, revision=source.revision or (CONVERSION if source.converted else None))
+            .sha
+        )
+    except Exception as error:  # the hub's client has an exception for each way not to reach it
+        raise UserError(
+            f"{where}: the revision of {source.name} could not be asked for ({first_line(error)}); "
+            "expected a hub within reach; pin the task where there is one"
+        ) from None
+    assert commit is not None
+    path = _pins_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({**pins(), source.pin_key: commit}, indent=2) + "\n", encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); expected a writable cache") from None
+    return source.model_copy(update={"revision": commit})
+
+
+def _pins_file() -> Path:
+    return cache_folder() / "revisions.json"
 
 
 def _cached_hub_names() -> list[str]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import pydantic
 
 from softprompt_jax.config import Settings, UserError, nearest
 from softprompt_jax.tasks.metrics import METRICS
+from softprompt_jax.tasks.preparations import POSTPROCESSORS, PREPARATIONS, one_space
 from softprompt_jax.tasks.sources import Source, available_splits, read_rows
 
 _UNLABELLED = (None, "", -1, "-1")  # hubs hide labels as -1
@@ -18,11 +19,18 @@ _UNLABELLED = (None, "", -1, "-1")  # hubs hide labels as -1
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row as text; `fields` keeps the row itself."""
+    """One row as text; `fields` keeps the row itself, `answers` what is right if not just the target."""
 
     input: str
     target: str
     fields: dict[str, Any] = field(default_factory=dict)
+    answers: tuple[str, ...] = ()
+    group: Hashable | None = None  # what metrics of groups take together, such as the answers to a question
+
+    @property
+    def accepted(self) -> str | list[str]:
+        """What a prediction is scored against."""
+        return list(self.answers) or self.target
 
 
 def _words(value: Any) -> Any:
@@ -30,23 +38,41 @@ def _words(value: Any) -> Any:
     return {_text(key): word for key, word in value.items()} if isinstance(value, Mapping) else value
 
 
+def _known(name: str | None, known: Mapping[str, Any]) -> str | None:
+    if name is not None and name not in known:
+        raise ValueError(f"expected one of {', '.join(sorted(known))}{nearest(name, known)}")
+    return name
+
+
 class Task(Settings):
     """A text-to-text task, by name (`tasks.get`) or inline in a run's settings.
 
     `input` and `target` are templates over the fields of a row, such as
-    `"premise: {premise} hypothesis: {hypothesis}"` (`{{` is a brace, `{score:.1f}` formats). Instead
-    `target` may map each value of `target_field` to its label word. `label_words` are the legal
-    targets, in order; `positive` is the word `f1` counts (default: the second).
+    `"premise: {premise} hypothesis: {hypothesis}"` (`{{` is a brace, `{score:.1f}` formats,
+    `{translation.de}` looks inside). Instead `target` may map each value of `target_field` to its label
+    word. `label_words` are the legal targets, in order; `positive` is the word `f1` counts (default: the
+    second). A task by name can be changed in part: `{name: boolq, with_prefix: true}`.
     """
 
     name: str = "task"
     source: Source
     input: str = "{text}"
+    prefix: str = ""  # the name that T5 was told the task by; Lester et al. (2021) leave it out
+    with_prefix: bool = False
     target: Annotated[str | dict[str, str], pydantic.BeforeValidator(_words)] = "{label}"
     target_field: str = "label"
     label_words: list[str] | None = None
     positive: str | None = None
     metrics: list[str] = pydantic.Field(["accuracy"])
+    predict_by: Literal["decoding", "likelihood", "likelihood_per_token"] = "decoding"  # of the label words
+    keep: dict[str, str] = pydantic.Field({})  # only rows whose fields have these values
+    prepare: str | None = None  # what a template cannot do, see preparations.py
+    one_space: bool = False  # make one space of each run of white space in the input
+    answers_field: str | None = None  # a list of acceptable answers, of which metrics take the best
+    group_fields: list[str] = pydantic.Field([])
+    postprocess: str | None = None  # what a prediction goes through before it is scored, see preparations.py
+    hidden: list[str] = pydantic.Field([])  # splits without public labels: never scored, only predicted
+    submission: str | None = None  # of which benchmark and in which file, see submission.py
 
     @pydantic.field_validator("input", "target")
     @classmethod
@@ -69,6 +95,16 @@ class Task(Settings):
             raise ValueError("expected at least one metric; the first one selects the best checkpoint")
         return names
 
+    @pydantic.field_validator("prepare")
+    @classmethod
+    def _preparation_exists(cls, name: str | None) -> str | None:
+        return _known(name, PREPARATIONS)
+
+    @pydantic.field_validator("postprocess")
+    @classmethod
+    def _postprocessor_exists(cls, name: str | None) -> str | None:
+        return _known(name, POSTPROCESSORS)
+
     @pydantic.model_validator(mode="after")
     def _words_agree(self) -> Task:
         if self.label_words is not None and len(set(self.label_words)) != len(self.label_words):
@@ -84,6 +120,8 @@ class Task(Settings):
             raise ValueError("the metric f1 needs two label words or `positive`; f1_macro takes any number")
         if "f1_macro" in self.metrics and not words:
             raise ValueError("the metric f1_macro needs label_words")
+        if self.predict_by != "decoding" and not words:
+            raise ValueError(f"predict_by {self.predict_by!r} chooses among label words; expected label_words")
         return self
 
     @property
@@ -101,6 +139,11 @@ class Task(Settings):
 
 def load(task: Task, split: str) -> list[Example]:
     """Return all examples of a split in the source's order; an empty split is a UserError."""
+    if split in task.hidden:
+        raise UserError(
+            f"task {task.name}: the labels of split {split!r} are not public; expected one of "
+            f"{', '.join(splits(task))}; `softprompt submit` writes its predictions for the benchmark's server"
+        )
     examples = list(iterate(task, split))
     if not examples:
         raise UserError(f"task {task.name}: split {split!r} is empty; expected at least one example; check the source")
@@ -109,26 +152,57 @@ def load(task: Task, split: str) -> list[Example]:
 
 def iterate(task: Task, split: str, labelled: bool = True) -> Iterator[Example]:
     """Yield the examples of a split one by one, for sets that are too large for a list."""
-    return examples(task, read_rows(task.source, split, f"task {task.name}"), labelled)
+    return examples(task, read_rows(task.source, split, f"task {task.name}"), labelled, split)
 
 
 def splits(task: Task) -> list[str]:
-    """Return the names of the splits that the task's source has."""
-    return available_splits(task.source)
+    """Return the names of the splits that the task's source has with labels."""
+    return [split for split in available_splits(task.source) if split not in task.hidden]
 
 
-def examples(task: Task, rows: Iterable[tuple[str, Mapping[str, Any]]], labelled: bool = True) -> Iterator[Example]:
+def examples(
+    task: Task, rows: Iterable[tuple[str, Mapping[str, Any]]], labelled: bool = True, split: str = ""
+) -> Iterator[Example]:
     """Turn rows, each with the place it came from, into examples; unlabelled ones get the target ""."""
     words = frozenset(task.words or ())
     for where, row in rows:
         where = f"task {task.name}: {where}"
-        target = _target(task, row, where) if labelled else ""
-        if words and labelled and target not in words:
-            raise UserError(
-                f"{where}: found the label {target!r}; expected one of {', '.join(task.words or ())}; "
-                "correct the row or the label_words"
-            )
-        yield Example(fill(task.input, row, where), target, dict(row))
+        if any(_text(_field(row, name, where)) != value for name, value in task.keep.items()):
+            continue
+        for prepared in _prepared(task, row, split, where):
+            target = _target(task, prepared, where) if labelled else ""
+            if words and labelled and target not in words:
+                raise UserError(
+                    f"{where}: found the label {target!r}; expected one of {', '.join(task.words or ())}; "
+                    "correct the row or the label_words"
+                )
+            answers = _field(prepared, task.answers_field, where) if task.answers_field and labelled else ()
+            group = tuple(_field(prepared, name, where) for name in task.group_fields) or None
+            yield Example(_input(task, prepared, where), target, dict(prepared), tuple(answers), group)
+
+
+def input_text(task: Task, row: Mapping[str, Any], where: str) -> str:
+    """Return the input text of one row, labelled or not, as `examples` makes it."""
+    (prepared,) = _prepared(task, row, "", where)
+    return _input(task, prepared, where)
+
+
+def _prepared(task: Task, row: Mapping[str, Any], split: str, where: str) -> list[Mapping[str, Any]]:
+    if task.prepare is None:
+        return [row]
+    try:
+        return list(PREPARATIONS[task.prepare](row, split))
+    except KeyError as error:
+        raise _no_field(row, str(error.args[0]), where) from None
+    except (ValueError, TypeError, AttributeError, IndexError) as error:
+        raise UserError(
+            f"{where}: does not fit the preparation {task.prepare!r} ({error}); expected a row of that data set"
+        ) from None
+
+
+def _input(task: Task, row: Mapping[str, Any], where: str) -> str:
+    text = (task.prefix if task.with_prefix else "") + fill(task.input, row, where)
+    return one_space(text) if task.one_space else text
 
 
 def fill(template: str, row: Mapping[str, Any], where: str) -> str:
@@ -174,9 +248,16 @@ def _unlabelled(where: str, name: str, value: Any) -> UserError:
 
 
 def _field(row: Mapping[str, Any], name: str, where: str) -> Any:
-    if name not in row:
-        raise UserError(f"{where}: no field {name!r}; found {', '.join(map(str, row))}{nearest(name, row)}")
-    return row[name]
+    if name in row:
+        return row[name]
+    outer, _, inner = name.partition(".")
+    if inner and isinstance(row.get(outer), Mapping):
+        return _field(row[outer], inner, where)
+    raise _no_field(row, name, where)
+
+
+def _no_field(row: Mapping[str, Any], name: str, where: str) -> UserError:
+    return UserError(f"{where}: no field {name!r}; found {', '.join(map(str, row))}{nearest(name, row)}")
 
 
 def _template_fields(template: str) -> list[str]:
