@@ -1,0 +1,201 @@
+"""Several processes train as one; when one dies the others end, and the same commands go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from small_runs import write_config
+
+from softprompt_jax import processes
+from softprompt_jax.config import UserError
+from softprompt_jax.interop import load_prompt
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def start(config: Path, out: Path, count: int = 1, *overrides: str) -> list[subprocess.Popen]:
+    """Start `softprompt train` in so many processes."""
+    port, started = free_port(), []
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SOFTPROMPT_CACHE": str(out.parent / "cache")}
+    for index in range(count):
+        command = [sys.executable, "-m", "softprompt_jax", "train", str(config), *overrides, "--out", str(out)]
+        if count > 1:
+            command += ["--coordinator", f"localhost:{port}", "--processes", str(count), "--process", str(index)]
+        started.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+        )
+    return started
+
+
+def finish(started: list[subprocess.Popen], timeout_s: float = 300) -> list[tuple[int, str, str]]:
+    until, ended = time.monotonic() + timeout_s, []
+    try:
+        for process in started:
+            out, err = process.communicate(timeout=max(1, until - time.monotonic()))
+            ended.append((process.returncode, out, err))
+    finally:
+        for process in started:
+            process.kill()
+    return ended
+
+
+def succeed(config: Path, out: Path, count: int = 1, *overrides: str) -> None:
+    for code, _, err in finish(start(config, out, count, *overrides)):
+        assert code == 0, err[-3000:]
+
+
+def wait_for_step(out: Path, step: int) -> None:
+    until = time.monotonic() + 300
+    while time.monotonic() < until:
+        path = out / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        if any(json.loads(line)["step"] >= step for line in lines[:-1]):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the run does not get there")
+
+
+def rows(out: Path) -> np.ndarray:
+    return load_prompt(out)
+
+
+@pytest.fixture(scope="module")
+def config(small, tmp_path_factory) -> Path:
+    return write_config(tmp_path_factory.mktemp("config") / "run.yaml", small.short)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [[], ["mesh={data: 1, tensor: 2}"]])
+def test_two_processes_train_what_one_trains(config, tmp_path, mesh):
+    succeed(config, tmp_path / "one")
+    succeed(config, tmp_path / "two", 2, *mesh)
+    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+    np.testing.assert_allclose(two, one, atol=1e-3 * np.abs(one).max())
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
+    assert results[0]["test"] == results[1]["test"]
+    lines = (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len({(json.loads(line)["step"], "loss" in json.loads(line)) for line in lines})  # one writer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "victim"), [(2, 0), (2, 1), (4, 2)])
+def test_when_a_process_is_killed_the_others_end_and_all_go_on_to_the_same_bits(config, tmp_path, count, victim):
+    succeed(config, tmp_path / "whole", count)
+    started = start(config, tmp_path / "killed", count)
+    wait_for_step(tmp_path / "killed", 8)
+    started[victim].kill()
+    killed = time.monotonic()
+    for index, (code, _, _) in enumerate(finish(started, 120)):
+        assert code != 0, index
+    assert time.monotonic() - killed < 60
+    succeed(config, tmp_path / "killed", count)
+    for name in ("prompt.safetensors", "trained.safetensors"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(config, tmp_path):
+    succeed(config, tmp_path / "whole")
+    started = start(config, tmp_path / "moved")
+    wait_for_step(tmp_path / "moved", 12)
+    started[0].kill()
+    finish(started)
+    succeed(config, tmp_path / "moved", 2)
+    whole = rows(tmp_path / "whole")
+    np.testing.assert_allclose(rows(tmp_path / "moved"), whole, atol=1e-3 * np.abs(whole).max())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_run_told_to_stop_saves_and_says_so_by_its_exit_code(config, tmp_path, count):
+    succeed(config, tmp_path / "whole", count)
+    started = start(config, tmp_path / "told", count, "steps=40")
+    wait_for_step(tmp_path / "told", 4)
+    started[0].send_signal(signal.SIGTERM)  # among several processes one is told, and all go
+    for code, _, err in finish(started):
+        assert code == processes.PREEMPTED, err[-2000:]
+        assert "the same command goes on" in err
+    succeed(config, tmp_path / "told", count)
+    assert (tmp_path / "told" / "prompt.safetensors").read_bytes() == (
+        tmp_path / "whole" / "prompt.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.slow
+def test_processes_with_unlike_settings_are_told_apart(config, tmp_path):
+    port = free_port()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "SOFTPROMPT_CACHE": str(tmp_path / "cache")}
+    command = [sys.executable, "-m", "softprompt_jax", "train", str(config), "--out", str(tmp_path / "out")]
+    command += ["--coordinator", f"localhost:{port}", "--processes", "2"]
+    started = [
+        subprocess.Popen(
+            [*command, "--process", str(index), *([] if index else ["seed=3"])],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+        for index in range(2)
+    ]
+    for code, _, err in finish(started):
+        assert code == 2, err
+        assert "settings: process 1 has" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("localhost:1",), "expected all three"),
+        (("localhost:1", 2), "expected all three"),
+        (("localhost:1", 2, 2), "expected 0 to 1"),
+        (("localhost", 2, 1), "expected HOST:PORT"),
+    ],
+)
+def test_half_a_description_of_the_processes_is_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        processes.connect(*arguments)
+
+
+def test_a_coordinator_that_is_not_there_is_waited_for_in_bounds():
+    with pytest.raises(UserError, match="not reached in 0 s"):
+        processes.connect(f"localhost:{free_port()}", 2, 1, timeout_s=0)
+
+
+@pytest.mark.parametrize(
+    ("environment", "several"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, False),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "3"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
+    ],
+)
+def test_only_jobs_of_several_processes_are_joined(environment, several):
+    assert processes._in_a_job(environment) is several
+
+
+def test_leaving_is_noticed_and_the_old_answer_to_sigterm_comes_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with processes.Preemption() as preemption:
+        assert not preemption.reached(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.reached(2)
+    assert signal.getsignal(signal.SIGTERM) is before
