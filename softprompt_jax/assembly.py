@@ -10,6 +10,7 @@ from flax import nnx
 
 from softprompt_jax import methods
 from softprompt_jax.backbone.pretrained import Backbone, find_folder, load_backbone
+from softprompt_jax.backbone.quantized import quantize
 from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.interop import load_prompt
 from softprompt_jax.placement import Placement
@@ -47,6 +48,8 @@ def assemble(run: Run) -> Assembly:
     )
     model = with_settings(backbone.model, dropout=run.dropout, remat=run.remat, unroll=run.unroll)
     model.dtype = run.dtype
+    if run.quantize is not None:
+        quantize(model, run.quantize)
     tokenizer = load_tokenizer(backbone.folder)
     task = None if run.pretraining else run.resolved_task()
     methods.attach(run.methods, model, jax.random.key(run.seed), context(tokenizer, task))

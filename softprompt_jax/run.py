@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from softprompt_jax import config
+from softprompt_jax.backbone.quantized import Quantization
 from softprompt_jax.backbone.t5 import T5Settings
 from softprompt_jax.config import Settings, nearest
 from softprompt_jax.methods import Method, Prompt
@@ -57,6 +58,7 @@ class Run(Settings):
     task: AnyTask
     backbone: str | Scratch = "embedded"  # a Hugging Face folder, a hub name, or "embedded"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen weights and activations
+    quantize: Quantization | None = None  # of the frozen layers: int8, or nf4
     methods: list[Method] = Field([Prompt()], min_length=1)
     optimizer: Optimizer = Adafactor()
     schedule: Schedule = Schedule()

@@ -288,8 +288,8 @@ def prepare_folder(run: Run, folder: Path) -> dict[str, Any] | None:
     """Create a run's folder; return the result if it is finished; refuse one with other settings."""
     settings, partial = folder / "config.yaml", folder / "config.partial"
     if settings.exists():
-        saved = {key: value for key, value in config.read(settings).items() if key not in MACHINE}
-        changed = differences(saved, run.model_dump(mode="json", exclude=set(MACHINE)))
+        saved = config.parse(Run, config.read(settings), str(settings))  # fills in settings that are newer than it
+        changed = differences(*(each.model_dump(mode="json", exclude=set(MACHINE)) for each in (saved, run)))
         if changed:
             raise UserError(
                 f"{folder}: was made with other settings ({'; '.join(changed[:6])}); "

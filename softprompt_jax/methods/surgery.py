@@ -17,6 +17,7 @@ import jax
 from flax import nnx
 
 from softprompt_jax.backbone.pretrained import flatten, names
+from softprompt_jax.backbone.quantized import QuantizedLinear
 from softprompt_jax.backbone.t5 import T5, Linear
 from softprompt_jax.config import UserError, nearest
 
@@ -80,6 +81,11 @@ def thaw(model: T5, wanted=lambda path: True, learning_rate_scale: float = 1.0) 
         for name, variable in list(vars(node).items()):
             path = ".".join(map(str, (*place, name)))
             if isinstance(variable, nnx.Param) and not isinstance(variable, Trainable) and wanted(path):
+                if isinstance(node, QuantizedLinear):
+                    raise UserError(
+                        f"methods: {path} is quantised and cannot train; expected float weights; "
+                        "set quantize to null, or train weights beside it (a prompt, LoRA)"
+                    )
                 value = variable[...].astype(jax.numpy.float32)
                 metadata = variable.get_metadata() | {"learning_rate_scale": learning_rate_scale}
                 setattr(node, name, Trainable(value, **metadata))
@@ -129,7 +135,7 @@ def plain_kernel(module: Linear | Wrapped) -> jax.Array:
     Errors: UserError where something stands there that no kernel can express.
     """
     if isinstance(module, Linear):
-        return module.kernel[...].astype(jax.numpy.float32)
+        return module.weight()
     kernel = module.merged(plain_kernel(module.inner))
     if kernel is None:
         raise UserError(
@@ -179,11 +185,11 @@ def merged(model: T5) -> T5:
     model = nnx.merge(*nnx.split(model))
     for owner, name in linears(model).values():
         module = getattr(owner, name)
-        if isinstance(module, Wrapped):
-            kernel = plain_kernel(module)
-            bottom = linear_of(module)
-            bottom.kernel = nnx.Param(kernel, **bottom.kernel.get_metadata())
-            setattr(owner, name, bottom)
+        if isinstance(module, Wrapped | QuantizedLinear):
+            axes = linear_of(module).kernel.get_metadata()["axes"]
+            plain = Linear(jax.random.key(0), (1, 1), axes, 0.0)
+            plain.kernel = nnx.Param(plain_kernel(module), axes=axes)
+            setattr(owner, name, plain)
     own = sorted(set(leaves(model)) - set(names(model.settings)))
     if own:
         raise UserError(

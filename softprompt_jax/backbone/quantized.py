@@ -1,0 +1,144 @@
+"""A frozen backbone in 8 or 4 bits: the kernels of the layers; embedding, head and norms stay as they are.
+
+    int8   one scale per output column: w = scale * q, q from -127 to 127
+    nf4    16 levels that suit normally distributed weights (Dettmers et al., 2023), one scale per 64 inputs of a column
+
+Only the products differ from `Linear`: forward and backward read the small integers, and no converted copy of a
+weight outlives its product.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from scipy import stats
+
+from softprompt_jax.backbone.t5 import T5, Linear
+from softprompt_jax.config import UserError
+
+Quantization = Literal["int8", "nf4"]
+BLOCK = 64  # inputs that share a scale in nf4
+
+
+def _levels() -> np.ndarray:
+    """Return the 16 levels of NF4: quantiles of a normal distribution scaled to [-1, 1], with an exact 0."""
+    edge = 0.9677083  # so that the outermost quantiles are finite and the levels symmetric in probability
+    positive = stats.norm.ppf(np.linspace(edge, 0.5, 9)[:-1])
+    negative = -stats.norm.ppf(np.linspace(edge, 0.5, 8)[:-1])
+    levels = np.sort(np.concatenate([positive, negative, [0.0]]))
+    return (levels / levels.max()).astype(np.float32)
+
+
+NF4_LEVELS = _levels()
+
+
+class QuantizedLinear(Linear):
+    """A Linear whose kernel is stored in a few bits; it cannot train."""
+
+    def __init__(self, linear: Linear, kind: Quantization):
+        stored, scale = pack(linear.kernel[...], kind)
+        into, out = linear.kernel.get_metadata()["axes"]
+        self.kernel = nnx.Param(stored, axes=(into, out))
+        self.scale = nnx.Param(scale, axes=(out,) if kind == "int8" else (None, out))
+        self.kind = kind
+
+    def weight(self) -> Float[Array, "*L in out"]:
+        """Return the kernel that the stored numbers stand for, in float32."""
+        return unpack(self.kernel[...], self.scale[...], self.kind, jnp.float32)
+
+    def __call__(self, x: Float[Array, "*B in"], key: jax.Array | None = None) -> Float[Array, "*B out"]:
+        rows = x.reshape(-1, x.shape[-1])
+        made = _product(self.kind, rows, self.kernel[...], self.scale[...])
+        return made.reshape(*x.shape[:-1], -1)
+
+
+def pack(kernel: Float[Array, "*L in out"], kind: Quantization) -> tuple[jax.Array, jax.Array]:
+    """Return the stored integers and float32 scales of a kernel.
+
+    int8: [*L, in, out] and [*L, out]. nf4: two numbers a byte, [*L, in / 2, out] uint8, and [*L, in / 64, out].
+    """
+    wide = jnp.asarray(kernel, jnp.float32)
+    if kind == "int8":
+        scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=-2), 1e-12) / 127
+        return jnp.round(wide / scale[..., None, :]).astype(jnp.int8), scale
+    *layers, width, columns = wide.shape
+    block = _block(width)
+    blocks = wide.reshape(*layers, width // block, block, columns)
+    scale = jnp.maximum(jnp.max(jnp.abs(blocks), axis=-2), 1e-12)
+    middles = jnp.asarray((NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2)
+    index = jnp.searchsorted(middles, blocks / scale[..., None, :]).astype(jnp.uint8).reshape(wide.shape)
+    return index[..., 0::2, :] | (index[..., 1::2, :] << 4), scale
+
+
+def unpack(stored: jax.Array, scale: jax.Array, kind: Quantization, dtype: Any) -> jax.Array:
+    """Return the kernel [*L, in, out] that `pack` approximated."""
+    if kind == "int8":
+        return (stored.astype(jnp.float32) * scale[..., None, :]).astype(dtype)
+    *layers, half, columns = stored.shape
+    index = jnp.stack([stored & 15, stored >> 4], axis=-2).reshape(*layers, 2 * half, columns)
+    blocks = jnp.asarray(NF4_LEVELS)[index].reshape(*layers, scale.shape[-2], -1, columns)
+    return (blocks * scale[..., None, :]).reshape(*layers, 2 * half, columns).astype(dtype)
+
+
+def quantize(model: T5, kind: Quantization) -> T5:
+    """Replace the kernels of all layers by quantised ones, in place, one after the other."""
+    for stack in (model.encoder, model.decoder):
+        for owner in (stack.layers.attention, stack.layers.cross, stack.layers.feed_forward):
+            for name, child in list(vars(owner).items()) if owner is not None else ():
+                if isinstance(child, QuantizedLinear):
+                    raise UserError("backbone: is quantised already; expected float weights")
+                if isinstance(child, Linear):
+                    setattr(owner, name, QuantizedLinear(child, kind))
+    return model
+
+
+def _block(width: int) -> int:
+    """Return how many inputs share a scale: 64, or where that does not divide the width the largest even number."""
+    block = next((size for size in range(min(BLOCK, width), 1, -1) if width % size == 0 and size % 2 == 0), None)
+    if block is None:
+        raise UserError(f"nf4: a kernel with {width} inputs; expected an even number; use int8")
+    return block
+
+
+def _forward(kind: Quantization, rows: jax.Array, stored: jax.Array, scale: jax.Array) -> jax.Array:
+    if kind == "int8":  # scale the sums, not the weights: columns many times fewer
+        return (rows @ stored.astype(rows.dtype)) * scale.astype(rows.dtype)
+    return rows @ unpack(stored, scale, kind, rows.dtype)
+
+
+@jax.custom_vjp
+def _int8(rows, stored, scale):
+    return _forward("int8", rows, stored, scale)
+
+
+@jax.custom_vjp
+def _nf4(rows, stored, scale):
+    return _forward("nf4", rows, stored, scale)
+
+
+def _keep(kind):
+    # Only the stored integers are kept for the backward pass. Left to itself, a scan over layers keeps their
+    # conversions, which is the memory that quantising was to save.
+    return lambda rows, stored, scale: (_forward(kind, rows, stored, scale), (stored, scale))
+
+
+def _int8_backward(kept, change):
+    stored, scale = kept
+    return (change * scale.astype(change.dtype)) @ stored.astype(change.dtype).T, None, None
+
+
+def _nf4_backward(kept, change):
+    return change @ unpack(*kept, "nf4", change.dtype).T, None, None
+
+
+_int8.defvjp(_keep("int8"), _int8_backward)
+_nf4.defvjp(_keep("nf4"), _nf4_backward)
+
+
+def _product(kind: Quantization, rows: jax.Array, stored: jax.Array, scale: jax.Array) -> jax.Array:
+    return (_int8 if kind == "int8" else _nf4)(rows, stored, scale)

@@ -1,0 +1,129 @@
+"""A backbone in 8 or 4 bits: close to the float one, never trained, never unpacked for longer than a product."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from softprompt_jax.backbone.quantized import NF4_LEVELS, QuantizedLinear, pack, quantize, unpack
+from softprompt_jax.backbone.t5 import T5
+from softprompt_jax.config import UserError
+from softprompt_jax.methods import Context, Full, split
+from softprompt_jax.methods.prompt import attach_rows
+from softprompt_jax.methods.surgery import merged
+
+KINDS = ("int8", "nf4")
+
+
+def draw(*shape) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+
+
+def test_nf4_levels_are_the_published_ones():
+    # Dettmers et al. (2023), appendix E, to the digits that they print.
+    published = {0: -1.0, 1: -0.6961928, 2: -0.5250731, 7: 0.0, 8: 0.0795803, 9: 0.1609302, 14: 0.7229568, 15: 1.0}
+    for index, level in published.items():
+        assert NF4_LEVELS[index] == pytest.approx(level, abs=1e-6)
+    assert len(NF4_LEVELS) == 16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(128, 24), (3, 96, 8), (2, 20, 5)])
+def test_a_kernel_comes_back_within_half_a_step(kind, shape):
+    kernel = draw(*shape)
+    stored, scale = pack(kernel, kind)
+    back = unpack(stored, scale, kind, jnp.float32)
+    assert back.shape == kernel.shape
+    if kind == "int8":
+        assert stored.dtype == jnp.int8
+        largest = np.abs(kernel).max(-2, keepdims=True) / 127 / 2
+        assert (np.abs(back - kernel) <= largest * 1.0001).all()
+    else:
+        assert stored.dtype == jnp.uint8
+        assert stored.size * 2 == kernel.size
+        levels = np.asarray(NF4_LEVELS)
+        per_input = np.repeat(scale, shape[-2] // scale.shape[-2], axis=-2)
+        nearest = np.abs(np.asarray(kernel / per_input)[..., None] - levels).min(-1)
+        np.testing.assert_allclose(np.abs(back - kernel), nearest * per_input, atol=1e-6)
+
+
+def test_values_that_the_levels_hold_come_back_exactly():
+    column = jnp.asarray(NF4_LEVELS)[:, None] * 0.5
+    np.testing.assert_array_equal(unpack(*pack(column, "nf4"), "nf4", jnp.float32), column)
+
+
+def test_zero_columns_stay_zero():
+    for kind in KINDS:
+        np.testing.assert_array_equal(unpack(*pack(jnp.zeros((16, 3)), kind), kind, jnp.float32), 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_product_and_its_gradient_are_those_of_the_unpacked_kernel(kind):
+    model = quantize(tiny.model(), kind)
+    linear = jax.tree.map(lambda x: x[0], model.encoder.layers.attention.query)
+    assert isinstance(linear, QuantizedLinear)
+    x, change = draw(3, 5, 16), draw(3, 5, 16)
+    made, back = jax.vjp(linear, x)
+    kernel = linear.weight()
+    np.testing.assert_allclose(made, x @ kernel, atol=1e-5)
+    np.testing.assert_allclose(back(change)[0], change @ kernel.T, atol=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "apart"), [("int8", 0.05), ("nf4", 0.6)])
+def test_logits_and_the_prompts_gradient_stay_near(kind, apart):
+    wide = {"d_model": 64, "d_kv": 16, "d_ff": 96}
+    plain, small = tiny.model(prompt=3, **wide), quantize(tiny.model(prompt=3, **wide), kind)
+    batch = tiny.batch(prompt=3)
+    (_, logits, gradient), (_, near_logits, near) = (
+        tiny.loss_logits_gradient(split(model), batch) for model in (plain, small)
+    )
+    assert np.linalg.norm(near_logits - logits) < apart * np.linalg.norm(logits)
+    one, other = (np.ravel(jax.tree.leaves(g)[0]) for g in (gradient, near))
+    assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 1 - apart
+
+
+@pytest.mark.slow
+def test_the_backward_pass_keeps_no_unpacked_weights():
+    sizes = {"d_model": 128, "d_kv": 32, "d_ff": 512, "num_heads": 4, "num_layers": 6, "num_decoder_layers": 1}
+
+    def temporary(kind):
+        def build():
+            model = T5(tiny.settings(**sizes), jax.random.key(0))
+            attach_rows(model, jnp.zeros((2, 128)))
+            return quantize(model, kind) if kind else model
+
+        parts = split(nnx.eval_shape(build))
+        batch = jax.eval_shape(lambda: tiny.batch(rows=1, length=4, targets=2, prompt=2))
+
+        def loss(trainable, frozen):
+            return parts.merge(trainable, jax.lax.stop_gradient(frozen))(batch_of(batch)).sum()
+
+        def batch_of(shapes):
+            return {name: jnp.ones(shape.shape, shape.dtype) for name, shape in shapes.items()}
+
+        compiled = jax.jit(jax.grad(loss)).lower(parts.trainable, parts.frozen).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    layer = 4 * (4 * 128 * 128 + 3 * 128 * 512)  # bytes of one encoder layer's kernels in float32
+    for kind in KINDS:  # one layer's conversions at a time, not those of all six
+        assert temporary(kind) < temporary(None) + 2 * layer
+
+
+def test_quantised_weights_refuse_to_train_and_to_be_quantised_again():
+    model = quantize(tiny.model(), "int8")
+    with pytest.raises(UserError, match="is quantised and cannot train"):
+        Full().attach(model, jax.random.key(0), Context(list))
+    with pytest.raises(UserError, match="is quantised already"):
+        quantize(model, "int8")
+
+
+def test_merging_gives_plain_weights_with_the_same_function():
+    model = quantize(tiny.model(), "int8")
+    whole = merged(model)
+    batch = tiny.batch()
+    np.testing.assert_allclose(tiny.forward(whole, batch), tiny.forward(model, batch), atol=1e-4)
+    assert not isinstance(whole.encoder.layers.attention.query, QuantizedLinear)
