@@ -6,15 +6,17 @@ Each method converts itself (`to_peft`, `from_peft`); here are the files, and wh
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
 from softprompt_jax.backbone import pretrained
 from softprompt_jax.backbone.pretrained import Backbone, flatten, unflatten
 from softprompt_jax.backbone.t5 import T5
+from softprompt_jax.backbone.torch_file import open_torch
 from softprompt_jax.config import UserError, nearest
 from softprompt_jax.interop import check_backbone, read_tensors, write_tensors
 from softprompt_jax.methods import METHODS, Context, MethodSettings, put_trained, split
@@ -24,15 +26,19 @@ TASK = "SEQ_2_SEQ_LM"
 
 
 def load_backbone(
-    source: str | Path = "embedded", dtype: str = "float32", adapter: str | Path | None = None
+    source: str | Path = "embedded",
+    dtype: str = "float32",
+    adapter: str | Path | None = None,
+    sharding: Callable[[nnx.Variable], jax.sharding.Sharding] | None = None,
 ) -> Backbone:
-    """Load a T5 from a Hugging Face folder, a hub name, or `embedded` (the small one that ships here).
+    """Load a T5: `embedded` (the small one that ships here), a Hugging Face folder or hub name, a T5X checkpoint.
 
     `adapter`: a folder that PEFT has written; its method is attached with its values, as what trains.
-    Weights become `dtype` on the way in; norms, softmax and logits compute in float32 regardless.
+    A T5X checkpoint is a local folder or `gs://`. Weights become `dtype` on the way in; norms, softmax and logits
+    compute in float32 regardless. `sharding` tells where each weight lies (default: one device); slices go there.
     Errors: UserError names the folder, tensor or setting that does not fit.
     """
-    backbone = pretrained.load_backbone(source, dtype)
+    backbone = pretrained.load_backbone(source, dtype, sharding)
     if adapter is not None:
         attach_adapter(backbone.model, adapter)
     return backbone
@@ -62,10 +68,10 @@ def attach_adapter(model: T5, folder: str | Path) -> MethodSettings:
             "weights beside an adapter cannot be attached; merge it in PEFT and load the merged model"
         )
     if not (folder / TENSOR_FILE).exists() and (folder / OLD_TENSOR_FILE).exists():
-        raise UserError(
-            f"{folder}: its weights are {OLD_TENSOR_FILE}, a pickle; expected {TENSOR_FILE}; load and save it in PEFT"
-        )
-    tensors, metadata = read_tensors(folder / TENSOR_FILE)
+        opened = open_torch(folder / OLD_TENSOR_FILE)
+        tensors, metadata = {name: tensor.read() for name, tensor in opened.items()}, {}
+    else:
+        tensors, metadata = read_tensors(folder / TENSOR_FILE)
     check_backbone(metadata, model, str(folder), "this one")
     try:
         method, values = kinds[kind].from_peft(config, tensors, model.settings)

@@ -113,7 +113,7 @@ def test_an_adapter_of_another_width_or_without_its_files_is_refused_in_a_line(s
     with pytest.raises(UserError, match=r"found \[5, 32\] for prompt.rows; expected \[5, 16\] on this backbone"):
         attach_adapter(tiny.model(), folder)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(UserError, match=r"adapter_model.bin, a pickle; expected adapter_model.safetensors"):
+    with pytest.raises(UserError, match=r"adapter_model.bin: not a complete file of torch"):
         attach_adapter(tiny.model(), folder)
     save_file({"other": np.zeros((5, 32), np.float32)}, folder / "adapter_model.safetensors")
     with pytest.raises(UserError, match=r"no 'prompt_embeddings'; expected it in an adapter of kind PROMPT_TUNING"):

@@ -191,8 +191,8 @@ def test_folders_that_are_no_t5_are_refused(folder, tmp_path):
 
 
 def test_a_folder_without_weights_is_refused_with_what_it_holds(folder):
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    refused(folder, "found config.json, pytorch_model.bin; expected model.safetensors")
+    (folder / "model.safetensors").rename(folder / "weights.bin")
+    refused(folder, "found config.json, weights.bin; expected weights: model.safetensors, pytorch_model.bin")
 
 
 def test_weights_that_do_not_fit_are_refused_by_name(folder):

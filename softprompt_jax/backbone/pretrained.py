@@ -18,7 +18,8 @@ from safetensors.numpy import save_file
 
 from softprompt_jax.backbone import t5x
 from softprompt_jax.backbone.t5 import T5, T5Settings, abstract
-from softprompt_jax.backbone.tensors import Tensor, open_folder, read_stacked, same
+from softprompt_jax.backbone.tensors import Tensor, open_safetensors, read_stacked, same
+from softprompt_jax.backbone.torch_file import open_torch
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.sharding import collect
 
@@ -32,7 +33,8 @@ _IDENTITY = (
 # Written by old versions of transformers, read by nobody.
 _IGNORED = re.compile(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight")
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu", "swish": "silu"}
-_PATTERNS = ("config.json", "*.safetensors", "*.safetensors.index.json", "*.model", "tokenizer*", "special_tokens*")
+_PATTERNS = ("config.json", "model*.safetensors", "model.safetensors.index.json", "*.model", "tokenizer*", "special_*")
+_OLD_PATTERNS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # where there are no safetensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +126,10 @@ def find_folder(source: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(str(source), allow_patterns=list(_PATTERNS)))
+        folder = Path(snapshot_download(str(source), allow_patterns=list(_PATTERNS)))
+        if not any(folder.glob("model*.safetensors")):
+            folder = Path(snapshot_download(str(source), allow_patterns=list(_OLD_PATTERNS)))
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -268,6 +273,31 @@ def _open(source: str | Path) -> tuple[T5Settings, dict[str, Tensor], Path]:
     tied = _HEAD not in tensors or (shared is not None and same(tensors[_HEAD], shared))
     settings = settings.model_copy(update={"tied": tied, "scale_output": tied if scaled is None else scaled})
     return settings, tensors, folder
+
+
+def open_folder(folder: Path) -> dict[str, Tensor]:
+    """Open the weights of a Hugging Face folder, in one file or several, safetensors before torch's `.bin`."""
+    for single, open_file in (("model.safetensors", open_safetensors), ("pytorch_model.bin", open_torch)):
+        index = folder / f"{single}.index.json"
+        if index.exists():
+            return {name: tensor for path in _listed(index) for name, tensor in open_file(path).items()}
+        if (folder / single).exists():
+            return open_file(folder / single)
+    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
+    raise UserError(
+        f"{folder}: found {found}; expected weights: model.safetensors, pytorch_model.bin or their sharded forms"
+    )
+
+
+def _listed(index: Path) -> list[Path]:
+    """Return the files that an index of sharded weights names; they lie beside it."""
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if any(Path(name).name != name for name in files):
+            raise ValueError
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(f"{index}: not an index of weights; expected a JSON 'weight_map' of files beside it") from None
+    return [index.parent / name for name in files]
 
 
 def _embedding(tensors: dict[str, Tensor]) -> str:

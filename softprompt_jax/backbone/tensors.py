@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -108,23 +106,6 @@ def finite(values: np.ndarray) -> bool:
     return bool(np.isfinite(values).all())
 
 
-def open_folder(folder: Path) -> dict[str, Tensor]:
-    """Open the weights of a Hugging Face folder: `model.safetensors`, whole or sharded."""
-    index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if index.exists():
-        try:
-            named = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError, TypeError):
-            raise UserError(f"{index}: not an index of weights; expected a JSON 'weight_map'") from None
-        files = [_beside(index, name) for name in sorted(named)]
-    elif single.exists():
-        files = [single]
-    else:
-        found = ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-        raise UserError(f"{folder}: found {found}; expected model.safetensors (or its sharded form) with weights")
-    return {name: tensor for path in files for name, tensor in open_safetensors(path).items()}
-
-
 def open_safetensors(path: Path) -> dict[str, Tensor]:
     """Open a safetensors file; nothing is read yet."""
     try:
@@ -139,9 +120,3 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
         return Tensor(name, shape, lambda index: opened.get_slice(name)[index] if shape else opened.get_tensor(name))
 
     return {name: tensor(name) for name in opened.keys()}  # noqa: SIM118
-
-
-def _beside(index: Path, name: Any) -> Path:
-    if not isinstance(name, str) or Path(name).name != name:
-        raise UserError(f"{index}: names the file {name!r}; expected plain names of files beside it")
-    return index.parent / name
