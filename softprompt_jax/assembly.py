@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import jax
+import numpy as np
 from flax import nnx
 
 from softprompt_jax import methods
 from softprompt_jax.backbone.pretrained import Backbone, find_folder, load_backbone
 from softprompt_jax.backbone.quantized import quantize
 from softprompt_jax.backbone.t5 import T5
+from softprompt_jax.config import UserError
 from softprompt_jax.interop import load_prompt
 from softprompt_jax.placement import Placement
 from softprompt_jax.run import Run, Scratch
-from softprompt_jax.tasks.task import Task
 from softprompt_jax.tasks.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -51,8 +53,8 @@ def assemble(run: Run) -> Assembly:
     if run.quantize is not None:
         quantize(model, run.quantize)
     tokenizer = load_tokenizer(backbone.folder)
-    task = None if run.pretraining else run.resolved_task()
-    methods.attach(run.methods, model, jax.random.key(run.seed), context(tokenizer, task))
+    methods.attach(run.methods, model, jax.random.key(run.seed), context(run, tokenizer))
+    check_own_prompts(run, model)
     return Assembly(model, tokenizer, backbone.identity, backbone.folder)
 
 
@@ -69,7 +71,24 @@ def with_settings(model: T5, **changes) -> T5:
     return nnx.merge(nnx.graphdef(shell), nnx.state(model))
 
 
-def context(tokenizer: Tokenizer, task: Task | None) -> methods.Context:
+def context(run: Run, tokenizer: Tokenizer) -> methods.Context:
     """Collect what prompt initialisations look at."""
-    words = tuple(task.words or ()) if task is not None else ()
-    return methods.Context(tokenizer.encode, frozenset(tokenizer.special_ids), words, load_prompt)
+    each = tuple(tuple(task.words or ()) for task in run.tasks)
+    words = tuple(dict.fromkeys(itertools.chain.from_iterable(each)))
+    own = each if run.own_prompts else ()
+    return methods.Context(tokenizer.encode, frozenset(tokenizer.special_ids), words, load_prompt, own)
+
+
+def check_own_prompts(run: Run, model: T5) -> None:
+    """Refuse methods that do not give each task of a mixture the prompt of its own that it asks for."""
+    if not run.own_prompts:
+        return
+    first, found = model.settings.vocabulary_rows, set()
+    if model.prompt is not None:
+        around = [np.atleast_2d(ids) for ids in dataclasses.astuple(model.prompt.placement)]
+        found = {int(i) for ids in around if len(ids) == len(run.tasks) for i in ids.flat if i >= first}
+    if model.prompt is None or not found or len(found) != jax.eval_shape(model.prompt.table).shape[0]:
+        raise UserError(
+            f"task.prompts: own, but no method gives each of the {len(run.tasks)} tasks a prompt; "
+            "expected one that does, such as kind: prompt; or use prompts: shared"
+        )

@@ -177,7 +177,10 @@ def _known_keys(schema: Any, location: tuple) -> list[str]:
                 if field is not None:
                     following += _models_in(field.annotation)
         candidates = (
-            following or [c for c in candidates if isinstance(c, type) and _tag(c) in (part, None)] or candidates
+            following
+            or [c for c in candidates if isinstance(c, type) and _tag(c) == part]
+            or [c for c in candidates if isinstance(c, type) and _tag(c) is None]
+            or candidates
         )
     keys: dict[str, None] = {}
     for candidate in candidates:

@@ -42,6 +42,11 @@ def save_prompt(rows: Float[np.ndarray, "P D"], path: Path, metadata: dict[str, 
     write_tensors({_ROWS: np.asarray(rows, np.float32)}, path, metadata | {"length": str(len(rows))})
 
 
+def own_prompt_file(folder: Path, task: str) -> Path:
+    """Return where a run with a prompt for each task leaves that of one task."""
+    return folder / "prompts" / f"{task}.safetensors"
+
+
 def load_prompt(source: str | Path) -> Float[np.ndarray, "P D"]:
     """Return prompt rows, float32 [P, D], of a `.npy` or safetensors file, a run folder or a T5X prompt tuning run."""
     return read_prompt(source)[0]
@@ -57,6 +62,12 @@ def read_prompt(source: str | Path) -> tuple[Float[np.ndarray, "P D"], dict[str,
         path = path / PROMPT_FILE
         if not path.exists():
             made = {file.name for file in Path(source).iterdir()}
+            own = sorted(file.name for file in own_prompt_file(Path(source), "").parent.glob("*.safetensors"))
+            if own:
+                raise UserError(
+                    f"{source}: has a prompt for each task ({', '.join(own)}); expected one prompt; "
+                    f"give one of the files in {own_prompt_file(Path(source), '').parent}"
+                )
             hint = "it trained no prompt" if "result.json" in made else "its run has not finished"
             hint = hint if "config.yaml" in made else "it is not a run folder"
             raise UserError(f"{source}: no {PROMPT_FILE} ({hint}); expected the folder of a finished prompt run")

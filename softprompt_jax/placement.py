@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from softprompt_jax.config import UserError
 
+Ids = Sequence[int] | Sequence[Sequence[int]] | np.ndarray
 _MARK = re.compile(r"\{(prompt(?::\d+)?|text)\}")
 _NAMED = {"before": ("{prompt}{text}", 0), "after": ("{text}{prompt}", 0), "decoder": ("{text}", 1)}
 _NAMED["both"] = (_NAMED["before"][0], 1)
@@ -23,9 +25,22 @@ class Placement:
     first input.
     """
 
-    before: Sequence[int] | np.ndarray = ()
-    after: Sequence[int] | np.ndarray = ()
-    decoder: Sequence[int] | np.ndarray = ()
+    before: Ids = ()
+    after: Ids = ()
+    decoder: Ids = ()
+
+    def of_task(self, task: int) -> Placement:
+        """Return what stands around the texts of one task."""
+        parts = [np.asarray(part, np.int32) for part in (self.before, self.after, self.decoder)]
+        return Placement(*(part[task] if part.ndim == 2 else part for part in parts))
+
+    def for_tasks(self, count: int, first: int, rows: int) -> Placement:
+        """Give each of `count` tasks its own `rows` rows in these places; the ids of all rows start at `first`."""
+
+        def moved(ids: Any) -> tuple[tuple[int, ...], ...]:
+            return tuple(tuple(i + task * rows if i >= first else i for i in ids) for task in range(count))
+
+        return Placement(moved(self.before), moved(self.after), moved(self.decoder))
 
 
 def place(where: str, length: int, first: int, encode: Callable[[str], list[int]]) -> Placement:

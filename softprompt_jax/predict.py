@@ -148,6 +148,12 @@ def load_predictor(source: str | Path, backbone: str | None = None) -> Predictor
                 f"{source}: {found}; expected the folder of a finished run; finish it with the same command"
             )
         run = config.parse(Run, config.read(settings), str(settings))
+        if run.own_prompts:
+            names = ", ".join(task.name for task in run.tasks)
+            raise UserError(
+                f"{source}: has a prompt for each task ({names}); expected one task's; "
+                f"give its file, such as {interop.own_prompt_file(path, run.tasks[0].name)}, where the run left one"
+            )
         if (path / interop.PROMPT_FILE).exists() and (backbone or isinstance(run.backbone, str)):
             return _from_prompt(path / interop.PROMPT_FILE, run, backbone)
         run = run.finished()
@@ -178,7 +184,7 @@ def _from_prompt(path: Path, run: Run | None, backbone: str | None) -> Predictor
 def _predictor(model: T5, tokenizer: Tokenizer, run: Run | None) -> Predictor:
     if run is None:
         return Predictor(model, tokenizer, None)
-    task = None if run.pretraining else run.resolved_task()
+    task = run.tasks[0] if len(run.tasks) == 1 else None
     limits = run.max_input_tokens, run.max_target_tokens
     return Predictor(model, tokenizer, task, *limits, run.evaluation_batch_size)
 

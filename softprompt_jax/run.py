@@ -15,6 +15,7 @@ from softprompt_jax.methods import Method, Prompt
 from softprompt_jax.optimizers import Adafactor, Optimizer, Schedule
 from softprompt_jax.sharding import Mesh
 from softprompt_jax.tasks import complete, names, resolve
+from softprompt_jax.tasks.mixture import Mixture
 from softprompt_jax.tasks.packing import Packing
 from softprompt_jax.tasks.pretraining import Pretraining
 from softprompt_jax.tasks.task import Task
@@ -33,12 +34,13 @@ def _task_kind(value: Any) -> str:
     if isinstance(value, str):
         return "name"
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return "pretraining" if kind == "pretraining" else "task"
+    return kind if kind in ("pretraining", "mixture") else "task"
 
 
 AnyTask = Annotated[
     Annotated[str, Tag("name")]
     | Annotated[Annotated[Task, BeforeValidator(complete)], Tag("task")]
+    | Annotated[Mixture, Tag("mixture")]
     | Annotated[Pretraining, Tag("pretraining")],
     Discriminator(_task_kind),
 ]
@@ -96,6 +98,9 @@ class Run(Settings):
     def _consistent(self) -> Run:
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
+        for method in self.methods:
+            if self.packing is not None and (reason := method.refuses_packing):
+                raise ValueError(f"packing with the method {method.kind}: {reason}")
         return self
 
     @property
@@ -112,10 +117,24 @@ class Run(Settings):
         """Return the settings with which what was trained is read: without what only training needed."""
         return self.model_copy(update={"methods": [method.finished() for method in self.methods]})
 
-    def resolved_task(self) -> Task:
-        """Return the task's settings."""
-        assert not isinstance(self.task, Pretraining)
-        return resolve(self.task)
+    @property
+    def tasks(self) -> list[Task]:
+        """The settings of the run's task, of each task of a mixture; none in pre-training."""
+        if isinstance(self.task, Pretraining):
+            return []
+        return self.task.tasks if isinstance(self.task, Mixture) else [resolve(self.task)]
+
+    @property
+    def task_name(self) -> str:
+        """What the run's task, mixture or pre-training is called."""
+        if isinstance(self.task, Pretraining):
+            return "pretraining"
+        return self.task.name if isinstance(self.task, Mixture) else self.tasks[0].name
+
+    @property
+    def own_prompts(self) -> bool:
+        """Whether each task of a mixture has a prompt of its own."""
+        return isinstance(self.task, Mixture) and self.task.prompts == "own"
 
 
 def load_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import grain
@@ -15,70 +16,59 @@ from softprompt_jax.evaluate import Decoder, mean_loss, mean_score, score
 from softprompt_jax.methods import Split
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import load, metrics, splits
+from softprompt_jax.tasks.mixture import Mixture, draw_mixture
 from softprompt_jax.tasks.packages import cache_folder
 from softprompt_jax.tasks.pipeline import TrainBatches
 from softprompt_jax.tasks.pretraining import PretrainingData
-from softprompt_jax.tasks.tokenized import tokenize
+from softprompt_jax.tasks.task import Example, Task, iterate
+from softprompt_jax.tasks.tokenized import TokenizedSet, concatenate, tokenize
 
 
 class TaskRun:
-    """The data of a run on a task: train batches, validation, and the final result."""
+    """The data of a run on a task or a mixture: train batches, validation, and the final result."""
 
     select_best = True
 
     def __init__(self, run: Run, assembly: Assembly, parts: Split):
-        self.run, self.task = run, run.resolved_task()
-        rows = assembly.model.settings.vocabulary_rows
-        self._prompt_ids = assembly.prompt_ids
-
-        def read(split: str):
-            examples = load(self.task, split)
-            if split == "validation" and run.evaluation_examples is not None:
-                examples = examples[: run.evaluation_examples]
-            limits, cache = (run.max_input_tokens, run.max_target_tokens), cache_folder() / "tokens"
-            cut = run.truncate_targets
-            try:
-                return examples, tokenize(
-                    examples, assembly.tokenizer, rows, *limits, truncate_targets=cut, cache=cache
-                )
-            except UserError as error:
-                raise UserError(f"task {self.task.name}: {split}: {error}") from None
-
-        self._available = splits(self.task)
-        self.sets = {name: read(name) for name in ("train", "validation", "test") if name in self._available}
-        for needed in ("train", "validation"):
-            if needed not in self.sets:
-                raise UserError(
-                    f"task {self.task.name}: no {needed} split; found {', '.join(self._available)}; "
-                    "expected train and validation"
-                )
+        self.run = run
+        self.tasks = [TaskData(task, run, assembly, number) for number, task in enumerate(run.tasks)]
+        self._decoder = Decoder(parts, assembly.tokenizer)
+        self._longest = max(int(tokens.target_lengths.max()) for task in self.tasks for tokens in task.tokens.values())
+        train, draw = [task.tokens["train"] for task in self.tasks], None
+        if isinstance(run.task, Mixture):
+            counts = [len(tokens) for tokens in train]
+            self.rates = run.task.rates.rates(counts)
+            draw = draw_mixture(counts, self.rates, run.seed, at_least=run.batch_size)
+            train = [concatenate(train)]
         index, count = sharding.process_share()
         self.train_batches = TrainBatches(
-            self.sets["train"][1],
+            train[0],
             run.batch_size,
             run.seed,
-            self._prompt_ids,
+            assembly.prompt_ids,
             max_shapes=run.shapes,
             packing=run.packing,
             rows_multiple=run.accumulate * sharding.row_shards(),
+            draw=draw,
             process_index=index,
             process_count=count,
         )
-        self._decoder = Decoder(parts, assembly.tokenizer)
-        self._longest = max(int(tokenized.target_lengths.max()) for _, tokenized in self.sets.values())
 
     def describe(self) -> str:
         """Say in a line what the data are."""
-        counts = ", ".join(f"{name} {len(examples)}" for name, (examples, _) in self.sets.items())
+        described = [task.describe() for task in self.tasks]
+        if isinstance(self.run.task, Mixture):
+            described = [f"{text} at {rate:.1%}" for text, rate in zip(described, self.rates, strict=True)]
+            described[0] = f"mixture {self.run.task_name}: {described[0]}"
         inputs, targets = (
-            sum(getattr(tokenized, name) for _, tokenized in self.sets.values())
+            sum(getattr(tokens, name) for task in self.tasks for tokens in task.tokens.values())
             for name in ("truncated_inputs", "truncated_targets")
         )
         batches = self.train_batches
         shapes = ", ".join(f"{t}/{u}" for t, u in batches.shapes)
         packed = f"packed in {batches.rows} rows of {shapes}, {batches.examples_per_batch:.1f} examples a step"
         line = (
-            f"task {self.task.name}: {counts}; {packed if self.run.packing else f'shapes {shapes}'}; "
+            f"{'; '.join(described)}; {packed if self.run.packing else f'shapes {shapes}'}; "
             f"padding {batches.padding_share:.0%}; {inputs} inputs truncated to {self.run.max_input_tokens} tokens"
         )
         return f"{line}, {targets} targets to {self.run.max_target_tokens}" if self.run.truncate_targets else line
@@ -87,31 +77,114 @@ class TaskRun:
         """Yield the batches from step `first` on."""
         return self.train_batches.from_step(first)
 
-    def _scores(self, name: str, trainable: Any, frozen: Any) -> dict[str, float]:
-        examples, tokenized = self.sets[name]
-        predictions = self._decoder.predict(
-            trainable, frozen, tokenized, self.run.evaluation_batch_size, self._longest, self._prompt_ids
-        )
-        return score(self.task, predictions, examples)
+    def _scores(self, split: str, trainable: Any, frozen: Any) -> dict[str, dict[str, float]]:
+        """The metrics of each task that has the split."""
+        return {
+            task.name: task.scores(split, self._decoder, trainable, frozen, self._longest)
+            for task in self.tasks
+            if split in task.tokens
+        }
+
+    def _mean(self, scores: dict[str, dict[str, float]]) -> float:
+        return float(np.mean([mean_score(task.task, scores[task.name]) for task in self.tasks if task.name in scores]))
 
     def validate(self, trainable: Any, frozen: Any) -> tuple[dict[str, float], float]:
-        """Return the validation metrics and the number that selects the best checkpoint."""
+        """Return the validation metrics and the number that selects the best checkpoint, their mean over tasks."""
         scores = self._scores("validation", trainable, frozen)
-        return scores, mean_score(self.task, scores)
+        mean = self._mean(scores)
+        if not isinstance(self.run.task, Mixture):
+            return scores[self.run.task_name], mean
+        flat = {f"{task}/{name}": value for task, each in scores.items() for name, value in each.items()}
+        return {"mean": mean, **flat}, mean
 
     def result(self, trainable: Any, parts: Split) -> dict[str, Any]:
-        """Return the metrics of the chosen weights, beside the majority class and no training."""
-        measured = "test" if "test" in self.sets else "validation"
-        targets = {name: [example.target for example in examples] for name, (examples, _) in self.sets.items()}
+        """Return the metrics of the chosen weights, beside the majority class and no training.
+
+        Those of a mixture are `mean` and `tasks`, by name.
+        """
+        measured = "test" if all("test" in task.tokens for task in self.tasks) else "validation"
+        mixture = isinstance(self.run.task, Mixture)
+
+        def scores(split: str, values: Any) -> dict[str, Any] | None:
+            each = self._scores(split, values, parts.frozen)
+            if not each:
+                return None
+            return {"mean": self._mean(each), "tasks": each} if mixture else each[self.run.task_name]
+
+        majority = {task.name: task.majority(measured) for task in self.tasks}
         return {
-            "validation": self._scores("validation", trainable, parts.frozen),
-            "test": self._scores("test", trainable, parts.frozen) if "test" in self.sets else None,
+            "validation": scores("validation", trainable),
+            "test": scores("test", trainable),
             "baselines": {
                 "split": measured,
-                "majority": metrics.majority(targets["train"], targets[measured]),
-                "untrained": self._scores(measured, parts.trainable, parts.frozen),
+                "majority": majority if mixture else majority[self.run.task_name],
+                "untrained": scores(measured, parts.trainable),
             },
         }
+
+
+class TaskData:
+    """One task of a run: the tokens of its splits, and the examples that it is scored on."""
+
+    def __init__(self, task: Task, run: Run, assembly: Assembly, number: int):
+        self.task, self.name, self._run = task, task.name, run
+        available = splits(task)
+        for needed in ("train", "validation"):
+            if needed not in available:
+                raise UserError(
+                    f"task {task.name}: no {needed} split; found {', '.join(available)}; expected train and validation"
+                )
+        self.examples: dict[str, list[Example]] = {}
+        self.tokens: dict[str, TokenizedSet] = {}
+        rows = assembly.model.settings.vocabulary_rows
+        for split in ("train", "validation", "test"):
+            if split not in available:
+                continue
+            examples: Iterable[Example] = Reread(task, split)
+            if next(iter(examples), None) is None:
+                load(task, split)  # which says that the split is empty
+            if split != "train":  # which may be too large for a list
+                limit = run.evaluation_examples if split == "validation" else None
+                examples = self.examples[split] = load(task, split)[:limit]
+            try:
+                self.tokens[split] = tokenize(
+                    examples,
+                    assembly.tokenizer,
+                    rows,
+                    run.max_input_tokens,
+                    run.max_target_tokens,
+                    truncate_targets=run.truncate_targets,
+                    cache=cache_folder() / "tokens",
+                )
+            except UserError as error:
+                raise UserError(f"task {task.name}: {split}: {error}") from None
+        around = assembly.prompt_ids
+        self._prompt_ids = around if around is None else around.of_task(number if run.own_prompts else 0)
+
+    def describe(self) -> str:
+        """Say how many examples there are."""
+        return f"task {self.name}: " + ", ".join(f"{split} {len(tokens)}" for split, tokens in self.tokens.items())
+
+    def scores(self, split: str, decoder: Decoder, trainable: Any, frozen: Any, longest: int) -> dict[str, float]:
+        """Return the metrics of a split."""
+        batch_size = self._run.evaluation_batch_size
+        predictions = decoder.predict(trainable, frozen, self.tokens[split], batch_size, longest, self._prompt_ids)
+        return score(self.task, predictions, self.examples[split])
+
+    def majority(self, split: str) -> float:
+        """Return the accuracy of the train split's most frequent target."""
+        counts = Counter(example.target for example in Reread(self.task, "train"))
+        return metrics.majority(counts, [example.target for example in self.examples[split]])
+
+
+class Reread:
+    """The examples of a split, read anew each time that they are gone through."""
+
+    def __init__(self, task: Task, split: str):
+        self._task, self._split = task, split
+
+    def __iter__(self) -> Iterator[Example]:
+        return iterate(self._task, self._split)
 
 
 class PretrainingRun:

@@ -166,7 +166,7 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
     final = parts.merge(whole, parts.frozen)
     metadata = {
         "backbone": assembly.identity,
-        "task": "pretraining" if run.pretraining else run.resolved_task().name,
+        "task": run.task_name,
         "settings_hash": settings_hash(run, without=MACHINE),
         "step": str(best),
         "settings": json.dumps(run.model_dump(mode="json")),
@@ -176,13 +176,25 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
     def leave_files() -> None:
         interop.save_trained(finish(final), folder / interop.TRAINED_FILE, metadata)
         if set(parts.trainable) == {"prompt"}:
-            rows = np.asarray(final.prompt.table())
-            interop.save_prompt(rows, folder / interop.PROMPT_FILE, metadata | {"place": final.prompt.place})
+            rows, placed = np.asarray(final.prompt.table()), metadata | {"place": final.prompt.place}
+            if run.own_prompts:
+                save_own_prompts(run, rows, folder, placed)
+            else:
+                interop.save_prompt(rows, folder / interop.PROMPT_FILE, placed)
         interop.dump(result, folder / "result.json")
 
     on_first(leave_files, str(folder))
     reporter.line(f"{folder}: done in {duration(result['seconds'])}")
     return result
+
+
+def save_own_prompts(run: Run, rows: np.ndarray, folder: Path, metadata: dict[str, str]) -> None:
+    """Write the prompt of each task of a mixture as if the task had had a run of its own."""
+    for task, own in zip(run.tasks, np.split(rows, len(run.tasks)), strict=True):
+        settings = run.model_copy(update={"task": task}).model_dump(mode="json")
+        path = interop.own_prompt_file(folder, task.name)
+        path.parent.mkdir(exist_ok=True)
+        interop.save_prompt(own, path, metadata | {"task": task.name, "settings": json.dumps(settings)})
 
 
 def make_step(run: Run, parts: Split, optimizer: optax.GradientTransformation, state_shardings: Any = None) -> Callable:

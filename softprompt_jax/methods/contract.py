@@ -23,6 +23,7 @@ class Context:
     special_ids: frozenset[int] = frozenset()
     label_words: tuple[str, ...] = ()
     load_rows: Callable[[str], np.ndarray] | None = None
+    tasks: tuple[tuple[str, ...], ...] = ()  # the label words of each task, where each wants a prompt of its own
 
 
 class MethodSettings(Settings):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
 import jax
@@ -124,15 +126,23 @@ class Placed(MethodSettings):
         """Return where the rows stand; a second method that wants the prompt is a UserError."""
         if model.prompt is not None:
             raise UserError("methods: two methods want the prompt; expected one; remove the other")
-        return placement.place(self.place, self.length, model.settings.vocabulary_rows, context.encode)
+        first = model.settings.vocabulary_rows
+        placed = placement.place(self.place, self.length, first, context.encode)
+        rows = placement.rows(self.place, self.length)
+        return placed.for_tasks(len(context.tasks), first, rows) if context.tasks else placed
 
-    def first_rows(self, model: T5, key: jax.Array, context: Context) -> Float[Array, "P D"]:
-        """Return the rows that training starts from."""
+    def first_rows(self, model: T5, key: jax.Array, context: Context) -> Float[Array, "*N P D"]:
+        """Return the rows that training starts from, [N, P, D] where N tasks have each its own."""
+        if context.tasks:
+            alone = [dataclasses.replace(context, label_words=words, tasks=()) for words in context.tasks]
+            return jnp.stack([self.first_rows(model, jax.random.fold_in(key, n), c) for n, c in enumerate(alone)])
         init = self.init or (Labels() if context.label_words else Vocabulary())
         return init.rows(placement.rows(self.place, self.length), model, key, context)
 
     def peft_rows(self, model: T5) -> tuple[dict[str, Any], Tensors]:
         """Return the rows as PEFT saves those of all its prompts; elsewhere than before the text is a UserError."""
+        if len(model.prompt.table()) > placement.rows(self.place, self.length):
+            raise UserError("methods: a prompt for each task; expected one; export the files in the run's prompts/")
         if self.place != "before":
             raise UserError(
                 f"methods: place is {self.place!r}; expected before, since PEFT knows no other; keep the run folder"
@@ -198,11 +208,14 @@ class PromptTable(nnx.Module):
 
 
 class SoftPrompt(PromptTable):
-    """P trainable rows of width D for the ids V to V + P - 1."""
+    """P trainable rows of width D for the ids V to V + P - 1.
+
+    N prompts, each P rows on from the one before, are [N, P, D]: each is a weight of its own to the optimizer.
+    """
 
     def __init__(
         self,
-        rows: Float[Array, "P D"],
+        rows: Float[Array, "*N P D"],
         learning_rate_scale: float = 1.0,
         place: str = "before",
         placement: Placement | None = None,
@@ -212,8 +225,9 @@ class SoftPrompt(PromptTable):
         )
         self.place, self.placement = place, placement or Placement()
 
-    def table(self) -> Float[Array, "P D"]:
-        return self.rows[...]
+    def table(self) -> Float[Array, "NP D"]:
+        rows = self.rows[...]
+        return rows.reshape(-1, rows.shape[-1])
 
 
 def embedding_scale(model: T5) -> float:

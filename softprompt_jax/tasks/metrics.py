@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -84,7 +84,7 @@ def compute(
     return {**result, "illegal": _illegal(task, predictions), "count": len(targets)}
 
 
-def majority(train_targets: Sequence[str], targets: Sequence[Target]) -> float:
+def majority(train_targets: Iterable[str] | Mapping[str, int], targets: Sequence[Target]) -> float:
     """Return the accuracy of always answering the most frequent target of the training split."""
     counts = Counter(train_targets)
     answer = min(counts, key=lambda word: (-counts[word], word))

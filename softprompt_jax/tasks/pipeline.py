@@ -187,7 +187,7 @@ def collate(
     for row, ids in enumerate(rows):
         start, target_start = 0, 0
         for segment, index in enumerate(ids, start=1):
-            task = 0 if tokenized.tasks is None else tokenized.tasks[index]
+            task = 0 if tokenized.tasks is None else int(tokenized.tasks[index])
             encoder, target = prompts.surround(tokenized.input(index), task), tokenized.target(index)
             end = start + len(encoder)
             tokens[row, start:end], segments[row, start:end] = encoder, segment
@@ -221,7 +221,7 @@ class Prompts:
         """How much longer they make an encoder and a decoder row."""
         return self.before.shape[1] + self.after.shape[1], self.decoder.shape[1]
 
-    def surround(self, text: Int[np.ndarray, " T"], task: int | np.integer) -> Int[np.ndarray, " PT"]:
+    def surround(self, text: Int[np.ndarray, " T"], task: int) -> Int[np.ndarray, " PT"]:
         """Return an example's encoder ids; what stands after the text stands before its EOS."""
         end = len(text) - int(text[-1] == EOS)
         return np.concatenate([self.before[task], text[:end], self.after[task], text[end:]])

@@ -62,6 +62,20 @@ class TokenizedSet:
         return self.targets[self.target_offsets[index] : self.target_offsets[index + 1]]
 
 
+def concatenate(sets: Sequence[TokenizedSet]) -> TokenizedSet:
+    """Return the examples of several tasks as one set, numbered by task."""
+    lengths = np.concatenate([part.lengths for part in sets])
+    offsets = np.concatenate([np.zeros((1, 2), np.int64), lengths.cumsum(0)])
+    return TokenizedSet(
+        np.concatenate([part.inputs for part in sets]),
+        offsets[:, 0],
+        np.concatenate([part.targets for part in sets]),
+        offsets[:, 1],
+        sets[0].vocabulary_rows,
+        tasks=np.repeat(np.arange(len(sets), dtype=np.int32), [len(part) for part in sets]),
+    )
+
+
 def tokenize(
     examples: Iterable[Example],
     tokenizer: Tokenizer,
@@ -76,7 +90,9 @@ def tokenize(
 
     Limits count EOS. A longer input is cut before its EOS and counted; a longer target is a UserError
     unless `truncate_targets`. An id of `vocabulary_rows` or more is a UserError, since it would become a
-    prompt row. With `cache`, a folder, the result is stored under a hash of everything it depends on.
+    prompt row. With `cache`, a folder, the result is stored under a hash of everything it depends on: the texts
+    themselves, the tokenizer's content and the limits; the examples are then gone through twice. A stored file
+    that was damaged is made anew.
     """
     if max_input_tokens < 1 or max_target_tokens < 1:
         raise UserError(
@@ -84,11 +100,11 @@ def tokenize(
         )
     path = None
     if cache is not None:
-        examples = list(examples)
-        limits = (1, vocabulary_rows, max_input_tokens, max_target_tokens, input_eos, truncate_targets)
+        examples = list(examples) if isinstance(examples, Iterator) else examples
+        limits = (FORMAT, vocabulary_rows, max_input_tokens, max_target_tokens, input_eos, truncate_targets)
         path = cache / f"{_digest(examples, tokenizer, limits)}.npz"
-        if path.is_file():
-            return _read(path)
+        if (stored := _read(path)) is not None:
+            return stored
 
     inputs, targets = _Side(), _Side()
     for chunk in _chunks(examples, 4096):
@@ -152,8 +168,8 @@ def _chunks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
         yield chunk
 
 
-def _digest(examples: Sequence[Example], tokenizer: Tokenizer, limits: tuple) -> str:
-    digest = hashlib.sha256(f"{tokenizer.fingerprint} {limits} {len(examples)}".encode())
+def _digest(examples: Iterable[Example], tokenizer: Tokenizer, limits: tuple) -> str:
+    digest = hashlib.sha256(f"{tokenizer.fingerprint} {limits}".encode())
     for example in examples:
         for text in (example.input, example.target):
             encoded = text.encode("utf-8", "surrogatepass")
@@ -161,9 +177,15 @@ def _digest(examples: Sequence[Example], tokenizer: Tokenizer, limits: tuple) ->
     return digest.hexdigest()[:32]
 
 
-def _read(path: Path) -> TokenizedSet:
-    with np.load(path) as stored:
-        values: dict[str, Any] = {name: stored[name] for name in _FIELDS}
+def _read(path: Path) -> TokenizedSet | None:
+    """Read a stored set; None if there is none, or none that is whole (each array has a checksum in the file)."""
+    if not path.is_file():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            values: dict[str, Any] = {name: stored[name] for name in _FIELDS}
+    except Exception:  # zipfile and NumPy raise nearly anything for a damaged file
+        return None
     for name, value in values.items():
         values[name] = value if value.ndim else int(value)
     return TokenizedSet(**values)
@@ -182,4 +204,5 @@ def _write(path: Path, tokenized: TokenizedSet) -> None:
         ) from None
 
 
+FORMAT = 2  # of stored sets: another number makes all of them anew
 _FIELDS = tuple(name for name in TokenizedSet.__dataclass_fields__ if name != "tasks")
