@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import tiny
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from operations import flops
 
 from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import Context, Full, Split, leaves, split
@@ -52,27 +50,6 @@ def one_step(parts, settings: Run, batch, optimizer=None, key=None, step: int = 
 
 
 # ---------------------------------------------------------------- no weight gradient is ever computed
-
-
-def products(jaxpr: Jaxpr) -> float:
-    """Count the floating-point operations of all matrix products, those of a scan as often as it runs."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
-        assert equation.primitive.name != "while", "of unknown length"
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else [value]:
-                if isinstance(inner, ClosedJaxpr | Jaxpr):
-                    total += times * products(getattr(inner, "jaxpr", inner))
-    return total
-
-
-def flops(function, *arguments) -> float:
-    return products(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def step_flops(parts, settings: Run, batch) -> float:

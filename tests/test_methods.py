@@ -1,0 +1,295 @@
+"""The contract that every method keeps. It runs on each member of the union and knows none by name.
+
+Methods differ here only in what they say of themselves (`methods/contract.py`); a new one needs no line in this file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import operations
+import optax
+import pytest
+import tiny
+from flax import nnx
+
+from softprompt_jax.backbone.decode import greedy
+from softprompt_jax.backbone.pretrained import flatten, load_backbone, save_backbone
+from softprompt_jax.backbone.t5 import T5
+from softprompt_jax.config import UserError, parse, to_yaml
+from softprompt_jax.interop import load_trained, save_trained
+from softprompt_jax.losses import cross_entropy
+from softprompt_jax.methods import METHODS, Context, MethodSettings, Split, leaves, put_trained, split
+from softprompt_jax.methods.surgery import merged
+from softprompt_jax.optimizers import AdamW, build
+from softprompt_jax.peft import attach_adapter, save_adapter
+from softprompt_jax.placement import Placement
+from softprompt_jax.run import Run, load_run
+from softprompt_jax.train import make_step
+
+pytestmark = pytest.mark.parametrize("kind", METHODS)
+SMALL = {"length": 3, "rank": 2, "width": 3}  # where a method has such a setting; all else is its default
+CONTEXT = Context(lambda text: [5 + len(word) for word in text.split()], frozenset({0, 1}))
+T, U = 24, 20  # of every batch here, so that all share a program
+
+
+def settings(kind: str) -> MethodSettings:
+    fields = METHODS[kind].model_fields
+    return METHODS[kind](**{name: value for name, value in SMALL.items() if name in fields})
+
+
+def attached(kind: str, seed: int = 0, moved: bool = False, **changes) -> T5:
+    """Return a tiny model with the method, where it starts or moved away from there."""
+    model = tiny.model(**changes)
+    settings(kind).attach(model, tiny.key(seed), CONTEXT)
+    if moved:
+        draw = np.random.default_rng(3)
+        change = lambda x: x + jnp.asarray(0.1 * draw.normal(size=x.shape), x.dtype)  # noqa: E731
+        put_trained(model, jax.tree.map(change, split(model).trainable), "test")
+    return model
+
+
+def batch(model: T5, packed: bool = False) -> dict[str, jax.Array]:
+    """Return three texts with the model's prompt ids around them: a row each, or all in the first row."""
+    draw = np.random.default_rng(5)
+    place = Placement() if model.prompt is None else model.prompt.placement
+    rows = {name: np.zeros((3, size), np.int32) for name, size in _SIZES.items()}
+    ends = np.zeros((2,), int)
+    for index, (text, target) in enumerate([(4, 3), (2, 2), (3, 1)]):
+        encoder = [*place.before, *draw.integers(2, tiny.ROWS, text), *place.after, 1]
+        words = [*draw.integers(2, tiny.ROWS, target), 1]
+        inputs, targets = [*place.decoder, 0, *words[:-1]], [0] * len(place.decoder) + words
+        row, starts = (0, ends) if packed else (index, np.zeros((2,), int))
+        values = {"encoder_tokens": encoder, "decoder_inputs": inputs, "decoder_targets": targets}
+        for name, value in values.items():
+            start = starts[0 if name == "encoder_tokens" else 1]
+            rows[name][row, start : start + len(value)] = value
+            segments = "encoder_segments" if name == "encoder_tokens" else "decoder_segments"
+            rows[segments][row, start : start + len(value)] = index + 1
+        ends += [len(encoder), len(inputs)]
+    return {name: jnp.asarray(value) for name, value in rows.items()}
+
+
+_SIZES = {"encoder_tokens": T, "encoder_segments": T, "decoder_inputs": U, "decoder_targets": U, "decoder_segments": U}
+
+
+def real_logits(logits: np.ndarray, batch: dict[str, jax.Array]) -> np.ndarray:
+    """Return the logits where there is a target, example by example."""
+    order = np.asarray(batch["decoder_segments"])[np.asarray(batch["decoder_targets"]) != 0]
+    return logits[np.asarray(batch["decoder_targets"]) != 0][np.argsort(order, kind="stable")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A moved model with what one compiled program says of it."""
+
+    model: T5
+    parts: Split
+    batch: dict[str, jax.Array]
+    loss: float
+    logits: np.ndarray
+    gradient: Any
+
+
+@pytest.fixture(scope="module")
+def case():
+    @functools.cache
+    def made(kind: str) -> Case:
+        model = attached(kind, moved=True)
+        parts, rows = split(model), batch(model)
+        loss, logits, gradient = tiny.loss_logits_gradient(parts, rows)
+        return Case(model, parts, rows, float(loss), logits, gradient)
+
+    return made
+
+
+def test_it_says_what_it_is_and_survives_a_config(kind, tmp_path):
+    method = settings(kind)
+    assert method.paper.rpartition(", ")[2].isdigit()
+    assert type(method).__doc__
+    run = parse(Run, {"task": "sentiment_movie", "methods": [method.model_dump()]}, "test")
+    assert run.methods == [method]
+    (tmp_path / "run.yaml").write_text(to_yaml(run))
+    assert load_run(tmp_path / "run.yaml") == run
+
+
+def test_attaching_keeps_every_weight_and_the_same_key_gives_the_same_bits(kind):
+    plain = dict(flatten(nnx.to_pure_dict(nnx.state(tiny.model()))))
+    parts = split(attached(kind))
+    everything = {path.replace(".inner", ""): leaf for path, leaf in flatten(parts.frozen)}
+    everything |= {path.replace(".inner", ""): leaf for path, leaf in flatten(parts.trainable)}
+    for path, leaf in plain.items():
+        np.testing.assert_array_equal(everything[path], leaf, err_msg=path)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(parts.trainable))
+    jax.tree.map(np.testing.assert_array_equal, split(attached(kind)).trainable, parts.trainable)
+
+
+def test_where_it_says_so_it_starts_as_the_identity(kind):
+    if METHODS[kind].identity_at_start:
+        model = attached(kind)
+        rows = batch(model)
+        found = tiny.loss_logits_gradient(split(model), rows)[1]
+        np.testing.assert_allclose(real_logits(found, rows), real_logits(_plain_logits(), rows), atol=1e-5)
+
+
+@functools.cache
+def _plain_logits() -> np.ndarray:
+    model = tiny.model()
+    return tiny.loss_logits_gradient(split(model), batch(model))[1]
+
+
+def test_gradients_of_all_that_trains_are_finite_and_those_of_finite_differences(kind, case):
+    made = case(kind)
+    assert jax.tree.structure(made.gradient) == jax.tree.structure(made.parts.trainable)
+    for path, slope in flatten(made.gradient):
+        assert np.isfinite(slope).all(), path
+        assert np.any(slope != 0), path
+    draw = np.random.default_rng(0)
+    direction = jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape), jnp.float32), made.parts.trainable)
+    size, step = float(optax.tree.norm(direction)), 2e-3
+
+    def loss(factor: float) -> float:
+        moved = jax.tree.map(lambda x, d: x + factor / size * d, made.parts.trainable, direction)
+        return float(tiny.loss_logits_gradient(dataclasses.replace(made.parts, trainable=moved), made.batch)[0])
+
+    expected = sum(jax.tree.leaves(jax.tree.map(lambda g, d: float(jnp.vdot(g, d)), made.gradient, direction)))
+    slope = float(optax.tree.norm(made.gradient))
+    assert (loss(step) - loss(-step)) / (2 * step) == pytest.approx(expected / size, rel=3e-2, abs=3e-3 * slope)
+
+
+def test_a_step_computes_no_gradient_of_a_frozen_weight(kind, case):
+    made = case(kind)
+
+    def loss(trainable, frozen):
+        return cross_entropy(made.parts.merge(trainable, frozen)(made.batch), made.batch["decoder_targets"])[0]
+
+    needed = operations.gradient_flops(loss, made.parts.trainable, made.parts.frozen)
+    run = Run(task="sentiment_movie", methods=[settings(kind)], dropout=0.0)  # type: ignore[arg-type, list-item]
+    step = make_step(run, made.parts, optax.sgd(1.0))
+    state = start(made.parts, optax.sgd(1.0))
+    assert operations.flops(step, state, made.parts.frozen, made.batch, tiny.key(0)) == needed
+
+
+@pytest.mark.parametrize("family", list(tiny.SHAPES))
+def test_it_attaches_to_every_family_in_bfloat16_with_dropout_and_rematerialisation(kind, family):
+    model = attached(kind, dtype="bfloat16", dropout=0.1, remat="full", **tiny.SHAPES[family])
+    parts, rows = split(model), batch(model)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(parts.trainable))
+
+    def run(trainable):  # traced only: the scan over layers refuses an activation whose dtype or shape has changed
+        merged = parts.merge(trainable, parts.frozen)
+        return merged.encode(rows["encoder_tokens"], key=tiny.key(0)), merged(rows, tiny.key(0))
+
+    encoded, logits = jax.eval_shape(run, parts.trainable)
+    assert encoded.dtype == jnp.bfloat16
+    assert (logits.shape, logits.dtype) == ((3, U, tiny.ROWS), jnp.float32)
+
+
+def start(parts: Split, optimizer: optax.GradientTransformation) -> dict[str, Any]:
+    trainable = jax.tree.map(jnp.copy, parts.trainable)
+    return {"trainable": trainable, "optimizer": optimizer.init(trainable), "step": jnp.zeros((), jnp.int32)}
+
+
+@pytest.mark.slow
+def test_unrolled_and_rematerialised_it_computes_the_same(kind, case):
+    made = case(kind)
+    other = attached(kind, moved=True, unroll=True, remat="full")
+    loss, logits, gradient = tiny.loss_logits_gradient(split(other), made.batch)
+    assert loss == pytest.approx(made.loss, rel=1e-5)
+    np.testing.assert_allclose(logits, made.logits, atol=1e-4)
+    scale = max(float(np.abs(slope).max()) for slope in jax.tree.leaves(made.gradient))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), gradient, made.gradient)
+
+
+def test_it_packs_or_says_why_not(kind, case):
+    reason = METHODS[kind].refuses_packing
+    if reason is not None:
+        assert reason
+        return
+    made = case(kind)
+    packed = batch(made.model, packed=True)
+    assert not np.asarray(packed["encoder_tokens"])[1:].any()
+    loss, logits, gradient = tiny.loss_logits_gradient(made.parts, packed)
+    assert float(loss) == pytest.approx(made.loss, rel=1e-5)
+    np.testing.assert_allclose(real_logits(logits, packed), real_logits(made.logits, made.batch), atol=1e-4)
+    scale = max(float(np.abs(slope).max()) for slope in jax.tree.leaves(made.gradient))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), gradient, made.gradient)
+
+
+def test_what_is_saved_is_loaded_to_the_bit(kind, case, tmp_path):
+    made = case(kind)
+    save_trained(made.model, tmp_path / "trained.safetensors", {})
+    other = attached(kind, seed=1)
+    put_trained(other, load_trained(tmp_path / "trained.safetensors")[0], "test")
+    assert nnx.graphdef(other) == nnx.graphdef(made.model)
+    jax.tree.map(np.testing.assert_array_equal, split(other).trainable, made.parts.trainable)
+
+
+def test_it_becomes_a_plain_t5_or_says_why_not(kind, case, tmp_path):
+    made, reason = case(kind), ""
+    try:
+        save_backbone(merged(made.model), tmp_path, "float32")
+    except UserError as error:
+        reason = str(error)
+    if reason:
+        assert re.fullmatch(r"methods: .*; expected .*; .*", reason)
+        return
+    loaded = load_backbone(tmp_path).model
+    found = tiny.loss_logits_gradient(split(loaded), made.batch)[1]
+    np.testing.assert_allclose(real_logits(found, made.batch), real_logits(made.logits, made.batch), atol=1e-4)
+    assert nnx.graphdef(loaded) == nnx.graphdef(tiny.model())
+
+
+def test_peft_gets_it_and_gives_it_back_or_it_says_why_not(kind, case, tmp_path):
+    made, method = case(kind), settings(kind)
+    reason = ""
+    try:
+        save_adapter(made.model, [method], tmp_path, None, {})
+    except UserError as error:
+        reason = str(error)
+    assert reason or method.peft_type
+    if reason:
+        assert re.fullmatch(r"methods: .*; expected .*; .*", reason)
+        return
+    model = tiny.model()
+    attach_adapter(model, tmp_path)
+    rows = batch(model)
+    found = tiny.loss_logits_gradient(split(model), rows)[1]
+    np.testing.assert_allclose(real_logits(found, rows), real_logits(made.logits, made.batch), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_it_learns_a_batch_and_leaves_frozen_weights_as_they_are(kind, case):
+    made = case(kind)
+    before = jax.tree.map(np.array, made.parts.frozen)
+    run = Run(task="sentiment_movie", methods=[settings(kind)], dropout=0.0, loss="mean")  # type: ignore
+    optimizer = build(AdamW(learning_rate=0.01), optax.constant_schedule(0.01), leaves(made.model))
+    step, state, losses = make_step(run, made.parts, optimizer), start(made.parts, optimizer), []
+    for _ in range(30):
+        state, measured = step(state, made.parts.frozen, made.batch, tiny.key(0))
+        losses.append(float(measured["loss"]))
+    assert losses[-1] < losses[0] - 0.02
+    jax.tree.map(np.testing.assert_array_equal, made.parts.frozen, before)
+    changed = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != b)), state["trainable"], made.parts.trainable)
+    assert all(jax.tree.leaves(changed))
+
+
+@pytest.mark.slow
+def test_greedy_decoding_with_its_caches_follows_the_logits(kind, case):
+    model, rows, steps = case(kind).model, case(kind).batch, 5
+    prompt = [] if model.prompt is None else list(model.prompt.placement.decoder)
+    ids = jnp.tile(jnp.asarray(prompt, jnp.int32), (3, 1)) if prompt else None
+    found, _ = jax.jit(greedy, static_argnums=2)(model, rows["encoder_tokens"], steps, decoder_prompt=ids)
+    found = np.asarray(found)
+    inputs = np.concatenate([np.tile(np.asarray([*prompt, 0], np.int32), (3, 1)), found[:, :-1]], 1)
+    inputs = {"encoder_tokens": rows["encoder_tokens"], "decoder_inputs": jnp.asarray(inputs)}
+    best = tiny.forward(model, inputs)[:, len(prompt) :].argmax(-1)
+    for row, expected in zip(found, best, strict=True):
+        real = [*row, 1].index(1) + 1
+        np.testing.assert_array_equal(row[:real], expected[:real])
