@@ -23,7 +23,7 @@ from softprompt_jax.tasks.packages import (
     split_rows,
     without_duplicates,
 )
-from softprompt_jax.tasks.sources import Files, Hub, pin, read_file, read_rows
+from softprompt_jax.tasks.sources import Files, Folder, Hub, available_splits, pin, read_file, read_rows
 
 ROWS = [{"text": 'she said "hi", twice', "label": 1}, {"text": "NA", "label": 0}, {"text": "naïve\tcafé", "label": 1}]
 
@@ -308,3 +308,36 @@ def test_package_tasks_have_disjoint_splits_of_known_size(name, sizes, majority_
         assert not reviews[0] & reviews[1] | reviews[0] & reviews[2] | reviews[1] & reviews[2]
     targets = {split: [example.target for example in examples] for split, examples in sets.items()}
     assert majority(targets["train"], targets["test"]) == pytest.approx(majority_test, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------------------- folders
+
+
+def test_folder_has_a_file_or_a_folder_of_files_per_split(tmp_path):
+    (tmp_path / "train").mkdir()
+    for name, text in (("train/b.csv", "two"), ("train/a.csv", "one"), ("test.csv", "three")):
+        (tmp_path / name).write_text(f"text,label\n{text},x\n", encoding="utf-8")
+    (tmp_path / "train" / "README.md").write_text("not data")
+    source = Folder(path=str(tmp_path))
+    assert available_splits(source) == ["train", "test"]
+    assert [row["text"] for _, row in read_rows(source, "train", "here")] == ["one", "two"]
+    assert list(read_rows(source, "test", "here")) == [(f"{tmp_path}/test.csv:2", {"text": "three", "label": "x"})]
+    assert "here: no split 'validation'; found train, test" in error_of(read_rows, source, "validation", "here")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (None, "no such folder; expected one with train.jsonl"),
+        ([], "found nothing; expected train, validation or test with .jsonl, .csv, .tsv, .parquet"),
+        (["dev.jsonl", "trains.jsonl"], "found dev.jsonl, trains.jsonl; expected train, validation or test with"),
+        (["train.jsonl", "train.csv"], "expected one file train, or a folder train/ with all"),
+    ],
+)
+def test_folder_without_splits_is_one_line(tmp_path, names, message):
+    folder = tmp_path / "data"
+    if names is not None:
+        folder.mkdir()
+        for name in names:
+            (folder / name).touch()
+    assert message in error_of(available_splits, Folder(path=str(folder)))

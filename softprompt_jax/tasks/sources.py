@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,14 @@ class Files(Settings):
     validation: str | None = None
     test: str | None = None
     quotes: bool = True
+
+
+class Folder(Settings):
+    """A folder with a file per split (`train.jsonl`, `validation.csv`), or a folder of files (`train/part1.jsonl`)."""
+
+    kind: Literal["folder"] = "folder"
+    path: str
+    quotes: bool = True  # as in files
 
 
 class Hub(Settings):
@@ -62,19 +71,24 @@ class Hub(Settings):
 CONVERSION = "refs/convert/parquet"  # the hub's branch for it, with the files CONFIG/SPLIT/0000.parquet, ...
 
 
-Source = Annotated[Files | Hub | Package, pydantic.Field(discriminator="kind")]
+Source = Annotated[Files | Folder | Hub | Package, pydantic.Field(discriminator="kind")]
 
 
-def available_splits(source: Files | Hub | Package) -> list[str]:
+SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+
+
+def available_splits(source: Files | Folder | Hub | Package) -> list[str]:
     """Return the splits that a source names, in the order train, validation, test, others."""
     if isinstance(source, Files):
         return [split for split in SPLITS if getattr(source, split) is not None]
+    if isinstance(source, Folder):
+        return list(split_files(source))
     if isinstance(source, Hub):
         return sorted(source.splits, key=lambda split: SPLITS.index(split) if split in SPLITS else len(SPLITS))
     return list(SPLITS)
 
 
-def read_rows(source: Files | Hub | Package, split: str, where: str) -> Iterator[tuple[str, Row]]:
+def read_rows(source: Files | Folder | Hub | Package, split: str, where: str) -> Iterator[tuple[str, Row]]:
     """Yield (place, row) for every row of a split; the place is "file:line" or "source split row"."""
     known = available_splits(source)
     if split not in known:
@@ -84,12 +98,34 @@ def read_rows(source: Files | Hub | Package, split: str, where: str) -> Iterator
         )
     if isinstance(source, Files):
         return read_file(getattr(source, split), source.quotes)
+    if isinstance(source, Folder):
+        return itertools.chain.from_iterable(read_file(path, source.quotes) for path in split_files(source)[split])
     if isinstance(source, Hub):
         return _hub_rows(source, split, where)
     return package_rows(source, split, where)
 
 
 # ---------------------------------------------------------------------------------------------- files
+
+
+def split_files(source: Folder) -> dict[str, list[Path]]:
+    """Return the data files of each split that a folder has, those of a split's own folder in the order of names."""
+    folder = Path(source.path)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected one with train.jsonl, validation.jsonl and the like")
+    found: dict[str, list[Path]] = {}
+    for split in SPLITS:
+        alone = [path for path in folder.glob(f"{split}.*") if path.suffix.lower() in SUFFIXES]
+        files = alone + sorted(path for path in folder.glob(f"{split}/*") if path.suffix.lower() in SUFFIXES)
+        if alone and len(files) > 1:
+            names = ", ".join(str(path.relative_to(folder)) for path in files)
+            raise UserError(f"{folder}: found {names}; expected one file {split}, or a folder {split}/ with all")
+        if files:
+            found[split] = files
+    if not found:
+        names = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise UserError(f"{folder}: found {names}; expected train, validation or test with {', '.join(SUFFIXES)}")
+    return found
 
 
 def read_file(path: str | Path, quotes: bool = True) -> Iterator[tuple[str, Row]]:
@@ -103,7 +139,7 @@ def read_file(path: str | Path, quotes: bool = True) -> Iterator[tuple[str, Row]
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         return _parquet_rows(path)
-    if suffix in (".jsonl", ".csv", ".tsv"):
+    if suffix in SUFFIXES:
         lines = _jsonl_rows if suffix == ".jsonl" else lambda p: _csv_rows(p, "," if suffix == ".csv" else "\t", quotes)
         return _decoded(path, lines(path))
     raise UserError(f"{path}: found the suffix {suffix!r}; expected .jsonl, .csv, .tsv or .parquet; convert the file")

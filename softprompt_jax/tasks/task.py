@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 
 from softprompt_jax.config import Settings, UserError, nearest
+from softprompt_jax.tasks.few_shot import FewShot
 from softprompt_jax.tasks.metrics import METRICS
 from softprompt_jax.tasks.preparations import POSTPROCESSORS, PREPARATIONS, one_space
 from softprompt_jax.tasks.sources import Source, available_splits, read_rows
@@ -66,6 +67,7 @@ class Task(Settings):
     metrics: list[str] = pydantic.Field(["accuracy"])
     predict_by: Literal["decoding", "likelihood", "likelihood_per_token"] = "decoding"  # of the label words
     keep: dict[str, str] = pydantic.Field({})  # only rows whose fields have these values
+    few_shot: FewShot | None = None  # so many examples of the train split only
     prepare: str | None = None  # what a template cannot do, see preparations.py
     one_space: bool = False  # make one space of each run of white space in the input
     answers_field: str | None = None  # a list of acceptable answers, of which metrics take the best
@@ -152,7 +154,12 @@ def load(task: Task, split: str) -> list[Example]:
 
 def iterate(task: Task, split: str, labelled: bool = True) -> Iterator[Example]:
     """Yield the examples of a split one by one, for sets that are too large for a list."""
-    return examples(task, read_rows(task.source, split, f"task {task.name}"), labelled, split)
+    found = examples(task, read_rows(task.source, split, f"task {task.name}"), labelled, split)
+    if task.few_shot is None or split != "train" or not labelled:
+        return found
+    every = list(found)
+    chosen = task.few_shot.choose([e.target for e in every], task.words, f"task {task.name}: {split}")
+    return iter([every[number] for number in chosen])
 
 
 def splits(task: Task) -> list[str]:

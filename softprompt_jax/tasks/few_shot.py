@@ -1,0 +1,33 @@
+"""A few examples of a large set: the same ones for the same seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pydantic
+
+from softprompt_jax.config import Settings, UserError
+
+
+class FewShot(Settings):
+    """`count` examples of the train split: of each label word, or in all where any text is a target."""
+
+    count: int = pydantic.Field(gt=0)
+    seed: int = 0
+
+    def choose(self, targets: Sequence[str], words: Sequence[str] | None, where: str) -> list[int]:
+        """Return the numbers of the chosen examples in ascending order.
+
+        A label word with fewer than `count` examples is a UserError.
+        """
+        groups = {f" of {word!r}": [i for i, target in enumerate(targets) if target == word] for word in words or ()}
+        groups = groups or {"": list(range(len(targets)))}
+        random, chosen = np.random.Generator(np.random.PCG64(self.seed)), []
+        for name, members in groups.items():
+            if len(members) < self.count:
+                raise UserError(
+                    f"{where}: found {len(members)} examples{name}; few_shot.count expected {self.count}; lower it"
+                )
+            chosen += random.permutation(members)[: self.count].tolist()
+        return sorted(chosen)
