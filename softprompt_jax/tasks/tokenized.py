@@ -182,7 +182,7 @@ def _read(path: Path) -> TokenizedSet | None:
     if not path.is_file():
         return None
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             values: dict[str, Any] = {name: stored[name] for name in _FIELDS}
     except Exception:  # zipfile and NumPy raise nearly anything for a damaged file
         return None
