@@ -60,11 +60,7 @@ class TaskRun:
         if isinstance(self.run.task, Mixture):
             described = [f"{text} at {rate:.1%}" for text, rate in zip(described, self.rates, strict=True)]
             described[0] = f"mixture {self.run.task_name}: {described[0]}"
-        inputs, targets = (
-            sum(getattr(tokens, name) for task in self.tasks for tokens in task.tokens.values())
-            for name in ("truncated_inputs", "truncated_targets")
-        )
-        batches = self.train_batches
+        inputs, targets, batches = self._truncated("inputs"), self._truncated("targets"), self.train_batches
         shapes = ", ".join(f"{t}/{u}" for t, u in batches.shapes)
         packed = f"packed in {batches.rows} rows of {shapes}, {batches.examples_per_batch:.1f} examples a step"
         line = (
@@ -72,6 +68,20 @@ class TaskRun:
             f"padding {batches.padding_share:.0%}; {inputs} inputs truncated to {self.run.max_input_tokens} tokens"
         )
         return f"{line}, {targets} targets to {self.run.max_target_tokens}" if self.run.truncate_targets else line
+
+    def _truncated(self, side: str) -> int:
+        return sum(getattr(tokens, f"truncated_{side}") for task in self.tasks for tokens in task.tokens.values())
+
+    def measures(self) -> dict[str, float]:
+        """Return what was found of the data: of the first epoch, and truncations in all splits."""
+        batches = self.train_batches
+        return {
+            "examples_per_batch": round(batches.examples_per_batch, 2),
+            "batches_per_epoch": batches.batches_per_epoch,
+            "padding": round(batches.padding_share, 4),
+            "truncated_inputs": self._truncated("inputs"),
+            "truncated_targets": self._truncated("targets"),
+        }
 
     def batches(self, first: int) -> Iterator[dict[str, np.ndarray]]:
         """Yield the batches from step `first` on."""
@@ -204,6 +214,10 @@ class PretrainingRun:
     def describe(self) -> str:
         """Say in a line what the data are."""
         return f"pre-training: shapes {', '.join(f'{t}/{u}' for t, u in self.data.shapes)}"
+
+    def measures(self) -> dict[str, float]:
+        """Return nothing: the data are made as they are needed."""
+        return {}
 
     def batches(self, first: int) -> Iterator[dict[str, np.ndarray]]:
         """Yield the batches from step `first` on."""

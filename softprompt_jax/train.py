@@ -108,6 +108,7 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
     # ---- the loop
     reporter.start("train", first, run.steps)
     if first == 0:
+        log.write({"step": 0, "data": data.measures()})
         evaluate(0, state)  # the start; also shows at once whether evaluation works
     batches = data.batches(first)
     preemption = opened.enter_context(Preemption())

@@ -48,6 +48,13 @@ def test_metrics_have_a_line_per_logged_step(small, prompt_run):
         assert set(line) == {"step", "loss", "learning_rate", "examples_per_s", "tokens_per_s", "padding", "seconds"}
         assert line["learning_rate"] == pytest.approx(0.3)
         assert line["tokens_per_s"] > line["examples_per_s"] > 0
+    assert lines[0]["step"] == 0
+    assert set(lines[0]["data"]) == {
+        *("examples_per_batch", "batches_per_epoch", "padding", "truncated_inputs", "truncated_targets")
+    }
+    assert lines[0]["data"]["examples_per_batch"] == 8
+    assert lines[0]["data"]["truncated_inputs"] == 0
+    assert trained[-1]["padding"] == pytest.approx(lines[0]["data"]["padding"], abs=0.05)
     scored = [line for line in lines if "validation" in line]
     assert [line["step"] for line in scored] == [0, 10, 20, 30, 40]
     assert all(line["validation"]["count"] == 16 for line in scored)
