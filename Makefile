@@ -20,7 +20,7 @@ STAMP = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-torch test-network benchmark lint format clean
+.PHONY: help install demo test test-slow test-torch test-libtpu test-network benchmark lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,12 +47,16 @@ test: install  ## run the default tests (no torch, no network, under 5 minutes)
 	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8 $(PYTEST_ARGS)
 
 test-slow: install  ## run the long tests
-	$(VENV)/bin/python -m pytest -m "slow and not network and not torch and not seqio and not tpu and not gpu" $(PYTEST_ARGS) \
+	$(VENV)/bin/python -m pytest -m "slow and not network and not torch and not seqio and not tpu and not libtpu and not gpu" $(PYTEST_ARGS) \
 		|| test $$? -eq 5  # pytest's word for "no such tests", as long as there are none
 
 test-torch:  ## compare with PyTorch and PEFT, in an environment of its own (.venv-torch)
 	$(MAKE) install VENV=.venv-torch EXTRAS=dev,torch
 	.venv-torch/bin/python -m pytest -m "torch and not slow" $(PYTEST_ARGS)
+
+test-libtpu:  ## compile for TPUs without one, in an environment of its own (.venv-tpu)
+	$(MAKE) install VENV=.venv-tpu EXTRAS=dev,tpu
+	.venv-tpu/bin/python -m pytest -m libtpu $(PYTEST_ARGS)
 
 test-network: install  ## run the tests that download
 	HF_HUB_OFFLINE=0 $(VENV)/bin/python -m pytest -m "network and not torch and not slow" $(PYTEST_ARGS)
@@ -71,4 +75,4 @@ format: install  ## format and mend what ruff can mend
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove environments and caches, keep runs
-	rm -rf .venv .venv-torch .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-torch .venv-tpu .pytest_cache .ruff_cache build dist *.egg-info

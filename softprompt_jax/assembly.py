@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from softprompt_jax import methods
+from softprompt_jax import methods, sharding
 from softprompt_jax.backbone.pretrained import Backbone, find_folder, load_backbone
-from softprompt_jax.backbone.quantized import quantize
+from softprompt_jax.backbone.quantized import Quantization, quantized
 from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.config import UserError
 from softprompt_jax.interop import load_prompt
@@ -46,12 +46,13 @@ def assemble(run: Run) -> Assembly:
     backbone = (
         new_backbone(run.backbone, run.seed)
         if isinstance(run.backbone, Scratch)
-        else load_backbone(run.backbone, run.dtype)
+        else load_backbone(run.backbone, run.dtype, sharding.of_weights(), run.quantize)
     )
-    model = with_settings(backbone.model, dropout=run.dropout, remat=run.remat, unroll=run.unroll)
+    kind = None if isinstance(run.backbone, Scratch) else run.quantize
+    model = with_settings(backbone.model, kind, dropout=run.dropout, remat=run.remat, unroll=run.unroll)
     model.dtype = run.dtype
-    if run.quantize is not None:
-        quantize(model, run.quantize)
+    if run.quantize is not None and isinstance(run.backbone, Scratch):
+        quantized(model, run.quantize)
     tokenizer = load_tokenizer(backbone.folder)
     methods.attach(run.methods, model, jax.random.key(run.seed), context(run, tokenizer))
     check_own_prompts(run, model)
@@ -64,11 +65,15 @@ def new_backbone(scratch: Scratch, seed: int) -> Backbone:
     return Backbone(model, find_folder(scratch.tokenizer), "scratch")
 
 
-def with_settings(model: T5, **changes) -> T5:
-    """Return the model with other dropout or remat, sharing its weights."""
+def with_settings(model: T5, quantize: Quantization | None = None, **changes) -> T5:
+    """Return the model, which is quantised so, with other dropout or remat, sharing its weights."""
     settings = model.settings.model_copy(update=changes)
-    shell = nnx.eval_shape(lambda: T5(settings, jax.random.key(0), model.dtype))
-    return nnx.merge(nnx.graphdef(shell), nnx.state(model))
+
+    def build() -> T5:
+        shell = T5(settings, jax.random.key(0), model.dtype)
+        return shell if quantize is None else quantized(shell, quantize)
+
+    return nnx.merge(nnx.graphdef(nnx.eval_shape(build)), nnx.state(model))
 
 
 def context(run: Run, tokenizer: Tokenizer) -> methods.Context:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import enum
 import errno
+import importlib.util
 import io
 import json
 import logging
@@ -189,6 +190,36 @@ def tasks() -> None:
 
 
 @app.command()
+def plan(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file with the run's settings.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that differ, e.g. batch_size=64.")
+    ] = None,
+    topology: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CHIP:SHAPE", help="v5e:2x4, v5p:4x4x4, h100:8; repeat it for several.", show_default=False
+        ),
+    ] = None,
+    utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="Share of peak assumed for examples/s.")] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per topology.")] = False,
+) -> None:
+    """Say what a run takes on machines you do not have: compile its step for them, ahead of time.
+
+    TPUs need the extra `tpu`, but no TPU. Exit code 3: it does not fit on one of them.
+    """
+    from softprompt_jax import plan as planning
+
+    if not topology:
+        raise UserError("plan: no topology; expected at least one; add --topology v5e:2x4")
+    answers = planning.plan(config, overrides or [], topology, utilisation)
+    for answer in answers:
+        print(json.dumps(answer) if as_json else planning.describe(answer))
+    if not all(answer["fits"] for answer in answers):
+        raise typer.Exit(planning.DOES_NOT_FIT)
+
+
+@app.command()
 def tokenizer(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A pre-training run; its texts are used.")],
     to: Annotated[str, typer.Option(metavar="FOLDER", help="Where to write it.")],
@@ -208,6 +239,9 @@ def main() -> None:
     """Run the command line and exit."""
     keep_freed_memory()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if importlib.util.find_spec("libtpu") and not any(Path("/dev").glob("accel*")) and not Path("/dev/vfio").exists():
+        # An installed libtpu would look for a TPU, and wait for it.
+        os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if Path("/dev/nvidia0").exists() else "cpu")
     # What fails in a thread that writes a checkpoint is raised again where it is waited for: tell it once.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     threading.excepthook = lambda _: None

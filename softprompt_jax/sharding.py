@@ -7,7 +7,7 @@ share the batch and each holds all weights: a prompt's gradient is then all that
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -71,7 +71,13 @@ def weight_spec(sizes: Mapping[str, int], axes: Sequence[str], shape: Sequence[i
 def variable_sharding(mesh: jax.sharding.Mesh, variable: nnx.Variable) -> NamedSharding:
     """Return where a weight lies, by the axes that it names."""
     axes = variable.get_metadata().get("axes", ())
-    return NamedSharding(mesh, weight_spec(mesh.shape, axes, variable[...].shape))
+    return NamedSharding(mesh, weight_spec(mesh.shape, axes, variable.shape))
+
+
+def of_weights() -> Callable[[nnx.Variable], NamedSharding] | None:
+    """Return what tells a loader where each weight lies; None without a mesh."""
+    mesh = _mesh()
+    return None if mesh is None else lambda variable: variable_sharding(mesh, variable)
 
 
 def place(model: Model) -> Model:
@@ -81,7 +87,7 @@ def place(model: Model) -> Model:
         return model
     graphdef, state = nnx.split(model)
     placed = jax.tree.map(
-        lambda variable: variable.replace(put(variable[...], variable_sharding(mesh, variable))),
+        lambda variable: variable.replace(put(variable.get_value(), variable_sharding(mesh, variable))),
         state,
         is_leaf=lambda node: isinstance(node, nnx.Variable),
     )
@@ -122,8 +128,15 @@ def check(rows: int, heads: int) -> None:
         raise UserError(f"mesh: tensor is {tensor}; expected a divisor of the backbone's {heads} heads; change mesh")
 
 
-def put(value: Any, sharding: NamedSharding) -> jax.Array:
-    """Lay an array out that every process holds whole."""
+def described(state: Any, layout: Any) -> Any:
+    """Return an abstract state that knows where it lies."""
+    return state if layout is None else jax.tree.map(put, state, layout)
+
+
+def put(value: Any, sharding: NamedSharding) -> Any:
+    """Lay an array out that every process holds whole, or say of an abstract one where it lies."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
     if sharding.is_fully_addressable:
         return jax.device_put(value, sharding)
     whole = np.asarray(value)
@@ -214,9 +227,10 @@ def describe() -> str:
 
 
 def _mesh() -> jax.sharding.Mesh | None:
-    """Return the mesh that is entered, if it has several devices."""
+    """Return the mesh that is entered, unless it is the one device that everything is on anyway."""
     mesh = jax.sharding.get_mesh()
-    return None if mesh.empty or mesh.size == 1 else mesh
+    alone = not mesh.empty and mesh.size == 1 and mesh.devices.item() == jax.local_devices()[0]
+    return None if mesh.empty or alone else mesh
 
 
 def _path(keys: tuple) -> str:

@@ -16,7 +16,7 @@ import optax
 
 import softprompt_jax
 from softprompt_jax import config, interop, optimizers, sharding
-from softprompt_jax.assembly import Assembly, assemble
+from softprompt_jax.assembly import assemble
 from softprompt_jax.checkpoint import Checkpoints
 from softprompt_jax.config import UserError, differences, settings_hash, to_yaml
 from softprompt_jax.losses import cross_entropy
@@ -49,17 +49,15 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
     if (finished := folder / "result.json").exists():
         reporter.line(f"{folder}: finished already; delete the folder to run it again")
         return json.loads(finished.read_text())
-    assembly = assemble(run)  # on one device, before the others come in
     with contextlib.ExitStack() as opened:
         opened.enter_context(jax.set_mesh(mesh))
-        return _train(run, assembly, folder, reporter, opened)
+        return _train(run, folder, reporter, opened)
 
 
-def _train(
-    run: Run, assembly: Assembly, folder: Path, reporter: Reporter, opened: contextlib.ExitStack
-) -> dict[str, Any]:
+def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitStack) -> dict[str, Any]:
     """Train a run whose folder is prepared; `opened` ends what must be ended, also after an error."""
     # ---- model, data, step
+    assembly = assemble(run)
     rows = sharding.row_shards() if run.packing else run.batch_size // run.accumulate  # packed rows follow the mesh
     sharding.check(rows, assembly.model.settings.num_heads)
     model = sharding.place(assembly.model)

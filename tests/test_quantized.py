@@ -9,7 +9,8 @@ import pytest
 import tiny
 from flax import nnx
 
-from softprompt_jax.backbone.quantized import NF4_LEVELS, QuantizedLinear, pack, quantize, unpack
+from softprompt_jax.backbone.pretrained import load_backbone
+from softprompt_jax.backbone.quantized import NF4_LEVELS, QuantizedLinear, pack, quantized, unpack
 from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.config import UserError
 from softprompt_jax.methods import Context, Full, split
@@ -63,7 +64,7 @@ def test_zero_columns_stay_zero():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_product_and_its_gradient_are_those_of_the_unpacked_kernel(kind):
-    model = quantize(tiny.model(), kind)
+    model = quantized(tiny.model(), kind)
     linear = jax.tree.map(lambda x: x[0], model.encoder.layers.attention.query)
     assert isinstance(linear, QuantizedLinear)
     x, change = draw(3, 5, 16), draw(3, 5, 16)
@@ -76,7 +77,7 @@ def test_the_product_and_its_gradient_are_those_of_the_unpacked_kernel(kind):
 @pytest.mark.parametrize(("kind", "apart"), [("int8", 0.05), ("nf4", 0.6)])
 def test_logits_and_the_prompts_gradient_stay_near(kind, apart):
     wide = {"d_model": 64, "d_kv": 16, "d_ff": 96}
-    plain, small = tiny.model(prompt=3, **wide), quantize(tiny.model(prompt=3, **wide), kind)
+    plain, small = tiny.model(prompt=3, **wide), quantized(tiny.model(prompt=3, **wide), kind)
     batch = tiny.batch(prompt=3)
     (_, logits, gradient), (_, near_logits, near) = (
         tiny.loss_logits_gradient(split(model), batch) for model in (plain, small)
@@ -94,7 +95,7 @@ def test_the_backward_pass_keeps_no_unpacked_weights():
         def build():
             model = T5(tiny.settings(**sizes), jax.random.key(0))
             attach_rows(model, jnp.zeros((2, 128)))
-            return quantize(model, kind) if kind else model
+            return quantized(model, kind) if kind else model
 
         parts = split(nnx.eval_shape(build))
         batch = jax.eval_shape(lambda: tiny.batch(rows=1, length=4, targets=2, prompt=2))
@@ -114,16 +115,25 @@ def test_the_backward_pass_keeps_no_unpacked_weights():
 
 
 def test_quantised_weights_refuse_to_train_and_to_be_quantised_again():
-    model = quantize(tiny.model(), "int8")
+    model = quantized(tiny.model(), "int8")
     with pytest.raises(UserError, match="is quantised and cannot train"):
         Full().attach(model, jax.random.key(0), Context(list))
     with pytest.raises(UserError, match="is quantised already"):
-        quantize(model, "int8")
+        quantized(model, "int8")
 
 
 def test_merging_gives_plain_weights_with_the_same_function():
-    model = quantize(tiny.model(), "int8")
+    model = quantized(tiny.model(), "int8")
     whole = merged(model)
     batch = tiny.batch()
     np.testing.assert_allclose(tiny.forward(whole, batch), tiny.forward(model, batch), atol=1e-4)
     assert not isinstance(whole.encoder.layers.attention.query, QuantizedLinear)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loading_quantises_on_the_way_in(small, kind):
+    loaded = load_backbone(small.backbone, quantize=kind).model
+    whole = quantized(load_backbone(small.backbone).model, kind)
+    for one, other in zip(jax.tree.leaves(nnx.state(loaded)), jax.tree.leaves(nnx.state(whole)), strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert nnx.graphdef(loaded) == nnx.graphdef(whole)

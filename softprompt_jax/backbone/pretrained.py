@@ -17,6 +17,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from softprompt_jax.backbone import t5x
+from softprompt_jax.backbone.quantized import Quantization, pack_layers, quantized
 from softprompt_jax.backbone.t5 import T5, T5Settings, abstract
 from softprompt_jax.backbone.tensors import Tensor, open_safetensors, read_stacked, same
 from softprompt_jax.backbone.torch_file import open_torch
@@ -58,12 +59,14 @@ def load_backbone(
     source: str | Path = "embedded",
     dtype: str = "float32",
     sharding: Callable[[nnx.Variable], jax.sharding.Sharding] | None = None,
+    quantize: Quantization | None = None,
 ) -> Backbone:
     """Load a T5: `embedded` (the small one that ships here), a Hugging Face folder or hub name, a T5X checkpoint.
 
     A T5X checkpoint is a local folder or `gs://`. Weights become `dtype` on the way in; norms, softmax and
     logits compute in float32 regardless. `sharding` tells where each weight lies (default: one device): slices
-    go straight there, and no process reads more than its own.
+    go straight there, and no process reads more than its own. `quantize` packs the kernels of the layers into int8
+    or nf4 as they come in, so that the model is never whole in `dtype`.
     Errors: UserError names the folder, tensor or setting that does not fit.
     """
     settings, tensors, folder = _open(source)
@@ -83,8 +86,14 @@ def load_backbone(
             lambda index: read_stacked(parts, shape, index, jnp.dtype(dtype)),
         )
 
-    variables = flatten(nnx.to_pure_dict(state, extract_fn=lambda variable: variable))
-    nnx.replace_by_pure_dict(state, unflatten({path: load(path, variable) for path, variable in variables}))
+    loaded = {}
+    for path, variable in flatten(nnx.to_pure_dict(state, extract_fn=lambda variable: variable)):
+        loaded[path] = load(path, variable)
+        if quantize is not None and _stacked(path) and path.endswith(".kernel"):
+            loaded[path], loaded[f"{path.removesuffix('.kernel')}.scale"] = pack_layers(loaded[path], quantize)
+    if quantize is not None:
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: quantized(T5(settings, jax.random.key(0), dtype), quantize)))
+    nnx.replace_by_pure_dict(state, unflatten(loaded))
     return Backbone(nnx.merge(graphdef, state), folder, str(source))
 
 
@@ -257,6 +266,11 @@ def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
             place = place.setdefault(parent, {})
         place[last] = leaf
     return tree
+
+
+def load_settings(source: str | Path) -> T5Settings:
+    """Read what a source is, without its weights."""
+    return _open(source)[0]
 
 
 def _open(source: str | Path) -> tuple[T5Settings, dict[str, Tensor], Path]:

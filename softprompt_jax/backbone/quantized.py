@@ -9,6 +9,7 @@ weight outlives its product.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -85,7 +86,13 @@ def unpack(stored: jax.Array, scale: jax.Array, kind: Quantization, dtype: Any) 
     return (blocks * scale[..., None, :]).reshape(*layers, 2 * half, columns).astype(dtype)
 
 
-def quantize(model: T5, kind: Quantization) -> T5:
+@functools.partial(jax.jit, static_argnames="kind")
+def pack_layers(kernel: Float[Array, "L in out"], kind: Quantization) -> tuple[jax.Array, jax.Array]:
+    """Pack a stack of kernels layer by layer, in memory for one more layer."""
+    return jax.lax.map(lambda layer: pack(layer, kind), kernel)
+
+
+def quantized(model: T5, kind: Quantization) -> T5:
     """Replace the kernels of all layers by quantised ones, in place, one after the other."""
     for stack in (model.encoder, model.decoder):
         for owner in (stack.layers.attention, stack.layers.cross, stack.layers.feed_forward):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -232,9 +233,10 @@ class SoftPrompt(PromptTable):
 
 def embedding_scale(model: T5) -> float:
     """Return the backbone's embedding RMS over T5's 10.7; exactly 1 for every published T5 size."""
-    if published(model.settings):
+    table = model.embedding[...]
+    if published(model.settings) or isinstance(table, Tracer):  # or only shapes are asked for
         return 1.0
-    table = model.embedding[...].astype(jnp.float32)
+    table = table.astype(jnp.float32)
     return float(jnp.sqrt(jnp.mean(table * table))) / T5_EMBEDDING_RMS
 
 

@@ -201,4 +201,4 @@ def merged(model: T5) -> T5:
 
 def _describe(variable: nnx.Variable) -> tuple[bool, float]:
     metadata = variable.get_metadata()
-    return variable[...].ndim > len(metadata["axes"]), metadata.get("learning_rate_scale", 1.0)
+    return len(variable.shape) > len(metadata["axes"]), metadata.get("learning_rate_scale", 1.0)

@@ -1,0 +1,158 @@
+"""What a run takes elsewhere: counted by hand where a hand can, and by libtpu where the extra `tpu` is installed."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from softprompt_jax import plan
+from softprompt_jax.config import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+TASK = {"name": "none", "source": {"kind": "files", "train": "none.jsonl"}}
+XXL_WIDTH = {"vocabulary_rows": 32128, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_heads": 64}
+
+
+def write(path: Path, **changes) -> str:
+    settings = {"task": TASK, "backbone": "google/t5-v1_1-small", "batch_size": 8, "max_input_tokens": 28, **changes}
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("v5:2x4", "unknown chip; expected one of v2, .*did you mean v5p or v5e"),
+        ("v5e", "expected CHIP:SHAPE"),
+        ("v5e:2x", "expected CHIP:SHAPE"),
+        ("h100:0", "expected CHIP:SHAPE"),
+    ],
+)
+def test_a_topology_that_is_none_is_told_in_one_line(text, message):
+    with pytest.raises(UserError, match=message):
+        plan.parse_topology(text)
+
+
+def test_collectives_in_a_loop_count_as_often_as_it_runs():
+    program = """HloModule step
+%body (x: f32[8]) -> f32[8] {
+  %gather = bf16[16,4]{1,0} all-gather(%x), dimensions={0}
+  ROOT %start = (f32[8]{0}, f32[8]{0}) all-reduce-start(%x), to_apply=%add
+}
+%cond (x: f32[8]) -> pred[] {
+  ROOT %p = pred[] constant(true)
+}
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %w = f32[8]{0} while(%x), condition=%cond, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %r = f32[2,8]{1,0} all-reduce(%w), to_apply=%add
+}
+"""
+    assert plan.collective_bytes(program) == {"all-gather": 3 * 16 * 4 * 2, "all-reduce": 3 * 2 * 8 * 4 + 2 * 8 * 4}
+
+
+def test_the_compilers_refusal_says_how_much_it_would_need():
+    assert plan._used("RESOURCE_EXHAUSTED: Used 23.50G of 15.75G hbm. Exceeded") == int(23.5 * plan.GIB)
+    assert plan._used("RESOURCE_EXHAUSTED: something else") is None
+
+
+def test_products_are_those_of_the_paper_model_counted_by_hand(tmp_path):
+    """T5 1.1 small: 8 layers, D 512, inner 384, F 1024; encoder 128 with the prompt, decoder 64."""
+    from softprompt_jax.run import load_run
+
+    run = load_run(write(tmp_path / "run.yaml"))
+    step, arguments, parts = plan.abstract_step(run)
+    B, T, U, D, inner, F, V, P = 8, 128, 64, 512, 384, 1024, 32128, 100
+    attention, feed = 2 * 4 * D * inner, 2 * 3 * D * F
+    encoder = 8 * B * T * (attention + feed + 4 * T * inner)
+    decoder = (
+        8 * B * (U * (attention + 2 * 2 * D * inner + feed + 4 * U * inner + 4 * T * inner) + T * 2 * 2 * D * inner)
+    )
+    forward = encoder + decoder + 2 * B * U * D * V
+    scores = 8 * B * (T * T + U * U + U * T) * 2 * 2 * inner  # attention products have two gradients each
+    lookup = 2 * B * T * P * D
+    # The first layer's gradient stops at the decoder's text and the prompt; nothing else is left out.
+    expected = 2 * forward + scores + 2 * lookup
+    counted = plan.product_flops(step.trace(*arguments).jaxpr.jaxpr)
+    assert counted == pytest.approx(expected, rel=0.02)
+    assert plan.local_bytes(parts.frozen) == 4 * 76_961_152
+    assert plan.local_bytes(parts.trainable) == 4 * P * D
+
+
+def test_advice_starts_with_what_costs_least(tmp_path):
+    from softprompt_jax.run import load_run
+
+    answer = {"weights_bytes": 20 * plan.GIB, "limit_bytes": 16 * plan.GIB, "rows_per_device": 4}
+    run = load_run(write(tmp_path / "run.yaml"))
+    said = plan.advice(run, answer, 8)
+    assert said == ["dtype=bfloat16", "remat=full", "quantize=int8", "mesh={data: 1, fsdp: -1}", "accumulate=2"]
+    done = load_run(write(tmp_path / "done.yaml", dtype="bfloat16", remat="full", quantize="int8"))
+    answer = {"weights_bytes": plan.GIB, "limit_bytes": 16 * plan.GIB, "rows_per_device": 1}
+    assert plan.advice(done, answer, 8) == ["more devices, or a shorter max_input_tokens"]
+
+
+@pytest.mark.slow
+def test_a_gpu_is_estimated_and_says_so(tmp_path):
+    config = write(tmp_path / "run.yaml", batch_size=4, max_input_tokens=12)
+    alone, shared = plan.plan(config, ["dtype=bfloat16"], ["h200:1", "h100:2"])
+    assert alone["fits"]
+    assert alone["estimated"]
+    assert alone["collectives"] == {}
+    assert shared["collectives"]["all-reduce"] >= 4 * 100 * 512  # the prompt's gradient
+    assert shared["flops"] == alone["flops"]
+    assert "estimated" in plan.describe(alone)
+
+
+def test_bad_settings_are_told_before_anything_is_compiled(tmp_path):
+    with pytest.raises(UserError, match="batch_size"):
+        plan.plan(write(tmp_path / "run.yaml"), ["batch_size=0"], ["v5e:1x1"])
+    with pytest.raises(UserError, match="unknown chip"):
+        plan.plan(write(tmp_path / "run.yaml"), [], ["tpu"])
+
+
+# ------------------------------------------------------------------------------------------- libtpu
+
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `tpu`")
+
+
+@needs_libtpu
+@pytest.mark.libtpu
+def test_a_shallow_model_of_xxl_width_on_three_topologies(tmp_path):
+    settings = XXL_WIDTH | {"num_layers": 2, "num_decoder_layers": 2}
+    config = write(
+        tmp_path / "run.yaml", backbone={"settings": settings}, batch_size=8, max_input_tokens=412, max_target_tokens=32
+    )
+    changes = ["dtype=bfloat16", "remat=full"]
+    one, eight, v5p = plan.plan(config, changes, ["v5e:1x1", "v5e:2x4", "v5p:2x2x1"])
+    assert one["fits"]
+    assert one["weights_bytes"] < one["peak_bytes"] < one["limit_bytes"]
+    assert eight["flops"] == one["flops"] == v5p["flops"]
+    assert eight["temporary_bytes"] < one["temporary_bytes"]
+    # Replicated weights: only the prompt's gradient and scalars travel.
+    assert set(eight["collectives"]) == {"all-reduce"}
+    assert 4 * 100 * 4096 <= eight["collectives"]["all-reduce"] < 3 * 4 * 100 * 4096
+    (cut,) = plan.plan(config, [*changes, "mesh={data: 1, fsdp: -1}"], ["v5e:2x4"])
+    assert cut["weights_bytes"] < one["weights_bytes"] / 6
+    assert "all-gather" in cut["collectives"]
+
+
+@needs_libtpu
+@pytest.mark.libtpu
+def test_what_does_not_fit_is_said_with_advice_and_exit_code_3(tmp_path, capsys):
+    from softprompt_jax.cli import app
+
+    settings = XXL_WIDTH | {"num_layers": 24, "num_decoder_layers": 24}
+    config = write(tmp_path / "run.yaml", backbone={"settings": settings}, max_input_tokens=412, max_target_tokens=32)
+    code = app(
+        ["plan", config, "dtype=bfloat16", "remat=full", "--topology", "v5e:1x1", "--json"], prog_name="softprompt"
+    )
+    assert code == plan.DOES_NOT_FIT
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["fits"] is False
+    assert "quantize=int8" in answer["advice"]
+    assert answer["flops"] == pytest.approx(8 * 18.2e12, rel=0.1)  # of 18.2 TFLOP an example, see shared notes
+    assert math.isclose(answer["weights_bytes"], 2 * 11_135_332_352, rel_tol=0.01)
