@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from small_runs import write_config, write_rows
+from test_pipeline import ROWS, Letters, some_examples
 
 import softprompt_jax
 from softprompt_jax import Run, load_predictor, load_prompt
@@ -17,6 +18,9 @@ from softprompt_jax.config import UserError, parse
 from softprompt_jax.methods import Context, Prompt
 from softprompt_jax.methods.surgery import leaves
 from softprompt_jax.tasks.mixture import Equal, Mixture, Proportional, Temperature, draw_mixture
+from softprompt_jax.tasks.packing import Packing
+from softprompt_jax.tasks.pipeline import TrainBatches
+from softprompt_jax.tasks.tokenized import concatenate, tokenize
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -62,6 +66,27 @@ def test_draws_are_pure_shuffled_and_as_many_as_a_batch_needs():
     assert (np.diff(first < 3) != 0).sum() > 8  # not one task after the other
     rare = draw_mixture([5, 5000], np.array([1e-6, 1 - 1e-6]), seed=0)
     assert len(by_task(rare(0, np.random.default_rng(0)), [5, 5000])[0]) == 1
+
+
+@pytest.mark.parametrize("packing", [None, Packing(length=48)])
+def test_processes_share_a_mixtures_batches_and_every_example_meets_its_own_prompt(packing):
+    sets = [tokenize(some_examples(count, seed=count), Letters(), ROWS, 30, 8) for count in (30, 90)]
+    prompts = ROWS + np.arange(6).reshape(2, 3)
+    options = {"packing": packing, "draw": draw_mixture([30, 90], np.array([0.5, 0.5]), 1)}
+    tokens = concatenate(sets)
+    whole = TrainBatches(tokens, 16, 1, prompts, rows_multiple=2, **options)
+    parts = [TrainBatches(tokens, 16, 1, prompts, process_index=i, process_count=2, **options) for i in range(2)]
+    drawn = Counter()
+    for step in range(4 * whole.batches_per_epoch):
+        batch = whole.batch(step)
+        for name, array in batch.items():
+            np.testing.assert_array_equal(np.concatenate([part.batch(step)[name] for part in parts]), array)
+        for row, ids in enumerate(whole.row_ids(step)):
+            found = batch["encoder_tokens"][row]
+            expected = np.concatenate([[*prompts[int(index >= 30)], *tokens.input(index)] for index in ids])
+            np.testing.assert_array_equal(found[: len(expected)], expected)
+            drawn.update((ids >= 30).tolist())
+    assert drawn[True] / drawn.total() == pytest.approx(0.5, abs=0.08)
 
 
 # ----------------------------------------------------------------------------------------------- runs
@@ -153,8 +178,6 @@ def test_a_mixture_resumes_to_the_bit(small, mixture, own_run, tmp_path, monkeyp
             raise Killed
         return batch(self, step)
 
-    from softprompt_jax.tasks.pipeline import TrainBatches
-
     batch = TrainBatches.batch
     with monkeypatch.context() as patch:
         patch.setattr(TrainBatches, "batch", failing)
@@ -223,6 +246,13 @@ def test_own_prompts_need_a_method_that_has_them(small, mixture, tmp_path):
     settings = small.full | {"task": mixture | {"prompts": "own"}}
     with pytest.raises(UserError, match=r"^task.prompts: own, but no method gives each of the 2 tasks a prompt; expec"):
         softprompt_jax.train(run_of(settings), tmp_path / "run")
+
+
+def test_empty_train_split_of_one_task_is_told(small, mixture, tmp_path):
+    source = mixture["tasks"][1]["source"] | {"train": str(write_rows(tmp_path / "none.jsonl", []))}
+    tasks = [small.task, mixture["tasks"][1] | {"source": source}]
+    with pytest.raises(UserError, match=r"^task turned: split 'train' is empty; expected at least one example; check"):
+        softprompt_jax.train(run_of(small.short, task=mixture | {"tasks": tasks}), tmp_path / "run")
 
 
 def test_mixture_as_yaml_is_the_same_run(small, mixture, tmp_path):

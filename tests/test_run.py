@@ -69,6 +69,12 @@ def test_packing_has_a_short_form(small, tmp_path, override, expected):
     assert packing == expected or (packing.length, packing.target_length) == expected
 
 
+def test_packing_is_refused_with_the_methods_reason(small, tmp_path):
+    prefix = "methods=[{kind: prefix, positions: before}]"
+    assert "packing with the method prefix: a prefix with positions" in refused(small, tmp_path, "packing=true", prefix)
+    load_run(write_config(tmp_path / "a.yaml", small.short), [prefix])
+
+
 def test_prompt_start_has_a_short_form(small, tmp_path):
     run = load_run(write_config(tmp_path / "a.yaml", small.short), ["methods.0.init=vocabulary"])
     assert run.methods[0].init.kind == "vocabulary"
