@@ -13,8 +13,9 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from softprompt_jax import UserError, load_backbone
+from softprompt_jax.backbone.pretrained import save_backbone
 from softprompt_jax.exporting import export
-from softprompt_jax.methods import METHODS, Context, Full, Prompt, attach, put_trained, split
+from softprompt_jax.methods import IA3, METHODS, Context, Full, LoRA, Norms, Prompt, attach, put_trained, split
 from softprompt_jax.peft import attach_adapter, save_adapter
 
 ADAPTERS = [*peft_fixture.PROMPTED, "LORA", "IA3", "LN_TUNING"]
@@ -140,3 +141,51 @@ def test_what_peft_has_not_is_refused_in_a_line(tmp_path):
 def test_every_kind_of_peft_belongs_to_one_method():
     kinds = [method.peft_type for method in METHODS.values() if method.peft_type]
     assert len(kinds) == len(set(kinds))
+
+
+# ------------------------------------------------------------------------------ PEFT itself reads ours
+
+
+OURS = {
+    "prompt": Prompt(length=3),
+    "lora": LoRA(rank=2),
+    "rslora, some places": LoRA(rank=3, alpha=4.5, rslora=True, targets=["encoder.*.query", "up", "cross.output"]),
+    "dora, all places": LoRA(rank=2, dora=True, targets=["*"]),
+    "ia3": IA3(),
+    "ia3, other sides": IA3(outputs=["up", "cross.query"], inputs=["attention.output"]),
+    "norms": Norms(),
+    "norms, some": Norms(targets=["decoder.*", "encoder.norm"]),
+}
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")  # torch's and transformers' own
+@pytest.mark.parametrize("gated", [True, False], ids=["1.1", "1.0"])
+@pytest.mark.parametrize("name", list(OURS))
+def test_our_adapter_gives_our_logits_in_peft(name, gated, tmp_path):
+    import torch
+    from peft import PeftModel
+    from transformers import T5ForConditionalGeneration
+
+    method = OURS[name]
+    if not gated and "up" in {*getattr(method, "targets", ()), *getattr(method, "outputs", ())}:
+        pytest.skip("T5 1.0 has no such place")
+    model = tiny.model(**({} if gated else {"activation": "relu", "gated": False, "tied": True, "scale_output": True}))
+    save_backbone(model, tmp_path / "backbone", "float32")
+    method.attach(model, tiny.key(0), CONTEXT)
+    draw = np.random.default_rng(0)
+    change = jax.tree.map(lambda x: x + 0.2 * draw.normal(size=x.shape).astype(np.float32), split(model).trainable)
+    put_trained(model, change, "test")
+    save_adapter(model, [method], tmp_path / "adapter", None, {})
+
+    theirs = T5ForConditionalGeneration.from_pretrained(tmp_path / "backbone", dtype=torch.float32)
+    theirs = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    text, whole = tiny.batch(), tiny.batch(prompt=3 if model.prompt is not None else 0)
+    with torch.no_grad():
+        expected = theirs(
+            input_ids=torch.tensor(np.asarray(text["encoder_tokens"])),
+            attention_mask=torch.tensor(np.asarray(text["encoder_tokens"]) != 0).long(),
+            decoder_input_ids=torch.tensor(np.asarray(text["decoder_inputs"])),
+        ).logits.numpy()
+    real = np.asarray(text["decoder_targets"]) != 0
+    np.testing.assert_allclose(tiny.forward(model, whole)[real], expected[real], atol=1e-4)
