@@ -220,6 +220,28 @@ def plan(
 
 
 @app.command()
+def methods(
+    backbone: Annotated[
+        str, typer.Option(metavar="NAME|FOLDER", help="A published size such as t5-v1_1-base, or a backbone.")
+    ] = "embedded",
+) -> None:
+    """List the methods: paper, what trains on a backbone with default settings, PEFT's name, what they exclude."""
+    from softprompt_jax.backbone.presets import PRESETS
+    from softprompt_jax.backbone.pretrained import load_backbone
+    from softprompt_jax.methods.listing import listed
+
+    settings = PRESETS[backbone] if backbone in PRESETS else load_backbone(backbone).settings
+    total = settings.parameters()
+    print(f"{'kind':12} {'paper':24} {'trains':>15} {'share':>9}  {'PEFT':24} not with")
+    for one in listed(settings):
+        share = f"{one.parameters / total:.4%}"
+        print(
+            f"{one.kind:12} {one.paper:24} {one.parameters:15,} {share:>9}  {one.peft or '-':24} "
+            f"{', '.join(one.not_with) or '-'}"
+        )
+
+
+@app.command()
 def tokenizer(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A pre-training run; its texts are used.")],
     to: Annotated[str, typer.Option(metavar="FOLDER", help="Where to write it.")],

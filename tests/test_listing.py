@@ -1,0 +1,49 @@
+"""The list of methods: what trains on a backbone, and what cannot stand together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import tiny
+from typer.testing import CliRunner
+
+from softprompt_jax.backbone.presets import preset
+from softprompt_jax.cli import app
+from softprompt_jax.methods import METHODS, Context, split
+from softprompt_jax.methods.listing import listed
+from softprompt_jax.run import load_run
+
+
+def test_every_method_trains_as_much_as_it_says():
+    settings = tiny.settings()
+    for one in listed(settings):
+        model = tiny.model()
+        METHODS[one.kind]().attach(model, tiny.key(0), Context(lambda text: [7]))
+        assert one.parameters == sum(leaf.size for leaf in jax.tree.leaves(split(model).trainable)), one.kind
+        assert set(one.not_with) < set(METHODS)
+
+
+def test_a_published_size_needs_no_weights_and_has_the_known_counts():
+    found = {one.kind: one for one in listed(preset("t5-v1_1-xxl"))}
+    assert found["prompt"].parameters == 100 * 4096
+    assert found["full"].parameters == preset("t5-v1_1-xxl").parameters()
+    assert found["lora"].parameters == 2 * 8 * 4096 * (2 * 24 + 4 * 24)  # query and value; rank 8
+
+
+def test_the_command_prints_a_line_for_each():
+    result = CliRunner().invoke(app, ["methods", "--backbone", "t5-small"])
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert [line.split()[0] for line in lines] == ["kind", *METHODS]
+    assert "Lester et al., 2021" in lines[1]
+    assert "51,200" in lines[1]
+
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
+
+
+def test_every_method_has_a_config_and_every_config_is_a_run():
+    kinds = {method.kind for path in CONFIGS for method in load_run(path).methods}
+    assert kinds == set(METHODS)
+    assert all(path.read_text().startswith("# ") for path in CONFIGS)
