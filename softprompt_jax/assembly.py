@@ -15,7 +15,7 @@ from softprompt_jax.backbone.pretrained import Backbone, find_folder, load_backb
 from softprompt_jax.backbone.quantized import Quantization, quantized
 from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.config import UserError
-from softprompt_jax.interop import load_prompt
+from softprompt_jax.interop import load_prompt, read_trained
 from softprompt_jax.placement import Placement
 from softprompt_jax.run import Run, Scratch
 from softprompt_jax.tasks.tokenizer import Tokenizer, load_tokenizer
@@ -81,7 +81,7 @@ def context(run: Run, tokenizer: Tokenizer) -> methods.Context:
     each = tuple(tuple(task.words or ()) for task in run.tasks)
     words = tuple(dict.fromkeys(itertools.chain.from_iterable(each)))
     own = each if run.own_prompts else ()
-    return methods.Context(tokenizer.encode, frozenset(tokenizer.special_ids), words, load_prompt, own)
+    return methods.Context(tokenizer.encode, frozenset(tokenizer.special_ids), words, load_prompt, own, read_trained)
 
 
 def check_own_prompts(run: Run, model: T5) -> None:

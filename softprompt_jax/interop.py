@@ -37,6 +37,12 @@ def load_trained(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return unflatten({name: jnp.asarray(value) for name, value in arrays.items()}), metadata
 
 
+def read_trained(source: str | Path) -> dict[str, Any]:
+    """Return what a finished run has trained, by its folder or the file in it, as a nested dictionary."""
+    path = Path(source)
+    return load_trained(path / TRAINED_FILE if path.is_dir() else path)[0]
+
+
 def save_prompt(rows: Float[np.ndarray, "P D"], path: Path, metadata: dict[str, str]) -> None:
     """Write prompt rows (never ids, so that they fit every tokenizer and table size)."""
     write_tensors({_ROWS: np.asarray(rows, np.float32)}, path, metadata | {"length": str(len(rows))})

@@ -29,6 +29,12 @@ class Placement:
     after: Ids = ()
     decoder: Ids = ()
 
+    @property
+    def tasks(self) -> int:
+        """How many tasks have each their own; 0 where all share."""
+        parts = [np.asarray(part) for part in (self.before, self.after, self.decoder)]
+        return max(len(part) if part.ndim == 2 else 0 for part in parts)
+
     def of_task(self, task: int) -> Placement:
         """Return what stands around the texts of one task."""
         parts = [np.asarray(part, np.int32) for part in (self.before, self.after, self.decoder)]

@@ -208,7 +208,10 @@ def make_step(run: Run, parts: Split, optimizer: optax.GradientTransformation, s
 
     def summed_loss(trainable: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array | None):
         model = parts.merge(trainable, jax.lax.stop_gradient(frozen))
-        return cross_entropy(model(batch, key), batch["decoder_targets"], run.z_loss, run.label_smoothing)
+        hidden = model.hidden(batch, key)
+        logits = model.project(hidden)
+        loss, weight = cross_entropy(logits, batch["decoder_targets"], run.z_loss, run.label_smoothing)
+        return loss + sum(method.penalty(model, batch, hidden, logits) for method in run.methods), weight
 
     gradient = jax.value_and_grad(summed_loss, has_aux=True)
 

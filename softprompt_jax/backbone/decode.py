@@ -50,7 +50,8 @@ def greedy(
 
         def run(carry, layer_cross_index):
             x, keys, values = carry
-            layer, cross_keys_values, index = layer_cross_index
+            layer, cross_keys_values, index, deep = layer_cross_index
+            x = put(x, deep)
             written: list[Array] = []
 
             def remember(new_keys, new_values):
@@ -64,8 +65,9 @@ def greedy(
             x = layer.feed(layer.attend_cross(x, cross_keys_values, visible))
             return (x, *written), None
 
-        indices = jnp.arange(decoder.depth)
-        (x, *caches), _ = jax.lax.scan(run, (model.embed(tokens), *caches), (decoder.layers, cross, indices))
+        deep, put = decoder.deep_rows(tokens - settings.vocabulary_rows)
+        xs = (decoder.layers, cross, jnp.arange(decoder.depth), deep)
+        (x, *caches), _ = jax.lax.scan(run, (model.embed(tokens), *caches), xs)
         return x, tuple(caches)
 
     def step(carry):

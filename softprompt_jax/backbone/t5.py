@@ -219,6 +219,7 @@ class Stack(nnx.Module):
         self.bias = RelativeBias(bias_key, settings, not cross) if shared_bias else nnx.data(None)
         self.norm = Norm(settings.d_model, settings.epsilon)
         self.prefix: Any = nnx.data(None)  # a module that gives keys and values, once a method attaches one
+        self.deep: Any = nnx.data(None)  # a module that puts rows at prompt positions in every layer
         self.depth, self.dropout, self.remat, self.unroll = layers, settings.dropout, settings.remat, settings.unroll
 
     def __call__(
@@ -228,6 +229,7 @@ class Stack(nnx.Module):
         encoded: Float[Array, "B S D"] | None = None,
         encoded_visible: Bool[Array, "B 1 #T S"] | None = None,
         key: jax.Array | None = None,
+        prompt_rows: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         first, last, keys = None, None, None
         if key is not None:
@@ -236,10 +238,12 @@ class Stack(nnx.Module):
         positions = jnp.arange(x.shape[1])
         shared_bias = None if self.bias is None else self.biased(self.bias, positions, positions)
         before, before_cross = self.prefixes()
+        deep, put = self.deep_rows(prompt_rows)
         visible, encoded_visible = sees_prefix(visible, before), sees_prefix(encoded_visible, before_cross)
 
         def run(x, scanned):
-            layer, layer_key, before, before_cross = scanned
+            layer, layer_key, before, before_cross, deep = scanned
+            x = put(x, deep)
             keys = split_key(layer_key, 3)
             bias = shared_bias if layer.bias is None else self.biased(layer.bias, positions, positions)
             x = layer.attend_self(x, bias, visible, keys[0], functools.partial(with_prefix, before))
@@ -252,13 +256,17 @@ class Stack(nnx.Module):
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
             run = jax.checkpoint(run, policy=policy, prevent_cse=False)
         x = constrain(dropout(x, self.dropout, first), "rows", None, None)
-        xs = (self.layers, keys, before, before_cross)
+        xs = (self.layers, keys, before, before_cross, deep)
         x, _ = jax.lax.scan(run, x, xs, unroll=self.unroll)
         return dropout(self.norm(x), self.dropout, last)
 
     def prefixes(self) -> tuple[Any, Any]:
         """Return the keys and values [L, H, P, K] before those of self and of cross attention; None where none are."""
         return (None, None) if self.prefix is None else self.prefix()
+
+    def deep_rows(self, prompt_rows: Int[Array, "B T"] | None) -> tuple[Any, Any]:
+        """Return what each layer puts at the positions of prompt rows, and the function that does; none: nothing."""
+        return (None, lambda x, _: x) if self.deep is None or prompt_rows is None else self.deep(prompt_rows)
 
     def biased(self, bias: RelativeBias, queries: Int[Array, "T"], keys: Int[Array, "S"]) -> Float[Array, "1 H T PS"]:
         """Return the bias of positions; keys of a prefix have none, or count as the P positions before the first."""
@@ -300,7 +308,8 @@ class T5(nnx.Module):
         """Encode token ids; `segments` keeps packed examples apart (default: one a row, 0 is padding)."""
         segments = (tokens != 0).astype(jnp.int32) if segments is None else segments
         prompt_key, stack_key = split_key(key, 2)
-        return self.encoder(self.embed(tokens, prompt_key), same_segment(segments, segments), key=stack_key)
+        visible, prompt_rows = same_segment(segments, segments), tokens - self.settings.vocabulary_rows
+        return self.encoder(self.embed(tokens, prompt_key), visible, key=stack_key, prompt_rows=prompt_rows)
 
     def decode(
         self,
@@ -318,7 +327,8 @@ class T5(nnx.Module):
         else:
             visible = visible & same_segment(segments, segments)
             encoded_visible = same_segment(segments, encoder_segments)
-        return self.decoder(self.embed(tokens), visible, encoded, encoded_visible, key)
+        prompt_rows = tokens - self.settings.vocabulary_rows
+        return self.decoder(self.embed(tokens), visible, encoded, encoded_visible, key, prompt_rows)
 
     def project(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Return float32 logits over the V vocabulary rows."""
@@ -327,15 +337,18 @@ class T5(nnx.Module):
         kernel = self.embedding[...].T if self.head is None else self.head.kernel[...]
         return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
-    def __call__(self, batch: dict[str, Array], key: jax.Array | None = None) -> Float[Array, "B U V"]:
-        """Return float32 logits of a batch: `encoder_tokens`, `decoder_inputs`, and if packed `*_segments`."""
+    def hidden(self, batch: dict[str, Array], key: jax.Array | None = None) -> Float[Array, "B U D"]:
+        """Return the decoder's output for a batch: `encoder_tokens`, `decoder_inputs`, and if packed `*_segments`."""
         tokens = batch["encoder_tokens"]
         segments = batch.get("encoder_segments")
         segments = (tokens != 0).astype(jnp.int32) if segments is None else segments
         encoder_key, decoder_key = split_key(key, 2)
         encoded = self.encode(tokens, segments, encoder_key)
-        hidden = self.decode(batch["decoder_inputs"], encoded, segments, batch.get("decoder_segments"), decoder_key)
-        return self.project(hidden)
+        return self.decode(batch["decoder_inputs"], encoded, segments, batch.get("decoder_segments"), decoder_key)
+
+    def __call__(self, batch: dict[str, Array], key: jax.Array | None = None) -> Float[Array, "B U V"]:
+        """Return float32 logits of a batch."""
+        return self.project(self.hidden(batch, key))
 
 
 def abstract(settings: T5Settings, dtype: str = "float32") -> T5:

@@ -16,7 +16,10 @@ from softprompt_jax.methods.contract import Context, MethodSettings
 from softprompt_jax.methods.full import Full
 from softprompt_jax.methods.ia3 import IA3
 from softprompt_jax.methods.lora import LoRA
+from softprompt_jax.methods.multitask import Multitask
 from softprompt_jax.methods.norms import Norms
+from softprompt_jax.methods.p_tuning import PTuning
+from softprompt_jax.methods.p_tuning_v2 import PTuningV2
 from softprompt_jax.methods.prefix import Prefix
 from softprompt_jax.methods.prompt import Prompt
 from softprompt_jax.methods.surgery import Split, Trainable, leaves, put_trained, split
@@ -31,7 +34,10 @@ __all__ = [
     "LoRA",
     "Method",
     "MethodSettings",
+    "Multitask",
     "Norms",
+    "PTuning",
+    "PTuningV2",
     "Prefix",
     "Prompt",
     "Split",
@@ -43,7 +49,10 @@ __all__ = [
     "split",
 ]
 
-Method = Annotated[Prompt | Prefix | LoRA | IA3 | Adapter | Norms | Bias | Full, Field(discriminator="kind")]
+Method = Annotated[
+    Prompt | PTuning | Multitask | Prefix | PTuningV2 | LoRA | IA3 | Adapter | Norms | Bias | Full,
+    Field(discriminator="kind"),
+]
 METHODS: dict[str, type[MethodSettings]] = {
     method.model_fields["kind"].default: method for method in get_args(get_args(Method)[0])
 }

@@ -24,6 +24,7 @@ class Context:
     label_words: tuple[str, ...] = ()
     load_rows: Callable[[str], np.ndarray] | None = None
     tasks: tuple[tuple[str, ...], ...] = ()  # the label words of each task, where each wants a prompt of its own
+    load_trained: Callable[[str], dict[str, Any]] | None = None  # what a run has trained, nested
 
 
 class MethodSettings(Settings):
@@ -37,6 +38,15 @@ class MethodSettings(Settings):
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Put `Trainable` parameters into the model, in place."""
         raise NotImplementedError
+
+    def penalty(
+        self, model: T5, batch: dict[str, jax.Array], hidden: jax.Array, logits: jax.Array
+    ) -> jax.Array | float:
+        """Return what is added to the loss of a batch, summed over its real target tokens; by default nothing.
+
+        `hidden` [B, U, D] is the decoder's output, `logits` [B, U, V] are those of the targets' positions.
+        """
+        return 0.0
 
     def finished(self) -> MethodSettings:
         """Return the settings of what is left after training, without what only training needed."""

@@ -11,7 +11,6 @@ from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field, field_validator, model_validator
 
-from softprompt_jax.backbone.attention import same_segment
 from softprompt_jax.backbone.t5 import T5, Stack, T5Settings
 from softprompt_jax.config import UserError
 from softprompt_jax.methods.contract import Context, MethodSettings, Tensors
@@ -211,29 +210,48 @@ class Network(nnx.Module):
 
 def activations(model: T5, rows: Float[Array, "P D"]) -> dict[Attended, Pair]:
     """Return the keys and values [L, P, HK] that embedded words have at every layer, in each kind of attention."""
+    known = states(model, rows)
+    encoded = known["encoded"]
+
+    def own(layer_and_x: tuple[Any, Array]) -> Pair:
+        layer, x = layer_and_x
+        normed = layer.attention_norm(x)
+        return layer.attention.key(normed), layer.attention.value(normed)
+
+    return {
+        "encoder": jax.lax.map(own, (model.encoder.layers, known["encoder"])),
+        "decoder": jax.lax.map(own, (model.decoder.layers, known["decoder"])),
+        "cross": jax.lax.map(
+            lambda layer: (layer.cross.key(encoded), layer.cross.value(encoded)), model.decoder.layers
+        ),
+    }
+
+
+def states(model: T5, rows: Float[Array, "P D"]) -> dict[str, Array]:
+    """Return the hidden states [L, P, D] of words before every layer of `encoder` and `decoder`, and `encoded` [P, D].
+
+    `rows` are the embedded words. They stand alone in the encoder, and in a decoder that sees their encoding.
+    """
     x = rows[None].astype(model.dtype)
-    everywhere = jnp.ones((1, len(rows)), jnp.int32)
-    own, encoded = _through(model.encoder, x, same_segment(everywhere, everywhere))
+    together = jnp.ones((1, 1, 1, len(rows)), bool)
+    encoder, encoded = _through(model.encoder, x, together)
     encoded = model.encoder.norm(encoded)
-    decoder_own, _ = _through(model.decoder, x, jnp.tril(jnp.ones((len(rows),) * 2, bool))[None, None], encoded)
-    cross = jax.lax.map(
-        lambda layer: (layer.cross.key(encoded)[0], layer.cross.value(encoded)[0]), model.decoder.layers
-    )
-    return {"encoder": own, "decoder": decoder_own, "cross": cross}
+    decoder, _ = _through(model.decoder, x, jnp.tril(jnp.ones((len(rows), len(rows)), bool))[None, None], encoded)
+    return {"encoder": encoder, "decoder": decoder, "encoded": encoded[0]}
 
 
-def _through(stack: Stack, x: Array, visible: Array, encoded: Array | None = None) -> tuple[Pair, Array]:
-    """Run the layers of a stack; return the keys and values of its self-attention, and its output before the norm."""
+def _through(stack: Stack, x: Array, visible: Array, encoded: Array | None = None) -> tuple[Array, Array]:
+    """Run the layers of a stack; return what each of them reads, and the output before the norm."""
     positions = jnp.arange(x.shape[1])
 
     def run(x, layer):
-        normed = layer.attention_norm(x)
-        pair = layer.attention.key(normed)[0], layer.attention.value(normed)[0]
+        before = x[0]
         x = layer.attend_self(x, (layer.bias if stack.bias is None else stack.bias)(positions, positions), visible)
         if layer.cross is not None:
+            assert encoded is not None
             seen = jnp.ones((1, 1, 1, encoded.shape[1]), bool)
             x = layer.attend_cross(x, layer.cross.keys_values(encoded), seen)
-        return layer.feed(x), pair
+        return layer.feed(x), before
 
-    x, pairs = jax.lax.scan(run, x, stack.layers)
-    return pairs, x
+    x, reads = jax.lax.scan(run, x, stack.layers)
+    return reads, x

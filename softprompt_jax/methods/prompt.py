@@ -196,8 +196,9 @@ class PromptTable(nnx.Module):
         raise NotImplementedError
 
     def finished(self) -> SoftPrompt:
-        """Return the same rows as parameters of their own."""
-        return SoftPrompt(self.table(), place=self.place, placement=self.placement)
+        """Return the same rows as parameters of their own, [N, P, D] where N tasks have each its own."""
+        rows, tasks = self.table(), self.placement.tasks
+        return SoftPrompt(rows.reshape(tasks, -1, rows.shape[-1]) if tasks else rows, 1.0, self.place, self.placement)
 
     def __call__(
         self, indices: Int[Array, "B T"], virtual: Bool[Array, "B T"], key: jax.Array | None = None

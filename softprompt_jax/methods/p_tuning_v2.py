@@ -1,0 +1,87 @@
+"""P-tuning v2 (Liu et al., 2022): a prompt at every layer, as hidden states at the positions of its ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+from pydantic import Field
+
+from softprompt_jax import placement
+from softprompt_jax.backbone.t5 import T5, Stack
+from softprompt_jax.config import UserError
+from softprompt_jax.methods.contract import Context
+from softprompt_jax.methods.prefix import states
+from softprompt_jax.methods.prompt import Placed, SoftPrompt, embedding_scale
+from softprompt_jax.methods.surgery import Trainable
+
+
+class PTuningV2(Placed):
+    """P-tuning v2: `length` rows that every layer puts where the prompt stands.
+
+    `mode`: each layer's rows "replace" what the layer before has left there (they start as the hidden states of the
+    words of `init`), or are an addition to it (they start at 0). The rows stand in the token stream, so that packed
+    rows and batches of several tasks are exact.
+    """
+
+    paper: ClassVar[str] = "Liu et al., 2022"
+    kind: Literal["p_tuning_v2"] = "p_tuning_v2"
+    length: int = Field(default=20, ge=1)
+    mode: Literal["replace", "add"] = "replace"
+
+    def attach(self, model: T5, key: jax.Array, context: Context) -> None:
+        """Give every layer of the stacks in which the prompt stands its rows."""
+        if model.encoder.deep is not None or model.decoder.deep is not None:
+            raise UserError("methods: two methods want prompts at every layer; expected one; remove the other")
+        placed = self.placed(model, context)
+        rows, scale = self.first_rows(model, key, context), embedding_scale(model)
+        every = placement.rows(self.place, self.length)  # rows of one task
+        for stack, start in ((model.encoder, 0), (model.decoder, every - self.length)):
+            if (self.place == "decoder") if stack is model.encoder else (self.place not in ("decoder", "both")):
+                continue
+            tasks = rows.reshape(-1, every, rows.shape[-1])[:, start : start + self.length]
+            stack.deep = DeepRows(self._started(model, stack, tasks), every, start, self.mode == "replace", scale)
+        model.prompt = SoftPrompt(rows, scale, self.place, placed)
+
+    def _started(self, model: T5, stack: Stack, tasks: Float[Array, "N P D"]) -> Float[Array, "L N P D"]:
+        """Return what the layers after the first start from."""
+        if self.mode == "add":
+            return jnp.zeros((stack.depth - 1, *tasks.shape))
+        name = "encoder" if stack is model.encoder else "decoder"
+        return jnp.stack([states(model, task)[name][1:] for task in tasks], 1)
+
+
+class DeepRows(nnx.Module):
+    """What `Stack.deep` is: the rows [L - 1, N P, D] of all layers but the first, which reads embeddings.
+
+    Of every `every` ids a task has, the P from `start` on are these.
+    """
+
+    def __init__(self, rows: Float[Array, "L N P D"], every: int, start: int, replace: bool, scale: float):
+        self.length = rows.shape[2]
+        rows = jnp.asarray(rows, jnp.float32).reshape(len(rows), -1, rows.shape[-1])
+        self.rows = Trainable(rows, axes=("prompt", "embed"), learning_rate_scale=scale)
+        self.every, self.start, self.replace = every, start, replace
+
+    def __call__(self, indices: Int[Array, "B T"]) -> tuple[Any, Callable[[Array, Any], Array]]:
+        """Return what the scan over layers reads, and the function (x, a layer's part of it) -> x that puts it there.
+
+        `indices`: which row of the prompt stands at a position; negative for text.
+        """
+        rows, length = self.rows[...], self.length
+        inside = indices % self.every - self.start
+        here = (indices >= 0) & (inside >= 0) & (inside < length)
+        place = jnp.where(here, indices // self.every * length + inside, -1)
+        one_hot = jax.nn.one_hot(place, rows.shape[1], dtype=jnp.float32)
+        layers = jnp.concatenate([jnp.zeros_like(rows[:1]), rows]), jnp.arange(len(rows) + 1) > 0
+
+        def put(x: Array, layer: tuple[Array, Array]) -> Array:
+            row, after_first = layer
+            mine = jnp.matmul(one_hot, row, precision=jax.lax.Precision.HIGHEST).astype(x.dtype)
+            return jnp.where((here & after_first)[..., None], mine, x) if self.replace else x + mine
+
+        return layers, put
