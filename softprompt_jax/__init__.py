@@ -3,7 +3,7 @@
 Backbones   load_backbone, Backbone
 Running     logits, generate, load_predictor
 Training    Run, load_run, train
-Prompts     load_prompt
+Prompts     load_prompt, rank_sources, recycle
 """
 
 import importlib
@@ -21,6 +21,8 @@ _PUBLIC = {
     "load_prompt": "interop",
     "load_run": "run",
     "logits": "predict",
+    "rank_sources": "transfer",
+    "recycle": "transfer",
     "train": "train",
 }
 __all__ = list(_PUBLIC)

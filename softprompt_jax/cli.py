@@ -73,6 +73,20 @@ class Format(enum.StrEnum):
     safetensors = "safetensors"
 
 
+class Measure(enum.StrEnum):
+    """How the likeness of prompts is measured."""
+
+    mean = "mean"
+    rows = "rows"
+
+
+class Map(enum.StrEnum):
+    """What carries a prompt from one backbone to another."""
+
+    linear = "linear"
+    network = "network"
+
+
 @app.command()
 def train(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file with the run's settings.")],
@@ -178,6 +192,37 @@ def export(
 
     exporting.export(source, format.value, to)
     print(f"wrote {to}", file=sys.stderr)
+
+
+@app.command()
+def similar(
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="A run's folder or a prompt file.")],
+    sources: Annotated[list[str], typer.Argument(metavar="SOURCE...", help="Prompts of other tasks.")],
+    measure: Annotated[
+        Measure, typer.Option(help="mean: cosine of the mean rows. rows: mean cosine of all pairs of rows.")
+    ] = Measure.mean,
+) -> None:
+    """Rank prompts of other tasks by how alike they are to a target's (SPoT), as JSON: start from the first."""
+    from softprompt_jax.transfer import rank_sources
+
+    print(json.dumps(rank_sources(target, sources, measure.value), indent=JSON_INDENT))
+
+
+@app.command()
+def recycle(
+    source: Annotated[str, typer.Argument(metavar="RUN|PROMPT", help="A prompt that was trained on another backbone.")],
+    onto: Annotated[str, typer.Option("--onto", metavar="FOLDER|NAME", help="Backbone that shall read it.")],
+    to: Annotated[str, typer.Option(metavar="PATH", help="File to write, .safetensors.")],
+    map: Annotated[
+        Map,
+        typer.Option(help="linear: least squares. network: one hidden layer; takes minutes for large vocabularies."),
+    ] = Map.linear,
+    backbone: Backbone = None,
+) -> None:
+    """Carry a prompt over to another backbone by a map fitted on the pieces that both vocabularies have."""
+    from softprompt_jax.transfer import recycle_prompt
+
+    print(json.dumps(recycle_prompt(source, onto, to, map.value, backbone), indent=JSON_INDENT))
 
 
 @app.command()

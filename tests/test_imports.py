@@ -22,7 +22,7 @@ LAYERS = (
     "__init__ __main__",
     "cli",
     "report serve plan",
-    "train task_run evaluate predict interpret exporting",
+    "train task_run evaluate predict interpret exporting transfer",
     "assembly",
     "run",
     "peft",

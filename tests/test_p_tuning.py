@@ -108,6 +108,7 @@ def test_the_lstm_reads_in_both_directions():
     np.testing.assert_allclose(network(jnp.asarray(x, jnp.float32)), y, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_gradient_reaches_every_part_and_equals_finite_differences():
     model, batch = tuned(), tiny.batch(prompt=3)
     parts = split(model)

@@ -27,7 +27,9 @@ def deep(seed: int = 0, context: Context = CONTEXT, drawn: bool = True, **settin
     if drawn:
         draw = np.random.default_rng(7)
         put_trained(
-            model, jax.tree.map(lambda x: draw.normal(size=x.shape).astype(np.float32), split(model).trainable), ""
+            model,
+            jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape), jnp.float32), split(model).trainable),
+            "",
         )
     return model
 
@@ -59,6 +61,7 @@ def test_added_rows_start_as_plain_prompt_tuning_and_replacing_ones_as_words():
     np.testing.assert_allclose(tiny.encode(replaced, words), tiny.encode(plain, jnp.asarray([[5, 6, 7]])), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_gradient_reaches_every_row_and_equals_finite_differences():
     model = deep(place="both")
     parts, batch = split(model), tiny.batch(prompt=3)
@@ -100,6 +103,7 @@ def test_packed_rows_and_tasks_in_one_batch_give_the_logits_of_rows_of_their_own
     np.testing.assert_allclose(joined[0, 3:5], rows[1, :2], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_greedy_decoding_puts_the_decoders_rows_in_every_layer():
     model = eager_to_end(deep(5, place="decoder"))
     assert model.encoder.deep is None

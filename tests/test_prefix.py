@@ -117,6 +117,7 @@ def full():
     return eager_to_end(prefixed(5, {"bias_in_every_layer": True, "num_decoder_layers": 3}, network=8))
 
 
+@pytest.mark.slow  # the contract of every method has another, with the network
 def test_the_gradient_through_the_network_equals_finite_differences_and_reaches_every_part(full):
     parts, batch = split(full), tiny.batch()
     _, _, gradient = tiny.loss_logits_gradient(parts, batch)

@@ -23,6 +23,7 @@ from softprompt_jax.methods.p_tuning_v2 import PTuningV2
 from softprompt_jax.methods.prefix import Prefix
 from softprompt_jax.methods.prompt import Prompt
 from softprompt_jax.methods.surgery import Split, Trainable, leaves, put_trained, split
+from softprompt_jax.methods.wayward import Wayward
 
 __all__ = [
     "IA3",
@@ -42,6 +43,7 @@ __all__ = [
     "Prompt",
     "Split",
     "Trainable",
+    "Wayward",
     "attach",
     "finish",
     "leaves",
@@ -50,7 +52,7 @@ __all__ = [
 ]
 
 Method = Annotated[
-    Prompt | PTuning | Multitask | Prefix | PTuningV2 | LoRA | IA3 | Adapter | Norms | Bias | Full,
+    Prompt | Wayward | PTuning | Multitask | Prefix | PTuningV2 | LoRA | IA3 | Adapter | Norms | Bias | Full,
     Field(discriminator="kind"),
 ]
 METHODS: dict[str, type[MethodSettings]] = {

@@ -81,7 +81,9 @@ class PTuning(Placed):
 class NetworkPrompt(PromptTable):
     """P trainable vectors [P, D], or [N, P, D] for N tasks, and the network that makes rows of them."""
 
-    def __init__(self, vectors: Float[Array, "*N P D"], network: nnx.Module, scale: float, place: str, placed: Placement):
+    def __init__(
+        self, vectors: Float[Array, "*N P D"], network: nnx.Module, scale: float, place: str, placed: Placement
+    ):
         self.vectors = Trainable(jnp.asarray(vectors, jnp.float32), axes=("prompt", "embed"))
         self.network: Any = network
         self.scale, self.place, self.placement = scale, place, placed

@@ -105,7 +105,10 @@ class Prefix(MethodSettings):
                 "decoder's with positions before, as PEFT has them on a T5; keep the run folder"
             )
         if settings.num_heads * settings.d_kv != settings.d_model:
-            raise UserError("methods: the heads are not as wide as the model; expected it, since PEFT fails otherwise")
+            raise UserError(
+                "methods: the heads together are not as wide as the model; expected it, since PEFT fails otherwise; "
+                "keep the run folder"
+            )
         assert model.decoder.prefix.attention is not None
         pairs = [np.asarray(part) for part in model.decoder.prefix.attention()]
         slots = np.zeros((self.length, 2 * model.decoder.depth, settings.d_model), np.float32)
