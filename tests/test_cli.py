@@ -70,7 +70,7 @@ def config(small, tmp_path):
 # ----------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "export", "tasks", "tokenizer"])
+@pytest.mark.parametrize("command", ["train", "eval", "predict", "export", "similar", "recycle", "tasks", "tokenizer"])
 def test_every_command_has_help(softprompt, command):
     code, out, err = softprompt(command, "--help")
     assert (code, err) == (0, "")
@@ -437,3 +437,24 @@ def test_pipe_that_closes_early_is_quiet(full_run, tmp_path):
         running.stdout.close()
         assert running.stderr.read() == b""
     assert running.returncode == 1
+
+
+# --------------------------------------------------------------------------------------------- transfer
+
+
+def test_similar_ranks_and_recycle_carries_over(softprompt, refused, small, tmp_path):
+    draw = np.random.default_rng(0)
+    for name in ("target", "other"):
+        np.save(tmp_path / f"{name}.npy", draw.normal(size=(3, 16)).astype(np.float32))
+    target, other = tmp_path / "target.npy", tmp_path / "other.npy"
+    code, out, _ = softprompt("similar", target, other, target, "--measure", "mean")
+    assert code == 0
+    ranked = json.loads(out)
+    assert [entry["source"] for entry in ranked] == [str(target), str(other)]
+    wide = write_backbone(tmp_path / "wide", width=24, seed=1)
+    to = tmp_path / "carried.safetensors"
+    code, out, _ = softprompt("recycle", target, "--backbone", small.backbone, "--onto", wide, "--to", to)
+    assert code == 0
+    assert json.loads(out)["rows"] == [3, 24]
+    assert load_prompt(to).shape == (3, 24)
+    assert "says no backbone" in refused("recycle", target, "--onto", wide, "--to", to)

@@ -208,7 +208,7 @@ def test_unrolled_and_rematerialised_it_computes_the_same(kind, case):
 
 
 def test_it_packs_or_says_why_not(kind, case):
-    reason = METHODS[kind].refuses_packing
+    reason = settings(kind).refuses_packing
     if reason is not None:
         assert reason
         return

@@ -41,7 +41,8 @@ class PTuningV2(Placed):
         rows, scale = self.first_rows(model, key, context), embedding_scale(model)
         every = placement.rows(self.place, self.length)  # rows of one task
         for stack, start in ((model.encoder, 0), (model.decoder, every - self.length)):
-            if (self.place == "decoder") if stack is model.encoder else (self.place not in ("decoder", "both")):
+            here = self.place != "decoder" if stack is model.encoder else self.place in ("decoder", "both")
+            if not here or stack.depth == 1:  # a first layer reads the prompt itself
                 continue
             tasks = rows.reshape(-1, every, rows.shape[-1])[:, start : start + self.length]
             stack.deep = DeepRows(self._started(model, stack, tasks), every, start, self.mode == "replace", scale)
