@@ -8,16 +8,12 @@ import numpy as np
 import optax
 import pytest
 import tiny
-<<<<<<< HEAD
 from operations import flops
-=======
->>>>>>> 640cf13 (Plan a run for machines one does not own: its step compiled ahead of time, memory, FLOPs, traffic, advice)
 
 from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import Context, Full, Split, leaves, split
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.optimizers import Adafactor, build
-from softprompt_jax.plan import product_flops
 from softprompt_jax.run import Run
 from softprompt_jax.train import make_step
 
@@ -56,13 +52,6 @@ def one_step(parts, settings: Run, batch, optimizer=None, key=None, step: int = 
 # ---------------------------------------------------------------- no weight gradient is ever computed
 
 
-<<<<<<< HEAD
-=======
-def flops(function, *arguments) -> float:
-    return product_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
-
-
->>>>>>> 640cf13 (Plan a run for machines one does not own: its step compiled ahead of time, memory, FLOPs, traffic, advice)
 def step_flops(parts, settings: Run, batch) -> float:
     optimizer = optax.sgd(1.0)
     function = make_step(settings, parts, optimizer)
