@@ -87,6 +87,13 @@ class Map(enum.StrEnum):
     network = "network"
 
 
+class Dtype(enum.StrEnum):
+    """What weights can be written as."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 @app.command()
 def train(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file with the run's settings.")],
@@ -192,6 +199,50 @@ def export(
 
     exporting.export(source, format.value, to)
     print(f"wrote {to}", file=sys.stderr)
+
+
+@app.command(name="import")
+def import_(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="T5X checkpoint or run (folder, gs://), T5, prompt.")],
+    to: Annotated[str, typer.Option(metavar="PATH", help="New folder; for a prompt alone a .safetensors file.")],
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="FILE|FOLDER|NAME", help="Tokenizer, where SOURCE has none.", show_default=False),
+    ] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Of the weights. \\[default: as they are]", show_default=False)
+    ] = None,
+) -> None:
+    """Write a checkpoint that others have made as a Hugging Face folder, or a prompt as our file."""
+    from softprompt_jax.importing import import_source
+
+    for line in import_source(source, to, tokenizer, None if dtype is None else dtype.value):
+        print(f"wrote {line}", file=sys.stderr)
+
+
+@app.command()
+def show(
+    source: Annotated[str, typer.Argument(metavar="FILE|FOLDER", help="Prompt, adapter, checkpoint or run.")],
+    norms: Annotated[bool, typer.Option("--norms", help="Norms also of what is large.")] = False,
+) -> None:
+    """Say what a file or folder is: its shapes, norms and metadata."""
+    from softprompt_jax import show as showing
+
+    for line in showing.show(source, norms):
+        print(line)
+
+
+@app.command()
+def push(
+    source: Annotated[str, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="Hub name, OWNER/NAME.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only write the files, to RUN/hub.")] = False,
+) -> None:
+    """Publish a finished run on the hub with a model card."""
+    from softprompt_jax import publishing
+
+    folder = publishing.push(source, repository, dry_run)
+    print(f"wrote {folder}" if dry_run else f"pushed {folder} to {repository}", file=sys.stderr)
 
 
 @app.command()

@@ -12,12 +12,11 @@ from softprompt_jax.assembly import Assembly, assemble
 from softprompt_jax.backbone.pretrained import save_backbone
 from softprompt_jax.checkpoint import Checkpoints
 from softprompt_jax.config import UserError
+from softprompt_jax.importing import TOKENIZER_FILES
 from softprompt_jax.methods import put_trained
 from softprompt_jax.methods.surgery import merged
 from softprompt_jax.peft import save_adapter
 from softprompt_jax.run import Run, load_run
-
-_TOKENIZER_FILES = ("*.model", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
 
 
 def export(source: str | Path, format: str, to: str | Path) -> None:
@@ -29,7 +28,7 @@ def export(source: str | Path, format: str, to: str | Path) -> None:
             if assembly.model.prompt is not None:
                 raise UserError(f"{source}: has a prompt, which no Hugging Face model holds; export it as npy")
             save_backbone(merged(assembly.model), to)
-            for pattern in _TOKENIZER_FILES:
+            for pattern in TOKENIZER_FILES:
                 for path in assembly.tokenizer_folder.glob(pattern):
                     shutil.copy(path, to / path.name)
             return

@@ -20,7 +20,7 @@ from softprompt_jax.config import UserError
 from softprompt_jax.methods import Trainable
 
 PROMPT_FILE, TRAINED_FILE = "prompt.safetensors", "trained.safetensors"
-_ROWS = "prompt"
+ROWS = "prompt"
 
 
 def save_trained(model: T5, path: Path, metadata: dict[str, str]) -> None:
@@ -45,7 +45,7 @@ def read_trained(source: str | Path) -> dict[str, Any]:
 
 def save_prompt(rows: Float[np.ndarray, "P D"], path: Path, metadata: dict[str, str]) -> None:
     """Write prompt rows (never ids, so that they fit every tokenizer and table size)."""
-    write_tensors({_ROWS: np.asarray(rows, np.float32)}, path, metadata | {"length": str(len(rows))})
+    write_tensors({ROWS: np.asarray(rows, np.float32)}, path, metadata | {"length": str(len(rows))})
 
 
 def own_prompt_file(folder: Path, task: str) -> Path:
@@ -81,9 +81,9 @@ def read_prompt(source: str | Path) -> tuple[Float[np.ndarray, "P D"], dict[str,
         raise UserError(f"{source}: no such file; expected prompt rows as .npy, .safetensors or a run folder")
     if path.suffix == ".safetensors":
         arrays, metadata = read_tensors(path)
-        if _ROWS not in arrays:
-            raise UserError(f"{path}: holds {', '.join(list(arrays)[:3])}; expected a tensor named {_ROWS!r}")
-        rows = arrays[_ROWS]
+        if ROWS not in arrays:
+            raise UserError(f"{path}: holds {', '.join(list(arrays)[:3])}; expected a tensor named {ROWS!r}")
+        rows = arrays[ROWS]
     else:
         metadata = {}
         try:

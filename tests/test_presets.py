@@ -6,7 +6,7 @@ import jax
 import pytest
 from flax import nnx
 
-from softprompt_jax.backbone.presets import PRESETS, preset, published
+from softprompt_jax.backbone.presets import PRESETS, SOURCES, hub_name, preset, published
 from softprompt_jax.backbone.t5 import abstract
 from softprompt_jax.config import UserError
 
@@ -47,3 +47,15 @@ def test_a_model_is_recognised_as_published_whatever_its_dropout_and_remat():
 def test_a_misspelt_preset_is_refused_with_the_nearest_one():
     with pytest.raises(UserError, match=r"unknown; expected one of .*did you mean t5-v1_1-small"):
         preset("t5-v1.1-small")
+
+
+def test_every_size_names_where_it_is_published_and_a_t5x_checkpoint_knows_its_tokenizer():
+    named = {name for name, _ in SOURCES.values()}
+    assert named == PRESETS.keys() - {"umt5-large"}  # which was never published
+    checkpoints = [where for _, where in SOURCES.values() if where]
+    assert len(set(checkpoints)) == len(checkpoints)
+    lm_adapted = "gs://t5-data/pretrained_models/t5x/t5_1_1_lm100k_base/checkpoint_1100000"
+    assert SOURCES["google/t5-base-lm-adapt"] == ("t5-v1_1-base", lm_adapted)
+    assert SOURCES["google-t5/t5-3b"][1].endswith("/t5_3B/checkpoint_1000000")
+    assert hub_name(f"{lm_adapted}/") == "google/t5-base-lm-adapt"
+    assert hub_name("gs://some-bucket/checkpoint_1") is None

@@ -129,3 +129,28 @@ def test_invalid_folder_is_one_line(tmp_path, files, expected):
 def test_hub_name_out_of_reach_is_one_line():
     with pytest.raises(UserError, match=r"^nobody/nothing: no tokenizer could be loaded \([^\n]*$"):
         load_tokenizer("nobody/nothing")
+
+
+def test_byt5_needs_no_file_and_agrees_with_transformers(tmp_path):
+    from transformers import ByT5Tokenizer
+
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 384}), encoding="utf-8")
+    ours, theirs = load_tokenizer(tmp_path), ByT5Tokenizer()
+    for text in TEXTS:
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True).strip()
+    assert (ours.size, ours.pad_id, ours.eos_id, ours.unk_id) == (len(theirs), 0, 1, 2)
+    assert ours.sentinel(0) == theirs.convert_tokens_to_ids("<extra_id_0>")
+    assert ours.decode([75, 104, 255, 1, 75]) == "He"  # half a character is left out
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 32128}), encoding="utf-8")
+    with pytest.raises(UserError, match="no tokenizer in the folder"):
+        load_tokenizer(tmp_path)
+
+
+def test_the_released_sentencepiece_file_alone_suffices(shared_fixtures, tmp_path):
+    shutil.copy(shared_fixtures / "released" / "t5_spiece.model", tmp_path / "spiece.model")
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("positive") == [1465]
+    assert tokenizer.encode("Hello world") == [8774, 296]
+    assert (tokenizer.size, tokenizer.sentinel(0), tokenizer.sentinel(99)) == (32100, 32099, 32000)

@@ -1,4 +1,4 @@
-"""The published T5 sizes: settings by name, without any weights."""
+"""The published T5 sizes: settings by name, without any weights, and where the weights are published."""
 
 from __future__ import annotations
 
@@ -55,6 +55,49 @@ PRESETS: dict[str, T5Settings] = {
     **{f"byt5-{size}": _settings(s, 384) for size, s in _BYT5.items()},
     "ul2": _settings((4096, 256, 16384, 16, 32), 32128, activation="silu"),
 }
+
+
+_T5X = "gs://t5-data/pretrained_models/t5x"
+_T5_1_0_STEPS = {"small": 1_000_000, "base": 999_900, "large": 1_000_700, "3b": 1_000_000, "11b": 1_000_000}
+_FLAN_STEPS = {"small": 1_198_000, "base": 1_184_000, "large": 1_164_000, "xl": 1_138_000, "xxl": 1_114_000}
+
+# Hub name: (preset, T5X checkpoint or None where there is none). All load by either name.
+SOURCES: dict[str, tuple[str, str | None]] = {
+    **{
+        f"google-t5/t5-{size}": (
+            f"t5-{size}",
+            f"{_T5X}/t5_{size.replace('b', 'B') if size[0].isdigit() else size}/checkpoint_{step}",
+        )
+        for size, step in _T5_1_0_STEPS.items()
+    },
+    **{f"google/t5-v1_1-{size}": (f"t5-v1_1-{size}", f"{_T5X}/t5_1_1_{size}/checkpoint_1000000") for size in _T5_1_1},
+    **{
+        f"google/t5-{size}-lm-adapt": (f"t5-v1_1-{size}", f"{_T5X}/t5_1_1_lm100k_{size}/checkpoint_1100000")
+        for size in _T5_1_1
+    },
+    **{
+        f"google/flan-t5-{size}": (f"t5-v1_1-{size}", f"{_T5X}/flan_t5_{size}/checkpoint_{step}")
+        for size, step in _FLAN_STEPS.items()
+    },
+    "bigscience/T0_3B": ("t5-v1_1-xl", None),
+    **{f"bigscience/{name}": ("t5-v1_1-xxl", None) for name in ("T0", "T0p", "T0pp")},
+    **{f"google/mt5-{size}": (f"mt5-{size}", f"{_T5X}/mt5_{size}/checkpoint_1000000") for size in _T5_1_1},
+    **{
+        f"google/umt5-{size}": (f"umt5-{size}", f"{_T5X}/umt5/{size}/checkpoint_1000000")
+        for size in ("small", "base", "xl", "xxl")
+    },
+    **{f"google/byt5-{size}": (f"byt5-{size}", f"{_T5X}/byt5_{size}/checkpoint_1000000") for size in _BYT5},
+    "google/ul2": ("ul2", "gs://scenic-bucket/ul2/ul220b/checkpoint_2650000"),
+    "google/flan-ul2": ("ul2", "gs://scenic-bucket/ul2/flan-ul220b-v3/checkpoint_2283000"),
+}
+# Published in T5X's form only: the same sizes and tokenizers as mT5 on the hub.
+T5X_ONLY = {f"{_T5X}/mt5_lm_adapted/{size}/checkpoint_1100000": f"google/mt5-{size}" for size in _T5_1_1}
+
+
+def hub_name(checkpoint: str) -> str | None:
+    """Return the hub name whose weights, or at least size and tokenizer, a published T5X checkpoint has."""
+    known = {where: name for name, (_, where) in SOURCES.items() if where} | T5X_ONLY
+    return known.get(checkpoint.rstrip("/"))
 
 
 def preset(name: str) -> T5Settings:

@@ -17,6 +17,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from softprompt_jax.backbone import t5x
+from softprompt_jax.backbone.presets import hub_name
 from softprompt_jax.backbone.quantized import Quantization, pack_layers, quantized
 from softprompt_jax.backbone.t5 import T5, T5Settings, abstract
 from softprompt_jax.backbone.tensors import Tensor, open_safetensors, read_stacked, same
@@ -34,6 +35,7 @@ _IDENTITY = (
 # Written by old versions of transformers, read by nobody.
 _IGNORED = re.compile(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight")
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu", "swish": "silu"}
+_SHARD_BYTES = 2 << 30  # of a file that is written
 _PATTERNS = ("config.json", "model*.safetensors", "model.safetensors.index.json", "*.model", "tokenizer*", "special_*")
 _OLD_PATTERNS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # where there are no safetensors
 
@@ -69,7 +71,7 @@ def load_backbone(
     or nf4 as they come in, so that the model is never whole in `dtype`.
     Errors: UserError names the folder, tensor or setting that does not fit.
     """
-    settings, tensors, folder = _open(source)
+    settings, tensors, folder = open_source(source)
     model = abstract(settings, dtype)
     graphdef, state = nnx.split(model)
     table = names(settings)
@@ -238,13 +240,62 @@ def save_backbone(model: T5, folder: str | Path, dtype: str = "bfloat16") -> Non
     (folder / "config.json").write_text(config)
 
 
+def write_backbone(settings: T5Settings, tensors: dict[str, Tensor], folder: Path, dtype: str | None = None) -> str:
+    """Write opened tensors in Hugging Face layout, a file at a time, and return the fingerprint.
+
+    `dtype`: of the weights (default: as they are). Folders that were left half written have no `config.json`.
+    """
+    table = names(settings)
+    _check_names(table, tensors, folder)
+    wanted = [name for tensor_names, _ in table.values() for name in tensor_names]
+    size, files, names_in = 0, 0, {}
+    shard: dict[str, np.ndarray] = {}
+    found = "float32"
+
+    def write() -> None:
+        nonlocal shard, size, files
+        files += 1
+        save_file(shard, folder / f"model-{files:05d}.safetensors", metadata={"format": "pt"})
+        names_in.update(dict.fromkeys(shard, files))
+        shard, size = {}, 0
+
+    for name in wanted:
+        tensor = tensors[_embedding(tensors) if name == _EMBEDDING_ALIASES[0] else name]
+        values = tensor.read()
+        values = np.ascontiguousarray(values if dtype is None else values.astype(jnp.dtype(dtype)))
+        found = values.dtype.name
+        if shard and size + values.nbytes > _SHARD_BYTES:
+            write()
+        shard[name], size = values, size + values.nbytes
+    write()
+    if files == 1:
+        (folder / "model-00001.safetensors").replace(folder / "model.safetensors")
+    else:
+        finals = {number: f"model-{number:05d}-of-{files:05d}.safetensors" for number in range(1, files + 1)}
+        for number, final in finals.items():
+            (folder / f"model-{number:05d}.safetensors").replace(folder / final)
+        index = {"metadata": {}, "weight_map": {name: finals[number] for name, number in names_in.items()}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(_config(settings, dtype or found), indent=2) + "\n")
+    embedding = tensors[_embedding(tensors)]
+    step = _sample_step(settings.vocabulary_rows)
+    rows = [embedding.read((slice(row, row + 1), slice(0, 16))) for row in range(0, settings.vocabulary_rows, step)]
+    return _hashed(settings, np.concatenate(rows).astype(jnp.bfloat16))
+
+
 def fingerprint(model: T5) -> str:
     """Hash a model's shapes and a sample of its embedding table as bfloat16."""
     table = model.embedding[...]
-    step = max(1, table.shape[0] // 64)
-    sample = collect(table[::step, :16].astype(jnp.bfloat16)).tobytes()
-    what_it_is = {name: getattr(model.settings, name) for name in _IDENTITY}  # by name: new settings change no hash
-    return hashlib.sha256(json.dumps(what_it_is).encode() + sample).hexdigest()[:16]
+    return _hashed(model.settings, collect(table[:: _sample_step(table.shape[0]), :16].astype(jnp.bfloat16)))
+
+
+def _sample_step(rows: int) -> int:
+    return max(1, rows // 64)
+
+
+def _hashed(settings: T5Settings, sample: np.ndarray) -> str:
+    what_it_is = {name: getattr(settings, name) for name in _IDENTITY}  # by name: new settings change no hash
+    return hashlib.sha256(json.dumps(what_it_is).encode() + sample.tobytes()).hexdigest()[:16]
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -270,15 +321,15 @@ def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
 
 def load_settings(source: str | Path) -> T5Settings:
     """Read what a source is, without its weights."""
-    return _open(source)[0]
+    return open_source(source)[0]
 
 
-def _open(source: str | Path) -> tuple[T5Settings, dict[str, Tensor], Path]:
+def open_source(source: str | Path) -> tuple[T5Settings, dict[str, Tensor], Path]:
     """Return a source's settings, its tensors under Hugging Face names, and the folder of its tokenizer."""
     checkpoint = t5x.find_checkpoint(source)
     if checkpoint is not None:
         opened = t5x.Checkpoint(checkpoint)
-        return opened.settings(), opened.tensors, Path(source)
+        return opened.settings(), opened.tensors, Path(hub_name(checkpoint) or source)
     folder = find_folder(source)
     settings, scaled = read_settings(folder)
     tensors = open_folder(folder)

@@ -135,6 +135,10 @@ class Checkpoint:
         """
         if self._slots and self._axis is not None:
             raise UserError(f"{self.root}: slots of scanned layers; expected layers of their own; start without slots")
+        return self.slots()
+
+    def slots(self) -> dict[str, dict[str, Tensor]]:
+        """Return the slots that are used, by Hugging Face name of the weight."""
         slots: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self._slots.items():
             found = _SLOT.fullmatch(name)

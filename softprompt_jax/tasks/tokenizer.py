@@ -1,12 +1,13 @@
 """The tokenizer of a backbone: text to ids and back, the same object for every kind of source.
 
 A folder that holds only `spiece.model` is read by SentencePiece itself (fast to start, no
-transformers); everything else, and hub names, by transformers' `AutoTokenizer`.
+transformers), one of a ByT5 needs no file at all; everything else, and hub names, by transformers' `AutoTokenizer`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
@@ -15,8 +16,10 @@ from pathlib import Path
 
 from softprompt_jax.config import UserError
 
+BYTE_EXTRA_IDS = 125  # of ByT5, whose table has 384 rows
 EXTRA_IDS = 100  # sentinels a T5 tokenizer puts after its pieces, `<extra_id_0>` highest
 _SENTINEL = re.compile(r"\s*<extra_id_(\d+)>\s*")
+_BARE_SENTINEL = re.compile(r"<extra_id_(\d+)>")
 
 
 class Tokenizer:
@@ -104,6 +107,27 @@ class _SentencePiece(Tokenizer):
         return self._model.decode(ids)
 
 
+class _Bytes(Tokenizer):
+    """ByT5's (Xue et al., 2022): the bytes of a text in UTF-8, three specials before them, sentinels behind."""
+
+    def __init__(self, source: str):
+        sentinels = [f"<extra_id_{index}>" for index in range(BYTE_EXTRA_IDS)]
+        pieces = ["<pad>", "</s>", "<unk>", *map(chr, range(256)), *sentinels]
+        super().__init__(source, pieces, 0, 1, 2, hashlib.sha256(b"bytes").hexdigest())
+
+    def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+        return [self._encode(_valid(text)) for text in texts]
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for position, part in enumerate(_BARE_SENTINEL.split(text)):  # the spaces around it are bytes of their own
+            ids += [self.sentinel(int(part))] if position % 2 else [byte + 3 for byte in part.encode()]
+        return ids
+
+    def _text(self, ids: list[int]) -> str:
+        return bytes(id_ - 3 for id_ in ids).decode(errors="ignore")
+
+
 class _Transformers(Tokenizer):
     def __init__(self, source: str, tokenizer):
         self._tokenizer = tokenizer
@@ -147,6 +171,8 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
             tokenizer: Tokenizer = _SentencePiece(folder / "spiece.model")
         elif transformers_files:
             tokenizer = _automatic(str(source), "a folder with tokenizer.json, tokenizer_config.json or spiece.model")
+        elif _is_byt5(folder / "config.json"):
+            tokenizer = _Bytes(str(source))
         else:
             raise UserError(
                 f"{source}: no tokenizer in the folder; expected tokenizer.json, tokenizer_config.json or "
@@ -162,6 +188,15 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
             f"{source}: padding has id {tokenizer.pad_id}; expected 0 as in every T5; use its own tokenizer"
         )
     return tokenizer
+
+
+def _is_byt5(config: Path) -> bool:
+    """Tell whether a model reads bytes: its tokenizer has no file, and the hub's has only settings."""
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+        return values.get("tokenizer_class") == "ByT5Tokenizer" or values.get("vocab_size") == 259 + BYTE_EXTRA_IDS
+    except (OSError, ValueError, AttributeError):
+        return False
 
 
 def _automatic(source: str, expected: str) -> Tokenizer:

@@ -1,0 +1,145 @@
+"""Publish a finished run on the hub: its files, an adapter for PEFT where there is one, and a model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from softprompt_jax import config, interop
+from softprompt_jax.backbone.presets import SOURCES
+from softprompt_jax.config import UserError
+from softprompt_jax.exporting import export
+from softprompt_jax.run import Run
+
+FOLDER = "hub"  # within the run's
+
+
+def push(source: str | Path, repository: str, dry_run: bool = False) -> Path:
+    """Write a finished run's files and card to RUN/hub, and upload them unless it is a dry run.
+
+    Errors: UserError for a run that is not finished, a name that is none, and a hub that refuses.
+    """
+    source = Path(source)
+    if repository.count("/") != 1 or not all(repository.split("/")):
+        raise UserError(f"{repository}: not a hub name; expected OWNER/NAME")
+    if not (source / "config.yaml").exists() or not (source / "result.json").exists():
+        raise UserError(f"{source}: no finished run; expected one; finish it with the same command")
+    run = config.parse(Run, config.read(source / "config.yaml"), str(source / "config.yaml"))
+    result = json.loads((source / "result.json").read_text(encoding="utf-8"))
+    folder = source / FOLDER
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name in ("result.json", interop.PROMPT_FILE):
+        if (source / name).exists():
+            shutil.copy(source / name, folder / name)
+    (folder / "config.yaml").write_text(_yaml(_public(run.model_dump(mode="json"))) + "\n", encoding="utf-8")
+    whole = any(method.kind == "full" for method in run.methods)
+    reason = None
+    try:
+        export(source, "hf" if whole else "peft", folder)
+    except UserError as error:
+        reason = str(error)
+    if not whole and not (folder / interop.PROMPT_FILE).exists():
+        shutil.copy(source / interop.TRAINED_FILE, folder / interop.TRAINED_FILE)
+    text = card(run, result, repository, {path.name for path in folder.iterdir()}, reason)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    if not dry_run:
+        _upload(folder, repository)
+    return folder
+
+
+def card(run: Run, result: dict[str, Any], repository: str, files: set[str], reason: str | None) -> str:
+    """Write the model card: what it is for, scores, settings, how to load it here and in PEFT."""
+    task = None if run.pretraining else run.resolved_task()
+    backbone = run.backbone if isinstance(run.backbone, str) else "a T5 with random weights"
+    public = _public(backbone)
+    name = repository.split("/")[1]
+    kinds = ", ".join(method.kind for method in run.methods)
+    front: dict[str, Any] = {
+        "library_name": "peft" if "adapter_config.json" in files else "softprompt_jax",
+        "pipeline_tag": "text2text-generation",
+        "tags": ["t5", "softprompt_jax", *[method.kind for method in run.methods]],
+    }
+    if backbone in SOURCES:
+        front["base_model"] = backbone
+    lines = ["---", _yaml(front), "---", "", f"# {name}", ""]
+    lines += [f"{kinds.capitalize()} for a frozen T5 ({public}), trained with softprompt_jax.", ""]
+    if task is not None:
+        lines += ["## Task", "", f"{task.name}. The text that the model reads:", "", f"    {task.input}", ""]
+        lines += [f"Answers: {', '.join(task.words)}." if task.words else "Answers: free text.", ""]
+    lines += ["## Scores", "", "| split | metric | value |", "|---|---|---|"]
+    for split in ("validation", "test"):
+        for metric, value in (result.get(split) or {}).items():
+            lines.append(f"| {split} | {metric} | {value:.4f} |")
+    baselines = result.get("baselines")
+    if baselines:
+        majority = baselines.get("majority")
+        if majority is not None:
+            lines.append(f"| {baselines['split']} | majority class | {majority:.4f} |")
+        for metric, value in (baselines.get("untrained") or {}).items():
+            lines.append(f"| {baselines['split']} | {metric} before training | {value:.4f} |")
+    lines += ["", f"One run, seed {run.seed}; step {result.get('best_step')} of {result.get('steps')}.", ""]
+    lines += ["## Use", "", *_usage(repository, public, files), ""]
+    if reason is not None:
+        lines += [f"No form for PEFT: {reason.partition(': ')[2] or reason}", ""]
+    defaults = Run(task=run.task).model_dump(mode="json")
+    settings = {key: value for key, value in run.model_dump(mode="json").items() if value != defaults[key]}
+    settings = {"task": defaults["task"], "methods": defaults["methods"]} | settings
+    lines += ["## Settings", "", "Only what differs from the defaults; `config.yaml` has all.", "", "```yaml"]
+    lines += [_yaml(_public(settings)), "```", ""]
+    return "\n".join(lines)
+
+
+def _public(value: Any) -> Any:
+    """Shorten paths of this machine to their last name: they tell others nothing."""
+    if isinstance(value, dict):
+        return {key: _public(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True).strip()
+
+
+def _usage(repository: str, backbone: str, files: set[str]) -> list[str]:
+    fetch = ["from huggingface_hub import snapshot_download", f'folder = snapshot_download("{repository}")']
+    if "config.json" in files:
+        here = ["from softprompt_jax import generate, load_backbone", "", f'model = load_backbone("{repository}")']
+        here += ['generate(model, ["..."])']
+    elif interop.PROMPT_FILE in files:
+        here = ["from softprompt_jax import generate, load_backbone, load_prompt", *fetch, ""]
+        here += [f'generate(load_backbone("{backbone}"), ["..."], load_prompt(folder))']
+    elif "adapter_config.json" in files:
+        here = ["from softprompt_jax import generate, load_backbone", *fetch, ""]
+        here += [f'generate(load_backbone("{backbone}", adapter=folder), ["..."])']
+    else:
+        here = [f"# train again: softprompt train config.yaml, or download the files of {repository}"]
+    lines = ["```python", *here, "```"]
+    if "adapter_config.json" in files:
+        lines += ["", "In PEFT:", "", "```python", "from peft import PeftModel"]
+        lines += ["from transformers import AutoModelForSeq2SeqLM", ""]
+        lines += [f'model = AutoModelForSeq2SeqLM.from_pretrained("{backbone}")']
+        lines += [f'model = PeftModel.from_pretrained(model, "{repository}")', "```"]
+    return lines
+
+
+def _upload(folder: Path, repository: str) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder)
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{repository}: the hub did not take it ({reason}); expected a login and a right to write there; "
+            f"the files are in {folder}"
+        ) from None

@@ -1,0 +1,79 @@
+"""`softprompt show` says what a file is, and nothing else can be taken for it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+from test_torch_file import save_tensors
+
+from softprompt_jax import UserError
+from softprompt_jax.backbone.pretrained import save_backbone
+from softprompt_jax.interop import save_prompt
+from softprompt_jax.show import show
+
+
+def shown(source, norms: bool = False) -> str:
+    return "\n".join(show(str(source), norms))
+
+
+def test_a_prompt_is_told_with_its_norms_and_metadata(tmp_path):
+    rows = np.array([[3, 4], [0, 1]], np.float32)
+    save_prompt(rows, tmp_path / "p.safetensors", {"task": "moods"})
+    text = shown(tmp_path / "p.safetensors")
+    assert "a prompt of 2 rows of width 2; norms of rows 1 to 5, mean 3" in text
+    assert "task: moods" in text
+    np.save(tmp_path / "p.npy", rows)
+    assert "a prompt of 2 rows of width 2" in shown(tmp_path / "p.npy")
+    save_tensors(tmp_path / "p.bin", {"w": rows})
+    assert shown(tmp_path / "p.bin").splitlines() == [
+        f"{tmp_path / 'p.bin'}: 1 tensors, 4 numbers",
+        "  w           2x2  norm 5.099",
+    ]
+
+
+def test_runs_are_told_with_their_scores_and_what_they_trained(prompt_run, full_run):
+    text = shown(prompt_run)
+    assert "a run on moods with prompt, backbone" in text
+    assert "test accuracy: " in text
+    assert "a prompt of " in text
+    assert "fingerprint: " in text
+    assert "encoder.layers.attention.query.kernel" in shown(full_run)
+
+
+def test_checkpoints_are_told_with_their_settings(shared_fixtures, tmp_path):
+    text = shown(shared_fixtures / "t5x" / "prompted_run")
+    assert "a checkpoint of T5X" in text
+    assert "step: 1100010" in text
+    assert "a prompt of 5 rows of width 64" in text
+    assert "Adafactor: slots of 1 weights" in text
+    assert "slots of 52 weights" in shown(shared_fixtures / "t5x" / "t5_1_1_tiny_bf16")
+    model = tiny.model()
+    save_backbone(model, tmp_path, "float32")
+    text = shown(tmp_path)
+    assert f"a T5 in Hugging Face layout, {model.settings.parameters():,} parameters" in text
+    assert "tokenizer: none in the folder" in text
+    assert f"norm {np.linalg.norm(model.embedding[...]):.4g}" in text
+    assert "an adapter of PEFT, LORA" in shown(shared_fixtures / "peft" / "LORA" / "adapter")
+
+
+def test_large_files_are_read_only_if_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr("softprompt_jax.show._READ_NUMBERS", 100)
+    save_backbone(tiny.model(), tmp_path, "float32")
+    assert "norms left out, since" in shown(tmp_path)
+    assert "norms left out" not in shown(tmp_path, norms=True)
+
+
+def test_what_is_none_of_these_is_refused_in_a_line(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "text.safetensors").write_text("hello")
+    (tmp_path / "text.npy").write_text("hello")
+    for name, problem in {
+        "nothing": "no such file or folder; expected a prompt",
+        "folder": "none that is known; expected a prompt",
+        "text.safetensors": "not a complete safetensors file",
+        "text.npy": "not a .npy array",
+    }.items():
+        with pytest.raises(UserError, match=problem) as caught:
+            shown(tmp_path / name)
+        assert "\n" not in str(caught.value)
