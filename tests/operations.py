@@ -8,21 +8,12 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-
-def products(jaxpr: Jaxpr) -> float:
-    """Count the floating-point operations of all matrix products, those of a scan as often as it runs."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        total += _product(equation)
-        assert equation.primitive.name != "while", "of unknown length"
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += sum(times * products(inner) for inner in _inner(equation))
-    return total
+from softprompt_jax.plan import product_flops
 
 
 def flops(function, *arguments) -> float:
     """Count the operations of all matrix products of a function."""
-    return products(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return product_flops(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 def gradient_flops(function, trainable: Any, *arguments) -> float:
@@ -65,7 +56,7 @@ def _needed(jaxpr: Jaxpr, active: list[bool]) -> tuple[float, list[bool]]:
             needed, outputs = _needed(inner[0], inputs)
             total += needed
         else:
-            assert not any(products(part) for part in inner), f"{equation.primitive.name} with products inside"
+            assert not any(product_flops(part) for part in inner), f"{equation.primitive.name} with products inside"
             outputs = [any(inputs) and equation.primitive.name != "stop_gradient"] * len(equation.outvars)
         known |= {variable for variable, on in zip(equation.outvars, outputs, strict=True) if on}
     return total, [on(variable) for variable in jaxpr.outvars]

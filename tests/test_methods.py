@@ -21,6 +21,7 @@ from flax import nnx
 
 from softprompt_jax.backbone.decode import greedy
 from softprompt_jax.backbone.pretrained import flatten, load_backbone, save_backbone
+from softprompt_jax.backbone.quantized import quantized
 from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.config import UserError, parse, to_yaml
 from softprompt_jax.interop import load_trained, save_trained
@@ -189,6 +190,25 @@ def test_it_attaches_to_every_family_in_bfloat16_with_dropout_and_rematerialisat
     encoded, logits = jax.eval_shape(run, parts.trainable)
     assert encoded.dtype == jnp.bfloat16
     assert (logits.shape, logits.dtype) == ((3, U, tiny.ROWS), jnp.float32)
+
+
+@pytest.mark.parametrize("bits", ["int8", "nf4"])
+def test_it_stands_over_a_quantised_backbone_or_says_why_not(kind, bits):
+    model, reason = quantized(tiny.model(), bits), ""
+    try:
+        settings(kind).attach(model, tiny.key(0), CONTEXT)
+    except UserError as error:
+        reason = str(error)
+    if reason:
+        assert re.fullmatch(r"methods: .*; expected .*; .*", reason)
+        return
+    parts, rows = split(model), batch(model)
+
+    def loss(trainable):
+        return cross_entropy(parts.merge(trainable, parts.frozen)(rows), rows["decoder_targets"])[0]
+
+    gradient = jax.eval_shape(jax.grad(loss), parts.trainable)
+    assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, split(attached(kind)).trainable)
 
 
 def start(parts: Split, optimizer: optax.GradientTransformation) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from softprompt_jax.backbone.t5 import T5, Linear, T5Settings
 from softprompt_jax.config import UserError
 from softprompt_jax.methods import peft_names
 from softprompt_jax.methods.contract import Context, MethodSettings, Tensors
-from softprompt_jax.methods.surgery import Trainable, Wrapped, linear_of, linears, replace
+from softprompt_jax.methods.surgery import Trainable, Wrapped, kernel_shape, linear_of, linears, replace
 
 
 class IA3(MethodSettings):
@@ -88,12 +88,12 @@ class Scaled(Wrapped):
     """`inner(x) * factors`, or `inner(x * factors)`."""
 
     def __init__(self, inner: Linear | Wrapped, side: str, learning_rate_scale: float):
-        kernel = linear_of(inner).kernel
+        shape, axes = kernel_shape(inner), linear_of(inner).kernel.get_metadata()["axes"]
         axis = -1 if side == "outputs" else -2
         self.inner, self.side = inner, side
         self.factors = Trainable(
-            jnp.ones((*kernel.shape[:-2], kernel.shape[axis])),
-            axes=(kernel.get_metadata()["axes"][axis],),
+            jnp.ones((*shape[:-2], shape[axis])),
+            axes=(axes[axis],),
             learning_rate_scale=learning_rate_scale,
         )
 

@@ -16,7 +16,7 @@ from softprompt_jax.backbone.t5 import T5, Linear, T5Settings, dropout
 from softprompt_jax.config import UserError
 from softprompt_jax.methods import peft_names
 from softprompt_jax.methods.contract import Context, MethodSettings, Tensors
-from softprompt_jax.methods.surgery import Trainable, Wrapped, linear_of, linears, plain_kernel, replace
+from softprompt_jax.methods.surgery import Trainable, Wrapped, kernel_shape, linear_of, linears, plain_kernel, replace
 
 
 class LoRA(MethodSettings):
@@ -38,7 +38,7 @@ class LoRA(MethodSettings):
         """Put the two matrices beside every target."""
 
         def wrap(path: str, module: Linear | Wrapped) -> LowRank:
-            width = min(linear_of(module).kernel.shape[-2:])
+            width = min(kernel_shape(module)[-2:])
             if self.rank > width:
                 raise UserError(f"methods: lora rank {self.rank} at {path}; expected at most its width {width}")
             return LowRank(module, self, path, key)
@@ -112,9 +112,8 @@ class LowRank(Wrapped):
     """`inner(x) + scale x A B`, with a trained length for each column if `magnitude` is there (DoRA)."""
 
     def __init__(self, inner: Linear | Wrapped, settings: LoRA, path: str, key: jax.Array):
-        kernel = linear_of(inner).kernel
-        *layers, width, columns = kernel.shape
-        into, out = kernel.get_metadata()["axes"]
+        *layers, width, columns = kernel_shape(inner)
+        into, out = linear_of(inner).kernel.get_metadata()["axes"]
         rate = {"learning_rate_scale": settings.learning_rate_scale}
         number = zlib.crc32(path.encode())  # of this place, so that no two draw the same
         bound = width**-0.5

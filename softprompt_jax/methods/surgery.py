@@ -129,6 +129,11 @@ def linear_of(module: Linear | Wrapped) -> Linear:
     return linear_of(module.inner) if isinstance(module, Wrapped) else module
 
 
+def kernel_shape(module: Linear | Wrapped) -> tuple[int, ...]:
+    """Return [..., in, out] of a place's kernel, however it is stored."""
+    return jax.eval_shape(linear_of(module).weight).shape
+
+
 def plain_kernel(module: Linear | Wrapped) -> jax.Array:
     """Return the float32 kernel [..., in, out] that alone computes what stands in a place.
 
