@@ -1,7 +1,7 @@
 """Prompt tuning of frozen T5 models in JAX.
 
 Backbones   load_backbone, Backbone
-Running     logits, generate, load_predictor
+Running     logits, generate, load_predictor, PromptBank
 Training    Run, load_run, train
 Prompts     load_prompt, rank_sources, recycle
 """
@@ -12,6 +12,7 @@ import types
 from typing import Any
 
 _PUBLIC = {
+    "PromptBank": "bank",
     "Backbone": "backbone.pretrained",
     "Run": "run",
     "UserError": "config",

@@ -169,15 +169,21 @@ def predict(
     output: Annotated[str, typer.Option(metavar="FILE|-", help="jsonl: each object with its 'prediction'.")] = "-",
     backbone: Backbone = None,
 ) -> None:
-    """Answer jsonl with jsonl, in order, by greedy decoding."""
+    """Answer jsonl with jsonl, in order, by greedy decoding.
+
+    A folder of prompts (files or runs) is a bank: each line names its own, {"inputs": "...", "prompt": "NAME"}, and any
+    mix is answered at once.
+    """
+    from softprompt_jax.bank import PromptBank
     from softprompt_jax.predict import load_predictor
 
     if input != "-" and (not Path(input).exists() or Path(input).is_dir()):
         raise UserError(f"{input}: no such file; expected jsonl, or - for standard input")
     if input != "-" and Path(output).exists() and Path(output).samefile(input):
         raise UserError(f"{output}: is the input too; expected another file for the output")
+    bank = Path(source).is_dir() and not (Path(source) / "config.yaml").exists()
     with _output(output) as sink:
-        predictor = load_predictor(source, backbone)
+        predictor = PromptBank.open(source, backbone) if bank else load_predictor(source, backbone)
         if Path(output).is_file():
             sink.truncate(0)  # only now: a command that fails earlier leaves an old file as it was
         for line in predictor.lines(_json_lines(input)):

@@ -22,7 +22,7 @@ LAYERS = (
     "__init__ __main__",
     "cli",
     "report serve plan",
-    "train task_run evaluate predict interpret show publishing exporting importing transfer",
+    "train task_run evaluate predict bank interpret show publishing exporting importing transfer",
     "assembly",
     "run",
     "peft",

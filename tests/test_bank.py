@@ -1,0 +1,162 @@
+"""Many prompts over one model: any mix in a batch answers as one at a time; the device holds those in use."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from softprompt_jax import PromptBank, generate, load_backbone
+from softprompt_jax.config import UserError
+from softprompt_jax.interop import load_prompt, save_prompt
+
+WIDTH = 16
+TEXTS = ["the garden is warm", "the night train is slow today", "the corner shop", "the old mill is rude and far away"]
+
+
+@pytest.fixture(scope="module")
+def backbone(small):
+    return load_backbone(str(small.backbone))
+
+
+def rows(length: int, seed: int = 0) -> np.ndarray:
+    return 3 * np.random.default_rng(seed).normal(size=(length, WIDTH)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def prompts() -> dict[str, np.ndarray]:
+    return {f"p{n}": rows(1 + n % 4, n) for n in range(9)}
+
+
+@pytest.fixture(scope="module")
+def alone(backbone, prompts) -> dict[tuple[str, str], str]:
+    """What each prompt answers to each text by itself."""
+    found = {}
+    for name, prompt in prompts.items():
+        for text, answer in zip(TEXTS, generate(backbone, TEXTS, prompt, max_tokens=4), strict=True):
+            found[text, name] = answer
+    assert len(set(found.values())) > 6, "prompts that answer alike show nothing"
+    return found
+
+
+def bank_of(backbone, prompts, **settings) -> PromptBank:
+    bank = PromptBank(backbone, **settings)
+    for name, prompt in prompts.items():
+        bank.add(name, prompt)
+    return bank
+
+
+def asked(bank, pairs) -> list[str]:
+    texts, names = zip(*pairs, strict=True)
+    return [answer for answer, _ in bank.generate(texts, names, max_tokens=4)]
+
+
+def test_a_mixed_batch_answers_as_each_prompt_by_itself(backbone, prompts, alone):
+    bank = bank_of(backbone, prompts)
+    pairs = list(alone)
+    random.Random(0).shuffle(pairs)
+    assert asked(bank, pairs) == [alone[pair] for pair in pairs]
+
+
+def test_scores_do_not_depend_on_the_company(backbone, prompts):
+    bank = bank_of(backbone, prompts)
+    pairs = [(text, name) for text in TEXTS for name in prompts]
+    texts, names = zip(*pairs, strict=True)
+    together = [score for _, score in bank.generate(texts, names, max_tokens=4)]
+    apart = [bank.generate([text], name, max_tokens=4)[0][1] for text, name in pairs[::5]]
+    np.testing.assert_allclose(together[::5], apart, rtol=1e-5, atol=1e-5)
+
+
+def test_prompts_that_do_not_fit_on_the_device_take_turns(backbone, prompts, alone):
+    bank = bank_of(backbone, prompts, device_rows=9, batch_size=3)
+    pairs = 2 * list(alone)
+    random.Random(1).shuffle(pairs)
+    assert asked(bank, pairs) == [alone[pair] for pair in pairs]
+    held = sorted(int(row) for places in bank._places.values() for row in places)
+    assert sorted([*held, *bank._free]) == list(range(9))  # no row is lost, none is held twice
+
+
+def test_a_prompt_can_be_replaced_and_removed_while_others_stay(backbone, prompts, alone):
+    bank = bank_of(backbone, prompts)
+    text = TEXTS[0]
+    assert asked(bank, [(text, "p2")]) == [alone[text, "p2"]]
+    bank.add("p2", prompts["p7"])
+    bank.remove("p3")
+    assert asked(bank, [(text, "p2"), (text, "p5")]) == [alone[text, "p7"], alone[text, "p5"]]
+    assert "p3" not in bank.names
+    with pytest.raises(UserError, match="not in the bank"):
+        bank.generate([text], "p3")
+
+
+def test_prompts_of_other_places_share_a_batch(backbone, tmp_path):
+    places = {"before": 2, "after": 3, "both": 4, "{prompt:1} {text} is {prompt:2}": 3}
+    bank, expected = PromptBank(backbone), {}
+    for number, (place, length) in enumerate(places.items()):
+        prompt = rows(length, 50 + number)
+        save_prompt(prompt, tmp_path / f"{number}.safetensors", {"place": place})
+        bank.add(str(number), tmp_path / f"{number}.safetensors")
+        from softprompt_jax.predict import load_predictor
+
+        predictor = load_predictor(tmp_path / f"{number}.safetensors", str(backbone.folder))
+        predictor.max_tokens = 4
+        for text, answer in zip(TEXTS, predictor.texts(TEXTS), strict=True):
+            expected[text, str(number)] = answer
+    assert asked(bank, list(expected)) == list(expected.values())
+
+
+def test_many_prompts_cost_their_own_bytes(backbone):
+    bank = PromptBank(backbone, device_rows=64)
+    for number in range(2000):
+        bank.add(str(number), rows(2, number))
+    held = sum(prompt.nbytes for prompt, _ in bank._prompts.values())
+    assert held == 2000 * 2 * WIDTH * 4
+    assert bank._table_rows().nbytes == 64 * WIDTH * 4
+    assert len(asked(bank, [(TEXTS[0], str(number)) for number in range(0, 2000, 100)])) == 20
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda bank: bank.generate(["x"], "p22"), "prompt 'p22': not in the bank; .*did you mean p2"),
+        (lambda bank: bank.generate(["x", "y"], ["p2"]), "2 texts and 1 prompt names"),
+        (lambda bank: bank.add("wide", np.zeros((3, WIDTH + 1), np.float32)), "the width of backbone"),
+        (lambda bank: bank.add("long", np.zeros((70, WIDTH), np.float32)), "at most the bank's 64 device_rows"),
+        (lambda bank: bank.remove("p99"), "not in the bank"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_one_line(backbone, prompts, call, message):
+    with pytest.raises(UserError, match=message):
+        call(bank_of(backbone, prompts, device_rows=64))
+
+
+def test_a_prompt_of_another_backbone_is_refused(prompt_run):
+    with pytest.raises(UserError, match=r"expected the same backbone|the width of backbone"):
+        PromptBank("embedded").add("stranger", prompt_run)
+
+
+def test_a_folder_of_prompts_and_runs_is_a_bank(backbone, prompt_run, tmp_path, capsys, monkeypatch):
+    from softprompt_jax.cli import app
+
+    prompt = load_prompt(prompt_run)
+    (tmp_path / "bank").mkdir()
+    (tmp_path / "bank" / "run").symlink_to(prompt_run)
+    np.save(tmp_path / "bank" / "other.npy", rows(2))
+    lines = [{"inputs": text, "prompt": name} for text in TEXTS for name in ("run", "other")]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    app(
+        ["predict", str(tmp_path / "bank"), "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out")],
+        prog_name="softprompt",
+    )
+    found = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [{k: line[k] for k in ("inputs", "prompt")} for line in found] == lines
+    for name, own in (("run", prompt), ("other", rows(2))):
+        answers = generate(backbone, TEXTS, own, max_tokens=64)
+        assert [line["prediction"] for line in found if line["prompt"] == name] == answers
+
+
+def test_an_empty_folder_is_no_bank(tmp_path: Path):
+    with pytest.raises(UserError, match="no prompt; expected"):
+        PromptBank.open(tmp_path)
