@@ -148,11 +148,10 @@ def evaluate(
     backbone: Backbone = None,
 ) -> None:
     """Score a finished run or a prompt on a split with the task's metrics, as JSON."""
-    from softprompt_jax.predict import load_predictor
-    from softprompt_jax.tasks import resolve
+    from softprompt_jax.predict import load_predictor, named_task
 
-    chosen = resolve(task) if task is not None else None  # before the slow part
-    predictor = load_predictor(source, backbone)
+    chosen = named_task(source, task) if task is not None else None  # before the slow part
+    predictor = load_predictor(source, backbone, task)
     chosen = chosen or predictor.task
     if chosen is None:
         raise UserError(f"{source}: says no task; expected one; add --task NAME")

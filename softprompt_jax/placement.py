@@ -38,7 +38,7 @@ class Placement:
     def of_task(self, task: int) -> Placement:
         """Return what stands around the texts of one task."""
         parts = [np.asarray(part, np.int32) for part in (self.before, self.after, self.decoder)]
-        return Placement(*(part[task] if part.ndim == 2 else part for part in parts))
+        return Placement(*(tuple((part[task] if part.ndim == 2 else part).tolist()) for part in parts))
 
     def for_tasks(self, count: int, first: int, rows: int) -> Placement:
         """Give each of `count` tasks its own `rows` rows in these places; the ids of all rows start at `first`."""

@@ -27,7 +27,7 @@ from softprompt_jax.methods import put_trained, split
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.placement import Placement
 from softprompt_jax.run import Run
-from softprompt_jax.tasks import load
+from softprompt_jax.tasks import load, resolve
 from softprompt_jax.tasks.task import Example, Task, input_text
 from softprompt_jax.tasks.tokenized import tokenize
 from softprompt_jax.tasks.tokenizer import Tokenizer, load_tokenizer
@@ -137,8 +137,15 @@ class Predictor:
         return row["inputs"]
 
 
-def load_predictor(source: str | Path, backbone: str | None = None) -> Predictor:
-    """Load a finished run folder, or a prompt file (`.npy` needs `backbone`)."""
+def named_task(source: str | Path, name: str) -> Task:
+    """Return the task of this name: one of the run's, if `source` is a run folder, or one that is known by it."""
+    settings = Path(source) / "config.yaml"
+    own = config.parse(Run, config.read(settings), str(settings)).tasks if settings.exists() else []
+    return next((task for task in own if task.name == name), None) or resolve(name)
+
+
+def load_predictor(source: str | Path, backbone: str | None = None, task: str | None = None) -> Predictor:
+    """Load a finished run folder, or a prompt file (`.npy` needs `backbone`); `task` names one of a mixture's."""
     path = Path(source)
     if path.is_dir():
         settings, result = path / "config.yaml", path / "result.json"
@@ -148,11 +155,12 @@ def load_predictor(source: str | Path, backbone: str | None = None) -> Predictor
                 f"{source}: {found}; expected the folder of a finished run; finish it with the same command"
             )
         run = config.parse(Run, config.read(settings), str(settings))
-        if run.own_prompts:
-            names = ", ".join(task.name for task in run.tasks)
+        number = next((number for number, each in enumerate(run.tasks) if each.name == task), None)
+        if run.own_prompts and number is None:
+            names = ", ".join(each.name for each in run.tasks)
             raise UserError(
-                f"{source}: has a prompt for each task ({names}); expected one task's; "
-                f"give its file, such as {interop.own_prompt_file(path, run.tasks[0].name)}, where the run left one"
+                f"{source}: has a prompt for each task ({names}); expected the name of one of them; "
+                f"say which task, or give its file, such as {interop.own_prompt_file(path, run.tasks[0].name)}"
             )
         if (path / interop.PROMPT_FILE).exists() and (backbone or isinstance(run.backbone, str)):
             return _from_prompt(path / interop.PROMPT_FILE, run, backbone)
@@ -160,6 +168,9 @@ def load_predictor(source: str | Path, backbone: str | None = None) -> Predictor
         assembly = assemble(run if backbone is None else run.model_copy(update={"backbone": backbone}))
         trained, _ = interop.load_trained(path / interop.TRAINED_FILE)
         put_trained(assembly.model, trained, str(path / interop.TRAINED_FILE))
+        if run.own_prompts and number is not None:
+            assembly.model.prompt.placement = assembly.model.prompt.placement.of_task(number)
+            run = run.model_copy(update={"task": run.tasks[number]})
         return _predictor(assembly.model, assembly.tokenizer, run)
     _, metadata = interop.read_prompt(path)
     try:

@@ -17,6 +17,7 @@ from softprompt_jax import Run, load_predictor, load_prompt
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.methods import Context, Prompt
 from softprompt_jax.methods.surgery import leaves
+from softprompt_jax.predict import named_task
 from softprompt_jax.tasks.mixture import Equal, Mixture, Proportional, Temperature, draw_mixture
 from softprompt_jax.tasks.packing import Packing
 from softprompt_jax.tasks.pipeline import TrainBatches
@@ -157,11 +158,19 @@ def test_metrics_are_those_of_each_task_and_their_mean(own_run):
         assert scores["mean"] == pytest.approx((scores["moods/accuracy"] + scores["turned/accuracy"]) / 2)
 
 
+def test_a_folder_with_several_prompts_answers_for_the_task_that_is_named(own_run):
+    result = json.loads((own_run / "result.json").read_text())
+    for name, scores in result["validation"]["tasks"].items():
+        task = named_task(own_run, name)
+        assert load_predictor(own_run, task=name).evaluate(task, "validation") == scores
+    assert named_task(own_run, "spam_sms").name == "spam_sms"
+
+
 def test_a_folder_with_several_prompts_is_told_in_one_line(own_run):
-    with pytest.raises(
-        UserError, match=r"own: has a prompt for each task \(moods, turned\); expected one task's; give"
-    ):
-        load_predictor(own_run)
+    message = r"own: has a prompt for each task \(moods, turned\); expected the name of one of them; say which task, or"
+    for task in (None, "spam_sms"):
+        with pytest.raises(UserError, match=message):
+            load_predictor(own_run, task=task)
     with pytest.raises(UserError, match=r"has a prompt for each task \(moods.safetensors, turned.safetensors\); exp"):
         load_prompt(own_run)
 
