@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from softprompt_jax import sharding
@@ -24,7 +25,7 @@ from softprompt_jax.tasks.tokenizer import Tokenizer
 
 
 class Decoder:
-    """Greedy predictions of a split model; compiled once per shape."""
+    """Predictions of a split model, decoded or chosen among label words; compiled once per shape."""
 
     def __init__(self, parts: Split, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
@@ -33,7 +34,14 @@ class Decoder:
         def decoded(trainable: Any, frozen: Any, tokens: jax.Array, before: jax.Array, max_tokens: int) -> jax.Array:
             return decode.greedy(parts.merge(trainable, frozen), tokens, max_tokens, decoder_prompt=before)[0]
 
-        self._decoded = decoded
+        @jax.jit
+        def scored(
+            trainable: Any, frozen: Any, tokens: jax.Array, before: jax.Array, words: jax.Array, divisors: jax.Array
+        ) -> jax.Array:
+            model = parts.merge(trainable, frozen)
+            return jnp.argmax(decode.score_words(model, tokens, words, decoder_prompt=before) / divisors, -1)
+
+        self._decoded, self._scored = decoded, scored
 
     def predict(
         self,
@@ -44,19 +52,39 @@ class Decoder:
         max_tokens: int,
         prompt_ids: PromptIds = None,
         shapes: list[Shape] | None = None,
+        task: Task | None = None,
     ) -> list[str]:
-        """Return the predicted text of every example, in order; batches have `shapes`, or some that suit the set."""
+        """Return the predicted text of every example, in order; batches have `shapes`, or some that suit the set.
+
+        Where the task says to predict by likelihood, it is the label word of the highest log-probability,
+        summed over the word's tokens or per token (Brown et al., 2020), EOS included.
+        """
+        labels = (task.words or []) if task is not None and task.predict_by != "decoding" else []
+        words, divisors = self._choices(labels, task is not None and task.predict_by == "likelihood_per_token")
         predictions = [""] * len(tokenized)
         first = np.shape(prompt_ids.decoder)[-1] if isinstance(prompt_ids, Placement) else 0
         shards = sharding.row_shards()
         batch_size = -(-min(batch_size, len(tokenized)) // shards) * shards
         for batch, ids in evaluation_batches(tokenized, batch_size, prompt_ids, shapes=shapes):
             given = sharding.spread_whole((batch["encoder_tokens"], batch["decoder_inputs"][:, :first]))
-            rows = sharding.collect(self._decoded(trainable, frozen, *given, max_tokens))
-            for row, index in zip(rows, ids, strict=True):
+            if not labels:
+                rows = sharding.collect(self._decoded(trainable, frozen, *given, max_tokens))
+                texts = [self._tokenizer.decode([int(token) for token in row if token]) for row in rows]
+            else:
+                best = sharding.collect(self._scored(trainable, frozen, *given, words, divisors))
+                texts = [labels[index] for index in best]
+            for text, index in zip(texts, ids, strict=True):
                 if index >= 0:
-                    predictions[index] = self._tokenizer.decode([int(token) for token in row if token])
+                    predictions[index] = text
         return predictions
+
+    def _choices(self, labels: list[str], per_token: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Return the label words' tokens [W, U] and what their scores are divided by."""
+        ids = [[*self._tokenizer.encode(word), self._tokenizer.eos_id] for word in labels]
+        words = np.zeros((len(ids), max(map(len, ids), default=0)), np.int32)
+        for row, tokens in zip(words, ids, strict=True):
+            row[: len(tokens)] = tokens
+        return words, np.asarray([len(tokens) if per_token else 1 for tokens in ids], np.float32)
 
 
 def score(task: Task, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:

@@ -89,9 +89,9 @@ class Predictor:
 
     def texts(self, texts: Sequence[str]) -> list[str]:
         """Return the prediction for each text, in order."""
-        return self._predict([Example(text, "") for text in texts])
+        return self._predict([Example(text, "") for text in texts], self.task)
 
-    def _predict(self, examples: Sequence[Example]) -> list[str]:
+    def _predict(self, examples: Sequence[Example], task: Task | None) -> list[str]:
         if not examples:
             return []
         tokenized = tokenize(
@@ -103,12 +103,13 @@ class Predictor:
         )
         self.truncated += tokenized.truncated_inputs
         trainable, frozen, ids = self._parts.trainable, self._parts.frozen, prompt_ids(self.model)
-        return self._decoder.predict(trainable, frozen, tokenized, self.batch_size, self.max_tokens, ids, self._shapes)
+        limits = self.batch_size, self.max_tokens
+        return self._decoder.predict(trainable, frozen, tokenized, *limits, ids, self._shapes, task)
 
     def evaluate(self, task: Task, split_name: str) -> dict[str, float]:
         """Return the metrics of a task's split."""
         examples = load(task, split_name)
-        return score(task, self._predict(examples), examples)
+        return score(task, self._predict(examples, task), examples)
 
     def lines(self, rows: Iterable[tuple[str, Any]], chunk: int = 1024) -> Iterator[dict[str, Any]]:
         """Yield each row of (where, fields) with its `prediction`, in order, a chunk at a time."""

@@ -178,7 +178,9 @@ class TaskData:
     def scores(self, split: str, decoder: Decoder, trainable: Any, frozen: Any, longest: int) -> dict[str, float]:
         """Return the metrics of a split."""
         batch_size = self._run.evaluation_batch_size
-        predictions = decoder.predict(trainable, frozen, self.tokens[split], batch_size, longest, self._prompt_ids)
+        predictions = decoder.predict(
+            trainable, frozen, self.tokens[split], batch_size, longest, self._prompt_ids, task=self.task
+        )
         return score(self.task, predictions, self.examples[split])
 
     def majority(self, split: str) -> float:

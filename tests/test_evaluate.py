@@ -7,13 +7,16 @@ import json
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import tiny
 
 from softprompt_jax import load_predictor
+from softprompt_jax.config import UserError
 from softprompt_jax.evaluate import mean_loss, mean_score
 from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import split
-from softprompt_jax.tasks import load
+from softprompt_jax.tasks import Example, load, resolve
 from softprompt_jax.tasks.pipeline import evaluation_batches
 from softprompt_jax.tasks.tokenized import tokenize
 
@@ -67,3 +70,41 @@ def test_mean_loss_weighs_tokens_not_batches(predictor, tokenized):
 def test_checkpoints_are_compared_by_the_mean_of_the_metrics(predictor):
     task = predictor.task.model_copy(update={"metrics": ["accuracy", "f1"]})
     assert mean_score(task, {"accuracy": 0.5, "f1": 1.0, "illegal": 0.0, "count": 9}) == 0.75
+
+
+WORDS = ["yes", "no", "the garden is bright", "messy today"]  # of 2, 2, 5 and 3 tokens with EOS
+
+
+@pytest.fixture(scope="module")
+def likelihoods(predictor):
+    """Return 20 texts, the log-probability of each word after each of them, and the words' lengths."""
+    texts = [example.input for example in load(predictor.task, "train")][:20]
+    table, lengths = [], []
+    for word in WORDS:
+        examples = [Example(text, word) for text in texts]
+        one = tokenize(examples, predictor.tokenizer, predictor.model.settings.vocabulary_rows, 12, 8)
+        ((batch, ids),) = evaluation_batches(one, len(texts), shapes=[(12, 8)])
+        log_p = jax.nn.log_softmax(tiny.forward(predictor.model, batch))
+        picked = jnp.take_along_axis(log_p, batch["decoder_targets"][..., None], -1)[..., 0]
+        table.append((picked * (batch["decoder_targets"] != 0)).sum(-1)[np.argsort(ids)])
+        lengths.append(int(one.target_lengths[0]))
+    return texts, np.stack(table), np.asarray(lengths)
+
+
+@pytest.mark.parametrize("predict_by", ["likelihood", "likelihood_per_token"])
+def test_likelihood_chooses_the_best_label_word(predictor, likelihoods, predict_by):
+    texts, table, lengths = likelihoods
+    task = predictor.task.model_copy(update={"label_words": WORDS, "predict_by": predict_by})
+    found = dataclasses.replace(predictor, task=task).texts(texts)
+    scores = table if predict_by == "likelihood" else table / lengths[:, None]
+    assert lengths.tolist() == [2, 2, 5, 3]
+    assert found == [WORDS[i] for i in np.argmax(scores, 0)]
+    assert {"yes", "no"} <= set(found)  # the run has learnt the task
+
+
+def test_likelihood_needs_label_words_and_leaves_nothing_illegal(prompt_run):
+    predictor = load_predictor(prompt_run)
+    task = predictor.task.model_copy(update={"predict_by": "likelihood"})
+    assert predictor.evaluate(task, "validation")["illegal"] == 0.0
+    with pytest.raises(UserError, match="predict_by 'likelihood' chooses among label words; expected label_words"):
+        resolve({**task.model_dump(), "label_words": None})

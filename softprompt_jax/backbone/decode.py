@@ -1,4 +1,4 @@
-"""Greedy decoding with key-value caches: the encoder runs once, every step runs one position."""
+"""Greedy decoding with key-value caches, and the likelihood of given words; the encoder runs once."""
 
 from __future__ import annotations
 
@@ -96,3 +96,24 @@ def greedy(
     )
     *_, output, score = jax.lax.while_loop(unfinished, step, start)
     return output, score
+
+
+def score_words(
+    model: T5,
+    encoder_tokens: Int[Array, "B T"],
+    words: Int[Array, "W U"],
+    decoder_prompt: Int[Array, "B P"] | None = None,
+) -> Float[Array, "B W"]:
+    """Return the log-probability of each of W targets (0 is padding) after each input; the encoder runs once."""
+    segments = (encoder_tokens != 0).astype(jnp.int32)
+    encoded = model.encode(encoder_tokens, segments)
+    batch = encoder_tokens.shape[0]
+    before = jnp.zeros((batch, 0), jnp.int32) if decoder_prompt is None else decoder_prompt
+
+    def score(word: Int[Array, "U"]) -> Float[Array, "B"]:
+        shifted = jnp.broadcast_to(jnp.pad(word[:-1], (1, 0)), (batch, word.shape[0]))
+        hidden = model.decode(jnp.concatenate([before, shifted], 1), encoded, segments)[:, before.shape[1] :]
+        log_p = jax.nn.log_softmax(model.project(hidden))
+        return jnp.sum(jnp.where(word != 0, log_p[:, jnp.arange(word.shape[0]), word], 0), -1)
+
+    return jax.vmap(score, out_axes=1)(words)
