@@ -19,8 +19,10 @@ from typing import IO, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from softprompt_jax import task_commands
 from softprompt_jax.allocator import keep_freed_memory
 from softprompt_jax.config import UserError
+from softprompt_jax.task_commands import JSON_INDENT, Backbone, PredictBy, Source, predictor_and_task, report_truncated
 
 
 class _Commands(TyperGroup):
@@ -48,18 +50,6 @@ app = typer.Typer(
     help="Adapt a frozen T5 to text-to-text tasks by training a soft prompt.",
     epilog="Start: softprompt train configs/quickstart.yaml --out runs/first",
 )
-Source = Annotated[
-    str, typer.Argument(metavar="RUN|PROMPT", help="A finished run's folder, or a prompt file (.safetensors, .npy).")
-]
-Backbone = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FOLDER|NAME",
-        help="Backbone, where the prompt file does not name it or it has moved.",
-        show_default=False,
-    ),
-]
-JSON_INDENT = 2
 INTERRUPTED = 130
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
@@ -146,17 +136,18 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option(metavar="NAME", help="Split to score.")] = "validation",
     backbone: Backbone = None,
+    predict_by: Annotated[
+        PredictBy | None, typer.Option(help="How a label word is found. \\[default: as the task says]")
+    ] = None,
 ) -> None:
     """Score a finished run or a prompt on a split with the task's metrics, as JSON."""
-    from softprompt_jax.predict import load_predictor, named_task
+    predictor, chosen = predictor_and_task(source, task, backbone)
+    if predict_by is not None:
+        from softprompt_jax.tasks import resolve
 
-    chosen = named_task(source, task) if task is not None else None  # before the slow part
-    predictor = load_predictor(source, backbone, task)
-    chosen = chosen or predictor.task
-    if chosen is None:
-        raise UserError(f"{source}: says no task; expected one; add --task NAME")
+        chosen = resolve(chosen.model_dump() | {"predict_by": predict_by.value})
     print(json.dumps({"task": chosen.name, "split": split} | predictor.evaluate(chosen, split), indent=JSON_INDENT))
-    _report_truncated(predictor)
+    report_truncated(predictor)
 
 
 @app.command()
@@ -188,7 +179,7 @@ def predict(
         for line in predictor.lines(_json_lines(input)):
             sink.write(json.dumps(line, ensure_ascii=False) + "\n")
             sink.flush()
-    _report_truncated(predictor)
+    report_truncated(predictor)
 
 
 @app.command()
@@ -282,15 +273,6 @@ def recycle(
 
 
 @app.command()
-def tasks() -> None:
-    """List the tasks that have a name, with their label words."""
-    from softprompt_jax.tasks import get, names
-
-    for name in names():
-        print(f"{name:20} {', '.join(get(name).words or ['free text'])}")
-
-
-@app.command()
 def plan(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file with the run's settings.")],
     overrides: Annotated[
@@ -358,6 +340,10 @@ def tokenizer(
     train_tokenizer(run.pretraining.located_texts(), Path(to), size)
 
 
+for _command in (task_commands.submit, task_commands.average, task_commands.tasks, task_commands.task):
+    app.command()(_command)
+
+
 def main() -> None:
     """Run the command line and exit."""
     keep_freed_memory()
@@ -389,12 +375,6 @@ def main() -> None:
 def _fail(message: str) -> NoReturn:
     print(f"softprompt: {message}", file=sys.stderr)
     sys.exit(2)
-
-
-def _report_truncated(predictor: Any) -> None:
-    if predictor.truncated:
-        text = f"{predictor.truncated} inputs truncated to {predictor.max_input_tokens} tokens"
-        print(text, file=sys.stderr)
 
 
 def _summary(result: dict[str, Any]) -> str:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -12,13 +14,16 @@ import numpy as np
 
 from softprompt_jax import sharding
 from softprompt_jax.backbone import decode
+from softprompt_jax.config import UserError
 from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import Split
 from softprompt_jax.placement import Placement
+from softprompt_jax.run import load_run
 from softprompt_jax.tasks import metrics
 from softprompt_jax.tasks.buckets import Shape
 from softprompt_jax.tasks.pipeline import PromptIds, evaluation_batches
 from softprompt_jax.tasks.preparations import POSTPROCESSORS
+from softprompt_jax.tasks.submission import average
 from softprompt_jax.tasks.task import Example, Task
 from softprompt_jax.tasks.tokenized import TokenizedSet
 from softprompt_jax.tasks.tokenizer import Tokenizer
@@ -105,6 +110,26 @@ def task_answers(task: Task, predictions: Sequence[str], examples: Sequence[Exam
 def mean_score(task: Task, scores: dict[str, float]) -> float:
     """Return the mean of the task's metrics, by which checkpoints are compared."""
     return float(np.mean([scores[name] for name in task.metrics]))
+
+
+def benchmark_average(benchmark: str, folders: Sequence[Path]) -> dict[str, Any]:
+    """Return a benchmark's average of the validation scores of finished runs, and the score of each task.
+
+    Runs of the same task are averaged first. A task without a run is a UserError.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for folder in folders:
+        path = folder / "result.json"
+        if not path.is_file():
+            raise UserError(f"{folder}: no result.json; expected the folder of a finished run; finish it first")
+        scores = json.loads(path.read_text(encoding="utf-8"))["validation"]
+        for task in load_run(folder / "config.yaml").tasks:
+            own = scores["tasks"][task.name] if "tasks" in scores else scores  # of a mixture, or of one task
+            for name in task.metrics:
+                found.setdefault(task.name, {}).setdefault(name, []).append(own[name])
+    means = {task: {name: float(np.mean(values)) for name, values in scores.items()} for task, scores in found.items()}
+    mean = average(benchmark, {task: list(scores.values()) for task, scores in means.items()})
+    return {"benchmark": benchmark, "split": "validation", "average": mean, "tasks": means}
 
 
 def mean_loss(parts: Split, batches: Sequence[dict[str, np.ndarray]]):

@@ -28,7 +28,8 @@ from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.placement import Placement
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import load, resolve
-from softprompt_jax.tasks.task import Example, Task, input_text
+from softprompt_jax.tasks.submission import check_server, write_submission
+from softprompt_jax.tasks.task import Example, Task, input_text, iterate
 from softprompt_jax.tasks.tokenized import tokenize
 from softprompt_jax.tasks.tokenizer import Tokenizer, load_tokenizer
 
@@ -110,6 +111,14 @@ class Predictor:
         """Return the metrics of a task's split."""
         examples = load(task, split_name)
         return score(task, self._predict(examples, task), examples)
+
+    def submit(self, task: Task, split_name: str, folder: Path) -> tuple[Path, int]:
+        """Write the predictions of a split for the benchmark's server; return the file and how many are no label."""
+        check_server(task)  # before the long part
+        examples = list(iterate(task, split_name, labelled=False))
+        predictions = self._predict(examples, task)
+        illegal = sum(prediction not in task.words for prediction in predictions) if task.words else 0
+        return write_submission(task, examples, predictions, folder), illegal
 
     def lines(self, rows: Iterable[tuple[str, Any]], chunk: int = 1024) -> Iterator[dict[str, Any]]:
         """Yield each row of (where, fields) with its `prediction`, in order, a chunk at a time."""

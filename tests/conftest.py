@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,3 +74,37 @@ def prompt_run(small: small_runs.Files, tmp_path_factory: pytest.TempPathFactory
 def full_run(small: small_runs.Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a finished full-tuning run, which has learnt the task; leave it as it is."""
     return _finished(small.full, tmp_path_factory.mktemp("finished") / "full")
+
+
+@pytest.fixture
+def softprompt(monkeypatch, capsys):
+    """Run a command in this process; return its exit code, standard output and standard error."""
+
+    from softprompt_jax.cli import main
+
+    def run(*arguments, stdin: bytes = b"") -> tuple[int, str, str]:
+        monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # main changes it
+        monkeypatch.setattr(sys, "argv", ["softprompt", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        out, err = capsys.readouterr()
+        return stopped.value.code or 0, out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(softprompt):
+    """Run a command that is refused and return its one line."""
+
+    def run(*arguments, stdin: bytes = b"") -> str:
+        code, out, err = softprompt(*arguments, stdin=stdin)
+        assert code == 2, err
+        assert err.startswith("softprompt: ")
+        assert err.count("\n") == 1, err
+        assert "Traceback" not in out + err
+        return err
+
+    return run

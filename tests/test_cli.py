@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,44 +15,11 @@ import small_runs
 from small_runs import rows, write_backbone, write_config, write_rows
 
 from softprompt_jax import load_predictor, load_prompt
-from softprompt_jax.cli import main
 from softprompt_jax.tasks.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("own_cache")
 ROWS_IN = [row | {"id": number} for number, row in enumerate(rows()[:5])]
-
-
-@pytest.fixture
-def softprompt(monkeypatch, capsys):
-    """Run a command in this process; return its exit code, standard output and standard error."""
-
-    def run(*arguments, stdin: bytes = b"") -> tuple[int, str, str]:
-        monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # main changes it
-        monkeypatch.setattr(sys, "argv", ["softprompt", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        out, err = capsys.readouterr()
-        return stopped.value.code or 0, out, err
-
-    return run
-
-
-@pytest.fixture
-def refused(softprompt):
-    """Run a command that is refused and return its one line."""
-
-    def run(*arguments, stdin: bytes = b"") -> str:
-        code, out, err = softprompt(*arguments, stdin=stdin)
-        assert code == 2, err
-        assert err.startswith("softprompt: ")
-        assert err.count("\n") == 1, err
-        assert "Traceback" not in out + err
-        return err
-
-    return run
 
 
 @pytest.fixture
@@ -70,7 +35,10 @@ def config(small, tmp_path):
 # ----------------------------------------------------------------------------------------------- help
 
 
-@pytest.mark.parametrize("command", ["train", "eval", "predict", "export", "similar", "recycle", "tasks", "tokenizer"])
+COMMANDS = "train eval submit average predict export similar recycle tasks task tokenizer"
+
+
+@pytest.mark.parametrize("command", COMMANDS.split())
 def test_every_command_has_help(softprompt, command):
     code, out, err = softprompt(command, "--help")
     assert (code, err) == (0, "")

@@ -21,6 +21,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     "__init__ __main__",
     "cli",
+    "task_commands",
     "report serve plan",
     "train task_run evaluate predict bank interpret show publishing exporting importing transfer",
     "assembly",

@@ -49,7 +49,7 @@ class Hub(Settings):
     config: str | None = None
     revision: str | None = None
     converted: bool = False
-    splits: dict[str, str] = pydantic.Field({split: split for split in SPLITS})
+    splits: dict[str, str] = pydantic.Field(default={split: split for split in SPLITS})
 
     @pydantic.model_validator(mode="after")
     def _conversion_has_configs(self) -> Hub:

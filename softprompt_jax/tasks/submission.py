@@ -48,10 +48,8 @@ def write_submission(task: Task, examples: Sequence[Example], predictions: Seque
     The server refuses what is no label: an illegal prediction is written as the first label word (in
     STS-B as 0), which the caller counts and tells.
     """
-    if task.submission is None:
-        raise UserError(
-            f"task {task.name}: belongs to no benchmark with a server; expected a task of GLUE or SuperGLUE"
-        )
+    check_server(task)
+    assert task.submission is not None
     benchmark, _, name = task.submission.partition("/")
     lines = {"glue": _glue, "superglue": _superglue}[benchmark](task, name, examples, predictions)
     path = folder / f"{name}.{'tsv' if benchmark == 'glue' else 'jsonl'}"
@@ -61,6 +59,12 @@ def write_submission(task: Task, examples: Sequence[Example], predictions: Seque
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); expected a writable folder") from None
     return path
+
+
+def check_server(task: Task) -> None:
+    """Raise a UserError if no benchmark's server takes the task's answers."""
+    if task.submission is None:
+        raise UserError(f"task {task.name}: belongs to no benchmark with a server; expected one of GLUE or SuperGLUE")
 
 
 def _legal(task: Task, prediction: str) -> str:

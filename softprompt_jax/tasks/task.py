@@ -64,16 +64,16 @@ class Task(Settings):
     target_field: str = "label"
     label_words: list[str] | None = None
     positive: str | None = None
-    metrics: list[str] = pydantic.Field(["accuracy"])
+    metrics: list[str] = pydantic.Field(default=["accuracy"])
     predict_by: Literal["decoding", "likelihood", "likelihood_per_token"] = "decoding"  # of the label words
-    keep: dict[str, str] = pydantic.Field({})  # only rows whose fields have these values
+    keep: dict[str, str] = pydantic.Field(default={})  # only rows whose fields have these values
     few_shot: FewShot | None = None  # so many examples of the train split only
     prepare: str | None = None  # what a template cannot do, see preparations.py
     one_space: bool = False  # make one space of each run of white space in the input
     answers_field: str | None = None  # a list of acceptable answers, of which metrics take the best
-    group_fields: list[str] = pydantic.Field([])
+    group_fields: list[str] = pydantic.Field(default=[])
     postprocess: str | None = None  # what a prediction goes through before it is scored, see preparations.py
-    hidden: list[str] = pydantic.Field([])  # splits without public labels: never scored, only predicted
+    hidden: list[str] = pydantic.Field(default=[])  # splits without public labels: never scored, only predicted
     submission: str | None = None  # of which benchmark and in which file, see submission.py
 
     @pydantic.field_validator("input", "target")
