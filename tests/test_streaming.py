@@ -1,0 +1,152 @@
+"""Weights go slice by slice from files to devices: what is requested, and what is held while that happens."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from softprompt_jax.backbone.presets import preset
+from softprompt_jax.backbone.pretrained import flatten, load_backbone, names, save_backbone
+from softprompt_jax.backbone.t5 import T5Settings, abstract
+from softprompt_jax.backbone.tensors import open_safetensors, read_stacked
+
+HERE = Path(__file__).parent
+
+
+def measured(*arguments: str) -> subprocess.Popen:
+    environment = os.environ | {"PYTHONPATH": str(HERE.parent), "XLA_FLAGS": ""}
+    command = [sys.executable, str(HERE / "load_and_measure.py"), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def answer(process: subprocess.Popen) -> dict:
+    text, _ = process.communicate(timeout=500)
+    assert process.returncode == 0
+    return json.loads(text.splitlines()[-1])
+
+
+def write_sparse(folder: Path, settings: T5Settings, shard_bytes: int) -> int:
+    """Write a sharded bfloat16 folder of zeros that takes no space on the disk, and return its bytes of weights."""
+    save_backbone(tiny.model(), folder)  # for a config.json, whose sizes are then changed
+    (folder / "model.safetensors").unlink()
+    config = json.loads((folder / "config.json").read_text()) | {
+        **{name: getattr(settings, name) for name in ("d_model", "d_kv", "d_ff", "num_heads", "num_layers")},
+        **{"vocab_size": settings.vocabulary_rows, "num_decoder_layers": settings.num_decoder_layers},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    leaves = dict(flatten(nnx.to_pure_dict(nnx.state(abstract(settings)))))
+    shapes = {}
+    for path, (tensor_names, transposed) in names(settings).items():
+        shape = leaves[path].shape[1:] if ".layers." in path else leaves[path].shape
+        shapes |= dict.fromkeys(tensor_names, shape[::-1] if transposed else shape)
+    shards: list[dict] = [{}]
+    place = 0
+    for name, shape in shapes.items():
+        size = 2 * int(np.prod(shape))
+        if place and place + size > shard_bytes:
+            shards.append({})
+            place = 0
+        shards[-1][name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [place, place + size]}
+        place += size
+    weight_map = {}
+    for number, header in enumerate(shards):
+        file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with (folder / file).open("wb") as sink:
+            sink.write(len(text).to_bytes(8, "little") + text)
+            if "lm_head.weight" in header:  # unlike the table: untied
+                sink.seek(header["lm_head.weight"]["data_offsets"][0], 1)
+                sink.write(b"\x80\x3f")
+            sink.truncate(8 + len(text) + max(entry["data_offsets"][1] for entry in header.values()))
+        weight_map |= dict.fromkeys(header, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return 2 * sum(int(np.prod(shape)) for shape in shapes.values())
+
+
+def test_a_slice_of_a_weight_asks_for_its_bytes_only(tmp_path):
+    model = tiny.model()
+    save_backbone(model, tmp_path, "float32")
+    read = []
+
+    def counted(tensor):
+        def part(index):
+            read.append(tensor.part(index))
+            return read[-1]
+
+        return dataclasses.replace(tensor, part=part)
+
+    opened = {name: counted(tensor) for name, tensor in open_safetensors(tmp_path / "model.safetensors").items()}
+    kernel = model.encoder.layers.feed_forward.gate.kernel[...]  # [L, D, F]; the files have [F, D]
+    tensor_names, _ = names(model.settings)["encoder.layers.feed_forward.gate.kernel"]
+    parts = [opened[name].transposed() for name in tensor_names]
+    quarter = kernel.shape[2] // 4
+    for device in range(4):
+        read.clear()
+        index = (slice(None), slice(None), slice(device * quarter, (device + 1) * quarter))
+        found = read_stacked(parts, kernel.shape, index, np.dtype("float32"))
+        np.testing.assert_array_equal(found, kernel[index])
+        assert sum(values.nbytes for values in read) == kernel.nbytes // 4
+    read.clear()  # a layer asks for a layer
+    found = read_stacked(parts, kernel.shape, (slice(1, 2), slice(None), slice(None)), np.dtype("float32"))
+    assert len(read) == 1
+    np.testing.assert_array_equal(found, kernel[1:])
+
+
+def test_a_sharding_is_asked_for_every_weight_and_kept(tmp_path):
+    model = tiny.model()
+    save_backbone(model, tmp_path, "float32")
+    asked = []
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def where(variable):
+        asked.append((variable.get_metadata()["axes"], variable.shape))
+        return one
+
+    loaded = load_backbone(tmp_path, "bfloat16", where).model
+    leaves = dict(flatten(nnx.to_pure_dict(nnx.state(loaded))))
+    assert len(asked) == len(leaves)
+    assert (("embed", "heads"), (2, 16, 16)) in asked
+    assert {leaf.sharding for leaf in leaves.values()} == {one}
+    assert {leaf.dtype.name for leaf in leaves.values()} == {"bfloat16"}
+
+
+@pytest.mark.slow
+def test_four_processes_ask_for_a_quarter_each(tmp_path):
+    settings = {"num_heads": 8, "d_model": 128, "d_kv": 16, "d_ff": 256, "vocabulary_rows": 512}
+    save_backbone(tiny.model(**settings), tmp_path, "float32")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    size = (tmp_path / "model.safetensors").stat().st_size
+    processes = [measured(str(tmp_path), "float32", "4", str(number), port) for number in range(4)]
+    answers = [answer(process) for process in processes]
+    assert {found["fingerprint"] for found in answers} == {load_backbone(tmp_path).fingerprint()}
+    for found in answers:
+        shares = {name: found[name] / size for name in ("requested", "own")}
+        assert 0.24 < shares["own"] < 0.27
+        assert 0.24 < shares["requested"] < 0.30  # norms and position biases whole; some rows to compare the tables
+    print("of", size, "bytes:", [found["requested"] for found in answers])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_three_billion_parameters_load_in_little_more_than_their_own_memory(tmp_path):
+    size = write_sparse(tmp_path, preset("t5-v1_1-xl"), 2 << 30)
+    assert size == 2 * 2_849_757_184
+    found = answer(measured(str(tmp_path), "bfloat16"))
+    print(f"weights {size / 1e9:.2f} GB, anonymous memory at its peak {found['peak'] / 1e9:.2f} GB")
+    assert found["own"] == size
+    assert size <= found["requested"] < 1.01 * size
+    assert found["peak"] < size + 1.5e9
