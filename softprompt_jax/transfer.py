@@ -175,7 +175,7 @@ def _fit_network(x: np.ndarray, y: np.ndarray, seed: int, steps: int = 3000, bat
         return jnp.mean(jnp.square(output(weights, rows) - wanted))
 
     @jax.jit
-    def train(weights: dict[str, Array], x: Array, y: Array) -> dict[str, Array]:
+    def train(weights: Any, x: Array, y: Array) -> Any:
         def step(carry, key):
             weights, state = carry
             chosen = jax.random.choice(key, len(x), (min(batch, len(x)),))

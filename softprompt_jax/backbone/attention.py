@@ -49,9 +49,9 @@ def with_prefix(prefix: tuple[Array, Array] | None, keys: Array, values: Array) 
     return joined[0], joined[1]
 
 
-def sees_prefix(visible: Bool[Array, "#B 1 #T S"] | None, prefix: tuple[Array, Array] | None) -> Array | None:
+def sees_prefix(visible: Bool[Array, "#B 1 #T S"], prefix: tuple[Array, Array] | None) -> Bool[Array, "#B 1 #T PS"]:
     """Let every query see the prefix [..., P, K] that stands before its S keys."""
-    if visible is None or prefix is None:
+    if prefix is None:
         return visible
     return jnp.pad(visible, ((0, 0), (0, 0), (0, 0), (prefix[0].shape[-2], 0)), constant_values=True)
 

@@ -239,7 +239,9 @@ class Stack(nnx.Module):
         shared_bias = None if self.bias is None else self.biased(self.bias, positions, positions)
         before, before_cross = self.prefixes()
         deep, put = self.deep_rows(prompt_rows)
-        visible, encoded_visible = sees_prefix(visible, before), sees_prefix(encoded_visible, before_cross)
+        visible = sees_prefix(visible, before)
+        if encoded_visible is not None:
+            encoded_visible = sees_prefix(encoded_visible, before_cross)
 
         def run(x, scanned):
             layer, layer_key, before, before_cross, deep = scanned
@@ -270,12 +272,12 @@ class Stack(nnx.Module):
 
     def biased(self, bias: RelativeBias, queries: Int[Array, "T"], keys: Int[Array, "S"]) -> Float[Array, "1 H T PS"]:
         """Return the bias of positions; keys of a prefix have none, or count as the P positions before the first."""
-        length = 0 if self.prefix is None else self.prefix.self_length
-        if not length:
+        prefix = self.prefix
+        if prefix is None or not prefix.self_length:
             return bias(queries, keys)
-        if self.prefix.positions:
-            return bias(queries, jnp.concatenate([jnp.arange(-length, 0), keys]))
-        return jnp.pad(bias(queries, keys), ((0, 0), (0, 0), (0, 0), (length, 0)))
+        if prefix.positions:
+            return bias(queries, jnp.concatenate([jnp.arange(-prefix.self_length, 0), keys]))
+        return jnp.pad(bias(queries, keys), ((0, 0), (0, 0), (0, 0), (prefix.self_length, 0)))
 
 
 class T5(nnx.Module):

@@ -37,7 +37,7 @@ class PTuning(Placed):
     kind: Literal["p_tuning"] = "p_tuning"
     length: int = Field(default=20, ge=1)
     network: Literal["lstm", "mlp"] = "lstm"
-    hidden: int | None = Field(default=None, ge=1)  # width of the network; None: that of the backbone
+    hidden: int = Field(default=256, ge=1)  # width of the network
     layers: int = Field(default=2, ge=1)  # of the LSTM
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
@@ -50,7 +50,7 @@ class PTuning(Placed):
             vectors = jax.random.normal(keys[0], (*tasks, rows(self.place, self.length), width))
         else:
             vectors = self.first_rows(model, keys[0], context) / scale
-        hidden = self.hidden or width
+        hidden = self.hidden
         network = LSTM(keys[1], width, hidden, self.layers) if self.network == "lstm" else MLP(keys[1], width, hidden)
         model.prompt = NetworkPrompt(vectors, network, scale, self.place, placed)
 
@@ -63,7 +63,7 @@ class PTuning(Placed):
         config, tensors = self.peft_rows(model)
         network = {
             "encoder_reparameterization_type": self.network.upper(),
-            "encoder_hidden_size": self.hidden or model.settings.d_model,
+            "encoder_hidden_size": self.hidden,
             "encoder_num_layers": self.layers,
             "encoder_dropout": 0.0,
         }

@@ -62,35 +62,29 @@ class Prefix(MethodSettings):
         """Give the named attentions a trainable prefix."""
         if model.encoder.prefix is not None or model.decoder.prefix is not None:
             raise UserError("methods: two methods want the prefix; expected one; remove the other")
-        inner = model.settings.num_heads * model.settings.d_kv
-        started: dict[Attended, Pair] = {}
-        if self.init == "zero":
-            depths = {"encoder": model.encoder.depth, "decoder": model.decoder.depth, "cross": model.decoder.depth}
-            empty = {name: jnp.zeros((depth, self.length, inner)) for name, depth in depths.items()}
-            started = {name: (zeros, zeros) for name, zeros in empty.items()}
-        elif self.network is None:
+        settings = model.settings
+        inner = settings.num_heads * settings.d_kv
+        words: dict[Attended, Pair] = {}
+        if self.network is None and self.init != "zero":
             init = self.init or (Labels() if context.label_words else Vocabulary())
-            started = activations(model, init.rows(self.length, model, key, context))
+            words = activations(model, init.rows(self.length, model, key, context))
 
-        def part(name: Attended, depth: int, index: int) -> KeysValues | Network | None:
+        def part(name: Attended, index: int) -> KeysValues | Network | None:
+            depth = (model.encoder if name == "encoder" else model.decoder).depth
             if name not in self.attentions:
                 return None
-            if name in started:
-                return KeysValues(*started[name])
-            drawn = jax.random.fold_in(key, index)
-            return Network(drawn, depth, self.length, model.settings.d_model, self.network or 0, inner)
+            if name in words:
+                return KeysValues(*words[name])
+            if self.network is None:
+                return KeysValues(*[jnp.zeros((depth, self.length, inner))] * 2)
+            return Network(jax.random.fold_in(key, index), depth, self.length, settings.d_model, self.network, inner)
 
-        encoder, decoder, cross = (
-            part(name, depth, index)
-            for index, (name, depth) in enumerate(
-                [("encoder", model.encoder.depth), ("decoder", model.decoder.depth), ("cross", model.decoder.depth)]
-            )
-        )
+        encoder, decoder, cross = part("encoder", 0), part("decoder", 1), part("cross", 2)
         before = self.positions == "before"
         if encoder is not None:
-            model.encoder.prefix = Prefixes(encoder, None, model.settings.num_heads, before)
+            model.encoder.prefix = Prefixes(encoder, None, settings.num_heads, before)
         if decoder is not None or cross is not None:
-            model.decoder.prefix = Prefixes(decoder, cross, model.settings.num_heads, before)
+            model.decoder.prefix = Prefixes(decoder, cross, settings.num_heads, before)
 
     def finished(self) -> MethodSettings:
         """Return the settings of the prefix without its network."""
@@ -176,8 +170,8 @@ class Prefixes(nnx.Module):
 
     def finished(self) -> Prefixes:
         """Return the same prefixes without their networks."""
-        plain = (None if part is None else KeysValues(*part()) for part in (self.attention, self.cross))
-        return Prefixes(*plain, self.heads, self.positions)
+        own, cross = (None if part is None else KeysValues(*part()) for part in (self.attention, self.cross))
+        return Prefixes(own, cross, self.heads, self.positions)
 
 
 class KeysValues(nnx.Module):
