@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -188,10 +189,11 @@ def test_shapes_and_padding_count_the_rows_on_both_sides():
     assert batches.padding_share == pytest.approx(1 - real / size)
 
 
-def test_examples_may_have_rows_of_their_own_at_every_place():
+def test_tasks_may_have_rows_of_their_own_at_every_place():
     own = np.arange(V, V + 6).reshape(3, 2)
     prompts = Placement(own, own[:, :1], own[:, 1:])
-    made = next(evaluation_batches(some_set(), 3, prompts, shapes=[(5, 4)]))[0]
+    each = dataclasses.replace(some_set(), tasks=np.arange(3, dtype=np.int32))
+    made = next(evaluation_batches(each, 3, prompts, shapes=[(5, 4)]))[0]
     np.testing.assert_array_equal(made["encoder_tokens"][1], [V + 4, V + 5, 9, 10, V + 4, 1, 0, 0])
     np.testing.assert_array_equal(made["decoder_inputs"][1], [V + 5, 0, 23, 1, 0])
 
