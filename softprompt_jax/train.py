@@ -305,7 +305,8 @@ def prepare_folder(run: Run, folder: Path) -> dict[str, Any] | None:
     settings, partial = folder / "config.yaml", folder / "config.partial"
     if settings.exists():
         saved = config.parse(Run, config.read(settings), str(settings))  # fills in settings that are newer than it
-        changed = differences(*(each.model_dump(mode="json", exclude=set(MACHINE)) for each in (saved, run)))
+        old, new = (each.model_dump(mode="json", exclude=set(MACHINE)) for each in (saved, run))
+        changed = differences(old, new)
         if changed:
             raise UserError(
                 f"{folder}: was made with other settings ({'; '.join(changed[:6])}); "
