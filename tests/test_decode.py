@@ -108,3 +108,122 @@ def test_decoding_stops_when_every_row_has_ended(monkeypatch):
     np.testing.assert_array_equal(output[:, 0], decode.EOS)
     assert not output[:, 1:].any()
     assert len(steps) == 1
+
+
+# ------------------------------------------------------------------------------- beams
+
+
+def beam(model, tokens, max_tokens: int, how: decode.Beam, decoder_prompt=None) -> tuple[np.ndarray, np.ndarray]:
+    graphdef, state = nnx.split(model)
+    run = jax.jit(lambda state, tokens, *rest: decode.beam(nnx.merge(graphdef, state), tokens, max_tokens, how, *rest))
+    return tuple(map(np.asarray, run(state, tokens, decoder_prompt)))
+
+
+SEARCHES = {
+    "beam4": decode.Beam(),
+    "beam4_lp06_es": decode.Beam(length_penalty=decode.LengthPenalty(alpha=0.6), early_stopping=True),
+}
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("name", ["T5V10_PLAIN", "PROMPT_TUNING", "UMT5_PLAIN"])
+def test_hypotheses_and_scores_equal_transformers(shared_fixtures, name, search):
+    model, batch = peft_fixture.model(shared_fixtures, name), peft_fixture.batch(shared_fixtures, name)
+    golden = peft_fixture.golden(shared_fixtures, name)
+    expected, scores = golden[f"{search}/sequences"], golden[f"{search}/sequences_scores"]
+    tokens, found = beam(model, batch["encoder_tokens"], expected.shape[-1] - 1, SEARCHES[search])
+    expected = expected[..., 1:]
+    ended = np.cumsum(expected == decode.EOS, -1) - (expected == decode.EOS) > 0  # transformers fills up with EOS
+    np.testing.assert_array_equal(tokens.reshape(expected.shape), np.where(ended, 0, expected))
+    np.testing.assert_allclose(found.reshape(scores.shape), scores, atol=1e-4)
+
+
+def test_scores_are_penalised_log_probabilities_of_the_tokens():
+    model, tokens = eager_to_end(tiny.model(prompt=2)), tiny.batch(prompt=2)["encoder_tokens"]
+    how = decode.Beam(beams=3, length_penalty=decode.LengthPenalty(kind="t5x", alpha=0.6))
+    found, scores = beam(model, tokens, 6, how)
+    for rank in range(3):
+        inputs = np.pad(found[:, rank, :-1], ((0, 0), (1, 0)))
+        logits = tiny.forward(model, {"encoder_tokens": tokens, "decoder_inputs": jnp.asarray(inputs)})
+        log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), found[:, rank, :, None], -1)[..., 0]
+        lengths = (found[:, rank] != 0).sum(-1)
+        total = (log_p * (found[:, rank] != 0)).sum(-1)
+        np.testing.assert_allclose(scores[:, rank], total / ((5 + lengths) / 6) ** 0.6, atol=1e-4)
+    assert (np.diff(scores, axis=1) <= 0).all()
+
+
+def test_a_wide_search_finds_the_best_of_all_answers():
+    """Two tokens of a vocabulary of 50: with 50 beams nothing can be missed."""
+    model, tokens = tiny.model(), tiny.batch(rows=2)["encoder_tokens"]
+    _, scores = beam(model, tokens, 2, decode.Beam(beams=50, length_penalty=decode.LengthPenalty(alpha=0.0)))
+    firsts = np.arange(tiny.ROWS)
+    inputs = np.stack([np.zeros_like(firsts), firsts], 1)
+    for row in range(2):
+        batch = {"encoder_tokens": jnp.tile(tokens[row], (tiny.ROWS, 1)), "decoder_inputs": jnp.asarray(inputs)}
+        log_p = np.asarray(jax.nn.log_softmax(tiny.forward(model, batch)))
+        both = log_p[:, 0].diagonal()[:, None] + log_p[:, 1]
+        both[decode.EOS] = -np.inf
+        best = max(both.max(), log_p[0, 0, decode.EOS])
+        assert scores[row, 0] == pytest.approx(best, abs=1e-4)
+
+
+# ------------------------------------------------------------------------------- sampling
+
+
+def sample(model, tokens, max_tokens: int, how: decode.Sampling, numbers=None):
+    graphdef, state = nnx.split(model)
+    numbers = jnp.arange(len(tokens)) if numbers is None else jnp.asarray(numbers)
+
+    @jax.jit
+    def run(state, tokens, numbers):
+        keys = jax.vmap(lambda number: jax.random.fold_in(jax.random.key(how.seed), number))(numbers)
+        return decode.sample(nnx.merge(graphdef, state), tokens, max_tokens, keys, how)
+
+    return tuple(map(np.asarray, run(state, tokens, numbers)))
+
+
+def test_samples_follow_the_models_probabilities():
+    model, tokens = tiny.model(), tiny.batch(rows=1)["encoder_tokens"]
+    how = decode.Sampling(samples=4000, temperature=1.5, top_k=6)
+    found, _ = sample(model, tokens, 1, how)
+    logits = tiny.forward(model, {"encoder_tokens": tokens, "decoder_inputs": jnp.zeros((1, 1), jnp.int32)})[0, 0]
+    expected = np.asarray(jax.nn.softmax(decode.likely(jnp.asarray(logits)[None] / 1.5, 6, None)))[0]
+    assert (expected > 0).sum() == 6
+    counts = np.bincount(found[0, :, 0], minlength=tiny.ROWS) / 4000
+    np.testing.assert_allclose(counts, expected, atol=5 * np.sqrt(0.25 / 4000))
+
+
+def test_a_rows_samples_do_not_depend_on_its_company():
+    model, tokens = eager_to_end(tiny.model()), tiny.batch(rows=4)["encoder_tokens"]
+    how = decode.Sampling(samples=3, seed=5)
+    found, scores = sample(model, tokens, 5, how)
+    again, again_scores = sample(model, tokens[::-1], 5, how, [3, 2, 1, 0])
+    np.testing.assert_array_equal(found, again[::-1])
+    np.testing.assert_allclose(scores, again_scores[::-1], atol=1e-5)
+    assert len({tuple(row) for row in found.reshape(-1, 5)}) > 4
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [(None, None, 4), (2, None, 2), (None, 0.69, 2), (None, 0.71, 3), (3, 0.5, 2), (1, 1.0, 1)],
+)
+def test_cuts_leave_the_most_likely(top_k, top_p, kept):
+    log_p = jnp.log(jnp.asarray([[0.1, 0.4, 0.2, 0.3]]))
+    left = np.asarray(decode.likely(log_p, top_k, top_p))[0] > -1e8
+    assert left.tolist() == [i in [1, 3, 2, 0][:kept] for i in range(4)]
+
+
+def test_answers_begin_with_what_is_forced():
+    model, tokens = eager_to_end(tiny.model()), tiny.batch(rows=3)["encoder_tokens"]
+    forced = np.asarray([[7, 9], [8, 0], [0, 0]], np.int32)
+    graphdef, state = nnx.split(model)
+    run = jax.jit(lambda state, *rest: decode.greedy(nnx.merge(graphdef, state), rest[0], 5, None, None, rest[1]))
+    found, scores = map(np.asarray, run(state, tokens, forced))
+    assert found[0, :2].tolist() == [7, 9]
+    assert found[1, 0] == 8
+    free, _ = greedy(model, tokens, 5)
+    np.testing.assert_array_equal(found[2], free[2])
+    inputs = np.pad(found[:, :-1], ((0, 0), (1, 0)))
+    logits = tiny.forward(model, {"encoder_tokens": tokens, "decoder_inputs": jnp.asarray(inputs)})
+    log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), found[..., None], -1)[..., 0]
+    np.testing.assert_allclose(scores, (log_p * (found != 0)).sum(-1), atol=1e-4)

@@ -1,28 +1,75 @@
-"""Greedy decoding with key-value caches, and the likelihood of given words; the encoder runs once."""
+"""Decoding with key-value caches: greedy, sampling, beams; the likelihood of given words. The encoder runs once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Literal
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
+from pydantic import Field
 
 from softprompt_jax.backbone.attention import sees_prefix, with_prefix
 from softprompt_jax.backbone.t5 import T5
+from softprompt_jax.config import Settings
 
 EOS = 1
+_NEVER = -1e9  # the score of what cannot be
+
+Caches = tuple[Array, Array]  # keys and values [L, B, H, S, K]
+Read = Callable[[Int[Array, "B U"], Any, Caches], tuple[Float[Array, "B U V"], Caches]]
 
 
-def greedy(
+class LengthPenalty(Settings):
+    """What a hypothesis of n tokens has its log-probability divided by: n^alpha (hf), ((5 + n) / 6)^alpha (t5x)."""
+
+    kind: Literal["hf", "t5x"] = "hf"
+    alpha: float = 1.0
+
+    def __call__(self, length: Any) -> Any:
+        """Return the divisor for so many tokens, EOS included."""
+        return (length if self.kind == "hf" else (5.0 + length) / 6.0) ** self.alpha
+
+
+class Greedy(Settings):
+    """The most likely token each time."""
+
+    kind: Literal["greedy"] = "greedy"
+
+
+class Sampling(Settings):
+    """Tokens drawn at random; a text's answers depend on the seed and on the text's number, not on the batch."""
+
+    kind: Literal["sampling"] = "sampling"
+    temperature: float = Field(default=1.0, gt=0)
+    top_k: int | None = Field(default=None, ge=1)  # only the most likely ones
+    top_p: float | None = Field(default=None, gt=0, le=1)  # only the fewest that have this probability together
+    samples: int = Field(default=1, ge=1)  # answers to each text
+    seed: int = 0
+
+
+class Beam(Settings):
+    """The best hypotheses of a search that keeps `beams` of them at each step."""
+
+    kind: Literal["beam"] = "beam"
+    beams: int = Field(default=4, ge=2)
+    length_penalty: LengthPenalty = LengthPenalty()
+    early_stopping: bool = False  # as soon as `beams` hypotheses have ended
+
+
+def start(
     model: T5,
     encoder_tokens: Int[Array, "B T"],
     max_tokens: int,
     encoder_segments: Int[Array, "B T"] | None = None,
     decoder_prompt: Int[Array, "B P"] | None = None,
-) -> tuple[Int[Array, "B U"], Float[Array, "B"]]:
-    """Return the most likely next tokens up to EOS (then 0), and the sum of their log-probabilities.
+    copies: int = 1,
+) -> tuple[Read, Caches]:
+    """Encode, and return the function that reads decoder tokens at a position, and empty caches.
 
-    Shapes: B rows, U = `max_tokens`; prompt ids already stand in `encoder_tokens`; those of `decoder_prompt`
-    are read before the decoder's first input. Stops when every row has ended. Compiles once per shape.
+    `decoder_prompt` has been read already; positions count from after it. With `copies` each row is there so many
+    times, one after the other.
     """
     tokens = encoder_tokens
     segments = (tokens != 0).astype(jnp.int32) if encoder_segments is None else encoder_segments
@@ -36,14 +83,17 @@ def greedy(
     )
     visible = sees_prefix(visible, before_cross)
     batch, first = tokens.shape[0], 0 if decoder_prompt is None else decoder_prompt.shape[1]
-    shape = (decoder.depth, batch, settings.num_heads, first + max_tokens, settings.d_kv)
+    if copies > 1:
+        cross = jax.tree.map(lambda part: jnp.repeat(part, copies, axis=1), cross)
+        visible = jnp.repeat(visible, copies, axis=0)
+        decoder_prompt = None if decoder_prompt is None else jnp.repeat(decoder_prompt, copies, axis=0)
+    shape = (decoder.depth, batch * copies, settings.num_heads, first + max_tokens, settings.d_kv)
     empty = jnp.zeros(shape, encoded.dtype)
-    cache = (empty, empty) if before is None else jax.vmap(with_prefix)(before, empty, empty)
-    prefix_length = cache[0].shape[3] - shape[3]
+    caches = (empty, empty) if before is None else jax.vmap(with_prefix)(before, empty, empty)
+    prefix_length = caches[0].shape[3] - shape[3]
     positions = jnp.arange(first + max_tokens)
 
-    def read(tokens, position, caches):
-        """Run the decoder on tokens [B, U] that stand from `position` on; return its output and the caches."""
+    def hidden(tokens, position, caches):
         here = position + jnp.arange(tokens.shape[1])
         past = sees_prefix((positions <= here[:, None])[None, None], before)
         shared_bias = None if decoder.bias is None else decoder.biased(decoder.bias, here, positions)
@@ -55,9 +105,9 @@ def greedy(
             written: list[Array] = []
 
             def remember(new_keys, new_values):
-                start = (index, 0, 0, prefix_length + position, 0)
-                written.append(jax.lax.dynamic_update_slice(keys, new_keys[None], start))
-                written.append(jax.lax.dynamic_update_slice(values, new_values[None], start))
+                place = (index, 0, 0, prefix_length + position, 0)
+                written.append(jax.lax.dynamic_update_slice(keys, new_keys[None], place))
+                written.append(jax.lax.dynamic_update_slice(values, new_values[None], place))
                 return written[0][index], written[1][index]
 
             bias = shared_bias if layer.bias is None else decoder.biased(layer.bias, here, positions)
@@ -70,31 +120,179 @@ def greedy(
         (x, *caches), _ = jax.lax.scan(run, (model.embed(tokens), *caches), xs)
         return x, tuple(caches)
 
-    def step(carry):
-        position, last, ended, caches, output, score = carry
-        x, caches = read(last[:, None], first + position, caches)
-        log_p = jax.nn.log_softmax(model.project(decoder.norm(x))[:, 0])
-        best = jnp.argmax(log_p, -1).astype(jnp.int32)
-        score = score + jnp.where(ended, 0, jnp.take_along_axis(log_p, best[:, None], -1)[:, 0])
-        chosen = jnp.where(ended, 0, best)
+    def read(tokens, position, caches):
+        x, caches = hidden(tokens, first + position, caches)
+        return jax.nn.log_softmax(model.project(decoder.norm(x))), caches
+
+    if decoder_prompt is not None and first:
+        _, caches = hidden(decoder_prompt, 0, caches)
+    return read, caches
+
+
+def greedy(
+    model: T5,
+    encoder_tokens: Int[Array, "B T"],
+    max_tokens: int,
+    encoder_segments: Int[Array, "B T"] | None = None,
+    decoder_prompt: Int[Array, "B P"] | None = None,
+    forced: Int[Array, "B F"] | None = None,
+) -> tuple[Int[Array, "B U"], Float[Array, "B"]]:
+    """Return the most likely next tokens up to EOS (then 0), and the sum of their log-probabilities.
+
+    Shapes: B rows, U = `max_tokens`; prompt ids already stand in `encoder_tokens`; those of `decoder_prompt`
+    are read before the decoder's first input. Outputs begin with `forced` (0: free). Stops when every row has ended.
+    Compiles once per shape.
+    """
+    read, caches = start(model, encoder_tokens, max_tokens, encoder_segments, decoder_prompt)
+    return _one_by_one(read, caches, encoder_tokens, max_tokens, lambda log_p, _: jnp.argmax(log_p, -1), forced)
+
+
+def sample(
+    model: T5,
+    encoder_tokens: Int[Array, "B T"],
+    max_tokens: int,
+    keys: Key[Array, "B"],
+    how: Sampling,
+    decoder_prompt: Int[Array, "B P"] | None = None,
+    forced: Int[Array, "B F"] | None = None,
+) -> tuple[Int[Array, "B N U"], Float[Array, "B N"]]:
+    """Draw N = `how.samples` answers to each row; return their tokens up to EOS (then 0) and log-probabilities.
+
+    The log-probabilities are the model's, before temperature and cuts. A row's answers follow from its key alone.
+    """
+    read, caches = start(model, encoder_tokens, max_tokens, None, decoder_prompt, how.samples)
+    own = jax.vmap(lambda key: jax.random.split(key, how.samples))(keys).reshape(-1)
+    tokens, forced = (
+        None if part is None else jnp.repeat(part, how.samples, axis=0) for part in (encoder_tokens, forced)
+    )
+
+    def draw(log_p, position):
+        kept = likely(log_p / how.temperature, how.top_k, how.top_p)
+        return jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, position), row))(own, kept)
+
+    output, score = _one_by_one(read, caches, tokens, max_tokens, draw, forced)
+    return output.reshape(-1, how.samples, max_tokens), score.reshape(-1, how.samples)
+
+
+def likely(log_p: Float[Array, "B V"], top_k: int | None, top_p: float | None) -> Float[Array, "B V"]:
+    """Leave the `top_k` most likely tokens, then the fewest that have probability `top_p` together."""
+    if top_k is not None and top_k < log_p.shape[-1]:
+        least = jax.lax.top_k(log_p, top_k)[0][:, -1:]
+        log_p = jnp.where(log_p < least, _NEVER, log_p)
+    if top_p is not None and top_p < 1:
+        ordered = jnp.sort(jax.nn.log_softmax(log_p), descending=True)
+        before = jnp.cumsum(jnp.exp(ordered), -1) - jnp.exp(ordered)  # of all that are more likely
+        last = jnp.sum(before < top_p, -1, keepdims=True) - 1
+        log_p = jnp.where(jax.nn.log_softmax(log_p) < jnp.take_along_axis(ordered, last, -1), _NEVER, log_p)
+    return log_p
+
+
+def beam(
+    model: T5,
+    encoder_tokens: Int[Array, "B T"],
+    max_tokens: int,
+    how: Beam,
+    decoder_prompt: Int[Array, "B P"] | None = None,
+) -> tuple[Int[Array, "B K U"], Float[Array, "B K"]]:
+    """Return the K = `how.beams` best hypotheses, the best first, and their penalised log-probabilities.
+
+    Ends where transformers' search ends: a row is done when no running hypothesis could still beat its worst ended
+    one, were it to end now; with `early_stopping` when K have ended.
+    """
+    K, batch = how.beams, len(encoder_tokens)
+    read, caches = start(model, encoder_tokens, max_tokens, None, decoder_prompt, K)
+    penalty = how.length_penalty
+
+    def pick(values, index):
+        return jnp.take_along_axis(values, index.reshape(*index.shape, *[1] * (values.ndim - 2)), axis=1)
+
+    def step(state):
+        position, running, scores, ended, ended_scores, has_ended, hopeful, _, caches = state
+        last = jnp.where(position == 0, 0, running[:, :, position - 1])
+        log_p, caches = read(last.reshape(-1, 1), position, caches)
+        total = scores[:, :, None] + log_p[:, 0].reshape(batch, K, -1)
+        vocabulary = total.shape[-1]
+        # Twice as many as are kept: K of them may end here.
+        best, index = jax.lax.top_k(total.reshape(batch, -1), 2 * K)
+        parent, token = index // vocabulary, index % vocabulary
+        longer = pick(running, parent).at[:, :, position].set(token)
+        ends = (token == EOS) | (position == max_tokens - 1)
+
+        done = jnp.where(ends & (jnp.arange(2 * K) < K), best / penalty(position + 1.0), _NEVER)
+        closed = (has_ended.all(-1, keepdims=True) & how.early_stopping) | ~hopeful
+        done = jnp.where(closed, _NEVER, done)
+        all_scores = jnp.concatenate([ended_scores, done], 1)
+        ended_scores, kept = jax.lax.top_k(all_scores, K)
+        ended = pick(jnp.concatenate([ended, longer], 1), kept)
+        has_ended = ended_scores > _NEVER / 2
+
+        scores, kept = jax.lax.top_k(jnp.where(ends, _NEVER, best), K)
+        running = pick(longer, kept)
+        rows = (jnp.arange(batch)[:, None] * K + pick(parent, kept)).reshape(-1)
+        caches = jax.tree.map(lambda cache: cache[:, rows], caches)
+        worst = jnp.where(has_ended, ended_scores.min(-1, keepdims=True), _NEVER)
+        hopeful = hopeful & (scores[:, :1] / penalty(position + 1.0) > worst).any(-1, keepdims=True)
+        return position + 1, running, scores, ended, ended_scores, has_ended, hopeful, ends.all(), caches
+
+    def unfinished(state):
+        _, _, _, _, _, has_ended, hopeful, all_end, _ = state
+        return hopeful.any() & ~all_end & ~(has_ended.all() & how.early_stopping)
+
+    empty = jnp.zeros((batch, K, max_tokens), jnp.int32)
+    never = jnp.full((batch, K), _NEVER, jnp.float32)
+    state = (
+        jnp.zeros((), jnp.int32),
+        empty,
+        never.at[:, 0].set(0.0),  # the K copies of a row are one hypothesis at first
+        empty,
+        never,
+        jnp.zeros((batch, K), bool),
+        jnp.ones((batch, 1), bool),
+        jnp.zeros((), bool),
+        caches,
+    )
+    _, _, _, ended, ended_scores, *_ = jax.lax.while_loop(unfinished, step, state)
+    return ended, ended_scores
+
+
+def _one_by_one(
+    read: Read,
+    caches: Caches,
+    encoder_tokens: Int[Array, "B T"],
+    max_tokens: int,
+    choose: Callable[[Float[Array, "B V"], Any], Int[Array, "B"]],
+    forced: Int[Array, "B F"] | None,
+) -> tuple[Int[Array, "B U"], Float[Array, "B"]]:
+    """Append `choose(log_p, position)` to every row until all have ended."""
+    batch = encoder_tokens.shape[0]
+    given = jnp.zeros((batch, max_tokens), jnp.int32)
+    if forced is not None:
+        given = given.at[:, : forced.shape[1]].set(forced[:, :max_tokens])
+
+    def step(state):
+        position, last, ended, caches, output, score = state
+        log_p, caches = read(last[:, None], position, caches)
+        log_p = log_p[:, 0]
+        wanted = given[:, position]
+        chosen = jnp.where(wanted > 0, wanted, choose(log_p, position)).astype(jnp.int32)
+        score = score + jnp.where(ended, 0, jnp.take_along_axis(log_p, chosen[:, None], -1)[:, 0])
+        chosen = jnp.where(ended, 0, chosen)
         output = output.at[:, position].set(chosen)
         return position + 1, chosen, ended | (chosen == EOS), caches, output, score
 
-    def unfinished(carry):
-        position, _, ended, *_ = carry
+    def unfinished(state):
+        position, _, ended, *_ = state
         return (position < max_tokens) & ~jnp.all(ended)
 
-    if decoder_prompt is not None and first:
-        _, cache = read(decoder_prompt, 0, cache)
-    start = (
+    state = (
         jnp.zeros((), jnp.int32),
         jnp.zeros((batch,), jnp.int32),
-        jnp.all(tokens == 0, -1),  # rows that only fill the batch
-        cache,
+        jnp.all(encoder_tokens == 0, -1),  # rows that only fill the batch
+        caches,
         jnp.zeros((batch, max_tokens), jnp.int32),
         jnp.zeros((batch,), jnp.float32),
     )
-    *_, output, score = jax.lax.while_loop(unfinished, step, start)
+    *_, output, score = jax.lax.while_loop(unfinished, step, state)
     return output, score
 
 
