@@ -27,7 +27,9 @@ def export(source: str | Path, format: str, to: str | Path) -> None:
             assembly = load_latest(Path(source))
             if assembly.model.prompt is not None:
                 raise UserError(f"{source}: has a prompt, which no Hugging Face model holds; export it as npy")
-            save_backbone(merged(assembly.model), to)
+            save_backbone(
+                merged(assembly.model), to, "float32"
+            )  # as it was trained: bfloat16 would swallow small changes
             for pattern in TOKENIZER_FILES:
                 for path in assembly.tokenizer_folder.glob(pattern):
                     shutil.copy(path, to / path.name)

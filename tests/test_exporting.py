@@ -35,7 +35,7 @@ def test_tuned_model_is_a_backbone_with_its_tokenizer(full_run, tmp_path):
     export(full_run, "hf", tmp_path / "model")
     found = generate(load_backbone(tmp_path / "model"), TEXTS, max_tokens=4)
     expected = load_predictor(full_run).texts(TEXTS)
-    assert sum(a == b for a, b in zip(found, expected, strict=True)) >= 7  # its weights are bfloat16
+    assert found == expected
 
 
 def test_unfinished_run_exports_its_latest_checkpoint(full_run, tmp_path):

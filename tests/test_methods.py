@@ -177,7 +177,12 @@ def test_a_step_computes_no_gradient_of_a_frozen_weight(kind, case):
     assert operations.flops(step, state, made.parts.frozen, made.batch, tiny.key(0)) == needed
 
 
-@pytest.mark.parametrize("family", list(tiny.SHAPES))
+QUICK = ("1.0, unequal depths", "umt5, gated silu")  # the tests with numbers take T5 1.1
+
+
+@pytest.mark.parametrize(
+    "family", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in tiny.SHAPES]
+)
 def test_it_attaches_to_every_family_in_bfloat16_with_dropout_and_rematerialisation(kind, family):
     model = attached(kind, dtype="bfloat16", dropout=0.1, remat="full", **tiny.SHAPES[family])
     parts, rows = split(model), batch(model)
@@ -192,7 +197,7 @@ def test_it_attaches_to_every_family_in_bfloat16_with_dropout_and_rematerialisat
     assert (logits.shape, logits.dtype) == ((3, U, tiny.ROWS), jnp.float32)
 
 
-@pytest.mark.parametrize("bits", ["int8", "nf4"])
+@pytest.mark.parametrize("bits", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_it_stands_over_a_quantised_backbone_or_says_why_not(kind, bits):
     model, reason = quantized(tiny.model(), bits), ""
     try:

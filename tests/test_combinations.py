@@ -1,0 +1,73 @@
+"""Several methods in one run: a list in the settings, and no code that knows about it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import tiny
+from small_runs import rows
+
+import softprompt_jax
+from softprompt_jax import UserError, load_predictor
+from softprompt_jax.backbone.pretrained import flatten
+from softprompt_jax.config import parse
+from softprompt_jax.exporting import export
+from softprompt_jax.interop import load_trained
+from softprompt_jax.methods import split
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+TEXTS = [row["text"] for row in rows()[:8]]
+LORA = {"kind": "lora", "rank": 2, "targets": ["*"], "learning_rate_scale": 0.1}
+
+
+def run_of(small, folder, *methods):
+    changes = {"methods": list(methods), "steps": 4, "evaluate_every": 4, "checkpoint_every": 4, "log_every": 2}
+    softprompt_jax.train(parse(softprompt_jax.Run, small.short | changes, "test"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def combined(small, tmp_path_factory):
+    """Return the folder of a run of a prompt, LoRA and IA3."""
+    folder = tmp_path_factory.mktemp("combined")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SOFTPROMPT_CACHE", str(folder / "cache"))
+        return run_of(small, folder / "run", {"kind": "prompt", "length": 3}, LORA, {"kind": "ia3"})
+
+
+def test_all_of_them_train_and_the_predictor_has_them_all(combined):
+    trained = dict(flatten(load_trained(combined / "trained.safetensors")[0]))
+    predictor = load_predictor(combined)
+    parts = dict(flatten(split(predictor.model).trainable))
+    assert parts.keys() == trained.keys()
+    assert {path.rpartition(".")[2] for path in trained} == {"rows", "down", "up", "factors"}
+    for path, values in trained.items():
+        np.testing.assert_array_equal(values, parts[path])
+    assert all(np.any(values != 0) for path, values in trained.items() if path.endswith(".up"))
+    assert all(np.any(values != 1) for path, values in trained.items() if path.endswith(".factors"))
+    assert not (combined / "prompt.safetensors").exists()  # alone it would answer differently
+    assert len(predictor.texts(TEXTS)) == len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("format", "expected"),
+    [
+        ("peft", "found prompt and lora and ia3; expected one, since a PEFT adapter holds one"),
+        ("npy", "it trained no prompt|no prompt.safetensors"),
+    ],
+)
+def test_what_other_formats_cannot_hold_is_refused(combined, tmp_path, format, expected):
+    with pytest.raises(UserError, match=expected):
+        export(combined, format, tmp_path / "out.npy")
+
+
+@pytest.mark.slow
+def test_methods_on_weights_merge_together_into_a_hugging_face_model(small, tmp_path):
+    folder = run_of(small, tmp_path / "run", LORA, {"kind": "ia3"}, {"kind": "norms", "learning_rate_scale": 0.01})
+    export(folder, "hf", tmp_path / "model")
+    merged = softprompt_jax.load_backbone(tmp_path / "model").model
+    batch = tiny.batch(rows=3)
+    found = tiny.forward(merged, batch)
+    np.testing.assert_allclose(found, tiny.forward(load_predictor(folder).model, batch), atol=1e-4)
+    plain = tiny.forward(softprompt_jax.load_backbone(small.backbone).model, batch)
+    assert np.abs(plain - found).max() > 0.01
