@@ -34,7 +34,7 @@ def deep(seed: int = 0, context: Context = CONTEXT, drawn: bool = True, **settin
     return model
 
 
-@pytest.mark.parametrize("mode", ["replace", "add"])
+@pytest.mark.parametrize("mode", ["replace", pytest.param("add", marks=pytest.mark.slow)])
 def test_every_layer_reads_its_rows_where_the_prompt_stands(mode):
     model = deep(mode=mode)
     tokens = jnp.asarray([[V, V + 1, 9, V + 2, 8, 1]])
@@ -50,6 +50,7 @@ def test_every_layer_reads_its_rows_where_the_prompt_stands(mode):
     np.testing.assert_allclose(tiny.encode(model, tokens), model.encoder.norm(x), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_added_rows_start_as_plain_prompt_tuning_and_replacing_ones_as_words():
     batch = tiny.batch(prompt=3)
     plain, added = tiny.model(**CHANGES), deep(drawn=False, mode="add", init={"kind": "text", "text": "words"})
@@ -84,6 +85,7 @@ def test_the_gradient_reaches_every_row_and_equals_finite_differences():
     assert (loss(5e-4) - loss(-5e-4)) / 1e-3 == pytest.approx(slope, rel=2e-2)
 
 
+@pytest.mark.slow
 def test_packed_rows_and_tasks_in_one_batch_give_the_logits_of_rows_of_their_own():
     model = deep(context=dataclasses.replace(CONTEXT, tasks=((), ())))
     assert model.encoder.deep.rows.shape == (2, 6, 16)

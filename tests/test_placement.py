@@ -152,6 +152,7 @@ def test_no_target_stands_at_a_prompt_row_so_that_the_loss_counts_real_ones_only
     assert int((made["decoder_targets"] != 0).sum()) == 7
 
 
+@pytest.mark.slow
 def test_the_gradient_of_decoder_rows_equals_finite_differences():
     model = prompted("both")
     parts, made = split(model), batch(model)
@@ -167,9 +168,9 @@ def test_the_gradient_of_decoder_rows_equals_finite_differences():
     assert (loss(2e-3) - loss(-2e-3)) / 4e-3 == pytest.approx((gradient * direction).sum(), rel=1e-2)
 
 
-@pytest.mark.parametrize("where", ["both"])
-def test_greedy_decoding_reads_the_decoder_rows_first(where):
-    model = eager_to_end(prompted(where, seed=5))
+@pytest.mark.slow
+def test_greedy_decoding_reads_the_decoder_rows_first():
+    model = eager_to_end(prompted("both", seed=5))
     made = batch(model)
     before = made["decoder_inputs"][:, : len(model.prompt.placement.decoder)]
     output, score = greedy(model, made["encoder_tokens"], 6, decoder_prompt=before)
@@ -214,6 +215,6 @@ def test_a_prompt_file_says_where_its_rows_stand(small, tmp_path):
         predictor = load_predictor(tmp_path / "rows.safetensors", str(small.backbone))
         expected = place(where, 4 if "{" in where else 2, 160, predictor.tokenizer.encode)
         assert predictor.model.prompt.placement == expected
-        assert len(predictor.texts(["the old mill", "the garden is warm"])) == 2
+    assert len(predictor.texts(["the old mill", "the garden is warm"])) == 2
     with pytest.raises(UserError, match="stands not only before"):
         generate(Backbone(predictor.model, small.backbone, "small"), np.array([[5, 1]]))
