@@ -158,22 +158,30 @@ def predict(
     ] = "-",
     output: Annotated[str, typer.Option(metavar="FILE|-", help="jsonl: each object with its 'prediction'.")] = "-",
     backbone: Backbone = None,
+    decoding: Annotated[
+        str | None,
+        typer.Option(metavar="KIND|YAML", help="greedy, beam, sampling, or settings such as '{kind: beam, beams: 8}'."),
+    ] = None,
 ) -> None:
-    """Answer jsonl with jsonl, in order, by greedy decoding.
+    """Answer jsonl with jsonl, in order; with several samples or beams also all 'answers'.
 
     A folder of prompts (files or runs) is a bank: each line names its own, {"inputs": "...", "prompt": "NAME"}, and any
     mix is answered at once.
     """
     from softprompt_jax.bank import PromptBank
     from softprompt_jax.predict import load_predictor
+    from softprompt_jax.run import read_decoding
 
     if input != "-" and (not Path(input).exists() or Path(input).is_dir()):
         raise UserError(f"{input}: no such file; expected jsonl, or - for standard input")
     if input != "-" and Path(output).exists() and Path(output).samefile(input):
         raise UserError(f"{output}: is the input too; expected another file for the output")
     bank = Path(source).is_dir() and not (Path(source) / "config.yaml").exists()
+    how = None if decoding is None else read_decoding(decoding)
+    if bank and how is not None:
+        raise UserError(f"{source}: a bank answers greedily; expected no --decoding")
     with _output(output) as sink:
-        predictor = PromptBank.open(source, backbone) if bank else load_predictor(source, backbone)
+        predictor = PromptBank.open(source, backbone) if bank else load_predictor(source, backbone, how)
         if Path(output).is_file():
             sink.truncate(0)  # only now: a command that fails earlier leaves an old file as it was
         for line in predictor.lines(_json_lines(input)):

@@ -78,6 +78,11 @@ def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[
     return OmegaConf.to_container(config, resolve=False)  # type: ignore[return-value]
 
 
+def read_text(text: str, where: str) -> Any:
+    """Read YAML that was given as text."""
+    return _plain(_yaml(text, where), where)
+
+
 def to_yaml(settings: pydantic.BaseModel) -> str:
     """Write complete settings as YAML that `read` accepts again."""
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -14,6 +14,7 @@ import numpy as np
 
 from softprompt_jax import sharding
 from softprompt_jax.backbone import decode
+from softprompt_jax.backbone.decode import Decoding
 from softprompt_jax.config import UserError
 from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import Split
@@ -32,12 +33,15 @@ from softprompt_jax.tasks.tokenizer import Tokenizer
 class Decoder:
     """Predictions of a split model, decoded or chosen among label words; compiled once per shape."""
 
-    def __init__(self, parts: Split, tokenizer: Tokenizer):
+    def __init__(self, parts: Split, tokenizer: Tokenizer, decoding: Decoding | None = None):
         self._tokenizer = tokenizer
+        how = decoding or decode.Greedy()
 
         @functools.partial(jax.jit, static_argnames="max_tokens")
-        def decoded(trainable: Any, frozen: Any, tokens: jax.Array, before: jax.Array, max_tokens: int) -> jax.Array:
-            return decode.greedy(parts.merge(trainable, frozen), tokens, max_tokens, decoder_prompt=before)[0]
+        def decoded(
+            trainable: Any, frozen: Any, tokens: jax.Array, before: jax.Array, numbers: jax.Array, max_tokens: int
+        ) -> jax.Array:
+            return decode.answers(parts.merge(trainable, frozen), tokens, max_tokens, how, numbers, before)[0]
 
         @jax.jit
         def scored(
@@ -64,20 +68,36 @@ class Decoder:
         Where the task says to predict by likelihood, it is the label word of the highest log-probability,
         summed over the word's tokens or per token (Brown et al., 2020), EOS included.
         """
+        found = self.answers(trainable, frozen, tokenized, batch_size, max_tokens, prompt_ids, shapes, task)
+        return [texts[0] for texts in found]
+
+    def answers(
+        self,
+        trainable: Any,
+        frozen: Any,
+        tokenized: TokenizedSet,
+        batch_size: int,
+        max_tokens: int,
+        prompt_ids: PromptIds = None,
+        shapes: list[Shape] | None = None,
+        task: Task | None = None,
+    ) -> list[list[str]]:
+        """Return all answers to every example, as `predict` does the first: the samples, or the beams from the best."""
         labels = (task.words or []) if task is not None and task.predict_by != "decoding" else []
         words, divisors = self._choices(labels, task is not None and task.predict_by == "likelihood_per_token")
-        predictions = [""] * len(tokenized)
+        predictions: list[list[str]] = [[""]] * len(tokenized)
         first = np.shape(prompt_ids.decoder)[-1] if isinstance(prompt_ids, Placement) else 0
         shards = sharding.row_shards()
         batch_size = -(-min(batch_size, len(tokenized)) // shards) * shards
         for batch, ids in evaluation_batches(tokenized, batch_size, prompt_ids, shapes=shapes):
             given = sharding.spread_whole((batch["encoder_tokens"], batch["decoder_inputs"][:, :first]))
             if not labels:
-                rows = sharding.collect(self._decoded(trainable, frozen, *given, max_tokens))
-                texts = [self._tokenizer.decode([int(token) for token in row if token]) for row in rows]
+                numbers = sharding.spread_whole(np.asarray(ids, np.int32))
+                rows = sharding.collect(self._decoded(trainable, frozen, *given, numbers, max_tokens))
+                texts = [[self._tokenizer.decode([int(t) for t in one if t]) for one in each] for each in rows]
             else:
                 best = sharding.collect(self._scored(trainable, frozen, *given, words, divisors))
-                texts = [labels[index] for index in best]
+                texts = [[labels[index]] for index in best]
             for text, index in zip(texts, ids, strict=True):
                 if index >= 0:
                     predictions[index] = text

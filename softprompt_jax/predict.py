@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from softprompt_jax import config, interop
 from softprompt_jax.assembly import assemble, prompt_ids
 from softprompt_jax.backbone import decode
+from softprompt_jax.backbone.decode import Decoding, Greedy
 from softprompt_jax.backbone.pretrained import Backbone, load_backbone
 from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.config import UserError
@@ -57,16 +58,24 @@ def generate(
     texts_or_tokens: Sequence[str] | Int[Array | np.ndarray, "B T"],
     prompt: Float[Array | np.ndarray, "P D"] | None = None,
     max_tokens: int = 32,
-) -> list[str] | Int[np.ndarray, "B U"]:
-    """Decode greedily: texts give texts, tokens [B, T] (0 is padding, with their EOS) give tokens [B, U]."""
+    decoding: Decoding | None = None,
+) -> list[str] | list[list[str]] | Int[np.ndarray, "B U"] | Int[np.ndarray, "B N U"]:
+    """Decode: texts give texts, tokens [B, T] (0 is padding, with their EOS) give tokens [B, U].
+
+    `decoding`: `Greedy()` (the default), `Beam(beams=4)` or `Sampling(top_p=0.9, samples=5)`. The latter two give N
+    answers to each text (a list, or tokens [B, N, U]), of beams the best first.
+    """
+    how = decoding or Greedy()
     model, ids = _with_prompt(backbone.model, prompt)
     if not isinstance(texts_or_tokens, np.ndarray | jax.Array):
         texts = list(texts_or_tokens)
         if any(not isinstance(text, str) for text in texts):
             raise UserError("generate: expected a list of texts, or an integer array [B, T] of tokens")
-        return Predictor(model, load_tokenizer(backbone.folder), None, max_tokens=max_tokens).texts(texts)
+        predictor = Predictor(model, load_tokenizer(backbone.folder), None, max_tokens=max_tokens, decoding=how)
+        return predictor.texts(texts) if isinstance(how, Greedy) else predictor.answers(texts)
     _check_ids(texts_or_tokens, backbone.settings.vocabulary_rows)
-    return np.asarray(_greedy(model, _prepend(ids, texts_or_tokens), max_tokens))
+    found = np.asarray(_answers(model, _prepend(ids, texts_or_tokens), max_tokens, how))
+    return found[:, 0] if isinstance(how, Greedy) else found
 
 
 @dataclasses.dataclass
@@ -80,10 +89,11 @@ class Predictor:
     max_tokens: int = 64
     batch_size: int = 64
     truncated: int = 0  # inputs so far that were longer than `max_input_tokens`
+    decoding: Decoding | None = None  # greedy
 
     def __post_init__(self):
         self._parts = split(self.model)
-        self._decoder = Decoder(self._parts, self.tokenizer)
+        self._decoder = Decoder(self._parts, self.tokenizer, self.decoding)
         # The same few for every chunk of a stream, since each is compiled once: 16, 32, 64, ... tokens of text.
         lengths = {min(16 << doubling, self.max_input_tokens) for doubling in range(self.max_input_tokens.bit_length())}
         self._shapes = [(length, 2) for length in sorted(lengths)]
@@ -92,7 +102,14 @@ class Predictor:
         """Return the prediction for each text, in order."""
         return self._predict([Example(text, "") for text in texts], self.task)
 
+    def answers(self, texts: Sequence[str]) -> list[list[str]]:
+        """Return all answers to each text: the samples, or the beams from the best."""
+        return self._answers([Example(text, "") for text in texts], self.task)
+
     def _predict(self, examples: Sequence[Example], task: Task | None) -> list[str]:
+        return [answers[0] for answers in self._answers(examples, task)]
+
+    def _answers(self, examples: Sequence[Example], task: Task | None) -> list[list[str]]:
         if not examples:
             return []
         tokenized = tokenize(
@@ -105,7 +122,7 @@ class Predictor:
         self.truncated += tokenized.truncated_inputs
         trainable, frozen, ids = self._parts.trainable, self._parts.frozen, prompt_ids(self.model)
         limits = self.batch_size, self.max_tokens
-        return self._decoder.predict(trainable, frozen, tokenized, *limits, ids, self._shapes, task)
+        return self._decoder.answers(trainable, frozen, tokenized, *limits, ids, self._shapes, task)
 
     def evaluate(self, task: Task, split_name: str) -> dict[str, float]:
         """Return the metrics of a task's split."""
@@ -131,8 +148,8 @@ class Predictor:
         yield from self._answered(pending)
 
     def _answered(self, pending: list[tuple[Any, str]]) -> Iterator[dict[str, Any]]:
-        for (row, _), prediction in zip(pending, self.texts([text for _, text in pending]), strict=True):
-            yield {**row, "prediction": prediction}
+        for (row, _), answers in zip(pending, self.answers([text for _, text in pending]), strict=True):
+            yield {**row, "prediction": answers[0], **({"answers": answers} if len(answers) > 1 else {})}
 
     def _input(self, row: Any, where: str) -> str:
         if not isinstance(row, dict):
@@ -207,7 +224,7 @@ def _predictor(model: T5, tokenizer: Tokenizer, run: Run | None) -> Predictor:
         return Predictor(model, tokenizer, None)
     task = run.tasks[0] if len(run.tasks) == 1 else None
     limits = run.max_input_tokens, run.max_target_tokens
-    return Predictor(model, tokenizer, task, *limits, run.evaluation_batch_size)
+    return Predictor(model, tokenizer, task, *limits, run.evaluation_batch_size, decoding=run.decoding)
 
 
 def _with_prompt(model: T5, prompt: Any) -> tuple[T5, Placement | None]:
@@ -239,6 +256,6 @@ def _logits(model: T5, batch: dict[str, Array]) -> Array:
     return model(batch)
 
 
-@functools.partial(jax.jit, static_argnames="max_tokens")
-def _greedy(model: T5, tokens: Array, max_tokens: int) -> Array:
-    return decode.greedy(model, tokens, max_tokens)[0]
+@functools.partial(jax.jit, static_argnames=("max_tokens", "how"))
+def _answers(model: T5, tokens: Array, max_tokens: int, how: Decoding) -> Array:
+    return decode.answers(model, tokens, max_tokens, how, jnp.arange(len(tokens)))[0]

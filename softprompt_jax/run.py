@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from softprompt_jax import config
+from softprompt_jax.backbone.decode import Decoding, Greedy
 from softprompt_jax.backbone.quantized import Quantization
 from softprompt_jax.backbone.t5 import T5Settings
 from softprompt_jax.config import Settings, nearest
@@ -80,6 +81,7 @@ class Run(Settings):
     remat: Literal["none", "dots", "full"] = "none"  # recompute activations in the backward pass
     unroll: bool = False  # the scan over layers: compiles longer, runs about a tenth faster on a CPU
     mesh: Mesh = Mesh()  # how the devices share the work; not part of what a run is
+    decoding: Decoding = Greedy()  # of predictions and evaluation: greedy, beam or sampling
     seed: int = 0
     log_every: int = Field(50, gt=0)
     evaluate_every: int = Field(1000, gt=0)
@@ -140,3 +142,15 @@ class Run(Settings):
 def load_run(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Run:
     """Read a YAML file with overrides as a Run; anything wrong is a UserError naming the key."""
     return config.parse(Run, config.read(path, overrides), str(path))
+
+
+def read_decoding(text: str) -> Decoding:
+    """Read a kind of decoding (`beam`), or its settings as YAML (`{kind: beam, beams: 8}`)."""
+
+    class Holder(Settings):
+        decoding: Decoding
+
+    values = config.read_text(text, "--decoding")
+    return config.parse(
+        Holder, {"decoding": {"kind": values} if isinstance(values, str) else values}, "--decoding"
+    ).decoding

@@ -32,7 +32,7 @@ class TaskRun:
     def __init__(self, run: Run, assembly: Assembly, parts: Split):
         self.run = run
         self.tasks = [TaskData(task, run, assembly, number) for number, task in enumerate(run.tasks)]
-        self._decoder = Decoder(parts, assembly.tokenizer)
+        self._decoder = Decoder(parts, assembly.tokenizer, run.decoding)
         self._longest = max(int(tokens.target_lengths.max()) for task in self.tasks for tokens in task.tokens.values())
         train, draw = [task.tokens["train"] for task in self.tasks], None
         if isinstance(run.task, Mixture):

@@ -17,6 +17,7 @@ from softprompt_jax import UserError, generate, load_backbone, load_predictor, l
 from softprompt_jax.config import parse
 from softprompt_jax.interop import save_prompt
 from softprompt_jax.methods.prompt import attach_rows
+from softprompt_jax.run import read_decoding
 from softprompt_jax.tasks.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -283,3 +284,40 @@ def test_backbone_that_moved_can_be_given(small, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="backbone backbone: "):
             load_predictor(tmp_path / "run")
         assert load_predictor(tmp_path / "run", str(small.backbone)).texts(TEXTS[:3]) == expected
+
+
+def test_generate_searches_and_samples(small):
+    from softprompt_jax.backbone.decode import Beam, Greedy, Sampling
+
+    backbone, texts = softprompt_jax.load_backbone(small.backbone), ["the garden is warm", "the old mill"]
+    prompt = 3 * np.random.default_rng(0).normal(size=(2, 16)).astype(np.float32)
+    beams = softprompt_jax.generate(backbone, texts, prompt, 3, Beam(beams=3))
+    assert [len(answers) for answers in beams] == [3, 3]
+    samples = softprompt_jax.generate(backbone, texts, prompt, 3, Sampling(samples=4, temperature=3.0))
+    assert samples == softprompt_jax.generate(backbone, texts, prompt, 3, Sampling(samples=4, temperature=3.0))
+    assert samples != softprompt_jax.generate(backbone, texts, prompt, 3, Sampling(samples=4, temperature=3.0, seed=1))
+    assert [len(answers) for answers in samples] == [4, 4]
+    tokens = np.asarray([[5, 6, 1]])
+    assert softprompt_jax.generate(backbone, tokens, prompt, 3, Beam(beams=3)).shape == (1, 3, 3)
+    sure = softprompt_jax.generate(backbone, texts, prompt, 3, Sampling(top_k=1))
+    assert [answer for (answer,) in sure] == softprompt_jax.generate(backbone, texts, prompt, 3, Greedy())
+
+
+def test_a_run_can_be_asked_by_beams(small, prompt_run):
+    predictor = softprompt_jax.load_predictor(prompt_run, decoding=read_decoding("{kind: beam, beams: 3}"))
+    (line,) = predictor.lines([("here", {"text": "the garden is warm"})])
+    assert len(line["answers"]) == 3
+    assert line["prediction"] == line["answers"][0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bean", "'bean' found.*expected tags: 'greedy'"),
+        ("{kind: beam, beans: 2}", "did you mean beams"),
+        ("{", "not YAML"),
+    ],
+)
+def test_a_decoding_that_is_none_is_told_in_one_line(text, message):
+    with pytest.raises(UserError, match=message):
+        read_decoding(text)

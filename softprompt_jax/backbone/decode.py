@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,31 @@ class Beam(Settings):
     beams: int = Field(default=4, ge=2)
     length_penalty: LengthPenalty = LengthPenalty()
     early_stopping: bool = False  # as soon as `beams` hypotheses have ended
+
+
+Decoding = Annotated[Greedy | Sampling | Beam, Field(discriminator="kind")]
+
+
+def answers(
+    model: T5,
+    encoder_tokens: Int[Array, "B T"],
+    max_tokens: int,
+    how: Decoding,
+    numbers: Int[Array, "B"],
+    decoder_prompt: Int[Array, "B P"] | None = None,
+    forced: Int[Array, "B F"] | None = None,
+) -> tuple[Int[Array, "B N U"], Float[Array, "B N"]]:
+    """Return N answers to each row and their scores, the best first: one, the samples, or the beams.
+
+    `numbers` name the texts: samples follow from the seed and a text's number. Beams take no `forced` beginning.
+    """
+    if isinstance(how, Beam):
+        return beam(model, encoder_tokens, max_tokens, how, decoder_prompt)
+    if isinstance(how, Sampling):
+        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(how.seed)))(numbers)
+        return sample(model, encoder_tokens, max_tokens, keys, how, decoder_prompt, forced)
+    output, score = greedy(model, encoder_tokens, max_tokens, None, decoder_prompt, forced)
+    return output[:, None], score[:, None]
 
 
 def start(
