@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -21,6 +22,13 @@ SHAPES = {
     "coarse positions": {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20},
     "mt5": {"model_type": "mt5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
     "umt5": {"model_type": "umt5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+    # Of T5 1.1's form, each with what its published sizes have of their own.
+    "flan, t0, lm-adapted": {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "num_heads": 3},
+    "byt5": {
+        **{"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False, "tokenizer_class": "ByT5Tokenizer"},
+        **{"vocab_size": 384, "num_layers": 3, "num_decoder_layers": 1},
+    },
+    "ul2": {"feed_forward_proj": "gated-silu", "tie_word_embeddings": False, "d_kv": 16, "num_heads": 2},
 }
 
 
@@ -79,6 +87,23 @@ def test_loaded_model_gives_the_logits_of_transformers(changes: dict, tmp_path: 
     theirs = torch_logits(model, tokens)
     assert np.abs(theirs).max() > 0.5  # else the tolerance below would mean nothing
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["t5 1.0", "flan, t0, lm-adapted", "mt5", "umt5", "byt5"])
+def test_weights_in_torchs_own_file_give_them_too(family: str, tmp_path: Path) -> None:
+    """As most LM-adapted, mT5, umT5 and ByT5 weights were published: a .bin beside a config of transformers 4."""
+    import torch
+
+    model, tokens = random_model(SHAPES[family]), batch()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"tie_word_embeddings": SHAPES[family].get("tie_word_embeddings", True)}
+    config.pop("scale_decoder_outputs", None)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ours = load_backbone(tmp_path).model({name: jnp.asarray(value) for name, value in tokens.items()})
+    np.testing.assert_allclose(ours, torch_logits(model, tokens), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("changes", [SHAPES["t5 1.0"], SHAPES["t5 1.1"]], ids=["t5 1.0", "t5 1.1"])
