@@ -27,6 +27,7 @@ def import_source(source: str, to: str | Path, tokenizer: str | None = None, dty
     if to.exists() and (not to.is_dir() or any(to.glob("*.safetensors"))):
         raise UserError(f"{to}: holds weights already, or is a file; expected a new folder; use another --to")
     settings, tensors, folder = pretrained.open_source(source)
+    pretrained.check(settings, tensors, source)  # before anything is written
     files = _tokenizer_files(tokenizer or folder, required=tokenizer is not None)
     if not files and settings.vocabulary_rows != 384:  # ByT5 needs none
         raise UserError(f"{source}: has no tokenizer; expected one; add --tokenizer with spiece.model or a hub name")

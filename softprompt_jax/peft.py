@@ -51,13 +51,7 @@ def attach_adapter(model: T5, folder: str | Path) -> MethodSettings:
     """
     folder = Path(folder)
     config = read_config(folder)
-    kinds = {method.peft_type: method for method in METHODS.values() if method.peft_type}
-    kind = str(config.get("peft_type"))
-    if kind not in kinds:
-        raise UserError(
-            f"{folder / CONFIG_FILE}: peft_type is {kind!r}; expected one of {', '.join(sorted(kinds))}"
-            f"{nearest(kind, kinds)}"
-        )
+    kind, kinds = read_kind(config, folder), _kinds()
     if config.get("task_type") not in (None, TASK):
         raise UserError(
             f"{folder / CONFIG_FILE}: task_type is {config['task_type']!r}; expected {TASK}, an adapter of a T5"
@@ -117,6 +111,21 @@ def save_adapter(
     )
     text = json.dumps(common | settings, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def read_kind(config: dict[str, Any], folder: Path) -> str:
+    """Return an adapter's kind, if it is one that is known here."""
+    kind, kinds = str(config.get("peft_type")), _kinds()
+    if kind not in kinds:
+        raise UserError(
+            f"{folder / CONFIG_FILE}: peft_type is {kind!r}; expected one of {', '.join(sorted(kinds))}"
+            f"{nearest(kind, kinds)}"
+        )
+    return kind
+
+
+def _kinds() -> dict[str, type[MethodSettings]]:
+    return {method.peft_type: method for method in METHODS.values() if method.peft_type}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def _rows(rows: np.ndarray) -> str:
 
 def _adapter(folder: Path, norms: bool) -> Iterator[str]:
     settings = peft.read_config(folder)
-    yield f"{folder}: an adapter of PEFT, {settings.get('peft_type')}, for {settings.get('base_model_name_or_path')}"
+    yield f"{folder}: an adapter of PEFT, {peft.read_kind(settings, folder)}, for {settings.get('base_model_name_or_path')}"
     files = [folder / name for name in (peft.TENSOR_FILE, peft.OLD_TENSOR_FILE) if (folder / name).exists()]
     if not files:
         raise UserError(f"{folder}: no {peft.TENSOR_FILE}; expected a complete adapter")
@@ -108,6 +108,7 @@ def _run(folder: Path, norms: bool) -> Iterator[str]:
 
 def _backbone(source: str, norms: bool) -> Iterator[str]:
     settings, tensors, folder = pretrained.open_source(source)
+    pretrained.check(settings, tensors, source)
     checkpoint = t5x.find_checkpoint(source)
     form = "a checkpoint of T5X" if checkpoint is not None else "a T5 in Hugging Face layout"
     known = published(settings)

@@ -35,7 +35,7 @@ def config(small, tmp_path):
 # ----------------------------------------------------------------------------------------------- help
 
 
-COMMANDS = "train eval submit average predict export similar recycle tasks task tokenizer"
+COMMANDS = "train eval submit average predict export import show push similar recycle tasks task tokenizer"
 
 
 @pytest.mark.parametrize("command", COMMANDS.split())
@@ -206,7 +206,7 @@ def damaged(name: str):
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda model: (model / "model.safetensors").unlink(), "expected model.safetensors (or its sharded form)"),
+        (lambda model: (model / "model.safetensors").unlink(), "expected weights: model.safetensors, pytorch_model"),
         (damaged("model.safetensors"), "not a complete safetensors file"),
         (lambda model: (model / "config.json").unlink(), "no config.json; expected a T5 in Hugging Face layout"),
         (damaged("config.json"), "cannot be read as JSON"),

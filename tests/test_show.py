@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import tiny
+from safetensors.numpy import load_file, save_file
 from test_torch_file import save_tensors
 
 from softprompt_jax import UserError
-from softprompt_jax.backbone.pretrained import save_backbone
+from softprompt_jax.backbone.pretrained import EMBEDDED, save_backbone
 from softprompt_jax.interop import save_prompt
 from softprompt_jax.show import show
 
@@ -62,6 +65,67 @@ def test_large_files_are_read_only_if_asked(tmp_path, monkeypatch):
     save_backbone(tiny.model(), tmp_path, "float32")
     assert "norms left out, since" in shown(tmp_path)
     assert "norms left out" not in shown(tmp_path, norms=True)
+
+
+def edit(folder, **changes) -> None:
+    """Change tensors of a folder's weights; None removes one."""
+    tensors = load_file(folder / "model.safetensors") | {name.replace("__", "."): v for name, v in changes.items()}
+    save_file({name: value for name, value in tensors.items() if value is not None}, folder / "model.safetensors")
+
+
+def configure(folder, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def shorten(folder) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def flip(folder) -> None:
+    """Flip the bits that make a number of the table infinite."""
+    table = load_file(folder / "model.safetensors")["shared.weight"].copy()
+    table[7, 3] = np.inf
+    edit(folder, shared__weight=table)
+
+
+QUERY = "encoder__block__1__layer__0__SelfAttention__q__weight"
+DAMAGES = {
+    "truncated": (shorten, "not a complete safetensors file"),
+    "flipped": (flip, "tensor shared.weight: holds numbers that are not finite"),
+    "missing": (lambda f: edit(f, **{QUERY: None}), "1 weights are missing, first encoder.block.1"),
+    "surplus": (lambda f: edit(f, extra=np.ones(2, np.float32)), "1 weights are unknown, first extra"),
+    "shape": (lambda f: edit(f, **{QUERY: np.ones((3, 3), np.float32)}), "found shape [3, 3]; expected [16, 16]"),
+    "mixed families": (lambda f: configure(f, model_type="umt5"), "2 weights are missing, first decoder.block.1"),
+    "no head": (lambda f: edit(f, lm_head__weight=None), "config.json says untied"),
+    "half written": (lambda f: (f / "config.json").unlink(), "none that is known"),
+    "half downloaded": (lambda f: (f / "model.safetensors").unlink(), "expected weights: model.safetensors"),
+}
+
+
+@pytest.mark.parametrize(("damage", "expected"), DAMAGES.values(), ids=DAMAGES)
+def test_damaged_checkpoints_are_one_line_and_exit_2(refused, tmp_path, damage, expected):
+    save_backbone(tiny.model(), tmp_path, "float32")
+    damage(tmp_path)
+    assert expected in refused("show", tmp_path)
+
+
+def test_an_adapter_of_an_unknown_type_is_one_line(refused, tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "OFT"}')
+    assert "peft_type is 'OFT'; expected one of" in refused("show", tmp_path)
+
+
+def test_the_commands_print_what_they_did(softprompt, shared_fixtures, tmp_path):
+    run, to = shared_fixtures / "t5x" / "prompted_run", tmp_path / "t5"
+    code, out, err = softprompt("import", run, "--to", to, "--tokenizer", EMBEDDED / "spiece.model")
+    assert (code, out) == (0, "")
+    assert f"wrote {to}: a T5 of " in err
+    code, out, err = softprompt("show", to)
+    assert (code, err) == (0, "")
+    assert out.startswith(f"{to}: a T5 in Hugging Face layout, ")
+    assert "a prompt of 5 rows of width 64" in out
+    assert "fingerprint: " in out
 
 
 def test_what_is_none_of_these_is_refused_in_a_line(tmp_path):

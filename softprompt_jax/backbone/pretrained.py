@@ -149,8 +149,8 @@ def find_folder(source: str | Path) -> Path:
         ) from None
 
 
-def read_settings(folder: Path) -> tuple[T5Settings, bool | None]:
-    """Read `config.json`; also return whether it asks for a scaled output (None: it does not say)."""
+def read_settings(folder: Path) -> tuple[T5Settings, bool | None, bool]:
+    """Read `config.json`; also return whether it asks for a scaled output (None: it does not say), and for a head."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -187,9 +187,9 @@ def read_settings(folder: Path) -> tuple[T5Settings, bool | None]:
     except KeyError as error:
         raise UserError(f"{path}: no {error.args[0]!r}; expected it in a T5 config") from None
     settings = parse(T5Settings, values, str(path))
-    if kind != "t5":
-        return settings, False
-    return settings, config.get("scale_decoder_outputs", None if config.get("tie_word_embeddings", True) else False)
+    headed = config.get("tie_word_embeddings", True) is False  # true says nothing: transformers 5 writes it always
+    scaled = False if kind != "t5" else config.get("scale_decoder_outputs", False if headed else None)
+    return settings, scaled, headed
 
 
 def names(settings: T5Settings) -> dict[str, tuple[list[str], bool]]:
@@ -240,14 +240,21 @@ def save_backbone(model: T5, folder: str | Path, dtype: str = "bfloat16") -> Non
     (folder / "config.json").write_text(config)
 
 
+def check(settings: T5Settings, tensors: dict[str, Tensor], source: str | Path) -> None:
+    """Refuse tensors that are not those of a T5 of these settings: missing, surplus, or of another shape."""
+    table = names(settings)
+    _check_names(table, tensors, source)
+    for path, leaf in flatten(nnx.to_pure_dict(nnx.state(abstract(settings)))):
+        _parts(tensors, *table[path], leaf.shape[1:] if _stacked(path) else leaf.shape)
+
+
 def write_backbone(settings: T5Settings, tensors: dict[str, Tensor], folder: Path, dtype: str | None = None) -> str:
     """Write opened tensors in Hugging Face layout, a file at a time, and return the fingerprint.
 
     `dtype`: of the weights (default: as they are). Folders that were left half written have no `config.json`.
     """
-    table = names(settings)
-    _check_names(table, tensors, folder)
-    wanted = [name for tensor_names, _ in table.values() for name in tensor_names]
+    check(settings, tensors, folder)
+    wanted = [name for tensor_names, _ in names(settings).values() for name in tensor_names]
     size, files, names_in = 0, 0, {}
     shard: dict[str, np.ndarray] = {}
     found = "float32"
@@ -331,8 +338,13 @@ def open_source(source: str | Path) -> tuple[T5Settings, dict[str, Tensor], Path
         opened = t5x.Checkpoint(checkpoint)
         return opened.settings(), opened.tensors, Path(hub_name(checkpoint) or source)
     folder = find_folder(source)
-    settings, scaled = read_settings(folder)
+    settings, scaled, headed = read_settings(folder)
     tensors = open_folder(folder)
+    if headed and _HEAD not in tensors:
+        raise UserError(
+            f"{folder}: config.json says untied (tie_word_embeddings: false) but there is no {_HEAD}; expected it; "
+            "download the weights again, or set tie_word_embeddings to true if the model is tied"
+        )
     # Untied if and only if there is a head that differs from the shared table.
     shared = tensors.get(_embedding(tensors))
     tied = _HEAD not in tensors or (shared is not None and same(tensors[_HEAD], shared))
