@@ -75,7 +75,8 @@ def _rows(rows: np.ndarray) -> str:
 
 def _adapter(folder: Path, norms: bool) -> Iterator[str]:
     settings = peft.read_config(folder)
-    yield f"{folder}: an adapter of PEFT, {peft.read_kind(settings, folder)}, for {settings.get('base_model_name_or_path')}"
+    kind = peft.read_kind(settings, folder)
+    yield f"{folder}: an adapter of PEFT, {kind}, for {settings.get('base_model_name_or_path')}"
     files = [folder / name for name in (peft.TENSOR_FILE, peft.OLD_TENSOR_FILE) if (folder / name).exists()]
     if not files:
         raise UserError(f"{folder}: no {peft.TENSOR_FILE}; expected a complete adapter")
