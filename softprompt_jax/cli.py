@@ -181,7 +181,7 @@ def predict(
     if bank and how is not None:
         raise UserError(f"{source}: a bank answers greedily; expected no --decoding")
     with _output(output) as sink:
-        predictor = PromptBank.open(source, backbone) if bank else load_predictor(source, backbone, how)
+        predictor = PromptBank.open(source, backbone) if bank else load_predictor(source, backbone, decoding=how)
         if Path(output).is_file():
             sink.truncate(0)  # only now: a command that fails earlier leaves an old file as it was
         for line in predictor.lines(_json_lines(input)):

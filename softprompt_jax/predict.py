@@ -171,13 +171,21 @@ def named_task(source: str | Path, name: str) -> Task:
     return next((task for task in own if task.name == name), None) or resolve(name)
 
 
-def load_predictor(source: str | Path, backbone: str | None = None, decoding: Decoding | None = None) -> Predictor:
-    """Load a finished run folder, or a prompt file (`.npy` needs `backbone`); `decoding` is the run's if not given."""
-    predictor = _load(source, backbone)
+def load_predictor(
+    source: str | Path,
+    backbone: str | None = None,
+    task: str | None = None,
+    decoding: Decoding | None = None,
+) -> Predictor:
+    """Load a finished run folder, or a prompt file (`.npy` needs `backbone`).
+
+    `task` names one of a mixture's; `decoding` is the run's if not given.
+    """
+    predictor = _load(source, backbone, task)
     return predictor if decoding is None else dataclasses.replace(predictor, decoding=decoding)
 
 
-def _load(source: str | Path, backbone: str | None) -> Predictor:
+def _load(source: str | Path, backbone: str | None, task: str | None) -> Predictor:
     path = Path(source)
     if path.is_dir():
         settings, result = path / "config.yaml", path / "result.json"
