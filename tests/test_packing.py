@@ -226,10 +226,8 @@ def test_mean_loss_of_a_packed_batch_weighs_every_target_token_alike():
     for batch in (packed, alone):
         for name, array in batch.items():
             batch[name] = jnp.asarray(array)
-    found, loss = test_step.one_step(parts, test_step.run(loss="mean"), packed)
+    # In two parts, whose rows hold unlike numbers of examples and tokens.
+    found, loss = test_step.one_step(parts, test_step.run(loss="mean", accumulate=2, batch_size=2), packed)
     expected, alone_loss = test_step.one_step(parts, test_step.run(loss="mean"), alone)
-    halves, halves_loss = test_step.one_step(parts, test_step.run(loss="mean", accumulate=2, batch_size=2), packed)
     assert loss == pytest.approx(alone_loss, rel=1e-5)
-    assert halves_loss == pytest.approx(alone_loss, rel=1e-5)
     np.testing.assert_allclose(found["prompt"]["rows"], expected["prompt"]["rows"], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(halves["prompt"]["rows"], expected["prompt"]["rows"], rtol=1e-5, atol=1e-5)

@@ -107,6 +107,7 @@ def test_nothing_half_written_stays(prompt_run, full_run):
         assert len(list((folder / "checkpoints").iterdir())) <= 2
 
 
+@pytest.mark.slow  # a packed mixture runs in test_mixture.py
 def test_packed_run_reports_its_rows_and_learns(small, tmp_path, capsys):
     settings = small.full | {"packing": {"length": 32}, "steps": 40}
     result = softprompt_jax.train(run_of(settings), tmp_path / "run", Reporter())
