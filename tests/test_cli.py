@@ -135,7 +135,7 @@ def test_tasks_lists_names_and_words(softprompt):
     code, out, _ = softprompt("tasks")
     assert code == 0
     assert "sentiment_movie" in out
-    assert "ham, spam" in out
+    assert "no, yes" in out
 
 
 @pytest.fixture

