@@ -20,7 +20,7 @@ STAMP = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-torch test-libtpu test-network benchmark lint format clean
+.PHONY: help install demo test test-slow test-torch test-libtpu test-network test-seqio benchmark lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,11 @@ test-libtpu:  ## compile for TPUs without one, in an environment of its own (.ve
 test-network: install  ## run the tests that download
 	HF_HUB_OFFLINE=0 $(VENV)/bin/python -m pytest -m "network and not torch and not slow" $(PYTEST_ARGS)
 
+test-seqio:  ## compare with T5's preprocessors and metrics, run a seqio Task, in an environment of its own (.venv-seqio)
+	$(MAKE) install VENV=.venv-seqio EXTRAS=dev,seqio
+	.venv-seqio/bin/python -m pip install -qq --disable-pip-version-check --no-deps -c constraints.txt t5 gin-config babel
+	.venv-seqio/bin/python -m pytest -m seqio $(PYTEST_ARGS)
+
 benchmark:  ## time a training step beside PEFT's (in .venv-torch), see benchmarks/README.md
 	$(MAKE) install VENV=.venv-torch EXTRAS=dev,torch
 	.venv-torch/bin/python benchmarks/training_step.py $(BENCHMARK_ARGS)
@@ -75,4 +80,4 @@ format: install  ## format and mend what ruff can mend
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove environments and caches, keep runs
-	rm -rf .venv .venv-torch .venv-tpu .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-torch .venv-seqio .venv-tpu .pytest_cache .ruff_cache build dist *.egg-info

@@ -10,7 +10,8 @@ import numpy as np
 import yaml
 
 from softprompt_jax.config import UserError
-from softprompt_jax.tasks.sources import Files, Hub, pin
+from softprompt_jax.tasks.packages import Package
+from softprompt_jax.tasks.sources import Hub, pin
 from softprompt_jax.tasks.task import Task, iterate, splits
 from softprompt_jax.tasks.tokenizer import Tokenizer
 
@@ -69,9 +70,9 @@ def _origin(task: Task) -> str:
     if isinstance(source, Hub):
         at = source.read_revision
         return f"hub {source.name}" + (f" {source.config}" if source.config else "") + (f" at {at}" if at else "")
-    if isinstance(source, Files):
-        return "files"
-    return f"package {source.package}=={source.version}"
+    if isinstance(source, Package):
+        return f"package {source.package}=={source.version}"
+    return f"{source.kind} {getattr(source, 'name', '')}".strip()
 
 
 def _lengths(side: str, ids: Sequence[Sequence[int]], limit: int, beyond: str) -> str:

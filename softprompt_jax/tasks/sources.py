@@ -13,6 +13,7 @@ import pydantic
 
 from softprompt_jax.config import Settings, UserError, nearest
 from softprompt_jax.tasks.packages import SPLITS, Package, Row, cache_folder, first_line, package_rows
+from softprompt_jax.tasks.seqio_source import Seqio, seqio_rows, seqio_splits
 
 
 class Files(Settings):
@@ -71,13 +72,13 @@ class Hub(Settings):
 CONVERSION = "refs/convert/parquet"  # the hub's branch for it, with the files CONFIG/SPLIT/0000.parquet, ...
 
 
-Source = Annotated[Files | Folder | Hub | Package, pydantic.Field(discriminator="kind")]
+Source = Annotated[Files | Folder | Hub | Package | Seqio, pydantic.Field(discriminator="kind")]
 
 
 SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
 
 
-def available_splits(source: Files | Folder | Hub | Package) -> list[str]:
+def available_splits(source: Files | Folder | Hub | Package | Seqio) -> list[str]:
     """Return the splits that a source names, in the order train, validation, test, others."""
     if isinstance(source, Files):
         return [split for split in SPLITS if getattr(source, split) is not None]
@@ -85,10 +86,10 @@ def available_splits(source: Files | Folder | Hub | Package) -> list[str]:
         return list(split_files(source))
     if isinstance(source, Hub):
         return sorted(source.splits, key=lambda split: SPLITS.index(split) if split in SPLITS else len(SPLITS))
-    return list(SPLITS)
+    return seqio_splits(source) if isinstance(source, Seqio) else list(SPLITS)
 
 
-def read_rows(source: Files | Folder | Hub | Package, split: str, where: str) -> Iterator[tuple[str, Row]]:
+def read_rows(source: Files | Folder | Hub | Package | Seqio, split: str, where: str) -> Iterator[tuple[str, Row]]:
     """Yield (place, row) for every row of a split; the place is "file:line" or "source split row"."""
     known = available_splits(source)
     if split not in known:
@@ -102,6 +103,8 @@ def read_rows(source: Files | Folder | Hub | Package, split: str, where: str) ->
         return itertools.chain.from_iterable(read_file(path, source.quotes) for path in split_files(source)[split])
     if isinstance(source, Hub):
         return _hub_rows(source, split, where)
+    if isinstance(source, Seqio):
+        return seqio_rows(source, split)
     return package_rows(source, split, where)
 
 
