@@ -195,7 +195,11 @@ def export(
     source: Source,
     to: Annotated[str, typer.Option(metavar="PATH", help="File (npy, safetensors) or folder (hf, peft) to write.")],
     format: Annotated[
-        Format, typer.Option(help="npy, safetensors: the prompt's rows. hf: a Hugging Face model. peft: an adapter.")
+        Format,
+        typer.Option(
+            help="npy, safetensors: the prompt's rows (safetensors without a prompt: all that trained). "
+            "hf: a Hugging Face model. peft: an adapter."
+        ),
     ],
 ) -> None:
     """Write a trained prompt, adapter or tuned model for other programs."""

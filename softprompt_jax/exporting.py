@@ -20,7 +20,10 @@ from softprompt_jax.run import Run, load_run
 
 
 def export(source: str | Path, format: str, to: str | Path) -> None:
-    """Write prompt rows (`npy`, `safetensors`) to a file, a tuned model (`hf`) or an adapter (`peft`) to a folder."""
+    """Write a tuned model (`hf`) or an adapter (`peft`) to a folder, prompt rows (`npy`, `safetensors`) to a file.
+
+    `safetensors` of a run that has no prompt is all that it trained, under the paths of the model.
+    """
     to = Path(to)
     try:
         if format == "hf":
@@ -41,6 +44,11 @@ def export(source: str | Path, format: str, to: str | Path) -> None:
             return
         if to.suffix != f".{format}":
             raise UserError(f"{to}: ends in {to.suffix!r}; expected a file name ending in .{format}")
+        trained = Path(source) / interop.TRAINED_FILE
+        if format == "safetensors" and trained.exists() and not (Path(source) / interop.PROMPT_FILE).exists():
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(trained, to)
+            return
         rows, metadata = interop.read_prompt(source)
         to.parent.mkdir(parents=True, exist_ok=True)
         if format == "npy":

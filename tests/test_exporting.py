@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 
+import jax
 import numpy as np
 import pytest
 from small_runs import rows
 
 from softprompt_jax import UserError, generate, load_backbone, load_predictor, load_prompt
 from softprompt_jax.exporting import export
-from softprompt_jax.interop import read_prompt
+from softprompt_jax.interop import load_trained, read_prompt
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 TEXTS = [row["text"] for row in rows()[:8]]
@@ -74,6 +75,14 @@ def test_model_cannot_go_where_a_file_is(full_run, tmp_path):
     with pytest.raises(UserError, match=r"cannot be written \(File exists\)"):
         export(full_run, "hf", tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_what_a_run_without_a_prompt_trained_survives_as_safetensors(full_run, tmp_path):
+    export(full_run, "safetensors", tmp_path / "new" / "all.safetensors")
+    found, metadata = load_trained(tmp_path / "new" / "all.safetensors")
+    expected, expected_metadata = load_trained(full_run / "trained.safetensors")
+    assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
+    assert metadata == expected_metadata
 
 
 def test_prompt_of_a_run_without_one_is_one_line(full_run, tmp_path):
