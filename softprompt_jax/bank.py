@@ -228,7 +228,7 @@ class PromptBank:
             prompts[row] = on_decoder
         return tokens, prompts
 
-    def _moved(self, ids: Sequence[int] | np.ndarray, rows: np.ndarray) -> list[int]:
+    def _moved(self, ids: Any, rows: np.ndarray) -> list[int]:
         """Return ids in which a prompt's row i is where it lies on the device; anchor words stay."""
         return [int(i) if i < self._first else self._first + int(rows[i - self._first]) for i in ids]
 

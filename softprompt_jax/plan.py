@@ -83,7 +83,7 @@ def plan(config: str, overrides: Sequence[str], topologies: Sequence[str], utili
     """
     from softprompt_jax.run import load_run
 
-    load_run(config, overrides)  # bad settings are told before anything is compiled
+    load_run(config, list(overrides))  # bad settings are told before anything is compiled
     parsed = [parse_topology(text) for text in topologies]
     return [_in_a_child(config, list(overrides), topology, utilisation) for topology in parsed]
 

@@ -189,7 +189,7 @@ def spread(rows: Any) -> Any:
     def join(local: np.ndarray) -> jax.Array:
         before = index * len(local)
 
-        def part(where: tuple[slice, ...]) -> np.ndarray:
+        def part(where: Any) -> np.ndarray:
             start, stop, _ = where[0].indices(count * len(local))
             return local[start - before : stop - before]
 

@@ -18,7 +18,7 @@ from softprompt_jax.config import Settings
 EOS = 1
 _NEVER = -1e9  # the score of what cannot be
 
-Caches = tuple[Array, Array]  # keys and values [L, B, H, S, K]
+Caches = tuple[Array, ...]  # keys and values [L, B, H, S, K]
 Read = Callable[[Int[Array, "B U"], Any, Caches], tuple[Float[Array, "B U V"], Caches]]
 
 
@@ -188,9 +188,8 @@ def sample(
     """
     read, caches = start(model, encoder_tokens, max_tokens, None, decoder_prompt, how.samples)
     own = jax.vmap(lambda key: jax.random.split(key, how.samples))(keys).reshape(-1)
-    tokens, forced = (
-        None if part is None else jnp.repeat(part, how.samples, axis=0) for part in (encoder_tokens, forced)
-    )
+    tokens = jnp.repeat(encoder_tokens, how.samples, axis=0)
+    forced = None if forced is None else jnp.repeat(forced, how.samples, axis=0)
 
     def draw(log_p, position):
         kept = likely(log_p / how.temperature, how.top_k, how.top_p)

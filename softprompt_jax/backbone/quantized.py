@@ -46,7 +46,7 @@ class QuantizedLinear(Linear):
         into, out = linear.kernel.get_metadata()["axes"]
         self.kernel = nnx.Param(stored, axes=(into, out))
         self.scale = nnx.Param(scale, axes=(out,) if kind == "int8" else (None, out))
-        self.kind = kind
+        self.kind: Quantization = kind
 
     def weight(self) -> Float[Array, "*L in out"]:
         """Return the kernel that the stored numbers stand for, in float32."""
@@ -118,34 +118,20 @@ def _forward(kind: Quantization, rows: jax.Array, stored: jax.Array, scale: jax.
     return rows @ unpack(stored, scale, kind, rows.dtype)
 
 
-@jax.custom_vjp
-def _int8(rows, stored, scale):
-    return _forward("int8", rows, stored, scale)
+_product = jax.custom_vjp(_forward, nondiff_argnums=(0,))
 
 
-@jax.custom_vjp
-def _nf4(rows, stored, scale):
-    return _forward("nf4", rows, stored, scale)
-
-
-def _keep(kind):
+def _keep(kind: Quantization, rows: jax.Array, stored: jax.Array, scale: jax.Array) -> Any:
     # Only the stored integers are kept for the backward pass. Left to itself, a scan over layers keeps their
     # conversions, which is the memory that quantising was to save.
-    return lambda rows, stored, scale: (_forward(kind, rows, stored, scale), (stored, scale))
+    return _forward(kind, rows, stored, scale), (stored, scale)
 
 
-def _int8_backward(kept, change):
+def _backward(kind: Quantization, kept: tuple[jax.Array, jax.Array], change: jax.Array) -> Any:
     stored, scale = kept
-    return (change * scale.astype(change.dtype)) @ stored.astype(change.dtype).T, None, None
+    if kind == "int8":
+        return (change * scale.astype(change.dtype)) @ stored.astype(change.dtype).T, None, None
+    return change @ unpack(stored, scale, kind, change.dtype).T, None, None
 
 
-def _nf4_backward(kept, change):
-    return change @ unpack(*kept, "nf4", change.dtype).T, None, None
-
-
-_int8.defvjp(_keep("int8"), _int8_backward)
-_nf4.defvjp(_keep("nf4"), _nf4_backward)
-
-
-def _product(kind: Quantization, rows: jax.Array, stored: jax.Array, scale: jax.Array) -> jax.Array:
-    return (_int8 if kind == "int8" else _nf4)(rows, stored, scale)
+_product.defvjp(_keep, _backward)
