@@ -6,9 +6,10 @@ import sys
 
 import pytest
 
-from softprompt_jax import tasks
+from softprompt_jax import Run, tasks
 from softprompt_jax.backbone.pretrained import EMBEDDED
-from softprompt_jax.config import UserError
+from softprompt_jax.config import UserError, parse
+from softprompt_jax.tasks.task import Task
 
 MODULE = """
 import functools
@@ -47,8 +48,7 @@ seqio.MixtureRegistry.add("mixed_words", ["words", "doubled_words"], default_rat
 
 
 def task(name, module="softprompt_seqio_words"):
-    source = {"kind": "seqio", "name": name, "module": module}
-    return tasks.resolve({"name": "mine", "source": source, "input": "{inputs}", "target": "{targets}"})
+    return tasks.resolve({"kind": "seqio", "name": name, "module": module})
 
 
 def error_of(call, *arguments) -> str:
@@ -104,3 +104,13 @@ def test_what_cannot_be_taken_over_is_one_line(name, message):
 def test_module_out_of_reach_or_seqio_not_installed_is_one_line():
     message = error_of(tasks.load, task("words", "no.such.module"), "train")
     assert "seqio is not installed" in message or "module 'no.such.module' cannot be imported" in message
+
+
+def test_run_states_a_seqio_task_by_its_kind_and_keeps_it_in_its_config():
+    run = parse(Run, {"task": {"kind": "seqio", "name": "words", "module": "m", "label_words": ["one"]}}, "test")
+    source = {"kind": "seqio", "name": "words", "module": "m"}
+    settings = {"name": "words", "source": source, "input": "{inputs}", "target": "{targets}", "label_words": ["one"]}
+    assert run.tasks == [parse(Task, settings, "test")]
+    assert parse(Run, run.model_dump(mode="json"), "test") == run
+    with pytest.raises(UserError, match="module: missing"):
+        parse(Run, {"task": {"kind": "seqio", "name": "words"}}, "test")

@@ -31,9 +31,16 @@ def get(name: str) -> Task:
 
 
 def complete(value: Any) -> Any:
-    """Return a mapping without a source as the named task with these settings in the stead of its own."""
+    """Return a mapping without a source as the named task with these settings in the stead of its own.
+
+    `{kind: seqio, name: ..., module: ...}` is a seqio Task's texts, with further settings as in any task.
+    """
     if not isinstance(value, Mapping) or "source" in value or "name" not in value:
         return value
+    if value.get("kind") == "seqio":
+        source = {key: value[key] for key in ("kind", "name", "module") if key in value}
+        rest = {key: item for key, item in value.items() if key not in ("kind", "module")}
+        return {"source": source, "input": "{inputs}", "target": "{targets}", **rest}
     return {**get(str(value["name"])).model_dump(), **value}
 
 
