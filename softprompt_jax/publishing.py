@@ -11,6 +11,7 @@ import yaml
 
 from softprompt_jax import config, interop
 from softprompt_jax.backbone.presets import SOURCES
+from softprompt_jax.backbone.pretrained import flatten
 from softprompt_jax.config import UserError
 from softprompt_jax.exporting import export
 from softprompt_jax.run import Run
@@ -29,6 +30,8 @@ def push(source: str | Path, repository: str, dry_run: bool = False) -> Path:
     if not (source / "config.yaml").exists() or not (source / "result.json").exists():
         raise UserError(f"{source}: no finished run; expected one; finish it with the same command")
     run = config.parse(Run, config.read(source / "config.yaml"), str(source / "config.yaml"))
+    if run.own_prompts:
+        raise UserError(f"{source}: has a prompt for each task; expected a run with one; push a run of each task")
     result = json.loads((source / "result.json").read_text(encoding="utf-8"))
     folder = source / FOLDER
     shutil.rmtree(folder, ignore_errors=True)
@@ -54,7 +57,6 @@ def push(source: str | Path, repository: str, dry_run: bool = False) -> Path:
 
 def card(run: Run, result: dict[str, Any], repository: str, files: set[str], reason: str | None) -> str:
     """Write the model card: what it is for, scores, settings, how to load it here and in PEFT."""
-    task = None if run.pretraining else run.resolved_task()
     backbone = run.backbone if isinstance(run.backbone, str) else "a T5 with random weights"
     public = _public(backbone)
     name = repository.split("/")[1]
@@ -68,19 +70,18 @@ def card(run: Run, result: dict[str, Any], repository: str, files: set[str], rea
         front["base_model"] = backbone
     lines = ["---", _yaml(front), "---", "", f"# {name}", ""]
     lines += [f"{kinds.capitalize()} for a frozen T5 ({public}), trained with softprompt_jax.", ""]
-    if task is not None:
+    for task in run.tasks:
         lines += ["## Task", "", f"{task.name}. The text that the model reads:", "", f"    {task.input}", ""]
         lines += [f"Answers: {', '.join(task.words)}." if task.words else "Answers: free text.", ""]
     lines += ["## Scores", "", "| split | metric | value |", "|---|---|---|"]
     for split in ("validation", "test"):
-        for metric, value in (result.get(split) or {}).items():
+        for metric, value in flatten(result.get(split) or {}):  # of a mixture: by task
             lines.append(f"| {split} | {metric} | {value:.4f} |")
     baselines = result.get("baselines")
     if baselines:
-        majority = baselines.get("majority")
-        if majority is not None:
-            lines.append(f"| {baselines['split']} | majority class | {majority:.4f} |")
-        for metric, value in (baselines.get("untrained") or {}).items():
+        for metric, value in flatten({"majority class": baselines.get("majority")}):
+            lines += [] if value is None else [f"| {baselines['split']} | {metric} | {value:.4f} |"]
+        for metric, value in flatten(baselines.get("untrained") or {}):
             lines.append(f"| {baselines['split']} | {metric} before training | {value:.4f} |")
     lines += ["", f"One run, seed {run.seed}; step {result.get('best_step')} of {result.get('steps')}.", ""]
     lines += ["## Use", "", *_usage(repository, public, files), ""]

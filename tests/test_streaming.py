@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -124,8 +125,8 @@ def test_a_sharding_is_asked_for_every_weight_and_kept(tmp_path):
 
 @pytest.mark.slow
 def test_four_processes_ask_for_a_quarter_each(tmp_path):
-    settings = {"num_heads": 8, "d_model": 128, "d_kv": 16, "d_ff": 256, "vocabulary_rows": 512}
-    save_backbone(tiny.model(**settings), tmp_path, "float32")
+    sizes: dict[str, Any] = {"num_heads": 8, "d_model": 128, "d_kv": 16, "d_ff": 256, "vocabulary_rows": 512}
+    save_backbone(tiny.model(**sizes), tmp_path, "float32")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])

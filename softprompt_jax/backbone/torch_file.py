@@ -180,7 +180,7 @@ class _Storages:
         """Compare a storage with its checksum, once; torch can be told to write none (0)."""
         if entry.filename in self._confirmed:
             return
-        if entry.CRC not in (0, zlib.crc32(memoryview(self._bytes(entry)))):
+        if entry.CRC not in (0, zlib.crc32(self._bytes(entry).data)):
             raise ValueError("its checksum does not fit: numbers were changed")
         self._confirmed.add(entry.filename)
 
