@@ -212,7 +212,7 @@ def abstract_step(run: Any) -> tuple[Callable, tuple, Any]:
     settings = backbone_settings(run).model_copy(
         update={"dropout": run.dropout, "remat": run.remat, "unroll": run.unroll}
     )
-    words = () if run.pretraining else tuple(run.resolved_task().words or ())
+    words = tuple(dict.fromkeys(word for task in run.tasks for word in task.words or ()))
 
     def build() -> T5:
         model = T5(settings, jax.random.key(0), run.dtype)
