@@ -87,7 +87,7 @@ def card(run: Run, result: dict[str, Any], repository: str, files: set[str], rea
     lines += ["## Use", "", *_usage(repository, public, files), ""]
     if reason is not None:
         lines += [f"No form for PEFT: {reason.partition(': ')[2] or reason}", ""]
-    defaults = Run(task=run.task).model_dump(mode="json")
+    defaults = config.parse(Run, {"task": run.task}, "defaults").model_dump(mode="json")
     settings = {key: value for key, value in run.model_dump(mode="json").items() if value != defaults[key]}
     settings = {"task": defaults["task"], "methods": defaults["methods"]} | settings
     lines += ["## Settings", "", "Only what differs from the defaults; `config.yaml` has all.", "", "```yaml"]

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from softprompt_jax import UserError, load_backbone, load_prompt
+from softprompt_jax.config import parse
 from softprompt_jax.publishing import card, push
 from softprompt_jax.run import Run
 
@@ -52,7 +53,7 @@ def test_a_tuned_model_is_published_whole(full_run, tmp_path):
 
 
 def test_a_published_backbone_is_named_and_what_peft_lacks_is_said():
-    run = Run(task="rte", backbone="google/t5-base-lm-adapt")
+    run = parse(Run, {"task": "rte", "backbone": "google/t5-base-lm-adapt"}, "test")
     text = card(run, {"test": {"accuracy": 0.5}, "steps": 3, "best_step": 2}, "me/x", {"prompt.safetensors"}, "m: why")
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "google/t5-base-lm-adapt"
     assert "No form for PEFT: why" in text
