@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ class Bottleneck(Wrapped):
         kernel = linear_of(inner).kernel
         *layers, _, columns = kernel.shape
         axis, width = kernel.get_metadata()["axes"][-1], settings.width
-        rate = {"learning_rate_scale": settings.learning_rate_scale}
+        rate: dict[str, Any] = {"learning_rate_scale": settings.learning_rate_scale}
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
         down = columns**-0.5 * jax.random.normal(own, (*layers, columns, width))
         self.inner, self.activation = inner, settings.activation

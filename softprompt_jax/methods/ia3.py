@@ -81,7 +81,7 @@ class IA3(MethodSettings):
             sides["outputs" if stack.shape[2] == 1 else "inputs"].append(place)
             values[f"{place}.factors"] = stack.reshape(len(stack), -1)
         short = {side: peft_names.short_paths(settings, places, ".kernel") for side, places in sides.items()}
-        return cls(**short), values
+        return cls(outputs=short["outputs"], inputs=short["inputs"]), values
 
 
 class Scaled(Wrapped):

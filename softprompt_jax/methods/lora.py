@@ -114,7 +114,7 @@ class LowRank(Wrapped):
     def __init__(self, inner: Linear | Wrapped, settings: LoRA, path: str, key: jax.Array):
         *layers, width, columns = kernel_shape(inner)
         into, out = linear_of(inner).kernel.get_metadata()["axes"]
-        rate = {"learning_rate_scale": settings.learning_rate_scale}
+        rate: dict[str, Any] = {"learning_rate_scale": settings.learning_rate_scale}
         number = zlib.crc32(path.encode())  # of this place, so that no two draw the same
         bound = width**-0.5
         shape = (*layers, width, settings.rank)

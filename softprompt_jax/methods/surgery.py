@@ -87,7 +87,7 @@ def thaw(model: T5, wanted=lambda path: True, learning_rate_scale: float = 1.0) 
                         "set quantize to null, or train weights beside it (a prompt, LoRA)"
                     )
                 value = variable[...].astype(jax.numpy.float32)
-                metadata = variable.get_metadata() | {"learning_rate_scale": learning_rate_scale}
+                metadata: dict[str, Any] = variable.get_metadata() | {"learning_rate_scale": learning_rate_scale}
                 setattr(node, name, Trainable(value, **metadata))
                 changed.append(path)
     return changed
