@@ -29,6 +29,8 @@ def pytest_configure() -> None:
     # Each checkout has its own cache: programs compiled for one machine's CPU may not run on another's.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    # A third of the time to compile; nearly every program here runs once or twice.
+    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,9 @@ import pytest
 import tiny
 from operations import flops
 
+from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.losses import cross_entropy
-from softprompt_jax.methods import Context, Full, Split, leaves, split
+from softprompt_jax.methods import Context, Full, leaves, split
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.optimizers import Adafactor, build
 from softprompt_jax.run import Run
@@ -202,18 +203,13 @@ def test_dropout_differs_from_step_to_step_and_is_a_function_of_key_and_step():
 def test_parts_of_an_accumulated_batch_have_dropout_of_their_own(monkeypatch):
     parts = split(tiny.model(prompt=P, dropout=0.2))
     twice = jax.tree.map(lambda x: jnp.concatenate([x[:2], x[:2]]), tiny.batch(prompt=P))
-    seen, merge = [], Split.merge
+    seen, hidden = [], T5.hidden
 
-    def spy(self, trainable, frozen):
-        model = merge(self, trainable, frozen)
+    def spy(self, batch, key=None):
+        jax.debug.callback(lambda data: seen.append(np.asarray(data).tobytes()), jax.random.key_data(key))
+        return hidden(self, batch, key)
 
-        def call(batch, key):
-            jax.debug.callback(lambda data: seen.append(np.asarray(data).tobytes()), jax.random.key_data(key))
-            return model(batch, key)
-
-        return call
-
-    monkeypatch.setattr(Split, "merge", spy)
+    monkeypatch.setattr(T5, "hidden", spy)
     one_step(parts, run(dropout=0.2, accumulate=2, batch_size=4), twice)
     jax.effects_barrier()
     assert len(seen) == len(set(seen)) == 2
