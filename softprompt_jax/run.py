@@ -93,7 +93,7 @@ class Run(Settings):
     @classmethod
     def _task_exists(cls, task: Any) -> Any:
         if isinstance(task, str) and task not in names():
-            raise ValueError(f"expected one of {', '.join(names())}, or a task's settings{nearest(task, names())}")
+            raise ValueError(f"expected a name that `softprompt tasks` lists, or settings{nearest(task, names())}")
         return task
 
     @model_validator(mode="after")

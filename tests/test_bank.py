@@ -91,6 +91,7 @@ def test_a_prompt_can_be_replaced_and_removed_while_others_stay(backbone, prompt
         bank.generate([text], "p3")
 
 
+@pytest.mark.slow
 def test_prompts_of_other_places_share_a_batch(backbone, tmp_path):
     places = {"before": 2, "after": 3, "both": 4, "{prompt:1} {text} is {prompt:2}": 3}
     bank, expected = PromptBank(backbone), {}

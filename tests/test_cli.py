@@ -173,7 +173,7 @@ def test_tokenizer_that_cannot_be_is_one_line(refused, texts, config, tmp_path):
         ("foo", "'foo': not an override; expected key=value"),
         ("stpes=3", "stpes: unknown setting; expected one of"),
         ("steps=many", "steps: found 'many'; input should be a valid integer"),
-        ("task=sentiment_moovie", "task: found 'sentiment_moovie'; expected one of"),
+        ("task=sentiment_moovie", "task: found 'sentiment_moovie'; expected a name that"),
         ("backbone=${HOME}", "backbone=${HOME}: found '${HOME}'; settings do not interpolate; write the value itself"),
     ],
 )

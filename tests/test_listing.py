@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import jax
+import pytest
 import tiny
 from typer.testing import CliRunner
 
@@ -15,6 +16,7 @@ from softprompt_jax.methods.listing import listed
 from softprompt_jax.run import load_run
 
 
+@pytest.mark.slow
 def test_every_method_trains_as_much_as_it_says():
     settings = tiny.settings()
     for one in listed(settings):
@@ -31,6 +33,7 @@ def test_a_published_size_needs_no_weights_and_has_the_known_counts():
     assert found["lora"].parameters == 2 * 8 * 4096 * (2 * 24 + 4 * 24)  # query and value; rank 8
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_line_for_each():
     result = CliRunner().invoke(app, ["methods", "--backbone", "t5-small"])
     assert result.exit_code == 0, result.output

@@ -39,7 +39,11 @@ def test_the_change_is_the_scaled_product():
 
 @pytest.mark.parametrize(
     "method",
-    [LoRA(rank=2), LoRA(rank=4, rslora=True, targets=["*"]), LoRA(rank=3, dora=True, targets=["output", "down"])],
+    [
+        LoRA(rank=2),
+        LoRA(rank=4, alpha=4.0, rslora=True, targets=["*"]),
+        LoRA(rank=3, dora=True, targets=["output", "down"]),
+    ],
     ids=["lora", "rslora", "dora"],
 )
 def test_merged_is_the_same_function_and_leaves_the_model_as_it_was(method):

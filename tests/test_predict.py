@@ -286,6 +286,7 @@ def test_backbone_that_moved_can_be_given(small, tmp_path, monkeypatch):
         assert load_predictor(tmp_path / "run", str(small.backbone)).texts(TEXTS[:3]) == expected
 
 
+@pytest.mark.slow
 def test_generate_searches_and_samples(small):
     from softprompt_jax.backbone.decode import Beam, Greedy, Sampling
 

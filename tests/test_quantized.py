@@ -74,6 +74,7 @@ def test_the_product_and_its_gradient_are_those_of_the_unpacked_kernel(kind):
     np.testing.assert_allclose(back(change)[0], change @ kernel.T, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "apart"), [("int8", 0.05), ("nf4", 0.6)])
 def test_logits_and_the_prompts_gradient_stay_near(kind, apart):
     wide = {"d_model": 64, "d_kv": 16, "d_ff": 96}

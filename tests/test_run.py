@@ -91,11 +91,11 @@ def test_prompt_start_has_a_short_form(small, tmp_path):
         ("methods=[]", "A: methods: found []; list should have at least 1 item"),
         (
             "methods.0.lenght=3",
-            "A: methods.0.lenght: unknown setting; expected one of kind, length, init; did you mean",
+            "A: methods.0.lenght: unknown setting; expected one of length, place, init, kind; did you mean",
         ),
         ("methods.0.kind=promt", "A: methods.0: found {'kind': 'promt', 'length': 3}; "),
         ("methods.0.init=words", "A: methods.0.init: found {'kind': 'words'}"),
-        ("task=sentiment_moovie", "A: task: found 'sentiment_moovie'; expected one of "),
+        ("task=sentiment_moovie", "A: task: found 'sentiment_moovie'; expected a name that "),
         ("task=sentiment_moovie", "; did you mean sentiment_movie"),
         ("task=null", "A: task: "),
         ("task.label_word=[a]", "A: task.label_word: unknown setting; expected one of name, source, "),

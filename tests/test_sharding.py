@@ -36,6 +36,7 @@ def check(answers: dict) -> None:
         assert found["trained"] < 1e-3, (name, found)
 
 
+@pytest.mark.slow
 def test_every_axis_gives_the_numbers_of_one_device():
     answers = on_eight_devices(["prompt"], ["2,2,2"])
     check(answers)

@@ -234,8 +234,10 @@ class SoftPrompt(PromptTable):
 
 def embedding_scale(model: T5) -> float:
     """Return the backbone's embedding RMS over T5's 10.7; exactly 1 for every published T5 size."""
+    if published(model.settings):
+        return 1.0
     table = model.embedding[...]
-    if published(model.settings) or isinstance(table, Tracer):  # or only shapes are asked for
+    if isinstance(table, Tracer):  # only shapes are asked for
         return 1.0
     table = table.astype(jnp.float32)
     return float(jnp.sqrt(jnp.mean(table * table))) / T5_EMBEDDING_RMS
