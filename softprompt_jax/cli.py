@@ -22,7 +22,15 @@ from typer.core import TyperGroup
 from softprompt_jax import task_commands
 from softprompt_jax.allocator import keep_freed_memory
 from softprompt_jax.config import UserError
-from softprompt_jax.task_commands import JSON_INDENT, Backbone, PredictBy, Source, predictor_and_task, report_truncated
+from softprompt_jax.task_commands import (
+    JSON_INDENT,
+    AnyBackbone,
+    Backbone,
+    PredictBy,
+    Source,
+    predictor_and_task,
+    report_truncated,
+)
 
 
 class _Commands(TyperGroup):
@@ -136,12 +144,13 @@ def evaluate(
     ] = None,
     split: Annotated[str, typer.Option(metavar="NAME", help="Split to score.")] = "validation",
     backbone: Backbone = None,
+    any_backbone: AnyBackbone = False,
     predict_by: Annotated[
         PredictBy | None, typer.Option(help="How a label word is found. \\[default: as the task says]")
     ] = None,
 ) -> None:
     """Score a finished run or a prompt on a split with the task's metrics, as JSON."""
-    predictor, chosen = predictor_and_task(source, task, backbone)
+    predictor, chosen = predictor_and_task(source, task, backbone, any_backbone)
     if predict_by is not None:
         from softprompt_jax.tasks import resolve
 
@@ -158,6 +167,7 @@ def predict(
     ] = "-",
     output: Annotated[str, typer.Option(metavar="FILE|-", help="jsonl: each object with its 'prediction'.")] = "-",
     backbone: Backbone = None,
+    any_backbone: AnyBackbone = False,
     decoding: Annotated[
         str | None,
         typer.Option(metavar="KIND|YAML", help="greedy, beam, sampling, or settings such as '{kind: beam, beams: 8}'."),
@@ -181,7 +191,11 @@ def predict(
     if bank and how is not None:
         raise UserError(f"{source}: a bank answers greedily; expected no --decoding")
     with _output(output) as sink:
-        predictor = PromptBank.open(source, backbone) if bank else load_predictor(source, backbone, decoding=how)
+        predictor = (
+            PromptBank.open(source, backbone)
+            if bank
+            else load_predictor(source, backbone, decoding=how, any_backbone=any_backbone)
+        )
         if Path(output).is_file():
             sink.truncate(0)  # only now: a command that fails earlier leaves an old file as it was
         for line in predictor.lines(_json_lines(input)):

@@ -101,7 +101,7 @@ def check_backbone(metadata: dict[str, str], model: T5, where: str, backbone: st
     if known is not None and known != found:
         raise UserError(
             f"{where}: trained on backbone {metadata.get('backbone', '?')} ({known}), used on {backbone} ({found}); "
-            "expected the same backbone; give the one it was trained on"
+            "expected the same backbone; give the one it was trained on, or say --any-backbone"
         )
 
 

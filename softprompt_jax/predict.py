@@ -176,16 +176,18 @@ def load_predictor(
     backbone: str | None = None,
     task: str | None = None,
     decoding: Decoding | None = None,
+    any_backbone: bool = False,
 ) -> Predictor:
     """Load a finished run folder, or a prompt file (`.npy` needs `backbone`).
 
-    `task` names one of a mixture's; `decoding` is the run's if not given.
+    `task` names one of a mixture's; `decoding` is the run's if not given. A prompt on another backbone than its own
+    is refused, unless `any_backbone`.
     """
-    predictor = _load(source, backbone, task)
+    predictor = _load(source, backbone, task, any_backbone)
     return predictor if decoding is None else dataclasses.replace(predictor, decoding=decoding)
 
 
-def _load(source: str | Path, backbone: str | None, task: str | None) -> Predictor:
+def _load(source: str | Path, backbone: str | None, task: str | None, any_backbone: bool) -> Predictor:
     path = Path(source)
     if path.is_dir():
         settings, result = path / "config.yaml", path / "result.json"
@@ -203,7 +205,7 @@ def _load(source: str | Path, backbone: str | None, task: str | None) -> Predict
                 f"say which task, or give its file, such as {interop.own_prompt_file(path, run.tasks[0].name)}"
             )
         if (path / interop.PROMPT_FILE).exists() and (backbone or isinstance(run.backbone, str)):
-            return _from_prompt(path / interop.PROMPT_FILE, run, backbone)
+            return _from_prompt(path / interop.PROMPT_FILE, run, backbone, any_backbone)
         run = run.finished()
         assembly = assemble(run if backbone is None else run.model_copy(update={"backbone": backbone}))
         trained, _ = interop.load_trained(path / interop.TRAINED_FILE)
@@ -217,16 +219,17 @@ def _load(source: str | Path, backbone: str | None, task: str | None) -> Predict
         run = config.parse(Run, json.loads(metadata["settings"]), str(path)) if "settings" in metadata else None
     except ValueError as error:
         raise UserError(f"{path}: its settings are not JSON ({error}); expected those of a run; export again") from None
-    return _from_prompt(path, run, backbone)
+    return _from_prompt(path, run, backbone, any_backbone)
 
 
-def _from_prompt(path: Path, run: Run | None, backbone: str | None) -> Predictor:
+def _from_prompt(path: Path, run: Run | None, backbone: str | None, any_backbone: bool) -> Predictor:
     source = backbone or (run.backbone if run is not None else None)
     if not isinstance(source, str):
         raise UserError(f"{path}: says no backbone; expected one; add --backbone with a folder or hub name")
     rows, metadata = interop.read_prompt(path)
     loaded = load_backbone(source, run.dtype if run is not None else "float32")
-    interop.check_backbone(metadata, loaded.model, str(path), source)
+    if not any_backbone:
+        interop.check_backbone(metadata, loaded.model, str(path), source)
     tokenizer = load_tokenizer(loaded.folder)
     attach_rows(loaded.model, rows, metadata.get("place", "before"), tokenizer.encode)
     return _predictor(loaded.model, tokenizer, run)

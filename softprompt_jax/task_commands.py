@@ -23,6 +23,9 @@ Backbone = Annotated[
         show_default=False,
     ),
 ]
+AnyBackbone = Annotated[
+    bool, typer.Option("--any-backbone", help="Use a prompt on another backbone than it was trained on.")
+]
 JSON_INDENT = 2
 
 
@@ -99,12 +102,14 @@ def task(
             print(line)
 
 
-def predictor_and_task(source: str, name: str | None, backbone: str | None) -> tuple[Any, Any]:
+def predictor_and_task(
+    source: str, name: str | None, backbone: str | None, any_backbone: bool = False
+) -> tuple[Any, Any]:
     """Load a predictor, and the task by its name or the predictor's own."""
     from softprompt_jax.predict import load_predictor, named_task
 
     chosen = named_task(source, name) if name is not None else None  # before the slow part
-    predictor = load_predictor(source, backbone, name)
+    predictor = load_predictor(source, backbone, name, any_backbone=any_backbone)
     chosen = chosen or predictor.task
     if chosen is None:
         raise UserError(f"{source}: says no task; expected one; add --task NAME")

@@ -238,6 +238,8 @@ def test_prompt_of_another_backbone_is_one_line(prompt_run, tmp_path):
     other = write_backbone(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match=r"trained on backbone .* used on .*; expected the same backbone"):
         load_predictor(prompt_run / "prompt.safetensors", str(other))
+    asked = load_predictor(prompt_run / "prompt.safetensors", str(other), any_backbone=True)
+    assert len(asked.texts(["the garden is warm"])) == 1
     wider = write_backbone(tmp_path / "wider", width=24)
     np.save(tmp_path / "p.npy", load_prompt(prompt_run))
     with pytest.raises(UserError, match=r"prompt: found shape \[3, 16\]; expected \[P, 24\]"):
