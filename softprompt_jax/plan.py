@@ -110,6 +110,11 @@ def _in_a_child(config: str, overrides: list[str], topology: Topology, utilisati
             if "error" in answer:
                 raise UserError(answer["error"])
             return answer
+    if done.returncode < 0 and topology.is_tpu:
+        raise UserError(
+            f"{topology.name}: libtpu crashed (signal {-done.returncode}) while it compiled the step; "
+            "expected a program or a refusal; try another batch_size, remat or mesh"
+        )
     raise RuntimeError(f"compiling for {topology.name} ended with code {done.returncode}:\n{done.stderr[-4000:]}")
 
 
