@@ -58,9 +58,13 @@ def test_ten_steps_of_prompt_tuning_follow_t5x(shared_fixtures, origin):
     state = optimizer.init(parts.trainable)
     path = golden[f"short/prompted/adafactor_prompts_from_step{origin}"]
     update = jax.jit(optimizer.update)
+    # Ten steps add up what compiling without optimisation rounds otherwise.
+    exact = jax.jit(
+        tiny._gradient.__wrapped__, static_argnums=(0, 4, 5), compiler_options={"xla_backend_optimization_level": 3}
+    )
     np.testing.assert_array_equal(parts.trainable["prompt"]["rows"], path[0])
     for step in range(10):
-        loss, _, gradient = tiny.loss_logits_gradient(parts, batch, z_loss=1e-4)
+        (loss, _), gradient = exact(parts.graphdef, parts.trainable, parts.frozen, batch, 1e-4, 0.0)
         np.testing.assert_allclose(loss, golden[f"short/prompted/adafactor_losses_from_step{origin}"][step], rtol=1e-4)
         updates, state = update(gradient, state, parts.trainable)
         parts.trainable.update(optax.apply_updates(parts.trainable, updates))
