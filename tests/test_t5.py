@@ -31,6 +31,40 @@ def test_logits_and_encoding_equal_t5x(shared_fixtures):
     np.testing.assert_allclose(encoded[text], golden["short/plain/encoded"][text], atol=1e-4)
 
 
+def test_cross_attention_of_short_targets_needs_no_keys_and_values(monkeypatch):
+    """2 U <= K: the query meets the encoding itself; loss and gradients are those of the keys and values."""
+    batch, key = tiny.batch(targets=3, prompt=4), jax.random.key(3)
+    made = tiny.model(prompt=4, dropout=0.2, num_heads=3)
+
+    def gradients():
+        graphdef, state = nnx.split(made)
+
+        def loss(state):
+            return cross_entropy(nnx.merge(graphdef, state)(batch, key), batch["decoder_targets"])[0].sum()
+
+        return jax.jit(jax.value_and_grad(loss)).lower(state)
+
+    assert made.settings.d_kv >= 2 * 3
+    short = gradients()
+    monkeypatch.setattr(t5.Attention, "over", _through_keys_and_values)
+    long = gradients()
+    flops = [lowered.cost_analysis()["flops"] for lowered in (short, long)]
+    assert flops[0] < flops[1]
+    (loss, gradient), (expected_loss, expected) = (
+        lowered.compile(compiler_options=tiny.QUICK)(nnx.split(made)[1]) for lowered in (short, long)
+    )
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    for (path, found), (_, wanted) in zip(
+        flatten(nnx.to_pure_dict(gradient)), flatten(nnx.to_pure_dict(expected)), strict=True
+    ):
+        scale = max(1.0, float(np.abs(wanted).max()))
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * scale, err_msg=path)
+
+
+def _through_keys_and_values(attention, x, source, prefix, visible, key=None):
+    return attention(x, attention.keys_values(source, key), None, visible, key)
+
+
 @pytest.mark.parametrize("name", peft_fixture.PLAIN)
 def test_logits_encoding_and_loss_equal_transformers(shared_fixtures, name):
     golden, model = peft_fixture.golden(shared_fixtures, name), peft_fixture.model(shared_fixtures, name)

@@ -58,8 +58,8 @@ def sees_prefix(visible: Bool[Array, "#B 1 #T S"], prefix: tuple[Array, Array] |
 
 def attend(
     query: Float[Array, "B H T K"],
-    key: Float[Array, "B H S K"],
-    value: Float[Array, "B H S K"],
+    key: Float[Array, "B #H S K"],
+    value: Float[Array, "B #H S K"],
     bias: Float[Array, "1 H T S"] | None,
     visible: Bool[Array, "#B 1 #T S"],
     dropout_rate: float = 0.0,
@@ -68,15 +68,19 @@ def attend(
     """Mix the values by softmax(query . key + bias) over the visible keys; scores stay in float32.
 
     Dropout removes a key for all queries of a head at once, as T5's own code does.
+    Keys and values that all heads share have H = 1.
     Heads stand before the length: on a CPU the same products over [B, T, H, K] take five times as long.
     """
     scores = jnp.matmul(query, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
+    added = jnp.where(visible, 0, -1e9)  # added, not selected: the gradient then needs no mask
     if bias is not None:
-        scores = scores + bias.astype(jnp.float32)
-    scores = jnp.where(visible, scores, -1e9)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        added = added + bias.astype(jnp.float32)
+    scores = scores + added
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    total = weights.sum(-1, keepdims=True)  # divided by at the end, where there are fewer numbers
+    weights = weights.astype(value.dtype)
     if dropout_key is not None and dropout_rate > 0:
         batch, heads, _, keys = weights.shape
         kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, (batch, heads, 1, keys))
         weights = jnp.where(kept, weights / (1 - dropout_rate), 0).astype(value.dtype)
-    return weights @ value
+    return ((weights @ value) / total).astype(value.dtype)

@@ -114,7 +114,7 @@ class Attention(nnx.Module):
         self.key = Linear(keys[1], (width, inner), ("embed", "heads"), width**-0.5)
         self.value = Linear(keys[2], (width, inner), ("embed", "heads"), width**-0.5)
         self.output = Linear(keys[3], (inner, width), ("heads", "embed"), inner**-0.5)
-        self.heads, self.dropout = settings.num_heads, settings.dropout
+        self.heads, self.head_width, self.dropout = settings.num_heads, settings.d_kv, settings.dropout
 
     def split(self, x: Float[Array, "B T HK"]) -> Float[Array, "B H T K"]:
         """Give every head its part of the width."""
@@ -134,6 +134,30 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         mixed = attend(self.split(self.query(x, key)), *keys_values, bias, visible, self.dropout, key)
         return self.output(mixed.swapaxes(1, 2).reshape(*x.shape[:-1], -1), key)
+
+    def over(
+        self,
+        x: Float[Array, "B U D"],
+        source: Float[Array, "B S D"],
+        prefix: tuple[Array, Array] | None,
+        visible: Bool[Array, "B 1 #U PS"],
+        key: jax.Array | None = None,
+    ) -> Float[Array, "B U D"]:
+        """Attend over a source; for few queries without ever making its keys and values.
+
+        query . (W source) equals (W' query) . source, so that for targets much shorter than a head is wide
+        (label words) the long source goes through no product of D x H K at all, forwards and backwards.
+        """
+        plain = type(self.key) is Linear and type(self.value) is Linear  # a method may have replaced them
+        if prefix is not None or not plain or 2 * x.shape[1] > self.head_width:
+            return self(x, with_prefix(prefix, *self.keys_values(source, key)), None, visible, key)
+        to_keys, to_values = (
+            linear.kernel[...].astype(x.dtype).reshape(-1, self.heads, self.head_width)
+            for linear in (self.key, self.value)
+        )
+        query = jnp.einsum("BHUK,DHK->BHUD", self.split(self.query(x, key)), to_keys)
+        mixed = attend(query, source[:, None], source[:, None], None, visible, self.dropout, key)
+        return self.output(jnp.einsum("BHUD,DHK->BUHK", mixed, to_values).reshape(*x.shape[:-1], -1), key)
 
 
 class FeedForward(nnx.Module):
@@ -196,11 +220,14 @@ class Layer(nnx.Module):
             keys_values = cache(*keys_values)
         return x + dropout(self.attention(normed, keys_values, bias, visible, inner), self.dropout, outer)
 
-    def attend_cross(self, x, keys_values, visible, key=None):
+    def attend_cross(self, x, keys_values, visible):
         """Add attention over the encoding's keys and values."""
+        return x + self.cross(self.cross_norm(x), keys_values, None, visible)
+
+    def attend_encoded(self, x, encoded, prefix, visible, key=None):
+        """Add attention over the encoding, behind a prefix where there is one."""
         inner, outer = split_key(key, 2)
-        mixed = self.cross(self.cross_norm(x), keys_values, None, visible, inner)
-        return x + dropout(mixed, self.dropout, outer)
+        return x + dropout(self.cross.over(self.cross_norm(x), encoded, prefix, visible, inner), self.dropout, outer)
 
     def feed(self, x, key=None):
         """Add the feed-forward block."""
@@ -250,8 +277,7 @@ class Stack(nnx.Module):
             bias = shared_bias if layer.bias is None else self.biased(layer.bias, positions, positions)
             x = layer.attend_self(x, bias, visible, keys[0], functools.partial(with_prefix, before))
             if layer.cross is not None:
-                cross = with_prefix(before_cross, *layer.cross.keys_values(encoded, keys[1]))
-                x = layer.attend_cross(x, cross, encoded_visible, keys[1])
+                x = layer.attend_encoded(x, encoded, before_cross, encoded_visible, keys[1])
             return constrain(layer.feed(x, keys[2]), "rows", None, None), None
 
         if self.remat != "none":
