@@ -206,7 +206,7 @@ class PromptTable(nnx.Module):
         """Look rows up as a one-hot product, whose gradient is a product too and not a scatter."""
         table = self.table()
         one_hot = jax.nn.one_hot(jnp.where(virtual, indices, -1), len(table), dtype=jnp.float32)
-        # A copy of the table for every row of the batch: one product of long matrices would transpose the gradient first.
+        # A copy of the table for every row of the batch: in one long product XLA transposes the gradient first.
         tables = jnp.broadcast_to(table, (len(indices), *table.shape))
         return jnp.matmul(one_hot, tables, precision=jax.lax.Precision.HIGHEST)
 
