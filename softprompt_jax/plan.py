@@ -21,6 +21,8 @@ from softprompt_jax.config import UserError, nearest
 
 GIB = 2**30
 DOES_NOT_FIT = 3  # exit code
+# Of the threads that compile: with their default of 64 KiB libtpu 0.0.42 overflows its stack on wide layers.
+_LARGER_STACK = "--fibers_default_thread_stack_size=4194304"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +93,10 @@ def plan(config: str, overrides: Sequence[str], topologies: Sequence[str], utili
 def _in_a_child(config: str, overrides: list[str], topology: Topology, utilisation: float) -> dict[str, Any]:
     """Compile in a process of its own: libtpu reads its environment when JAX starts, and takes a lock."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
+    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
     if topology.chip.accelerator_type is not None:
         environment |= {
+            "LIBTPU_INIT_ARGS": f"{_LARGER_STACK} {flags}",
             "TPU_SKIP_MDS_QUERY": "1",
             "TPU_WORKER_HOSTNAMES": "localhost",
             "TPU_ACCELERATOR_TYPE": topology.chip.accelerator_type,
@@ -104,6 +108,9 @@ def _in_a_child(config: str, overrides: list[str], topology: Topology, utilisati
     request = json.dumps([config, overrides, topology.name, utilisation])
     command = [sys.executable, "-c", "from softprompt_jax.plan import _child; _child()"]
     done = subprocess.run(command, input=request, capture_output=True, text=True, env=environment)
+    if "Unknown command line flag" in done.stderr and flags != environment.get("LIBTPU_INIT_ARGS"):
+        environment["LIBTPU_INIT_ARGS"] = flags  # another version of libtpu
+        done = subprocess.run(command, input=request, capture_output=True, text=True, env=environment)
     for line in reversed(done.stdout.splitlines()):
         if line.startswith("{"):
             answer = json.loads(line)
@@ -335,9 +342,12 @@ def _bytes(shapes: str) -> int:
 
 
 def _used(message: str) -> int | None:
-    """Read from the compiler's refusal how much it would have needed."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMG]) of", message)
-    return None if found is None else int(float(found.group(1)) * {"K": 2**10, "M": 2**20, "G": GIB}[found.group(2)])
+    """Read from the compiler's refusal how much it would have needed, the weights included."""
+    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", message)
+    if found is None:
+        return None
+    number, unit = (part for part in found.groups() if part)
+    return int(float(number) * 1024 ** ("KMGT".index(unit) + 1))
 
 
 def advice(run: Any, answer: dict[str, Any], devices: int) -> list[str]:
