@@ -74,6 +74,7 @@ lint: install  ## check format, style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
+	$(VENV)/bin/shellcheck tpu/*.sh tpu/gpu/*.sh
 
 format: install  ## format and mend what ruff can mend
 	$(VENV)/bin/ruff check --fix .

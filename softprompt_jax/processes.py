@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 import socket
 import time
+import urllib.request
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -43,7 +45,7 @@ def connect(
             raise UserError(f"processes: found coordinator {coordinator!r}; expected HOST:PORT")
         if index > 0:
             _await_coordinator(host, int(port), timeout_s)
-    elif not _in_a_job(os.environ):
+    elif not (_in_a_job(os.environ) or _tpu_workers() > 1):
         return
     jax.distributed.initialize(
         coordinator, count, index, initialization_timeout=timeout_s, heartbeat_timeout_seconds=HEARTBEAT_S
@@ -130,7 +132,27 @@ def _in_a_job(environment: Any) -> bool:
     slurm = int(environment.get("SLURM_NTASKS", "1") or 1) > 1 and "SLURM_PROCID" in environment
     pod = "," in environment.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in environment
     kubernetes = "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
+    if kubernetes and not (slurm or pod) and importlib.util.find_spec("kubernetes") is None:
+        raise UserError(
+            "processes: found a Kubernetes job but not the package `kubernetes`, which finds the others; expected it, "
+            "or --coordinator HOST:PORT --processes N --process I (see tpu/gpu/kubernetes.sh)"
+        )
     return slurm or pod or kubernetes
+
+
+def _tpu_workers() -> int:
+    """Count the workers of the TPU slice that this machine is one of, which a TPU VM learns from its metadata server."""
+    if "TPU_SKIP_MDS_QUERY" in os.environ:  # set by JAX where there is no TPU
+        return 1
+    host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    address = f"http://{host}/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(address, headers={"Metadata-Flavor": "Google"}), timeout=10
+        ) as answer:
+            return answer.read().count(b",") + 1
+    except OSError:  # a TPU outside Compute Engine, such as in GKE: the environment tells
+        return 1
 
 
 def _await_coordinator(host: str, port: int, timeout_s: int) -> None:

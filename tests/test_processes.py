@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import http.server
+import importlib.util
 import json
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -185,11 +188,42 @@ def test_a_coordinator_that_is_not_there_is_waited_for_in_bounds():
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
         ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
-        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}, True),
     ],
 )
 def test_only_jobs_of_several_processes_are_joined(environment, several):
     assert processes._in_a_job(environment) is several
+
+
+def test_kubernetes_is_joined_with_its_package_and_refused_without(monkeypatch):
+    environment = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "0"}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="found a Kubernetes job but not the package `kubernetes`"):
+        processes._in_a_job(environment)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    assert processes._in_a_job(environment)
+
+
+@pytest.mark.parametrize(
+    ("endpoints", "workers"), [("10.0.0.2", 1), ("10.0.0.2,10.0.0.3,10.0.0.4", 3), ("a:0:10.0.0.2,b:1:10.0.0.3", 2)]
+)
+def test_a_tpu_vm_learns_of_its_slice_from_the_metadata_server(monkeypatch, endpoints, workers):
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            known = self.path == "/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+            self.send_response(200 if known and self.headers["Metadata-Flavor"] == "Google" else 404)
+            self.end_headers()
+            self.wfile.write(endpoints.encode())
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("localhost", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_IP", f"localhost:{server.server_port}")
+        assert processes._tpu_workers() == 1  # no TPU here: nobody is asked
+        monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
+        assert processes._tpu_workers() == workers
+        server.shutdown()
 
 
 def test_leaving_is_noticed_and_the_old_answer_to_sigterm_comes_back():

@@ -1,0 +1,454 @@
+"""The scripts in tpu/, against stand-ins for gcloud, kubectl, xpk and Slurm that check and record their arguments."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted(path.relative_to(ROOT) for path in (ROOT / "tpu").rglob("*.sh"))
+SETTINGS = """\
+NAME=mine
+TRAIN=(configs/quickstart.yaml "methods.0.length=5" "task={name: boolq, with_prefix: true}")
+OUT={out}
+PROJECT=project ZONE=zone ACCELERATOR=v5litepod-16 RUNTIME=runtime SPOT=yes QUEUE_FOR=6h SLICES=2 IMAGE=host/image
+NODES=2 GPUS_PER_NODE=4 PARTITION= TIME_LIMIT=1:00:00 POLL_S=0
+"""
+# The options that the programs have, as their own help lists them.
+OPTIONS = {
+    "gcloud compute tpus queued-resources create": (
+        "project zone node-id accelerator-type runtime-version spot valid-until-duration"
+    ),
+    "gcloud compute tpus queued-resources describe": "project zone format",
+    "gcloud compute tpus queued-resources delete": "project zone force quiet",
+    "gcloud compute tpus tpu-vm describe": "project zone format",
+    "gcloud compute tpus tpu-vm ssh": "project zone worker quiet command",
+    "gcloud compute tpus tpu-vm scp": "project zone worker quiet",
+    "xpk cluster create": "cluster project zone tpu-type num-slices spot on-demand",
+    "xpk cluster delete": "cluster project zone",
+    "xpk workload create": (
+        "cluster project zone workload tpu-type num-slices docker-image max-restarts restart-on-exit-codes command"
+    ),
+    "xpk workload list": "cluster project zone",
+    "xpk workload delete": "cluster project zone workload",
+    "docker build": "file build-arg tag",
+    "docker push": "",
+    "kubectl apply": "",
+    "kubectl get": "output",
+    "kubectl logs": "follow selector",
+    "kubectl delete": "",
+    "sbatch": "job-name nodes ntasks-per-node gpus-per-node partition time signal requeue open-mode output chdir",
+    "squeue": "me name",
+    "scancel": "me name",
+    "srun": "kill-on-bad-exit",
+    "scontrol": "",
+}
+# Records its arguments, refuses options that the program has not, and gives the first answer that is left for them.
+STAND_IN = f"""#!{sys.executable} -SE
+import json, os, pathlib, re, sys
+folder = pathlib.Path(os.environ["STAND_IN"])
+options = json.loads((folder / "options.json").read_text())
+called = [os.path.basename(sys.argv[0]), *sys.argv[1:]]
+text = " ".join(called)
+with (folder / "calls.jsonl").open("a") as file:
+    file.write(json.dumps(called) + "\\n")
+known = [name for name in options if text.startswith(name)]
+if not known:
+    sys.exit(f"no such command: {{text}}")
+own = called[: next((i for i, word in enumerate(called) if word in ("job", ".venv/bin/softprompt")), None)]
+for word in own:
+    if word.startswith("--") and word[2:].partition("=")[0] not in options[known[0]].split():
+        sys.exit(f"unrecognized option {{word}} of {{known[0]}}")
+if "-" in called[-1:]:
+    (folder / "stdin").write_text(sys.stdin.read())
+path = folder / "answers.json"
+answers = json.loads(path.read_text())
+for answer in answers:
+    if re.search(answer[0], text):
+        answers.remove(answer)
+        path.write_text(json.dumps(answers))
+        print(answer[1], end="")
+        print(answer[3] if len(answer) > 3 else "", end="", file=sys.stderr)
+        sys.exit(answer[2] if len(answer) > 2 else 0)
+"""
+
+
+class Place:
+    """A folder with stand-ins on the PATH, settings, and the calls that were made."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        (folder / "bin").mkdir()
+        for name in {command.split()[0] for command in OPTIONS}:
+            (folder / "bin" / name).write_text(STAND_IN)
+            (folder / "bin" / name).chmod(0o755)
+        (folder / "options.json").write_text(json.dumps(OPTIONS))
+        self.settings()
+
+    def settings(self, out: str = "gs://bucket/runs/mine", **changes: str) -> None:
+        lines = "".join(f"{name}={value}\n" for name, value in changes.items())
+        (self.folder / "settings.sh").write_text(SETTINGS.replace("{out}", out) + lines)
+
+    def run(self, script: str, *arguments: str, answers: list | None = None, **environment: str):
+        """Run a script and return the finished process."""
+        (self.folder / "answers.json").write_text(json.dumps(answers or []))
+        (self.folder / "calls.jsonl").write_text("")
+        command = ["bash", str(ROOT / "tpu" / script), "--settings", str(self.folder / "settings.sh"), *arguments]
+        return subprocess.run(
+            command, capture_output=True, text=True, env=self.environment() | environment, timeout=120
+        )
+
+    def environment(self) -> dict[str, str]:
+        path = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        return os.environ | {"PATH": path, "STAND_IN": str(self.folder), "TMPDIR": str(self.folder)}
+
+    def calls(self) -> list[list[str]]:
+        return [json.loads(line) for line in (self.folder / "calls.jsonl").read_text().splitlines()]
+
+    def verbs(self) -> list[str]:
+        """Say of each call what it was: `create`, `ssh all start`."""
+        found = []
+        for call in self.calls():
+            words = [word for word in call if not word.startswith("--")]
+            verb = words[4] if call[0] == "gcloud" else " ".join(words[:3])
+            worker = next((word.partition("=")[2] for word in call if word.startswith("--worker=")), "")
+            command = next((word.partition("worker.sh ")[2] for word in call if word.startswith("--command=")), "")
+            found.append(" ".join([verb, worker, *command.split()[:1]]).strip())
+        return found
+
+
+@pytest.fixture
+def place(tmp_path) -> Place:
+    return Place(tmp_path)
+
+
+ABSENT = ["queued-resources describe", "", 1, "ERROR: (gcloud) NOT_FOUND: Resource not found"]
+WAITING = ["queued-resources describe", "WAITING_FOR_RESOURCES\n"]
+ACTIVE = ["queued-resources describe", "ACTIVE\n"]
+SUSPENDED = ["queued-resources describe", "SUSPENDED\n"]
+READY = ["tpu-vm describe", "READY\n"]
+BROKEN = ["tpu-vm ssh", "", 255, "ssh: connect to host: Connection refused"]
+
+
+def outcome(text: str) -> list:
+    return ["worker.sh outcome", f"{text}\n"]
+
+
+def test_all_goes_from_no_tpu_to_a_finished_run_and_gives_it_back(place):
+    answers = [ABSENT, WAITING, ACTIVE, READY, ACTIVE, READY, outcome("running"), ACTIVE, READY, outcome("0")]
+    done = place.run("tpu.sh", "all", answers=answers)
+    assert done.returncode == 0, done.stderr
+    looks = ["describe", "describe", "ssh 0 outcome"]
+    waited = ["describe", "create", "describe", "describe", "describe"]
+    assert place.verbs() == [*waited, "scp all", "ssh all install", "ssh all start", *looks, *looks, "delete"]
+    (create,) = (call for call in place.calls() if "create" in call)
+    assert create[5:] == [
+        *("mine", "--node-id=mine", "--accelerator-type=v5litepod-16", "--runtime-version=runtime", "--spot"),
+        *("--valid-until-duration=6h", "--project=project", "--zone=zone"),
+    ]
+    (start,) = (call[-3] for call in place.calls() if any("worker.sh start" in word for word in call))
+    assert start.endswith(
+        r"start .venv/bin/softprompt train configs/quickstart.yaml methods.0.length=5 "
+        r"task=\{name:\ boolq\,\ with_prefix:\ true\} --out gs://bucket/runs/mine"
+    )
+    assert "WAITING_FOR_RESOURCES: waiting" in done.stderr
+    names = subprocess.run(["tar", "-tzf", place.folder / "mine.tar.gz"], capture_output=True, text=True).stdout.split()
+    assert {"pyproject.toml", "tpu/worker.sh", "softprompt_jax/run.py"} <= set(names)
+    assert not any(name.startswith((".venv", "runs")) for name in names)
+
+
+def test_a_preempted_tpu_is_replaced_and_the_run_goes_on(place):
+    again = [SUSPENDED, SUSPENDED, ACTIVE, READY, ACTIVE, READY, outcome("0")]
+    done = place.run("tpu.sh", "watch", answers=[ACTIVE, READY, outcome("running"), *again])
+    assert done.returncode == 0, done.stderr
+    assert place.verbs()[3:10] == [
+        *("describe", "describe", "delete", "create", "describe", "describe", "scp all"),
+    ]
+    assert place.verbs()[10:12] == ["ssh all install", "ssh all start"]
+    assert "taken away" in done.stderr
+
+
+def test_a_machine_that_is_gone_before_the_queue_knows_is_replaced_too(place):
+    lost = [ACTIVE, ["tpu-vm describe", "PREEMPTED\n"]]
+    answers = [*lost, *lost, ACTIVE, READY, ACTIVE, READY, outcome("0")]
+    assert place.run("tpu.sh", "watch", answers=answers).returncode == 0
+    assert place.verbs()[4:6] == ["delete", "create"]
+
+
+def test_a_lost_connection_ends_nothing(place):
+    answers = [ACTIVE, READY, BROKEN, ACTIVE, READY, outcome("running"), ACTIVE, READY, outcome("0")]
+    done = place.run("tpu.sh", "watch", answers=answers)
+    assert done.returncode == 0, done.stderr
+    assert place.verbs().count("ssh 0 outcome") == 3
+    assert "delete" not in place.verbs()
+
+
+def test_a_run_that_was_never_started_there_is_started(place):
+    answers = [ACTIVE, READY, outcome("absent"), ACTIVE, READY, outcome("0")]
+    assert place.run("tpu.sh", "watch", answers=answers).returncode == 0
+    assert "ssh all start" in place.verbs()
+
+
+def test_a_run_that_failed_is_told_and_the_cost_with_it(place):
+    answers = [ACTIVE, READY, outcome("2"), ["worker.sh tail", "softprompt: bad\n"]]
+    done = place.run("tpu.sh", "watch", answers=answers)
+    assert done.returncode == 1
+    assert "softprompt: bad" in done.stdout
+    assert "exit code 2: see above; the TPU still costs money" in done.stderr
+
+
+def test_a_tpu_that_exists_is_not_asked_for_again(place):
+    done = place.run("tpu.sh", "create", answers=[ACTIVE, READY, ACTIVE, READY])
+    assert done.returncode == 0
+    assert "create" not in place.verbs()
+    assert "exists already" in done.stderr
+
+
+def test_a_fresh_machine_may_refuse_connections_for_a_while(place):
+    done = place.run("tpu.sh", "run", answers=[BROKEN, BROKEN])
+    assert done.returncode == 0
+    assert place.verbs() == ["ssh all start"] * 3
+
+
+def test_no_quota_is_told_with_where_to_ask(place):
+    refusal = ["queued-resources create", "", 1, "ERROR: RESOURCE_EXHAUSTED: Quota limit exceeded"]
+    done = place.run("tpu.sh", "create", answers=[ABSENT, refusal])
+    assert done.returncode == 2
+    assert "Quota limit exceeded" in done.stderr
+    assert "iam-admin/quotas" in done.stderr
+    failed = ["queued-resources describe", "FAILED\n"]
+    done = place.run("tpu.sh", "create", answers=[ABSENT, failed])
+    assert done.returncode == 2
+    assert "mine: FAILED; expected a TPU" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "command"),
+    [
+        *(("tpu.sh", verb) for verb in ("all", "logs", "status", "stop")),
+        *(("gke.sh", verb) for verb in ("image", "create", "run", "status", "logs", "stop", "delete")),
+        *((f"gpu/{name}.sh", verb) for name in ("slurm", "kubernetes") for verb in ("run", "status", "logs", "stop")),
+    ],
+)
+def test_a_dry_run_prints_every_command_and_runs_none(place, script, command):
+    done = place.run(script, "--dry-run", command)
+    assert done.returncode == 0, done.stderr
+    assert place.calls() == []
+    assert not (place.folder / "mine.tar.gz").exists()
+    printed = done.stdout.splitlines()
+    assert printed
+    if command == "all":
+        verbs = ("describe", "create", "describe", "tar", "scp", "ssh", "ssh", "describe", "ssh", "delete")
+        assert len(printed) == len(verbs)
+        assert all(verb in line for verb, line in zip(verbs, printed, strict=True))
+
+
+def test_gke_gets_a_cluster_and_a_workload_that_restarts(place):
+    for command in ("image", "create", "run", "status", "logs", "stop", "delete"):
+        done = place.run("gke.sh", command)
+        assert done.returncode == 0, (command, done.stderr)
+        if command == "run":
+            (call,) = place.calls()
+            assert "--restart-on-exit-codes=1,75" in call
+            assert "--num-slices=2" in call
+            assert next(word for word in call if word.startswith("--command=")).startswith(
+                "--command=softprompt train configs/quickstart.yaml"
+            )
+    place.settings(out="/local")
+    assert "a container's disk ends with it" in place.run("gke.sh", "run").stderr
+
+
+def test_the_jobset_restarts_all_but_bad_input_and_names_every_process(place):
+    done = place.run("gpu/kubernetes.sh", "run")
+    assert done.returncode == 0, done.stderr
+    jobset = yaml.safe_load((place.folder / "stdin").read_text())
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert (job["completions"], job["parallelism"], job["backoffLimit"]) == (2, 2, 0)
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
+    assert jobset["spec"]["failurePolicy"]["rules"] == [
+        {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
+    ]
+    (container,) = job["template"]["spec"]["containers"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
+    assert container["command"] + container["args"] == [
+        *("softprompt", "train", "configs/quickstart.yaml", "methods.0.length=5"),
+        *("task={name: boolq, with_prefix: true}", "--out", "gs://bucket/runs/mine"),
+        *("--coordinator", "mine-nodes-0-0.mine:8476", "--processes", "2", "--process", "$(JOB_COMPLETION_INDEX)"),
+    ]
+    for command in ("status", "logs", "stop"):
+        assert place.run("gpu/kubernetes.sh", command).returncode == 0
+
+
+@pytest.mark.parametrize(("code", "queued_again"), [(0, False), (75, True), (2, False), (1, False)])
+def test_slurm_queues_a_preempted_job_again(place, code, queued_again):
+    place.settings(out="/shared/mine")
+    done = place.run("gpu/slurm.sh", "run")
+    assert done.returncode == 0, done.stderr
+    (call,) = place.calls()
+    script = call.index(str(ROOT / "tpu" / "gpu" / "slurm.sh"))
+    assert {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--requeue", "--signal=TERM@120"} <= {*call}
+    (place.folder / "answers.json").write_text(json.dumps([["srun", "", code]]))
+    (place.folder / "calls.jsonl").write_text("")
+    job = subprocess.run(["bash", *call[script:]], env=place.environment() | {"SLURM_JOB_ID": "7"}, timeout=60)
+    assert job.returncode == code
+    started, *rest = place.calls()
+    assert started[2:] == [".venv/bin/softprompt", "train", *call[script + 2 :]]
+    assert rest == ([["scontrol", "requeue", "7"]] if queued_again else [])
+
+
+def test_skypilots_file_restarts_what_was_preempted_and_its_command_is_whole(tmp_path):
+    job = yaml.safe_load((ROOT / "tpu" / "gpu" / "skypilot.yaml").read_text())
+    assert job["resources"]["job_recovery"]["recover_on_exit_codes"] == [75]
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    stand_in = tmp_path / ".venv" / "bin" / "softprompt"
+    stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    stand_in.chmod(0o755)
+    environment = os.environ | {"TRAIN": "mine.yaml steps=5", "OUT": "gs://bucket/run", "SKYPILOT_NODE_RANK": "1"}
+    for nodes, expected in (
+        ("10.0.0.1", []),
+        ("10.0.0.1\n10.0.0.2", ["--coordinator", "10.0.0.1:8476", "--processes", "2", "--process", "1"]),
+    ):
+        told = {"SKYPILOT_NODE_IPS": nodes, "SKYPILOT_NUM_NODES": str(len(nodes.split()))}
+        done = subprocess.run(
+            ["bash", "-c", job["run"]], cwd=tmp_path, env=environment | told, capture_output=True, text=True
+        )
+        assert done.stdout.split() == ["train", "mine.yaml", "steps=5", "--out", "gs://bucket/run", *expected]
+
+
+@pytest.mark.parametrize(
+    ("script", "command", "changes", "message"),
+    [
+        ("tpu.sh", "create", {"PROJECT": ""}, "PROJECT is empty; expected a Google Cloud project; edit the file"),
+        ("tpu.sh", "create", {"OUT": "/home/me"}, "a spot TPU takes its disk with it"),
+        ("tpu.sh", "crate", {}, "found crate; expected all, create"),
+        ("tpu.sh", "create", {"NAME": "My_TPU"}, "NAME is My_TPU; expected a-z, 0-9 and -"),
+        ("gke.sh", "run", {"IMAGE": ""}, "IMAGE is empty"),
+        ("gpu/slurm.sh", "", {"OUT": ""}, "OUT is empty"),
+        ("gpu/kubernetes.sh", "", {}, "found no command; expected run"),
+    ],
+)
+def test_bad_settings_are_told_in_one_line(place, script, command, changes, message):
+    place.settings(**{"out": changes.pop("OUT", "gs://bucket/x")}, **changes)
+    done = place.run(script, *([command] if command else []))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert place.calls() == []
+
+
+def test_shellcheck_finds_nothing():
+    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("no shellcheck; it is in the extra `dev`")
+    done = subprocess.run([shellcheck, *map(str, SCRIPTS)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+# ------------------------------------------------------------------------------------------- the worker
+
+
+class Worker:
+    """tpu/worker.sh at work in a folder, on commands that end as they are told."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        (folder / "bin").mkdir()
+        self.notice("")
+
+    def notice(self, text: str) -> None:
+        """Let the metadata server say this of preemption and maintenance."""
+        (self.folder / "bin" / "curl.new").write_text(f"#!/bin/sh\necho {text}\n")
+        (self.folder / "bin" / "curl.new").chmod(0o755)
+        (self.folder / "bin" / "curl.new").replace(self.folder / "bin" / "curl")
+
+    def call(self, *arguments: str) -> str:
+        path = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
+        environment = os.environ | {"PATH": path, "SOFTPROMPT_WORKER": str(self.folder), "WAIT_S": "0.1"}
+        command = ["bash", str(ROOT / "tpu" / "worker.sh"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def start(self, script: str) -> None:
+        """Start a run that is this shell script; `$n` counts how often it was started."""
+        counter = self.folder / "counter"
+        counter.write_text("0")
+        count = f"n=$(($(cat {counter}) + 1)); echo $n >{counter}.new; mv {counter}.new {counter}"
+        self.call("start", "bash", "-c", f"{count}; {script}")
+
+    def starts(self) -> int:
+        return int((self.folder / "counter").read_text())
+
+    def until(self, true) -> None:
+        limit = time.monotonic() + 60
+        while not true():
+            assert time.monotonic() < limit, (self.folder / "log").read_text()
+            time.sleep(0.02)
+
+    def outcome(self) -> str:
+        self.until(lambda: self.call("outcome") != "running")
+        return self.call("outcome")
+
+
+@pytest.fixture
+def worker(tmp_path):
+    made = Worker(tmp_path)
+    yield made
+    pid = tmp_path / "pid"
+    if pid.exists() and made.call("outcome") == "running":
+        os.kill(int(pid.read_text()), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "starts"),
+    [
+        ("exit 0", "0", 1),
+        ("[ $n -ge 4 ] || exit 75", "0", 4),  # told to go and saved: for ever
+        ("exit 2", "2", 1),  # bad input: never again
+        ("exit 134", "134", 6),  # whatever else: five times
+    ],
+)
+def test_a_run_is_started_again_until_it_is_done_or_hopeless(worker, script, code, starts):
+    assert worker.call("outcome") == "absent"
+    worker.start(script)
+    assert worker.outcome() == code
+    assert worker.starts() == starts
+
+
+def test_a_run_outlives_the_connection_and_is_not_started_twice(worker):
+    worker.start(f"until [ -f {worker.folder}/go ]; do sleep 0.05; done; echo finished")
+    assert worker.call("outcome") == "running"
+    assert "running already" in worker.call("start", "bash", "-c", "exit 3")
+    (worker.folder / "go").touch()
+    assert worker.outcome() == "0"
+    assert "finished" in worker.call("tail")
+    assert worker.starts() == 1
+
+
+def test_stop_lets_the_run_save_and_starts_it_no_more(worker):
+    worker.start(f"trap 'exit 75' TERM; touch {worker.folder}/up; while :; do sleep 0.05; done")
+    worker.until((worker.folder / "up").exists)
+    worker.call("stop")
+    assert worker.outcome() == "75"
+    assert worker.starts() == 1
+
+
+@pytest.mark.parametrize("told", ["TRUE", "TERMINATE_ON_HOST_MAINTENANCE"])
+def test_a_maintenance_notice_lets_the_run_save_and_go_on_afterwards(worker, told):
+    worker.start(f"[ $n = 1 ] || exit 0; trap 'exit 75' TERM; touch {worker.folder}/up; while :; do sleep 0.05; done")
+    worker.until((worker.folder / "up").exists)
+    worker.notice(told)
+    worker.until(lambda: "exit code 75" in (worker.folder / "log").read_text())
+    assert worker.starts() == 1  # not while the notice stands
+    worker.notice("NONE")
+    assert worker.outcome() == "0"
+    assert worker.starts() == 2
