@@ -141,7 +141,7 @@ def _in_a_job(environment: Any) -> bool:
 
 
 def _tpu_workers() -> int:
-    """Count the workers of the TPU slice that this machine is one of, which a TPU VM learns from its metadata server."""
+    """Count the workers of the TPU slice that this machine is one of, as a TPU VM's metadata server tells."""
     if "TPU_SKIP_MDS_QUERY" in os.environ:  # set by JAX where there is no TPU
         return 1
     host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")

@@ -93,7 +93,8 @@ install() {
   local bundle
   bundle="${TMPDIR:-/tmp}/$NAME.tar.gz"
   # Committed or not, but nothing that git ignores: environments, runs.
-  (cd "$root" && { git ls-files -z --cached --others --exclude-standard | run tar --null --ignore-failed-read -T - -czf "$bundle"; })
+  run bash -c "cd $(quoted "$root") && git ls-files -z --cached --others --exclude-standard | \
+    tar --null --ignore-failed-read -T - -czf $(quoted "$bundle")"
   patiently tpus tpu-vm scp "$bundle" "$NAME:softprompt.tar.gz" --worker=all --quiet
   patiently on all "mkdir -p softprompt && tar -xzf softprompt.tar.gz -C softprompt && $here install"
 }
