@@ -2,7 +2,7 @@
 
 Backbones   load_backbone, Backbone
 Running     logits, generate, load_predictor, PromptBank
-Training    Run, load_run, train
+Training    Run, load_run, train, sweep
 Prompts     load_prompt, rank_sources, recycle
 """
 
@@ -24,6 +24,7 @@ _PUBLIC = {
     "logits": "predict",
     "rank_sources": "transfer",
     "recycle": "transfer",
+    "sweep": "sweep",
     "train": "train",
 }
 __all__ = list(_PUBLIC)

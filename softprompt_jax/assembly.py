@@ -41,13 +41,13 @@ def prompt_ids(model: T5) -> Placement | None:
     return None if model.prompt is None else model.prompt.placement
 
 
-def assemble(run: Run) -> Assembly:
-    """Load the backbone and attach the run's methods; the same run gives the same bits."""
-    backbone = (
-        new_backbone(run.backbone, run.seed)
-        if isinstance(run.backbone, Scratch)
-        else load_backbone(run.backbone, run.dtype, sharding.of_weights(), run.quantize)
-    )
+def assemble(run: Run, backbone: Backbone | None = None) -> Assembly:
+    """Load the backbone (or take this one, which stays as it is) and attach the run's methods.
+
+    The same run gives the same bits.
+    """
+    if backbone is None:
+        backbone = backbone_of(run)
     kind = None if isinstance(run.backbone, Scratch) else run.quantize
     model = with_settings(backbone.model, kind, dropout=run.dropout, remat=run.remat, unroll=run.unroll)
     model.dtype = run.dtype
@@ -57,6 +57,13 @@ def assemble(run: Run) -> Assembly:
     methods.attach(run.methods, model, jax.random.key(run.seed), context(run, tokenizer))
     check_own_prompts(run, model)
     return Assembly(model, tokenizer, backbone.identity, backbone.folder)
+
+
+def backbone_of(run: Run) -> Backbone:
+    """Load the run's backbone, or make it."""
+    if isinstance(run.backbone, Scratch):
+        return new_backbone(run.backbone, run.seed)
+    return load_backbone(run.backbone, run.dtype, sharding.of_weights(), run.quantize)
 
 
 def new_backbone(scratch: Scratch, seed: int) -> Backbone:

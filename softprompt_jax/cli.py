@@ -19,7 +19,7 @@ from typing import IO, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from softprompt_jax import task_commands
+from softprompt_jax import run_commands, task_commands
 from softprompt_jax.allocator import keep_freed_memory
 from softprompt_jax.config import UserError
 from softprompt_jax.task_commands import (
@@ -366,7 +366,8 @@ def tokenizer(
     train_tokenizer(run.pretraining.located_texts(), Path(to), size)
 
 
-for _command in (task_commands.submit, task_commands.average, task_commands.tasks, task_commands.task):
+_TASKS = (task_commands.submit, task_commands.average, task_commands.tasks, task_commands.task)
+for _command in (*run_commands.COMMANDS, *_TASKS):
     app.command()(_command)
 
 

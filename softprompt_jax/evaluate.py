@@ -19,9 +19,10 @@ from softprompt_jax.config import UserError
 from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import Split
 from softprompt_jax.placement import Placement
-from softprompt_jax.run import load_run
+from softprompt_jax.run import Run, load_run
 from softprompt_jax.tasks import metrics
 from softprompt_jax.tasks.buckets import Shape
+from softprompt_jax.tasks.mixture import Mixture
 from softprompt_jax.tasks.pipeline import PromptIds, evaluation_batches
 from softprompt_jax.tasks.preparations import POSTPROCESSORS
 from softprompt_jax.tasks.submission import average
@@ -130,6 +131,13 @@ def task_answers(task: Task, predictions: Sequence[str], examples: Sequence[Exam
 def mean_score(task: Task, scores: dict[str, float]) -> float:
     """Return the mean of the task's metrics, by which checkpoints are compared."""
     return float(np.mean([scores[name] for name in task.metrics]))
+
+
+def headline(run: Run, scores: dict[str, Any]) -> float:
+    """Return the one number of a split's scores in `result.json` by which runs are compared; more is better."""
+    if run.pretraining is not None:
+        return -scores["loss"]
+    return scores["mean"] if isinstance(run.task, Mixture) else mean_score(run.tasks[0], scores)
 
 
 def benchmark_average(benchmark: str, folders: Sequence[Path]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ class Schedule(Settings):
     decay: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"
     final: float = Field(default=0.0, ge=0, le=1)  # share of the learning rate that is left at the last step
 
-    def build(self, learning_rate: float, steps: int) -> optax.Schedule:
+    def build(self, learning_rate: float | jax.Array, steps: int) -> optax.Schedule:
         """Return step -> learning rate for a run of `steps` steps."""
         rest = max(1, steps - self.warmup_steps)
         after = {

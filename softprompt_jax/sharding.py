@@ -207,6 +207,15 @@ def spread_whole(rows: Any) -> Any:
     return jax.tree.map(lambda whole: put(whole, sharding), rows)
 
 
+def spread_stacked(rows: Any) -> Any:
+    """Cut arrays [N, B, ...] along B that every process holds whole."""
+    mesh = _mesh()
+    if mesh is None:
+        return rows
+    sharding = NamedSharding(mesh, PartitionSpec(None, ROWS))
+    return jax.tree.map(lambda whole: put(whole, sharding), rows)
+
+
 def collect(x: jax.Array | np.ndarray) -> np.ndarray:
     """Return an array whole, in every process."""
     if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:

@@ -29,10 +29,18 @@ class TaskRun:
 
     select_best = True
 
-    def __init__(self, run: Run, assembly: Assembly, parts: Split):
+    def __init__(
+        self,
+        run: Run,
+        assembly: Assembly,
+        parts: Split,
+        tasks: list[TaskData] | None = None,
+        decoder: Decoder | None = None,
+    ):
+        """Read the data, unless runs that differ in their prompts' values only share theirs, and the decoder."""
         self.run = run
-        self.tasks = [TaskData(task, run, assembly, number) for number, task in enumerate(run.tasks)]
-        self._decoder = Decoder(parts, assembly.tokenizer, run.decoding)
+        self.tasks = tasks or [TaskData(task, run, assembly, number) for number, task in enumerate(run.tasks)]
+        self._decoder = decoder or Decoder(parts, assembly.tokenizer, run.decoding)
         self._longest = max(int(tokens.target_lengths.max()) for task in self.tasks for tokens in task.tokens.values())
         train, draw = [task.tokens["train"] for task in self.tasks], None
         if isinstance(run.task, Mixture):

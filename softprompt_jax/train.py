@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import time
 from collections.abc import Callable
@@ -67,13 +68,7 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
     schedule = run.schedule.build(run.optimizer.learning_rate, run.steps)
     optimizer = optimizers.build(run.optimizer, schedule, about, run.clip_norm)
 
-    def begin(trainable: Any) -> State:
-        return {
-            "trainable": jax.tree.map(jnp.copy, trainable),  # donated; the start is compared with later
-            "optimizer": optimizer.init(trainable),
-            "step": jnp.zeros((), jnp.int32),
-        }
-
+    begin = functools.partial(first_state, optimizer)
     layout = sharding.layout(jax.eval_shape(begin, parts.trainable), parts.trainable)
     state = jax.jit(begin, out_shardings=layout)(parts.trainable)
     step_function = make_step(run, parts, optimizer, layout)
@@ -163,18 +158,27 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
         "best_step": best,
         "seconds": round(log.seconds(), 1),
     }
-    whole = jax.tree.map(lambda leaf: jnp.asarray(sharding.collect(leaf)), chosen["trainable"])
+    leave_files(run, folder, assembly.identity, parts, chosen["trainable"], result)
+    reporter.line(f"{folder}: done in {duration(result['seconds'])}")
+    return result
+
+
+def leave_files(
+    run: Run, folder: Path, identity: str, parts: Split, trainable: dict[str, Any], result: dict[str, Any]
+) -> None:
+    """Write what a finished run leaves for others: everything trained, prompts, and last `result.json`."""
+    whole = jax.tree.map(lambda leaf: jnp.asarray(sharding.collect(leaf)), trainable)
     final = parts.merge(whole, parts.frozen)
     metadata = {
-        "backbone": assembly.identity,
+        "backbone": identity,
         "task": run.task_name,
         "settings_hash": settings_hash(run, without=MACHINE),
-        "step": str(best),
+        "step": str(result["best_step"]),
         "settings": json.dumps(run.model_dump(mode="json")),
         "fingerprint": interop.fingerprint(final),
     }
 
-    def leave_files() -> None:
+    def write() -> None:
         interop.save_trained(finish(final), folder / interop.TRAINED_FILE, metadata)
         if set(parts.trainable) == {"prompt"}:
             rows, placed = np.asarray(final.prompt.table()), metadata | {"place": final.prompt.place}
@@ -184,9 +188,7 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
                 interop.save_prompt(rows, folder / interop.PROMPT_FILE, placed)
         interop.dump(result, folder / "result.json")
 
-    on_first(leave_files, str(folder))
-    reporter.line(f"{folder}: done in {duration(result['seconds'])}")
-    return result
+    on_first(write, str(folder))
 
 
 def save_own_prompts(run: Run, rows: np.ndarray, folder: Path, metadata: dict[str, str]) -> None:
@@ -198,12 +200,28 @@ def save_own_prompts(run: Run, rows: np.ndarray, folder: Path, metadata: dict[st
         interop.save_prompt(own, path, metadata | {"task": task.name, "settings": json.dumps(settings)})
 
 
+def first_state(optimizer: optax.GradientTransformation, trainable: Any) -> State:
+    """Return the state before the first step."""
+    return {
+        "trainable": jax.tree.map(jnp.copy, trainable),  # donated; the start is compared with later
+        "optimizer": optimizer.init(trainable),
+        "step": jnp.zeros((), jnp.int32),
+    }
+
+
 def make_step(run: Run, parts: Split, optimizer: optax.GradientTransformation, state_shardings: Any = None) -> Callable:
     """Return the jitted `step(state, frozen, batch, key) -> state, metrics`; `state` is donated.
 
+    `state_shardings` keeps the state where it lies, which XLA would be free to change.
+    """
+    return jax.jit(plain_step(run, parts, optimizer), donate_argnums=0, out_shardings=(state_shardings, None))
+
+
+def plain_step(run: Run, parts: Split, optimizer: optax.GradientTransformation) -> Callable:
+    """Return `step(state, frozen, batch, key) -> state, metrics`.
+
     Only the trainable argument is differentiated, so that no weight gradient of the frozen backbone is
     ever computed. With accumulation losses and weights are summed over the parts and divided once.
-    `state_shardings` keeps the state where it lies, which XLA would be free to change.
     """
 
     def summed_loss(trainable: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array | None):
@@ -244,7 +262,7 @@ def make_step(run: Run, parts: Split, optimizer: optax.GradientTransformation, s
         }
         return new, {"loss": loss / weight}
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
+    return step
 
 
 class Log:

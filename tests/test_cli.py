@@ -35,7 +35,7 @@ def config(small, tmp_path):
 # ----------------------------------------------------------------------------------------------- help
 
 
-COMMANDS = "train eval submit average predict export import show push similar recycle tasks task tokenizer"
+COMMANDS = "train eval submit average predict export import show push similar recycle tasks task tokenizer sweep"
 
 
 @pytest.mark.parametrize("command", COMMANDS.split())

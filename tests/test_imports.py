@@ -21,9 +21,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     "__init__ __main__",
     "cli",
-    "task_commands",
-    "report serve plan",
-    "train task_run evaluate predict bank interpret show publishing exporting importing transfer",
+    "run_commands task_commands",
+    "report serve plan sweep",
+    "train together task_run evaluate predict ensemble bank interpret show publishing exporting importing transfer",
     "assembly",
     "run",
     "peft",

@@ -115,13 +115,16 @@ class TrainBatches:
         rows = self._epoch(epoch)
         return [rows[row] for row in range(index * self.rows, (index + 1) * self.rows)]
 
+    def shape(self, step: int) -> Shape:
+        """Return the (T, U) of the batch of a step."""
+        if self._packing is not None:
+            return self.shapes[0]
+        return fitting_shape(self.shapes, self._lengths[np.concatenate(self.row_ids(step))].max(0))
+
     def batch(self, step: int) -> Batch:
         """Return this process's rows of the batch of a step."""
-        rows = self.row_ids(step)
-        if self._packing is not None:
-            return collate(self._tokenized, rows[self._local], self.shapes[0], self._prompts, packed=True)
-        shape = fitting_shape(self.shapes, self._lengths[np.concatenate(rows)].max(0))
-        return collate(self._tokenized, rows[self._local], shape, self._prompts)
+        rows, packed = self.row_ids(step)[self._local], self._packing is not None
+        return collate(self._tokenized, rows, self.shape(step), self._prompts, packed)
 
     def from_step(self, step: int = 0) -> Iterator[Batch]:
         """Iterate over the batches from a step on, prepared ahead by a thread."""

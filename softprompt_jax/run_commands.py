@@ -1,0 +1,66 @@
+"""The commands about many runs and prompts at once: sweep."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from softprompt_jax.config import UserError
+from softprompt_jax.task_commands import JSON_INDENT
+
+Over = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUES",
+        help="Setting to go over: seed=0..7, learning_rate=0.03,0.1,0.3, any dotted one; repeat it.",
+        show_default=False,
+    ),
+]
+
+
+def sweep(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file with the runs' settings.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of all runs, e.g. steps=500.")
+    ] = None,
+    over: Over = None,
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the runs' folders.", show_default=False)] = "",
+    together: Annotated[int, typer.Option(min=1, help="Prompts in one program; memory grows with them.")] = 8,
+    stop_after: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Stop a prompt after N evaluations without a better score."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
+) -> None:
+    """Train a config over lists of settings, prompts of one shape together in one program.
+
+    Runs that train only prompts and differ in seed, task, learning rate or init go together; all others one after
+    another. Each leaves the folder that train would leave, DIR/NAME. The same command goes on where it was killed.
+    """
+    from softprompt_jax.processes import PREEMPTED, Preempted
+    from softprompt_jax.progress import Reporter
+    from softprompt_jax.sweep import describe
+    from softprompt_jax.sweep import sweep as train_sweep
+
+    if not over:
+        raise UserError("sweep: no --over; expected settings to go over; add --over seed=0..4")
+    if not out:
+        raise UserError("sweep: no --out; expected a folder for the runs; add --out runs/sweep")
+    reporter = Reporter(quiet)
+    try:
+        result = train_sweep(config, over, out, overrides or [], together, stop_after, reporter)
+    except Preempted as told:
+        print(f"softprompt: {told}", file=sys.stderr)
+        raise typer.Exit(PREEMPTED) from None
+    finally:
+        reporter.stop()  # a bar hides the cursor
+    print(json.dumps(result, indent=JSON_INDENT))
+    if not quiet:
+        for line in describe(result):
+            print(line, file=sys.stderr)
+
+
+COMMANDS = (sweep,)
