@@ -1,7 +1,7 @@
 """Prompt tuning of frozen T5 models in JAX.
 
 Backbones   load_backbone, Backbone
-Running     logits, generate, load_predictor, PromptBank
+Running     logits, generate, load_predictor, PromptBank, ensemble
 Training    Run, load_run, train, sweep
 Prompts     load_prompt, rank_sources, recycle
 """
@@ -16,6 +16,7 @@ _PUBLIC = {
     "Backbone": "backbone.pretrained",
     "Run": "run",
     "UserError": "config",
+    "ensemble": "ensemble",
     "generate": "predict",
     "load_backbone": "peft",
     "load_predictor": "predict",

@@ -1,4 +1,4 @@
-"""The commands about many runs and prompts at once: sweep."""
+"""The commands about many runs and prompts at once: sweep, ensemble."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from softprompt_jax.config import UserError
-from softprompt_jax.task_commands import JSON_INDENT
+from softprompt_jax.task_commands import JSON_INDENT, AnyBackbone, Backbone
 
 Over = Annotated[
     list[str] | None,
@@ -63,4 +63,26 @@ def sweep(
             print(line, file=sys.stderr)
 
 
-COMMANDS = (sweep,)
+def ensemble(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN|PROMPT...", help="Two or more prompts of one task.")],
+    task: Annotated[str | None, typer.Option(metavar="NAME", help="Task. \\[default: their own]")] = None,
+    split: Annotated[str, typer.Option(metavar="NAME", help="Split to score.")] = "validation",
+    backbone: Backbone = None,
+    any_backbone: AnyBackbone = False,
+) -> None:
+    """Score prompts of one task together: average, best, majority vote and mean log-probability, each with its sd.
+
+    Every batch holds each text under every prompt. The sd of the average is that over prompts, the others are over
+    bootstrap samples of the examples.
+    """
+    from softprompt_jax.ensemble import ensemble as score_ensemble
+
+    result = score_ensemble(runs, task, split, backbone, any_backbone)
+    print(json.dumps(result, indent=JSON_INDENT))
+    for name in ("average", "best", "vote", "log_probability"):
+        found = {metric: cell for metric, cell in result[name].items() if metric != "source"}
+        line = "  ".join(f"{metric} {cell['value']:.4g} ± {cell['sd']:.2g}" for metric, cell in found.items())
+        print(f"{name:16} {line}", file=sys.stderr)
+
+
+COMMANDS = (sweep, ensemble)

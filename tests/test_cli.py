@@ -35,7 +35,9 @@ def config(small, tmp_path):
 # ----------------------------------------------------------------------------------------------- help
 
 
-COMMANDS = "train eval submit average predict export import show push similar recycle tasks task tokenizer sweep"
+COMMANDS = (
+    "train eval submit average predict export import show push similar recycle tasks task tokenizer sweep ensemble"
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS.split())

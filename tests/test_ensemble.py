@@ -1,0 +1,138 @@
+"""Ensembles: one pass equals one prompt at a time, votes and means are what they say, misuse is one line."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from softprompt_jax import load_predictor
+from softprompt_jax.backbone import decode
+from softprompt_jax.config import UserError
+from softprompt_jax.ensemble import Answers, Ensemble, ensemble
+from softprompt_jax.interop import load_prompt, read_prompt, save_prompt
+from softprompt_jax.tasks import load
+
+
+@pytest.fixture(scope="module")
+def prompts(prompt_run, tmp_path_factory):
+    """Return three prompt files of unlike rows and lengths that give unlike answers."""
+    folder = tmp_path_factory.mktemp("prompts")
+    rows, metadata = read_prompt(prompt_run)
+    draw = np.random.default_rng(0)
+    for name, length in (("a", 3), ("b", 3), ("c", 2)):
+        noise = draw.normal(size=rows[:length].shape).astype(np.float32)
+        save_prompt(rows[:length] + 2 * noise, folder / f"{name}.safetensors", metadata)
+    return [folder / f"{name}.safetensors" for name in "abc"]
+
+
+@pytest.fixture(scope="module")
+def joined(prompts):
+    return Ensemble(prompts)
+
+
+@pytest.fixture(scope="module")
+def found(joined):
+    return joined.answers(load(joined.task, "test"))
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_one_pass_gives_the_answers_of_each_prompt_alone(prompts, joined, found):
+    texts = [example.input for example in load(joined.task, "test")]
+    alone = [load_predictor(path).texts(texts) for path in (prompts[0], prompts[2])]
+    assert any(len(set(answers)) > 1 for answers in found.predicted)
+    assert found.of(0) == alone[0]
+    assert found.of(2) == alone[1]  # the short one, which is filled with padding
+
+
+def test_log_probabilities_are_those_of_each_prompt_alone(prompts, joined, found):
+    assert found.log_probabilities.shape == (16, 3, 2)
+    assert found.candidates == [["yes", "no"]] * 16
+    model = load_predictor(prompts[2]).model  # the short one
+    words = jnp.asarray([[*joined.tokenizer.encode(word), 1] for word in ("yes", "no")])
+    tokens = np.zeros((16, 20), np.int32)
+    for row, example in zip(tokens, load(joined.task, "test"), strict=True):
+        ids = [*model.prompt.placement.before, *joined.tokenizer.encode(example.input), 1]
+        row[: len(ids)] = ids
+    expected = jax.jit(lambda tokens: decode.score_words(model, tokens, words))(tokens)
+    np.testing.assert_allclose(found.log_probabilities[:, 2], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_free_text_is_voted_on_among_what_the_prompts_say(joined, found):
+    free = joined.task.model_copy(update={"label_words": None, "target": "{label}"})
+    if free.words is not None:
+        pytest.fail("the task still has label words")
+    answers = joined.answers(load(joined.task, "test")[:4], free)
+    for texts, candidates, scores in zip(answers.predicted, answers.candidates, answers.log_probabilities, strict=True):
+        assert candidates == list(dict.fromkeys(texts))
+        assert (scores[:, len(candidates) :] < -1e8).all()
+        assert (scores[:, : len(candidates)] > -1e8).all()
+    labels = found.log_probabilities[:4]  # what a prompt says is scored as the same label word is
+    for index, (texts, row) in enumerate(zip(answers.candidates, answers.log_probabilities, strict=True)):
+        for place, text in enumerate(texts):
+            if text in ("yes", "no"):
+                np.testing.assert_allclose(row[:, place], labels[index, :, ("yes", "no").index(text)], rtol=1e-4)
+
+
+def test_votes_and_means():
+    scores = np.log(
+        np.array([[[0.6, 0.4], [0.6, 0.4], [0.01, 0.99]], [[0.5, 0.5], [0.9, 0.1], [0.2, 0.8]]], np.float32)
+    )
+    answers = Answers([["no", "no", "yes"], ["no", "yes", "other"]], [["no", "yes"]] * 2, scores)
+    assert answers.vote() == ["no", "no"]  # the majority; of equally many the likelier
+    assert answers.likeliest() == ["yes", "no"]  # one prompt that is sure outweighs two that are not
+    assert answers.of(2) == ["yes", "other"]
+
+
+def test_scores_have_average_best_and_both_ensembles_with_their_sd(prompts, found, joined):
+    result = ensemble(prompts, split="test")
+    own = [line["accuracy"] for line in result["prompts"]]
+    assert [line["source"] for line in result["prompts"]] == [str(path) for path in prompts]
+    assert result["average"]["accuracy"] == {
+        "value": pytest.approx(np.mean(own)),
+        "sd": pytest.approx(np.std(own, ddof=1)),
+    }
+    assert result["best"]["accuracy"]["value"] == max(own)
+    targets = [example.target for example in load(joined.task, "test")]
+    for name, texts in (("vote", found.vote()), ("log_probability", found.likeliest())):
+        share = np.mean([text == target for text, target in zip(texts, targets, strict=True)])
+        assert result[name]["accuracy"]["value"] == share
+        # The bootstrap's sd of a share is sqrt(p (1 - p) / n), up to the noise of 200 samples.
+        assert result[name]["accuracy"]["sd"] == pytest.approx((share * (1 - share) / 16) ** 0.5, rel=0.25, abs=1e-6)
+
+
+def test_command_prints_json_and_a_line_each(softprompt, prompts):
+    code, out, err = softprompt("ensemble", *prompts[:2], "--split", "test")
+    assert code == 0
+    assert json.loads(out)["count"] == 16
+    assert [line.split()[0] for line in err.splitlines()] == ["average", "best", "vote", "log_probability"]
+    assert "±" in err
+
+
+def test_what_is_no_ensemble_is_one_line(prompts, prompt_run, full_run, tmp_path):
+    rows, metadata = read_prompt(prompt_run)
+    other = tmp_path / "other.safetensors"
+
+    def refused(*sources) -> str:
+        with pytest.raises(UserError) as error:
+            Ensemble(sources)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    assert "found 1 prompt; expected two or more" in refused(prompts[0])
+    assert "found a prompt twice" in refused(prompts[0], prompts[0])
+    assert "it trained no prompt" in refused(prompts[0], full_run)
+    save_prompt(rows, other, metadata | {"task": "spam"})
+    assert "trained on task spam (spam)" in refused(prompts[0], other)
+    save_prompt(rows, other, metadata | {"fingerprint": "0" * 16, "backbone": "t5"})
+    assert "expected one backbone for all" in refused(prompts[0], other)
+    save_prompt(rows, other, metadata | {"place": "after"})
+    assert "placed after, before; expected one place" in refused(prompts[0], other)
+    for name in "xy":
+        np.save(tmp_path / f"{name}.npy", load_prompt(prompt_run))
+    assert "says no backbone; expected one" in refused(tmp_path / "x.npy", tmp_path / "y.npy")
+    with pytest.raises(UserError, match="says no task; expected one; add --task NAME"):
+        ensemble([tmp_path / "x.npy", tmp_path / "y.npy"], backbone=metadata["backbone"])
