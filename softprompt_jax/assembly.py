@@ -87,8 +87,15 @@ def context(run: Run, tokenizer: Tokenizer) -> methods.Context:
     """Collect what prompt initialisations look at."""
     each = tuple(tuple(task.words or ()) for task in run.tasks)
     words = tuple(dict.fromkeys(itertools.chain.from_iterable(each)))
-    own = each if run.own_prompts else ()
-    return methods.Context(tokenizer.encode, frozenset(tokenizer.special_ids), words, load_prompt, own, read_trained)
+    return methods.Context(
+        tokenizer.encode,
+        frozenset(tokenizer.special_ids),
+        words,
+        [i for i, piece in enumerate(tokenizer.pieces) if piece.startswith("▁") and piece[1:].isalpha()],
+        load_prompt,
+        each if run.own_prompts else (),
+        read_trained,
+    )
 
 
 def check_own_prompts(run: Run, model: T5) -> None:

@@ -9,6 +9,7 @@ import jax
 import optax
 from pydantic import BeforeValidator, Field
 
+from softprompt_jax.blackbox import CMAES, GreedyWords, Scored, Search, Untrained
 from softprompt_jax.config import Settings
 from softprompt_jax.methods.surgery import Leaf
 
@@ -94,7 +95,10 @@ def _adafactor_by_default(value: Any) -> Any:
     return {"kind": "adafactor", **value} if isinstance(value, dict) else value
 
 
-Optimizer = Annotated[Annotated[Adafactor | AdamW, Field(discriminator="kind")], BeforeValidator(_adafactor_by_default)]
+Optimizer = Annotated[
+    Annotated[Adafactor | AdamW | CMAES | GreedyWords | Untrained, Field(discriminator="kind")],
+    BeforeValidator(_adafactor_by_default),
+]
 
 
 def build(
@@ -102,11 +106,13 @@ def build(
     schedule: optax.Schedule,
     leaves: Mapping[str, Leaf],
     clip_norm: float | None = None,
-) -> optax.GradientTransformation:
-    """Build the transformation of a nested dictionary of trainable arrays.
+) -> optax.GradientTransformation | Search:
+    """Build the transformation of a nested dictionary of trainable arrays, or the search over them.
 
     Stacked leaves [L, ...] are updated per layer, since clipping, scaling and factoring are per matrix.
     """
+    if isinstance(settings, Scored):
+        return settings.search(leaves)
     parts = [_per_layer(part, leaves) for part in settings.transform(schedule)]
     parts.append(_scaled(leaves))
     if settings.kind == "adafactor" and settings.weight_decay:

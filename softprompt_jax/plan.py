@@ -232,7 +232,7 @@ def abstract_step(run: Any) -> tuple[Callable, tuple, Any]:
         model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(run.dtype), state))
         if run.quantize is not None:
             quantized(model, run.quantize)
-        context = Context(lambda text: [0], frozenset(), words, load_prompt)
+        context = Context(lambda text: [0], frozenset(), words, load_rows=load_prompt)
         methods.attach(run.methods, model, jax.random.key(0), context)
         return model
 

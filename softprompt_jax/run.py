@@ -11,8 +11,9 @@ from softprompt_jax import config
 from softprompt_jax.backbone.decode import Decoding, Greedy
 from softprompt_jax.backbone.quantized import Quantization
 from softprompt_jax.backbone.t5 import T5Settings
+from softprompt_jax.blackbox import Scored
 from softprompt_jax.config import Settings, nearest
-from softprompt_jax.methods import Method, Prompt
+from softprompt_jax.methods import METHODS, Method, Prompt
 from softprompt_jax.optimizers import Adafactor, Optimizer, Schedule
 from softprompt_jax.sharding import Mesh
 from softprompt_jax.tasks import complete, names, resolve
@@ -63,7 +64,7 @@ class Run(Settings):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen weights and activations
     quantize: Quantization | None = None  # of the frozen layers: int8, or nf4
     methods: list[Method] = Field([Prompt()], min_length=1)
-    optimizer: Optimizer = Adafactor()
+    optimizer: Optimizer = Adafactor()  # unless the first method states another, as methods on weights do
     schedule: Schedule = Schedule()
     steps: int = Field(30_000, gt=0)
     batch_size: int = Field(32, gt=0)  # examples per step, over all devices and accumulated parts
@@ -89,6 +90,16 @@ class Run(Settings):
     evaluation_examples: int | None = Field(None, gt=0)  # of the validation split while training; all by default
     checkpoint_every: int = Field(1000, gt=0)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _optimizer_of_the_first_method(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "optimizer" in values or not isinstance(values.get("methods"), list):
+            return values
+        first = next(iter(values["methods"]), None)
+        kind = first.get("kind") if isinstance(first, dict) else getattr(first, "kind", None)
+        default = METHODS[kind].default_optimizer if kind in METHODS else None
+        return values if default is None else values | {"optimizer": default}
+
     @field_validator("task")
     @classmethod
     def _task_exists(cls, task: Any) -> Any:
@@ -103,6 +114,10 @@ class Run(Settings):
         for method in self.methods:
             if self.packing is not None and (reason := method.refuses_packing):
                 raise ValueError(f"packing with the method {method.kind}: {reason}")
+        if isinstance(self.optimizer, Scored):
+            if self.clip_norm is not None or self.schedule != Schedule():
+                raise ValueError(f"optimizer {self.optimizer.kind} has no gradients; expected no clip_norm or schedule")
+            self.optimizer.check(self.steps)
         return self
 
     @property

@@ -17,6 +17,7 @@ import jax
 
 from softprompt_jax import config, interop
 from softprompt_jax.assembly import backbone_of
+from softprompt_jax.blackbox import Scored
 from softprompt_jax.config import UserError
 from softprompt_jax.evaluate import headline
 from softprompt_jax.progress import Reporter
@@ -132,8 +133,9 @@ def _done(folder: Path) -> bool:
 
 
 def _alone(run: Run) -> bool:
-    """Whether a run has a backbone of its own."""
-    return run.pretraining is not None or isinstance(run.backbone, Scratch)
+    """Whether a run has frozen weights of its own, or no gradients to compute together."""
+    own = isinstance(run.backbone, Scratch) or any(method.draws_frozen for method in run.methods)
+    return run.pretraining is not None or own or isinstance(run.optimizer, Scored)
 
 
 def _open_groups(found: Sequence[Member], folder: Path, together: int) -> Iterator[list[Member]]:

@@ -18,6 +18,7 @@ import optax
 import softprompt_jax
 from softprompt_jax import config, interop, optimizers, sharding
 from softprompt_jax.assembly import assemble
+from softprompt_jax.blackbox import Search
 from softprompt_jax.checkpoint import Checkpoints
 from softprompt_jax.config import UserError, differences, settings_hash, to_yaml
 from softprompt_jax.losses import cross_entropy
@@ -36,7 +37,7 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
 
     The result: `validation` and `test` metrics of the best checkpoint (by the mean of the task's
     metrics), `baselines` on the same split (majority class, the prompt before training), `steps`,
-    `best_step` and `seconds`. Without a test split `test` is None. Default folder: `runs/HASH`.
+    `best_step`, `trainable_parameters` and `seconds`. Without a test split `test` is None. Default folder: `runs/HASH`.
 
     Several processes (see `processes.connect`) call this alike and share the folder. Raises Preempted after
     SIGTERM, with everything saved.
@@ -79,10 +80,14 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
         f"backbone {assembly.identity}: {assembly.model.settings.parameters():,} parameters, {trained:,} train; "
         f"{sharding.describe()}, {run.dtype}"
     )
-    reporter.line(
-        f"learning rate {' and '.join(f'{run.optimizer.learning_rate * scale:.4g}' for scale in scales)} "
-        f"({run.optimizer.learning_rate:g} x scale {', '.join(f'{scale:.4g}' for scale in scales)} of the embedding)"
-    )
+    rate = run.optimizer.learning_rate
+    if isinstance(optimizer, Search):
+        reporter.line(f"no gradients: {run.optimizer.kind}, {optimizer.population} candidates a step")
+    else:
+        reporter.line(
+            f"learning rate {' and '.join(f'{rate * scale:.4g}' for scale in scales)} "
+            f"({rate:g} x scale {', '.join(f'{scale:.4g}' for scale in scales)} of the embedding)"
+        )
     reporter.line(data.describe())
 
     # ---- resume: state, then everything that is derived from it
@@ -156,8 +161,12 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
     result = data.result(chosen["trainable"], parts) | {
         "steps": run.steps,
         "best_step": best,
+        "trainable_parameters": trained,
         "seconds": round(log.seconds(), 1),
     }
+    if isinstance(optimizer, Search):
+        found = parts.merge(chosen["trainable"], parts.frozen)
+        result |= optimizer.report(found, run.steps, assembly.tokenizer.decode)
     leave_files(run, folder, assembly.identity, parts, chosen["trainable"], result)
     reporter.line(f"{folder}: done in {duration(result['seconds'])}")
     return result
@@ -200,7 +209,7 @@ def save_own_prompts(run: Run, rows: np.ndarray, folder: Path, metadata: dict[st
         interop.save_prompt(own, path, metadata | {"task": task.name, "settings": json.dumps(settings)})
 
 
-def first_state(optimizer: optax.GradientTransformation, trainable: Any) -> State:
+def first_state(optimizer: optax.GradientTransformation | Search, trainable: Any) -> State:
     """Return the state before the first step."""
     return {
         "trainable": jax.tree.map(jnp.copy, trainable),  # donated; the start is compared with later
@@ -209,7 +218,9 @@ def first_state(optimizer: optax.GradientTransformation, trainable: Any) -> Stat
     }
 
 
-def make_step(run: Run, parts: Split, optimizer: optax.GradientTransformation, state_shardings: Any = None) -> Callable:
+def make_step(
+    run: Run, parts: Split, optimizer: optax.GradientTransformation | Search, state_shardings: Any = None
+) -> Callable:
     """Return the jitted `step(state, frozen, batch, key) -> state, metrics`; `state` is donated.
 
     `state_shardings` keeps the state where it lies, which XLA would be free to change.
@@ -217,11 +228,12 @@ def make_step(run: Run, parts: Split, optimizer: optax.GradientTransformation, s
     return jax.jit(plain_step(run, parts, optimizer), donate_argnums=0, out_shardings=(state_shardings, None))
 
 
-def plain_step(run: Run, parts: Split, optimizer: optax.GradientTransformation) -> Callable:
+def plain_step(run: Run, parts: Split, optimizer: optax.GradientTransformation | Search) -> Callable:
     """Return `step(state, frozen, batch, key) -> state, metrics`.
 
     Only the trainable argument is differentiated, so that no weight gradient of the frozen backbone is
-    ever computed. With accumulation losses and weights are summed over the parts and divided once.
+    ever computed. A search differentiates nothing: all its candidates are scored at once, without dropout. With
+    accumulation losses and weights are summed over the parts and divided once.
     """
 
     def summed_loss(trainable: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array | None):
@@ -237,20 +249,37 @@ def plain_step(run: Run, parts: Split, optimizer: optax.GradientTransformation) 
         (loss, weight), gradients = gradient(trainable, frozen, batch, key)
         return loss, weight, gradients
 
+    def divided(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return jax.tree.map(lambda x: x.reshape(run.accumulate, -1, *x.shape[1:]), batch)
+
+    def search_step(state: State, frozen: Any, batch: dict[str, jax.Array], key: jax.Array):
+        assert isinstance(optimizer, Search)
+        key = jax.random.fold_in(key, state["step"])
+        candidates, drawn = optimizer.propose(state["optimizer"], state["trainable"], frozen, key)
+        score = jax.vmap(lambda one, part: summed_loss(one, frozen, part, None), (0, None))
+        losses, weights = jax.tree.map(
+            lambda x: x.sum(0), jax.lax.map(lambda part: score(candidates, part), divided(batch))
+        )
+        losses = losses / jnp.maximum(weights, 1)
+        trainable, searched = optimizer.choose(state["optimizer"], state["trainable"], drawn, losses)
+        return {"trainable": trainable, "optimizer": searched, "step": state["step"] + 1}, {"loss": jnp.mean(losses)}
+
+    if isinstance(optimizer, Search):
+        return search_step
+
     def step(state: State, frozen: Any, batch: dict[str, jax.Array], key: jax.Array):
         dropout_key = jax.random.fold_in(key, state["step"]) if run.draws_dropout else None
         trainable = state["trainable"]
         if run.accumulate == 1:
             loss, weight, gradients = part_gradient(trainable, frozen, batch, dropout_key)
         else:
-            divided = jax.tree.map(lambda x: x.reshape(run.accumulate, -1, *x.shape[1:]), batch)
             keys = None if dropout_key is None else jax.random.split(dropout_key, run.accumulate)
 
             def add(total, part):
                 return jax.tree.map(jnp.add, total, part_gradient(trainable, frozen, *part)), None
 
             zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
-            (loss, weight, gradients), _ = jax.lax.scan(add, zeros, (divided, keys))
+            (loss, weight, gradients), _ = jax.lax.scan(add, zeros, (divided(batch), keys))
         weight = jnp.maximum(weight, 1)
         if run.loss == "mean":
             gradients = jax.tree.map(lambda g: g / weight, gradients)

@@ -21,7 +21,14 @@ LORA = {"kind": "lora", "rank": 2, "targets": ["*"], "learning_rate_scale": 0.1}
 
 
 def run_of(small, folder, *methods):
-    changes = {"methods": list(methods), "steps": 4, "evaluate_every": 4, "checkpoint_every": 4, "log_every": 2}
+    changes = {
+        "methods": list(methods),
+        "optimizer": {"kind": "adafactor"},
+        "steps": 4,
+        "evaluate_every": 4,
+        "checkpoint_every": 4,
+        "log_every": 2,
+    }
     softprompt_jax.train(parse(softprompt_jax.Run, small.short | changes, "test"), folder)
     return folder
 

@@ -12,8 +12,10 @@ from pydantic import Field
 from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.methods.adapter import Adapter
 from softprompt_jax.methods.bias import Bias
+from softprompt_jax.methods.black_box import BlackBox
 from softprompt_jax.methods.contract import Context, MethodSettings
 from softprompt_jax.methods.full import Full
+from softprompt_jax.methods.hard import Hard
 from softprompt_jax.methods.ia3 import IA3
 from softprompt_jax.methods.lora import LoRA
 from softprompt_jax.methods.multitask import Multitask
@@ -30,8 +32,10 @@ __all__ = [
     "METHODS",
     "Adapter",
     "Bias",
+    "BlackBox",
     "Context",
     "Full",
+    "Hard",
     "LoRA",
     "Method",
     "MethodSettings",
@@ -52,7 +56,20 @@ __all__ = [
 ]
 
 Method = Annotated[
-    Prompt | Wayward | PTuning | Multitask | Prefix | PTuningV2 | LoRA | IA3 | Adapter | Norms | Bias | Full,
+    Prompt
+    | Wayward
+    | PTuning
+    | Multitask
+    | Prefix
+    | PTuningV2
+    | LoRA
+    | IA3
+    | Adapter
+    | Norms
+    | Bias
+    | Full
+    | BlackBox
+    | Hard,
     Field(discriminator="kind"),
 ]
 METHODS: dict[str, type[MethodSettings]] = {
@@ -63,7 +80,8 @@ METHODS: dict[str, type[MethodSettings]] = {
 def finish(model: T5) -> T5:
     """Return the same function without what only training needed, such as the network behind a prompt or prefix."""
     model = nnx.merge(*nnx.split(model))
-    for owner, name in ((model, "prompt"), (model.encoder, "prefix"), (model.decoder, "prefix")):
+    stacks = [(stack, name) for stack in (model.encoder, model.decoder) for name in ("prefix", "deep")]
+    for owner, name in ((model, "prompt"), *stacks):
         if getattr(owner, name) is not None:
             setattr(owner, name, getattr(owner, name).finished())
     return model

@@ -24,6 +24,7 @@ class Adapter(MethodSettings):
 
     paper: ClassVar[str] = "Houlsby et al., 2019"
     identity_at_start: ClassVar[bool] = True
+    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "adamw", "learning_rate": 1e-3}
     kind: Literal["adapter"] = "adapter"
     style: Literal["houlsby", "pfeiffer"] = "houlsby"
     width: int = Field(default=64, ge=1)

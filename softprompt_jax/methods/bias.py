@@ -5,7 +5,7 @@ What trains: a vector added to the output of every product, 0 at the start, and 
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ class Bias(MethodSettings):
 
     paper: ClassVar[str] = "Ben Zaken et al., 2022"
     identity_at_start: ClassVar[bool] = True
+    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "adamw", "learning_rate": 5e-3}
     kind: Literal["bias"] = "bias"
     targets: list[str] = Field(default=["*"])  # patterns over paths of the backbone
     positions: bool = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -22,6 +22,7 @@ class Context:
     encode: Callable[[str], list[int]]
     special_ids: frozenset[int] = frozenset()
     label_words: tuple[str, ...] = ()
+    word_ids: Sequence[int] = ()  # of the pieces that are whole words, the most common first
     load_rows: Callable[[str], np.ndarray] | None = None
     tasks: tuple[tuple[str, ...], ...] = ()  # the label words of each task, where each wants a prompt of its own
     load_trained: Callable[[str], dict[str, Any]] | None = None  # what a run has trained, nested
@@ -33,6 +34,8 @@ class MethodSettings(Settings):
     paper: ClassVar[str]  # Author et al., year
     identity_at_start: ClassVar[bool] = False  # attaching it leaves every logit as it was
     refuses_packing: ClassVar[str | None] = None  # why several examples cannot share a row
+    draws_frozen: ClassVar[bool] = False  # what it freezes differs from seed to seed
+    default_optimizer: ClassVar[dict[str, Any] | None] = None  # of runs that state none; None: the paper's Adafactor
     peft_type: ClassVar[str | None] = None  # what PEFT calls it, if it has it
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 
@@ -16,6 +16,7 @@ class Full(MethodSettings):
 
     paper: ClassVar[str] = "Raffel et al., 2020"
     identity_at_start: ClassVar[bool] = True
+    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "adamw", "learning_rate": 5e-4}
     kind: Literal["full"] = "full"
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:

@@ -22,6 +22,7 @@ class IA3(MethodSettings):
     paper: ClassVar[str] = "Liu et al., 2022"
     identity_at_start: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = "IA3"
+    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "adamw", "learning_rate": 1e-2}
     kind: Literal["ia3"] = "ia3"
     outputs: list[str] = Field(default=["key", "value"])  # patterns over paths of the backbone
     inputs: list[str] = Field(default=["down"])

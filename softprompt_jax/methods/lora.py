@@ -25,6 +25,7 @@ class LoRA(MethodSettings):
     paper: ClassVar[str] = "Hu et al., 2022"
     identity_at_start: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = "LORA"
+    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "adamw", "learning_rate": 2e-3}
     kind: Literal["lora"] = "lora"
     rank: int = Field(default=8, ge=1)
     alpha: float = Field(default=16.0, gt=0)

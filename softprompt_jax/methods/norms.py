@@ -23,6 +23,7 @@ class Norms(MethodSettings):
     paper: ClassVar[str] = "Zhao et al., 2024"
     identity_at_start: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = "LN_TUNING"
+    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "adamw", "learning_rate": 5e-3}
     kind: Literal["norms"] = "norms"
     targets: list[str] = Field(default=["*"], min_length=1)  # patterns over paths such as decoder.layers.cross_norm
     learning_rate_scale: float = Field(default=1.0, gt=0)  # times the run's, for use beside a prompt

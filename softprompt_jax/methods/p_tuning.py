@@ -34,6 +34,7 @@ class PTuning(Placed):
 
     paper: ClassVar[str] = "Liu et al., 2021"
     peft_type: ClassVar[str | None] = "P_TUNING"
+    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "adamw", "learning_rate": 1e-3}
     kind: Literal["p_tuning"] = "p_tuning"
     length: int = Field(default=20, ge=1)
     network: Literal["lstm", "mlp"] = "lstm"

@@ -68,12 +68,20 @@ class DeepRows(nnx.Module):
         self.rows = Trainable(rows, axes=("prompt", "embed"), learning_rate_scale=scale)
         self.every, self.start, self.replace = every, start, replace
 
+    def table(self) -> Float[Array, "L NP D"]:
+        """Return the rows of all layers but the first, in float32."""
+        return self.rows[...]
+
+    def finished(self) -> DeepRows:
+        """Return the same rows as parameters of their own."""
+        return self
+
     def __call__(self, indices: Int[Array, "B T"]) -> tuple[Any, Callable[[Array, Any], Array]]:
         """Return what the scan over layers reads, and the function (x, a layer's part of it) -> x that puts it there.
 
         `indices`: which row of the prompt stands at a position; negative for text.
         """
-        rows, length = self.rows[...], self.length
+        rows, length = self.table(), self.length
         inside = indices % self.every - self.start
         here = (indices >= 0) & (inside >= 0) & (inside < length)
         place = jnp.where(here, indices // self.every * length + inside, -1)

@@ -31,6 +31,7 @@ class Prefix(MethodSettings):
 
     paper: ClassVar[str] = "Li and Liang, 2021"
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
+    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "adamw", "learning_rate": 1e-3}
     kind: Literal["prefix"] = "prefix"
     length: int = Field(default=20, ge=1)
     attentions: list[Attended] = Field(["encoder", "decoder", "cross"], min_length=1)

@@ -32,6 +32,7 @@ class Leaf:
 
     stacked: bool  # has a leading axis of layers, each of which is a weight of its own
     learning_rate_scale: float
+    shape: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -204,6 +205,6 @@ def merged(model: T5) -> T5:
     return model
 
 
-def _describe(variable: nnx.Variable) -> tuple[bool, float]:
+def _describe(variable: nnx.Variable) -> tuple[bool, float, tuple[int, ...]]:
     metadata = variable.get_metadata()
-    return len(variable.shape) > len(metadata["axes"]), metadata.get("learning_rate_scale", 1.0)
+    return len(variable.shape) > len(metadata["axes"]), metadata.get("learning_rate_scale", 1.0), variable.shape

@@ -1,0 +1,188 @@
+"""Every method on one task and backbone: what it scores, trains, costs and leaves on disk.
+
+    python benchmarks/methods.py [--seeds 3] [--steps 500] [--only lora ia3] [--runs runs/methods]
+
+Trains `configs/methods/*.yaml` on the task that they name with the embedded backbone, each run in a process of its own
+(so that its memory is its own), all of a seed before the next. What is done is kept, a killed run goes on. Then writes
+`results/methods.json`, the plot `results/methods.svg` and the table in `methods.md`. Needs the extra `report`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import machine
+import yaml
+
+ROOT = machine.ROOT
+CONFIGS = ROOT / "configs" / "methods"
+HERE = Path(__file__).resolve().parent
+RESULTS, PLOT, PAGE = HERE / "results" / "methods.json", HERE / "results" / "methods.svg", HERE / "methods.md"
+BETWEEN = "<!-- made by methods.py -->"
+INTERVAL = 10  # steps, over which time is measured
+
+
+def main() -> None:
+    """Run what is missing, then write table and plot."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--only", nargs="+", help="names of configs; the table then has what is done")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "methods")
+    parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(*arguments.worker)
+        return
+    names = in_order(path.stem for path in CONFIGS.glob("*.yaml"))
+    unknown = set(arguments.only or ()) - set(names)
+    if unknown:
+        parser.error(f"no config {', '.join(sorted(unknown))}; expected some of {', '.join(names)}")
+    for seed in range(arguments.seeds):
+        for name in names:
+            if arguments.only is None or name in arguments.only:
+                measure(name, seed, arguments.steps, arguments.runs)
+    rows = [row for name in names if (row := summary(name, arguments.runs, arguments.seeds, arguments.steps))]
+    rows.sort(key=lambda row: -row["accuracy_mean"])
+    RESULTS.write_text(json.dumps({"about": machine.describe(), "steps": arguments.steps, "rows": rows}, indent=1))
+    draw(rows)
+    before, _, after = PAGE.read_text().split(BETWEEN)
+    PAGE.write_text(BETWEEN.join([before, "\n" + table(rows) + "\n", after]))
+    print(table(rows))
+
+
+def in_order(names: Any) -> list[str]:
+    """Sort configs, those that start from another's run after it."""
+    return sorted(names, key=lambda name: (len(sources(name)), name))
+
+
+def load(name: str) -> dict[str, Any]:
+    """Read a config as it stands."""
+    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+
+
+def sources(name: str) -> list[str]:
+    """Return the configs whose runs a config starts from."""
+    methods = load(name)["methods"]
+    return [Path(method["source"]).name for method in methods if "source" in method]
+
+
+def measure(name: str, seed: int, steps: int, runs: Path) -> None:
+    """Train a config in a process of its own, unless that is done."""
+    folder = runs / name / str(seed)
+    if (folder / "measured.json").exists():
+        return
+    steps = min(steps, load(name)["steps"])
+    changes = [f"seed={seed}", f"steps={steps}", f"evaluate_every={steps}", f"checkpoint_every={steps}"]
+    changes += [f"log_every={min(INTERVAL, steps)}"]
+    if "warmup_steps" in load(name).get("schedule", {}):
+        changes += [f"schedule.warmup_steps={steps // 10}"]
+    changes += [f"methods.0.source={runs / source / str(seed)}" for source in sources(name)]
+    command = [sys.executable, __file__, "--worker", str(CONFIGS / f"{name}.yaml"), str(folder), *changes]
+    done = subprocess.run(command, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str((runs / "compiled").absolute())})
+    print(
+        f"{name} seed {seed}: " + ("failed" if done.returncode else (folder / "measured.json").read_text()), flush=True
+    )
+
+
+def work(config: str, folder: str, *changes: str) -> None:
+    """Train one run and write what it took beside it."""
+    from softprompt_jax import load_run, train
+    from softprompt_jax.allocator import keep_freed_memory
+    from softprompt_jax.progress import Reporter
+
+    class Clock(Reporter):
+        """Notes the CPU seconds at every line of progress."""
+
+        seconds: list[float] = []  # noqa: RUF012
+
+        def update(self, step: int, steps: int, note: str) -> None:
+            self.seconds.append(machine.cpu_seconds())
+
+    keep_freed_memory()
+    result = train(load_run(config, changes), folder, Clock(quiet=True))
+    spent = [after - before for before, after in zip(Clock.seconds, Clock.seconds[1:], strict=False)]
+    before = result["baselines"]["untrained"]
+    measured = {
+        "accuracy": 100 * result["test"].get("accuracy", result["test"].get("mean")),
+        "untrained": 100 * before.get("accuracy", before.get("mean")),
+        "majority": result["baselines"]["majority"],
+        "trainable": result["trainable_parameters"],
+        "step_cpu_s": statistics.median(spent) / INTERVAL if spent else None,
+        "run_cpu_s": machine.cpu_seconds(),
+        "peak_gib": machine.peak_memory_gib(),
+        "bytes": (Path(folder) / "trained.safetensors").stat().st_size,
+        "steps": result["steps"],
+    }
+    (Path(folder) / "measured.json").write_text(json.dumps(measured))
+
+
+def summary(name: str, runs: Path, seeds: int, steps: int) -> dict[str, Any] | None:
+    """Return a method's row over the seeds that are done; none for a mixture, whose tasks are others."""
+    found = [runs / name / str(seed) / "measured.json" for seed in range(seeds)]
+    measured = [json.loads(path.read_text()) for path in found if path.exists()]
+    if not measured or isinstance(measured[0]["majority"], dict):
+        return None
+    scores = [one["accuracy"] for one in measured]
+    timed = [one["step_cpu_s"] for one in measured if one["step_cpu_s"] is not None]
+    return {
+        "method": name,
+        "seeds": len(scores),
+        "accuracy_mean": round(statistics.mean(scores), 1),
+        "accuracy_sd": round(statistics.stdev(scores), 1) if len(scores) > 1 else None,
+        "untrained": round(statistics.mean(one["untrained"] for one in measured), 1),
+        "majority": round(100 * measured[0]["majority"], 1),
+        "steps": measured[0]["steps"],
+        "trainable": measured[0]["trainable"],
+        "step_cpu_s": round(statistics.median(timed), 3) if timed else None,
+        "peak_gib": round(statistics.median(one["peak_gib"] for one in measured), 2),
+        "bytes": measured[0]["bytes"],
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as Markdown."""
+    lines = [
+        "| config | test accuracy | before | trainable | CPU s a step | peak GiB | KB on disk |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        sd = "" if row["accuracy_sd"] is None else f" ± {row['accuracy_sd']}"
+        few = "" if row["seeds"] > 1 else " (1 seed)"
+        step = "-" if row["step_cpu_s"] is None else f"{row['step_cpu_s']:.2f}"
+        lines.append(
+            f"| {row['method']} | {row['accuracy_mean']}{sd}{few} | {row['untrained']} | {row['trainable']:,} "
+            f"| {step} | {row['peak_gib']:.2f} | {row['bytes'] / 1000:,.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    """Draw accuracy over the number of trainable parameters."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "methods"  # equal numbers give equal files
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 5.5))
+    for row in rows:
+        spot = max(1, row["trainable"]), row["accuracy_mean"]
+        axes.errorbar(*spot, yerr=row["accuracy_sd"] or 0, fmt="o", markersize=4, capsize=2)
+        axes.annotate(row["method"], spot, xytext=(5, 3), textcoords="offset points", fontsize=7)
+    axes.axhline(rows[0]["majority"], linewidth=0.8, linestyle=":", color="grey", label="majority class")
+    axes.set(xscale="log", xlabel="trainable parameters", ylabel="test accuracy (mean and sd over seeds)")
+    axes.legend(loc="lower right", fontsize=7)
+    figure.tight_layout()
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    main()

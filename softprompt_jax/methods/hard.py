@@ -1,0 +1,94 @@
+"""Hard prompts (Schick and Schütze, 2021): words around the text, written by hand or searched for. The floor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+from pydantic import Field, field_validator
+
+from softprompt_jax import placement
+from softprompt_jax.backbone.t5 import T5
+from softprompt_jax.config import UserError
+from softprompt_jax.methods.contract import Context, MethodSettings
+from softprompt_jax.methods.prompt import PromptTable, embedding_scale
+from softprompt_jax.methods.surgery import Trainable
+
+TEXT = "{text}"
+
+
+class Hard(MethodSettings):
+    """Hard prompts: the words of `template` stand around the text as they would if they were part of it.
+
+    The optimizer `none` takes them as they are, `greedy_words` (unless the run says otherwise) looks for better ones.
+    With an optimizer that follows gradients they stop being words: a soft prompt that starts from a template.
+    """
+
+    paper: ClassVar[str] = "Schick and Schütze, 2021"
+    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "greedy_words"}
+    kind: Literal["hard"] = "hard"
+    template: str = "{text} it was"
+    most_common: int = Field(default=5000, ge=1)  # words of the vocabulary that a search may use
+
+    @field_validator("template")
+    @classmethod
+    def _has_words(cls, template: str) -> str:
+        try:
+            words_of(template)
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        return template
+
+    def attach(self, model: T5, key: jax.Array, context: Context) -> None:
+        """Give the model a prompt of the template's pieces."""
+        if model.prompt is not None:
+            raise UserError("methods: two methods want the prompt; expected one; remove the other")
+        if context.tasks:
+            raise UserError("methods: hard has one template for all tasks; expected prompts: shared")
+        before, _, after = self.template.partition(TEXT)
+        sides = [context.encode(side.strip()) if side.strip() else [] for side in (before, after)]
+        ids = [*sides[0], *sides[1]]
+        place = "{text}".join(f"{{prompt:{len(side)}}}" if side else "" for side in sides)
+        placed = placement.place(place, len(ids), model.settings.vocabulary_rows, context.encode)
+        rows = range(model.settings.vocabulary_rows)
+        words = context.word_ids or [i for i in rows if i not in context.special_ids]
+        rows = model.embedding[...][jnp.asarray(ids)].astype(jnp.float32)
+        known = jnp.asarray(words[: self.most_common], jnp.int32)
+        model.prompt = HardPrompt(rows, known, embedding_scale(model), place, placed)
+
+
+def words_of(template: str) -> list[str]:
+    """Return the words of a template, `{text}` among them.
+
+    Errors: UserError where it has no words, or `{text}` not once.
+    """
+    words = template.split()
+    if words.count(TEXT) != 1 or len(words) < 2 or set("".join(words).replace(TEXT, "")) & set("{}"):
+        raise UserError(f"template {template!r}; expected words and {{text}} once, such as '{{text}} it was'")
+    return words
+
+
+class HardPrompt(PromptTable):
+    """P words as rows of the embedding, and the ids of the words that may take their places."""
+
+    def __init__(self, words: Float[Array, "P D"], known: Array, scale: float, place: str, placed: placement.Placement):
+        self.words = Trainable(words, axes=("prompt", "embed"), learning_rate_scale=scale)
+        self.known = nnx.Param(known, axes=("prompt",))
+        self.place, self.placement = place, placed
+
+    def table(self) -> Float[Array, "P D"]:
+        return self.words[...]
+
+    def finished(self) -> HardPrompt:
+        return self
+
+    def template(self, model: T5, decode: Callable[[Sequence[int]], str]) -> str:
+        """Return the words around `{text}`, those of the nearest rows of the embedding."""
+        table, before = np.asarray(model.embedding[...], np.float32), np.shape(self.placement.before)[-1]
+        ids = [int(np.argmin(np.square(table - row).sum(1))) for row in np.asarray(self.words[...])]
+        return " ".join(part for part in (decode(ids[:before]), TEXT, decode(ids[before:])) if part)
