@@ -73,7 +73,7 @@ class Run(Settings):
     max_input_tokens: int = Field(512, gt=0)  # of text with its EOS; the prompt comes on top
     max_target_tokens: int = Field(64, gt=0)
     truncate_targets: bool = False  # a longer target is an error
-    shapes: int = Field(4, gt=0)  # compiled (encoder, decoder) lengths at most
+    shapes: int | None = Field(None, gt=0)  # compiled (encoder, decoder) lengths at most; one per 250 steps, 4 to 12
     packing: PackingSetting = None  # several examples in a row of one shape: true, or {length: 512}
     loss: Literal["sum", "mean"] = "sum"  # over the batch's real target tokens
     z_loss: float = Field(1e-4, ge=0)
@@ -119,6 +119,11 @@ class Run(Settings):
                 raise ValueError(f"optimizer {self.optimizer.kind} has no gradients; expected no clip_norm or schedule")
             self.optimizer.check(self.steps)
         return self
+
+    @property
+    def most_shapes(self) -> int:
+        """How many shapes may be compiled: each pads less and takes seconds, which a long run earns back."""
+        return self.shapes or min(max(self.steps // 250, 4), 12)
 
     @property
     def draws_dropout(self) -> bool:

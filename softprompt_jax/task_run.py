@@ -54,7 +54,7 @@ class TaskRun:
             run.batch_size,
             run.seed,
             assembly.prompt_ids,
-            max_shapes=run.shapes,
+            max_shapes=run.most_shapes,
             packing=run.packing,
             rows_multiple=run.accumulate * sharding.row_shards(),
             draw=draw,

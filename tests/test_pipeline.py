@@ -39,7 +39,8 @@ class Letters(Tokenizer):
 
 def planned(lengths, batch_size: int, seed: int, epoch: int, window: int = 64):
     random = np.random.default_rng([seed, epoch])
-    return batch_plan(random.permutation(len(lengths)), lengths, batch_size, random, window)
+    pairs = np.stack([lengths, np.ones_like(lengths)], 1)  # of encoder and decoder
+    return batch_plan(random.permutation(len(lengths)), pairs, batch_size, random, window)
 
 
 def some_examples(count: int, seed: int = 0, longest: int = 40) -> list[Example]:

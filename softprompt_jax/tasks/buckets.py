@@ -15,15 +15,15 @@ Shape = tuple[int, int]  # encoder and decoder length
 
 def batch_plan(
     order: Int[np.ndarray, " chosen"],
-    lengths: Int[np.ndarray, " examples"],
+    lengths: Int[np.ndarray, "examples 2"],
     batch_size: int,
     random: np.random.Generator,
     window: int = 64,
 ) -> Int[np.ndarray, "batches B"]:
     """Return the example ids of every batch of one epoch, whose shuffled examples are `order`.
 
-    Cut them in windows of `window` batches, sort by length inside each window, chop into batches, permute
-    the batches. The last examples that do not fill a batch (other ones every epoch) are left out. Fewer
+    Cut them in windows of `window` batches, sort by encoder length, then by decoder length,
+    inside each window, chop into batches, permute the batches. The last examples that do not fill a batch (other ones every epoch) are left out. Fewer
     than a batch fill one by starting again.
     """
     if len(order) < batch_size:
@@ -31,7 +31,7 @@ def batch_plan(
     order = order[: len(order) // batch_size * batch_size].copy()
     for start in range(0, len(order), window * batch_size):
         part = order[start : start + window * batch_size]
-        order[start : start + len(part)] = part[np.argsort(lengths[part], kind="stable")]
+        order[start : start + len(part)] = part[np.lexsort((lengths[part, 1], lengths[part, 0]))]
     batches = order.reshape(-1, batch_size)
     return batches[random.permutation(len(batches))]
 

@@ -105,7 +105,7 @@ class TrainBatches:
         """
         order, random = self._order(epoch)
         if self._packing is None:
-            return Rows.of_one(batch_plan(order, self._lengths.sum(1), self.batch_size, random, self.window))
+            return Rows.of_one(batch_plan(order, self._lengths, self.batch_size, random, self.window))
         rows = self._packed(order)
         return rows.take(np.resize(random.permutation(len(rows)), self.batches_per_epoch * self.rows))
 
