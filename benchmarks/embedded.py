@@ -20,7 +20,7 @@ from softprompt_jax.progress import Reporter
 ROOT = Path(__file__).resolve().parents[1]
 LENGTHS = (1, 5, 20, 100)
 # One message in ten is spam: at 500 steps prompts have hardly left the majority class.
-PROMPT_SETTINGS = {"sentiment_movie": [], "spam_sms": ["steps=1500", "schedule.decay=linear"]}
+PROMPT_SETTINGS = {"sentiment_movie": [], "spam_sms": ["steps=1000", "schedule.decay=linear"]}
 RESULTS = ROOT / "benchmarks" / "results" / "embedded.json"
 
 
