@@ -20,7 +20,7 @@ STAMP = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-torch test-libtpu test-network test-seqio benchmark lint format clean
+.PHONY: help install demo test test-slow test-torch test-libtpu test-network test-seqio test-cloud benchmark lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -47,7 +47,7 @@ test: install  ## run the default tests (no torch, no network, under 5 minutes)
 	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8 $(PYTEST_ARGS)
 
 test-slow: install  ## run the long tests
-	$(VENV)/bin/python -m pytest -m "slow and not network and not torch and not seqio and not tpu and not libtpu and not gpu" $(PYTEST_ARGS) \
+	$(VENV)/bin/python -m pytest -m "slow and not network and not torch and not seqio and not cloud and not tpu and not libtpu and not gpu" $(PYTEST_ARGS) \
 		|| test $$? -eq 5  # pytest's word for "no such tests", as long as there are none
 
 test-torch:  ## compare with PyTorch and PEFT, in an environment of its own (.venv-torch)
@@ -66,6 +66,11 @@ test-seqio:  ## compare with T5's preprocessors and metrics, run a seqio Task, i
 	.venv-seqio/bin/python -m pip install -qq --disable-pip-version-check --no-deps -c constraints.txt t5 gin-config babel
 	.venv-seqio/bin/python -m pytest -m seqio $(PYTEST_ARGS)
 
+test-cloud:  ## run on gs:// and s3:// against stand-ins, in an environment of its own (.venv-cloud)
+	$(MAKE) install VENV=.venv-cloud EXTRAS=dev,cloud
+	.venv-cloud/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt gcp-storage-emulator 'moto[server]'
+	.venv-cloud/bin/python -m pytest -m cloud $(PYTEST_ARGS)
+
 benchmark:  ## time a training step beside PEFT's (in .venv-torch), see benchmarks/README.md
 	$(MAKE) install VENV=.venv-torch EXTRAS=dev,torch
 	.venv-torch/bin/python benchmarks/training_step.py $(BENCHMARK_ARGS)
@@ -81,4 +86,4 @@ format: install  ## format and mend what ruff can mend
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove environments and caches, keep runs
-	rm -rf .venv .venv-torch .venv-seqio .venv-tpu .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-torch .venv-seqio .venv-tpu .venv-cloud .pytest_cache .ruff_cache build dist *.egg-info

@@ -12,7 +12,7 @@ from flax import nnx
 
 from softprompt_jax import methods, sharding
 from softprompt_jax.backbone.pretrained import Backbone, find_folder, load_backbone
-from softprompt_jax.backbone.quantized import Quantization, quantized
+from softprompt_jax.backbone.quantized import kind_of, quantized
 from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.config import UserError
 from softprompt_jax.interop import load_prompt, read_trained
@@ -48,8 +48,7 @@ def assemble(run: Run, backbone: Backbone | None = None) -> Assembly:
     """
     if backbone is None:
         backbone = backbone_of(run)
-    kind = None if isinstance(run.backbone, Scratch) else run.quantize
-    model = with_settings(backbone.model, kind, dropout=run.dropout, remat=run.remat, unroll=run.unroll)
+    model = with_settings(backbone.model, dropout=run.dropout, remat=run.remat, unroll=run.unroll)
     model.dtype = run.dtype
     if run.quantize is not None and isinstance(run.backbone, Scratch):
         quantized(model, run.quantize)
@@ -72,9 +71,9 @@ def new_backbone(scratch: Scratch, seed: int) -> Backbone:
     return Backbone(model, find_folder(scratch.tokenizer), "scratch")
 
 
-def with_settings(model: T5, quantize: Quantization | None = None, **changes) -> T5:
-    """Return the model, which is quantised so, with other dropout or remat, sharing its weights."""
-    settings = model.settings.model_copy(update=changes)
+def with_settings(model: T5, **changes) -> T5:
+    """Return the model with other dropout or remat, sharing its weights."""
+    settings, quantize = model.settings.model_copy(update=changes), kind_of(model)
 
     def build() -> T5:
         shell = T5(settings, jax.random.key(0), model.dtype)

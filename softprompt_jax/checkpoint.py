@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from softprompt_jax import remote
 from softprompt_jax.config import UserError
 
 _SCORE, _STEP = "score", "step"
@@ -21,14 +22,14 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class Checkpoints:
-    """A run's `checkpoints/` folder. A step is complete or absent: a kill in mid-write leaves no trace."""
+    """A run's `checkpoints/` folder, here or on gs://. A step is complete or absent, whatever kills a write."""
 
-    def __init__(self, folder: Path, read_only: bool = False):
+    def __init__(self, folder: str | Path, read_only: bool = False):
         def rank(metrics: Any) -> Any:  # the highest score; of equal ones the earliest step
             score = metrics[_SCORE]
             return -float("inf") if score is None else score, -metrics[_STEP]
 
-        self._folder = folder.absolute()
+        self._folder = str(folder if remote.is_remote(folder) else Path(folder).absolute())
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True, best_fn=rank, best_mode="max")
         else:
@@ -67,7 +68,7 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise nearly anything for a broken file
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{self._folder / str(step)}: cannot be read ({type(error).__name__}: {reason}); expected a complete "
+                f"{self._folder}/{step}: cannot be read ({type(error).__name__}: {reason}); expected a complete "
                 "checkpoint; delete this folder to go on from the one before"
             ) from None
 
@@ -84,6 +85,10 @@ class Checkpoints:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
         """Tell in one line that the disk is full or read-only; what was written earlier stays."""
+        if remote.is_remote(self._folder):
+            with remote.told(self._folder, "written"):
+                yield
+            return
         try:
             yield
         except (OSError, ValueError) as error:  # TensorStore wraps the system's errors in a ValueError

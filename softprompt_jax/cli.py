@@ -19,7 +19,7 @@ from typing import IO, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from softprompt_jax import run_commands, task_commands
+from softprompt_jax import remote, run_commands, task_commands
 from softprompt_jax.allocator import keep_freed_memory
 from softprompt_jax.config import UserError
 from softprompt_jax.task_commands import (
@@ -90,6 +90,13 @@ class Dtype(enum.StrEnum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+class Quantize(enum.StrEnum):
+    """How frozen layers can be stored."""
+
+    int8 = "int8"
+    nf4 = "nf4"
 
 
 @app.command()
@@ -182,10 +189,13 @@ def predict(
     from softprompt_jax.predict import load_predictor
     from softprompt_jax.run import read_decoding
 
+    if input != "-":
+        input = str(remote.local(input))
     if input != "-" and (not Path(input).exists() or Path(input).is_dir()):
         raise UserError(f"{input}: no such file; expected jsonl, or - for standard input")
     if input != "-" and Path(output).exists() and Path(output).samefile(input):
         raise UserError(f"{output}: is the input too; expected another file for the output")
+    source = str(remote.local(source))
     bank = Path(source).is_dir() and not (Path(source) / "config.yaml").exists()
     how = None if decoding is None else read_decoding(decoding)
     if bank and how is not None:
@@ -234,11 +244,16 @@ def import_(
     dtype: Annotated[
         Dtype | None, typer.Option(help="Of the weights. \\[default: as they are]", show_default=False)
     ] = None,
+    quantize: Annotated[Quantize | None, typer.Option(help="Of the layers.", show_default=False)] = None,
 ) -> None:
-    """Write a checkpoint that others have made as a Hugging Face folder, or a prompt as our file."""
+    """Write a checkpoint that others have made as a Hugging Face folder, or a prompt as our file.
+
+    With --quantize the folder is our own: frozen layers in 8 or 4 bits, to be given as a backbone.
+    """
     from softprompt_jax.importing import import_source
 
-    for line in import_source(source, to, tokenizer, None if dtype is None else dtype.value):
+    kind = None if quantize is None else quantize.value
+    for line in import_source(source, to, tokenizer, None if dtype is None else dtype.value, kind):
         print(f"wrote {line}", file=sys.stderr)
 
 
@@ -296,36 +311,6 @@ def recycle(
     from softprompt_jax.transfer import recycle_prompt
 
     print(json.dumps(recycle_prompt(source, onto, to, map.value, backbone), indent=JSON_INDENT))
-
-
-@app.command()
-def plan(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file with the run's settings.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that differ, e.g. batch_size=64.")
-    ] = None,
-    topology: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="CHIP:SHAPE", help="v5e:2x4, v5p:4x4x4, h100:8; repeat it for several.", show_default=False
-        ),
-    ] = None,
-    utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="Share of peak assumed for examples/s.")] = 0.4,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per topology.")] = False,
-) -> None:
-    """Say what a run takes on machines you do not have: compile its step for them, ahead of time.
-
-    TPUs need the extra `tpu`, but no TPU. Exit code 3: it does not fit on one of them.
-    """
-    from softprompt_jax import plan as planning
-
-    if not topology:
-        raise UserError("plan: no topology; expected at least one; add --topology v5e:2x4")
-    answers = planning.plan(config, overrides or [], topology, utilisation)
-    for answer in answers:
-        print(json.dumps(answer) if as_json else planning.describe(answer))
-    if not all(answer["fits"] for answer in answers):
-        raise typer.Exit(planning.DOES_NOT_FIT)
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,11 @@ class UserError(Exception):
     The command line prints it without a traceback and exits with code 2. Everything else that is
     raised is a defect of ours and keeps its traceback.
     """
+
+
+def cache_folder() -> Path:
+    """Return the folder for what was fetched or computed: $SOFTPROMPT_CACHE, or ~/.cache/softprompt_jax."""
+    return Path(os.environ.get("SOFTPROMPT_CACHE") or Path.home() / ".cache" / "softprompt_jax")
 
 
 class Settings(pydantic.BaseModel):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from softprompt_jax import config, interop
+from softprompt_jax import config, interop, remote
 from softprompt_jax.assembly import Assembly, assemble
 from softprompt_jax.backbone.pretrained import save_backbone
 from softprompt_jax.checkpoint import Checkpoints
@@ -22,12 +22,19 @@ from softprompt_jax.run import Run, load_run
 def export(source: str | Path, format: str, to: str | Path) -> None:
     """Write a tuned model (`hf`) or an adapter (`peft`) to a folder, prompt rows (`npy`, `safetensors`) to a file.
 
-    `safetensors` of a run that has no prompt is all that it trained, under the paths of the model.
+    `safetensors` of a run that has no prompt is all that it trained, under the paths of the model. Either may be on
+    gs:// or s3://.
     """
-    to = Path(to)
+    if Path(to).suffix != f".{format}" and format in ("npy", "safetensors"):
+        raise UserError(f"{to}: ends in {Path(to).suffix!r}; expected a file name ending in .{format}")
+    with remote.writing(to) as made:
+        _export(remote.local(source), format, made, f"{source}/{remote.CHECKPOINTS}")
+
+
+def _export(source: Path, format: str, to: Path, checkpoints: str) -> None:
     try:
         if format == "hf":
-            assembly = load_latest(Path(source))
+            assembly = load_latest(source, checkpoints)
             if assembly.model.prompt is not None:
                 raise UserError(f"{source}: has a prompt, which no Hugging Face model holds; export it as npy")
             save_backbone(
@@ -38,14 +45,12 @@ def export(source: str | Path, format: str, to: str | Path) -> None:
                     shutil.copy(path, to / path.name)
             return
         if format == "peft":
-            assembly, run = load_latest(Path(source)), load_run(Path(source) / "config.yaml")
+            assembly, run = load_latest(source, checkpoints), load_run(source / "config.yaml")
             backbone = None if assembly.identity in ("embedded", "scratch") else assembly.identity
             save_adapter(assembly.model, run.methods, to, backbone, {"backbone": assembly.identity})
             return
-        if to.suffix != f".{format}":
-            raise UserError(f"{to}: ends in {to.suffix!r}; expected a file name ending in .{format}")
-        trained = Path(source) / interop.TRAINED_FILE
-        if format == "safetensors" and trained.exists() and not (Path(source) / interop.PROMPT_FILE).exists():
+        trained = source / interop.TRAINED_FILE
+        if format == "safetensors" and trained.exists() and not (source / interop.PROMPT_FILE).exists():
             to.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(trained, to)
             return
@@ -60,8 +65,8 @@ def export(source: str | Path, format: str, to: str | Path) -> None:
         raise UserError(f"{to}: cannot be written ({error.strerror}); expected a writable place") from None
 
 
-def load_latest(folder: Path) -> Assembly:
-    """Load what a run has trained: its result, or its latest checkpoint while it is not finished."""
+def load_latest(folder: Path, checkpoints: str | None = None) -> Assembly:
+    """Load what a run has trained: its result, or until it is finished its latest checkpoint."""
     settings = folder / "config.yaml"
     if not settings.exists():
         raise UserError(f"{folder}: no config.yaml; expected a run folder")
@@ -70,11 +75,11 @@ def load_latest(folder: Path) -> Assembly:
     if file.exists():
         trained, _ = interop.load_trained(file)
     else:
-        checkpoints = Checkpoints(folder / "checkpoints", read_only=True)
-        step = checkpoints.latest()
+        opened = Checkpoints(checkpoints or folder / remote.CHECKPOINTS, read_only=True)
+        step = opened.latest()
         if step is None:
             raise UserError(f"{folder}: has no checkpoint yet; expected one; wait for the run's first")
-        trained = checkpoints.restore(step)["trainable"]
-        checkpoints.close()
+        trained = opened.restore(step)["trainable"]
+        opened.close()
     put_trained(assembly.model, trained, str(folder))
     return assembly

@@ -6,21 +6,32 @@ import shutil
 from pathlib import Path
 
 from softprompt_jax import interop
-from softprompt_jax.backbone import pretrained, t5x
+from softprompt_jax.backbone import pretrained, stored, t5x
+from softprompt_jax.backbone.quantized import Quantization
 from softprompt_jax.config import UserError
 
 TOKENIZER_FILES = ("*.model", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
 
 
-def import_source(source: str, to: str | Path, tokenizer: str | None = None, dtype: str | None = None) -> list[str]:
+def import_source(
+    source: str,
+    to: str | Path,
+    tokenizer: str | None = None,
+    dtype: str | None = None,
+    quantize: Quantization | None = None,
+) -> list[str]:
     """Write a checkpoint (T5X, `.bin`, safetensors) to a folder in Hugging Face layout and return what was written.
 
     The prompt of a T5X prompt tuning run is written beside it; if `to` ends in .safetensors, only the prompt is.
     `dtype`: of the weights (default: as they are). `tokenizer`: a SentencePiece file, a folder or a hub name, where
-    the source has none. Errors: UserError for a source that is no T5, and for a folder that holds weights already.
+    the source has none. `quantize`: write the layers in int8 or nf4, the rest in `dtype` (default bfloat16), as a
+    folder of our own that is never whole in floats on the way.
+    Errors: UserError for a source that is no T5, and for a folder that holds weights already.
     """
     to, path = Path(to), Path(source)
     if to.suffix == ".safetensors" or path.is_file():
+        if quantize is not None:
+            raise UserError(f"{source}: a prompt is not quantised; expected a backbone; leave --quantize out")
         return [_import_prompt(source, to)]
     if (path / "adapter_config.json").exists():
         raise UserError(f"{source}: an adapter of PEFT; expected a T5; load_backbone(BACKBONE, adapter={source!r})")
@@ -36,8 +47,13 @@ def import_source(source: str, to: str | Path, tokenizer: str | None = None, dty
         for file in files:  # one of another name is called as the hub calls it
             alone = file.suffix == ".model" and len(files) == 1
             shutil.copy(file, to / ("spiece.model" if alone else file.name))
-        print_of_it = pretrained.write_backbone(settings, tensors, to, dtype)
-        written = [f"{to}: a T5 of {settings.parameters():,} parameters, fingerprint {print_of_it}"]
+        if quantize is None:
+            print_of_it, form = pretrained.write_backbone(settings, tensors, to, dtype), "a T5"
+        else:
+            backbone = pretrained.load_backbone(source, dtype or "bfloat16", quantize=quantize)
+            print_of_it, form = backbone.fingerprint(), f"a T5 in {quantize}"
+            stored.save(backbone.model, to, source, print_of_it)
+        written = [f"{to}: {form} of {settings.parameters():,} parameters, fingerprint {print_of_it}"]
         checkpoint = t5x.find_checkpoint(source)
         if checkpoint is not None and (opened := t5x.Checkpoint(checkpoint)).prompts:
             metadata = {"backbone": str(to), "fingerprint": print_of_it, "step": str(opened.step)}

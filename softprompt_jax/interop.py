@@ -13,6 +13,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from softprompt_jax import remote
 from softprompt_jax.backbone import t5x
 from softprompt_jax.backbone.pretrained import fingerprint, flatten, unflatten
 from softprompt_jax.backbone.t5 import T5
@@ -60,6 +61,10 @@ def load_prompt(source: str | Path) -> Float[np.ndarray, "P D"]:
 
 def read_prompt(source: str | Path) -> tuple[Float[np.ndarray, "P D"], dict[str, str]]:
     """Return prompt rows and the metadata that stands with them (none in a `.npy`)."""
+    if remote.is_remote(source) and (
+        str(source).endswith((".npy", ".safetensors")) or remote.exists(f"{source}/config.yaml")
+    ):
+        source = remote.local(source)
     path = Path(source)
     if not (path / PROMPT_FILE).exists() and (checkpoint := t5x.find_checkpoint(source)) is not None:
         opened = t5x.Checkpoint(checkpoint)

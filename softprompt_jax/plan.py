@@ -215,6 +215,7 @@ def abstract_step(run: Any) -> tuple[Callable, tuple, Any]:
     from flax import nnx
 
     from softprompt_jax import methods, optimizers, sharding
+    from softprompt_jax.backbone import stored
     from softprompt_jax.backbone.quantized import quantized
     from softprompt_jax.backbone.t5 import T5
     from softprompt_jax.interop import load_prompt
@@ -224,14 +225,17 @@ def abstract_step(run: Any) -> tuple[Callable, tuple, Any]:
     settings = backbone_settings(run).model_copy(
         update={"dropout": run.dropout, "remat": run.remat, "unroll": run.unroll}
     )
+    kind = run.quantize
+    if kind is None and isinstance(run.backbone, str) and stored.is_stored(run.backbone):
+        kind = stored.read_about(run.backbone).quantize
     words = tuple(dict.fromkeys(word for task in run.tasks for word in task.words or ()))
 
     def build() -> T5:
         model = T5(settings, jax.random.key(0), run.dtype)
         graphdef, state = nnx.split(model)
         model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(run.dtype), state))
-        if run.quantize is not None:
-            quantized(model, run.quantize)
+        if kind is not None:
+            quantized(model, kind)
         context = Context(lambda text: [0], frozenset(), words, load_rows=load_prompt)
         methods.attach(run.methods, model, jax.random.key(0), context)
         return model

@@ -16,7 +16,7 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from softprompt_jax import config, interop
+from softprompt_jax import config, interop, remote
 from softprompt_jax.assembly import assemble, prompt_ids
 from softprompt_jax.backbone import decode
 from softprompt_jax.backbone.decode import Decoding, Greedy
@@ -166,7 +166,7 @@ class Predictor:
 
 def named_task(source: str | Path, name: str) -> Task:
     """Return the task of this name: one of the run's, if `source` is a run folder, or one that is known by it."""
-    settings = Path(source) / "config.yaml"
+    settings = remote.local(source) / "config.yaml"
     own = config.parse(Run, config.read(settings), str(settings)).tasks if settings.exists() else []
     return next((task for task in own if task.name == name), None) or resolve(name)
 
@@ -188,7 +188,7 @@ def load_predictor(
 
 
 def _load(source: str | Path, backbone: str | None, task: str | None, any_backbone: bool) -> Predictor:
-    path = Path(source)
+    path = remote.local(source)
     if path.is_dir():
         settings, result = path / "config.yaml", path / "result.json"
         if not settings.exists() or not result.exists():

@@ -1,4 +1,4 @@
-"""The commands about many runs and prompts at once: sweep, ensemble."""
+"""The commands about whole runs and many at once: plan, sweep, ensemble."""
 
 from __future__ import annotations
 
@@ -19,6 +19,35 @@ Over = Annotated[
         show_default=False,
     ),
 ]
+
+
+def plan(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file with the run's settings.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that differ, e.g. batch_size=64.")
+    ] = None,
+    topology: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CHIP:SHAPE", help="v5e:2x4, v5p:4x4x4, h100:8; repeat it for several.", show_default=False
+        ),
+    ] = None,
+    utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="Share of peak assumed for examples/s.")] = 0.4,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per topology.")] = False,
+) -> None:
+    """Say what a run takes on machines you do not have: compile its step for them, ahead of time.
+
+    TPUs need the extra `tpu`, but no TPU. Exit code 3: it does not fit on one of them.
+    """
+    from softprompt_jax import plan as planning
+
+    if not topology:
+        raise UserError("plan: no topology; expected at least one; add --topology v5e:2x4")
+    answers = planning.plan(config, overrides or [], topology, utilisation)
+    for answer in answers:
+        print(json.dumps(answer) if as_json else planning.describe(answer))
+    if not all(answer["fits"] for answer in answers):
+        raise typer.Exit(planning.DOES_NOT_FIT)
 
 
 def sweep(
@@ -85,4 +114,4 @@ def ensemble(
         print(f"{name:16} {line}", file=sys.stderr)
 
 
-COMMANDS = (sweep, ensemble)
+COMMANDS = (plan, sweep, ensemble)

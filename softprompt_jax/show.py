@@ -11,7 +11,7 @@ import numpy as np
 from safetensors import safe_open
 
 from softprompt_jax import config, interop, peft
-from softprompt_jax.backbone import pretrained, t5x
+from softprompt_jax.backbone import pretrained, stored, t5x
 from softprompt_jax.backbone.presets import published
 from softprompt_jax.backbone.tensors import Tensor, open_safetensors
 from softprompt_jax.backbone.torch_file import open_torch
@@ -32,6 +32,10 @@ def show(source: str, norms: bool = False) -> Iterator[str]:
         raise UserError(f"{source}: no such file or folder; expected a prompt, an adapter, a checkpoint or a run")
     elif path.is_file():
         yield from _file(path, norms)
+    elif stored.is_stored(path):
+        yield f"{path}: a quantised T5, {stored.read_about(path).settings.parameters():,} parameters"
+        yield from stored.describe(path)
+        yield from _tensors(stored.open_tensors(path), norms)
     elif (path / "config.yaml").exists():
         yield from _run(path, norms)
     elif (path / peft.CONFIG_FILE).exists():

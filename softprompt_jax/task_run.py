@@ -11,13 +11,12 @@ import numpy as np
 
 from softprompt_jax import sharding
 from softprompt_jax.assembly import Assembly
-from softprompt_jax.config import UserError
+from softprompt_jax.config import UserError, cache_folder
 from softprompt_jax.evaluate import Decoder, mean_loss, mean_score, score
 from softprompt_jax.methods import Split
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import load, metrics, splits
 from softprompt_jax.tasks.mixture import Mixture, draw_mixture
-from softprompt_jax.tasks.packages import cache_folder
 from softprompt_jax.tasks.pipeline import TrainBatches
 from softprompt_jax.tasks.pretraining import PretrainingData
 from softprompt_jax.tasks.task import Example, Task, iterate

@@ -25,6 +25,7 @@ from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import Split, finish, leaves, split
 from softprompt_jax.processes import Preempted, Preemption, agreed, is_first, on_first
 from softprompt_jax.progress import Reporter, duration
+from softprompt_jax.remote import RunFolder
 from softprompt_jax.run import MACHINE, Run
 from softprompt_jax.task_run import PretrainingRun, TaskRun
 from softprompt_jax.tasks.pipeline import examples_in
@@ -39,25 +40,34 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
     metrics), `baselines` on the same split (majority class, the prompt before training), `steps`,
     `best_step`, `trainable_parameters` and `seconds`. Without a test split `test` is None. Default folder: `runs/HASH`.
 
-    Several processes (see `processes.connect`) call this alike and share the folder. Raises Preempted after
-    SIGTERM, with everything saved.
+    Several processes (see `processes.connect`) call this alike and share the folder, which may be on gs://.
+    Raises Preempted after SIGTERM, with everything saved.
     """
-    folder = Path(out) if out is not None else Path("runs") / settings_hash(run, without=MACHINE)
+    home = RunFolder(out if out is not None else Path("runs") / settings_hash(run, without=MACHINE))
     reporter = reporter if reporter is not None and is_first() else Reporter(quiet=True)
     agreed("versions", f"softprompt_jax {softprompt_jax.__version__}, jax {jax.__version__}")
     agreed("settings", settings_hash(run, without=MACHINE))
     mesh = run.mesh.build()
-    on_first(lambda: prepare_folder(run, folder), str(folder))
-    if (finished := folder / "result.json").exists():
-        reporter.line(f"{folder}: finished already; delete the folder to run it again")
-        return json.loads(finished.read_text())
-    with contextlib.ExitStack() as opened:
+
+    def prepare() -> None:
+        home.fetch()
+        prepare_folder(run, home.path)
+        home.send()
+
+    with home.opened(), contextlib.ExitStack() as opened:
+        on_first(prepare, home.place)
+        if not is_first():
+            home.fetch()
+        if (finished := home.path / "result.json").exists():
+            reporter.line(f"{home.place}: finished already; delete the folder to run it again")
+            return json.loads(finished.read_text())
         opened.enter_context(jax.set_mesh(mesh))
-        return _train(run, folder, reporter, opened)
+        return _train(run, home, reporter, opened)
 
 
-def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitStack) -> dict[str, Any]:
+def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.ExitStack) -> dict[str, Any]:
     """Train a run whose folder is prepared; `opened` ends what must be ended, also after an error."""
+    folder = home.path
     # ---- model, data, step
     assembly = assemble(run)
     rows = sharding.row_shards() if run.packing else run.batch_size // run.accumulate  # packed rows follow the mesh
@@ -91,7 +101,7 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
     reporter.line(data.describe())
 
     # ---- resume: state, then everything that is derived from it
-    checkpoints = opened.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints")))
+    checkpoints = opened.enter_context(contextlib.closing(Checkpoints(home.checkpoints)))
     first = 0
     if (latest := checkpoints.latest()) is not None:
         state, first = checkpoints.restore(latest, state), latest
@@ -147,10 +157,12 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
         if saved:
             paused = time.monotonic()
             checkpoints.save(step, state, evaluate(step, state) if evaluated else None)
+            if is_first():
+                home.send()
             clock += time.monotonic() - paused
         if leaving:
             checkpoints.wait()
-            raise Preempted(f"{folder}: told to stop, saved at step {step}; the same command goes on")
+            raise Preempted(f"{home.place}: told to stop, saved at step {step}; the same command goes on")
     reporter.stop()
 
     # ---- the best checkpoint's results, files for others
@@ -168,7 +180,9 @@ def _train(run: Run, folder: Path, reporter: Reporter, opened: contextlib.ExitSt
         found = parts.merge(chosen["trainable"], parts.frozen)
         result |= optimizer.report(found, run.steps, assembly.tokenizer.decode)
     leave_files(run, folder, assembly.identity, parts, chosen["trainable"], result)
-    reporter.line(f"{folder}: done in {duration(result['seconds'])}")
+    if is_first():
+        home.send()
+    reporter.line(f"{home.place}: done in {duration(result['seconds'])}")
     return result
 
 

@@ -30,6 +30,7 @@ LAYERS = (
     "checkpoint interop optimizers blackbox losses",
     "methods tasks",
     "backbone",
+    "remote",
     "allocator config placement processes progress sharding",
 )
 LAYER = {module: height for height, line in enumerate(reversed(LAYERS)) for module in line.split()}

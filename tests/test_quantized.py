@@ -12,10 +12,14 @@ from flax import nnx
 from softprompt_jax.backbone.pretrained import load_backbone
 from softprompt_jax.backbone.quantized import NF4_LEVELS, QuantizedLinear, pack, quantized, unpack
 from softprompt_jax.backbone.t5 import T5
-from softprompt_jax.config import UserError
+from softprompt_jax.config import UserError, parse
+from softprompt_jax.importing import import_source
+from softprompt_jax.interop import load_prompt
 from softprompt_jax.methods import Context, Full, split
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.methods.surgery import merged
+from softprompt_jax.run import Run
+from softprompt_jax.train import train
 
 KINDS = ("int8", "nf4")
 
@@ -138,3 +142,52 @@ def test_loading_quantises_on_the_way_in(small, kind):
     for one, other in zip(jax.tree.leaves(nnx.state(loaded)), jax.tree.leaves(nnx.state(whole)), strict=True):
         np.testing.assert_array_equal(one, other)
     assert nnx.graphdef(loaded) == nnx.graphdef(whole)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_quantised_folder_gives_the_same_bits_as_quantising_again(small, kind, tmp_path, refused, softprompt):
+    code, _, err = softprompt(
+        "import", small.backbone, "--quantize", kind, "--dtype", "float32", "--to", tmp_path / "q"
+    )
+    assert code == 0, err
+    assert f"a T5 in {kind}" in err
+    assert not (tmp_path / "q" / "config.json").exists()  # transformers would take it for its own
+    again, stored = load_backbone(small.backbone, quantize=kind), load_backbone(tmp_path / "q")
+    for one, other in zip(*(jax.tree.leaves(nnx.state(each.model)) for each in (again, stored)), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+    assert nnx.graphdef(stored.model) == nnx.graphdef(again.model)
+    assert stored.fingerprint() == again.fingerprint() == load_backbone(small.backbone).fingerprint()
+    assert nnx.graphdef(load_backbone(tmp_path / "q", quantize=kind).model) == nnx.graphdef(stored.model)
+    half = load_backbone(tmp_path / "q", "bfloat16").model
+    assert half.embedding[...].dtype == jnp.bfloat16
+    assert half.encoder.layers.attention.query.scale[...].dtype == jnp.float32
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(stored.model)))
+    assert (tmp_path / "q" / "quantized.safetensors").stat().st_size < size + 5000
+    _, shown, _ = softprompt("show", tmp_path / "q")
+    assert f"quantize: {kind}" in shown
+    other = {"int8": "nf4", "nf4": "int8"}[kind]
+    with pytest.raises(UserError, match=f"is stored in {kind}; expected quantize: {kind} or none, found {other}"):
+        load_backbone(tmp_path / "q", quantize=other)
+    assert "is quantised; expected float weights" in refused("import", tmp_path / "q", "--to", tmp_path / "again")
+
+
+def test_a_damaged_quantised_folder_is_told_in_one_line(small, tmp_path):
+    import_source(str(small.backbone), tmp_path, quantize="int8")
+    about = tmp_path / "quantized.json"
+    about.write_text(about.read_text().replace('"d_ff": 32', '"d_ff": 64'))
+    with pytest.raises(UserError, match=r"down\.kernel: found \[1, 32, 16\]; expected \[1, 64, 16\]"):
+        load_backbone(tmp_path)
+    about.write_text("{")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        load_backbone(tmp_path)
+
+
+def test_a_run_on_a_quantised_folder_trains_what_quantising_while_loading_trains(small, tmp_path, own_cache):
+    import_source(str(small.backbone), tmp_path / "q", dtype="float32", quantize="int8")
+    results = []
+    for name, changes in (("loaded", {"backbone": str(tmp_path / "q")}), ("made", {"quantize": "int8"})):
+        run = parse(Run, {**small.short, "steps": 2, "evaluate_every": 2, "checkpoint_every": 2, **changes}, name)
+        train(run, tmp_path / name)
+        results.append(load_prompt(tmp_path / name))
+    np.testing.assert_array_equal(*results)

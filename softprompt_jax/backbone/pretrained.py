@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from softprompt_jax.backbone import t5x
+from softprompt_jax.backbone import stored, t5x
 from softprompt_jax.backbone.presets import hub_name
 from softprompt_jax.backbone.quantized import Quantization, pack_layers, quantized
 from softprompt_jax.backbone.t5 import T5, T5Settings, abstract
-from softprompt_jax.backbone.tensors import Tensor, open_safetensors, read_stacked, same
+from softprompt_jax.backbone.tensors import Tensor, flatten, open_safetensors, read_stacked, same, unflatten
 from softprompt_jax.backbone.torch_file import open_torch
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.sharding import collect
@@ -68,9 +68,11 @@ def load_backbone(
     A T5X checkpoint is a local folder or `gs://`. Weights become `dtype` on the way in; norms, softmax and
     logits compute in float32 regardless. `sharding` tells where each weight lies (default: one device): slices
     go straight there, and no process reads more than its own. `quantize` packs the kernels of the layers into int8
-    or nf4 as they come in, so that the model is never whole in `dtype`.
+    or nf4 as they come in, so that the model is never whole in `dtype`. A folder that holds it quantised is one too.
     Errors: UserError names the folder, tensor or setting that does not fit.
     """
+    if stored.is_stored(source):
+        return Backbone(stored.load(source, dtype, sharding, quantize), Path(source).expanduser(), str(source))
     settings, tensors, folder = open_source(source)
     model = abstract(settings, dtype)
     graphdef, state = nnx.split(model)
@@ -305,34 +307,15 @@ def _hashed(settings: T5Settings, sample: np.ndarray) -> str:
     return hashlib.sha256(json.dumps(what_it_is).encode() + sample.tobytes()).hexdigest()[:16]
 
 
-def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ("a.b.c", leaf) of a nested dictionary."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
-    """Undo `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split(".")
-        place = tree
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = leaf
-    return tree
-
-
 def load_settings(source: str | Path) -> T5Settings:
     """Read what a source is, without its weights."""
-    return open_source(source)[0]
+    return stored.read_about(source).settings if stored.is_stored(source) else open_source(source)[0]
 
 
 def open_source(source: str | Path) -> tuple[T5Settings, dict[str, Tensor], Path]:
     """Return a source's settings, its tensors under Hugging Face names, and the folder of its tokenizer."""
+    if stored.is_stored(source):
+        raise UserError(f"{source}: is quantised; expected float weights; give what it was made from")
     checkpoint = t5x.find_checkpoint(source)
     if checkpoint is not None:
         opened = t5x.Checkpoint(checkpoint)

@@ -104,6 +104,12 @@ def quantized(model: T5, kind: Quantization) -> T5:
     return model
 
 
+def kind_of(model: T5) -> Quantization | None:
+    """Return how a model's layers are stored, None as floats."""
+    linear = model.encoder.layers.attention.query
+    return linear.kind if isinstance(linear, QuantizedLinear) else None
+
+
 def _block(width: int) -> int:
     """Return how many inputs share a scale: 64, or where that does not divide the width the largest even number."""
     block = next((size for size in range(min(BLOCK, width), 1, -1) if width % size == 0 and size % 2 == 0), None)

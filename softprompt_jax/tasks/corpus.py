@@ -17,9 +17,8 @@ import numpy as np
 import pydantic
 import sentencepiece
 
-from softprompt_jax.config import Settings, UserError
+from softprompt_jax.config import Settings, UserError, cache_folder
 from softprompt_jax.tasks.lexicon import Lexicon, parse_entry
-from softprompt_jax.tasks.packages import cache_folder
 
 CACHE_VERSION = 2  # raise when what `tokenize_file` writes changes
 

@@ -53,11 +53,6 @@ class Package(Settings):
     part: str = ""
 
 
-def cache_folder() -> Path:
-    """Return the folder for what was fetched or computed: $SOFTPROMPT_CACHE, or ~/.cache/softprompt_jax."""
-    return Path(os.environ.get("SOFTPROMPT_CACHE") or Path.home() / ".cache" / "softprompt_jax")
-
-
 def package_rows(source: Package, split: str, where: str) -> Iterator[tuple[str, Row]]:
     """Yield (place, row) for every row of one split of a package source."""
     if source.reader not in READERS:

@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 
 import pydantic
 
-from softprompt_jax.config import Settings, UserError, nearest
-from softprompt_jax.tasks.packages import SPLITS, Package, Row, cache_folder, first_line, package_rows
+from softprompt_jax import remote
+from softprompt_jax.config import Settings, UserError, cache_folder, nearest
+from softprompt_jax.tasks.packages import SPLITS, Package, Row, first_line, package_rows
 from softprompt_jax.tasks.seqio_source import Seqio, seqio_rows, seqio_splits
 
 
@@ -113,7 +114,7 @@ def read_rows(source: Files | Folder | Hub | Package | Seqio, split: str, where:
 
 def split_files(source: Folder) -> dict[str, list[Path]]:
     """Return the data files of each split that a folder has, those of a split's own folder in the order of names."""
-    folder = Path(source.path)
+    folder = remote.local(source.path)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected one with train.jsonl, validation.jsonl and the like")
     found: dict[str, list[Path]] = {}
@@ -136,7 +137,7 @@ def read_file(path: str | Path, quotes: bool = True) -> Iterator[tuple[str, Row]
 
     Text formats are read here, not by `datasets`: an error must name the line, and a text "NA" must stay a text.
     """
-    path = Path(path)
+    path = remote.local(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a data file (.jsonl, .csv, .tsv or .parquet)")
     suffix = path.suffix.lower()

@@ -171,7 +171,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
             tokenizer: Tokenizer = _SentencePiece(folder / "spiece.model")
         elif transformers_files:
             tokenizer = _automatic(str(source), "a folder with tokenizer.json, tokenizer_config.json or spiece.model")
-        elif _is_byt5(folder / "config.json"):
+        elif _is_byt5(folder / "config.json") or _is_byt5(folder / "quantized.json"):
             tokenizer = _Bytes(str(source))
         else:
             raise UserError(
@@ -194,7 +194,8 @@ def _is_byt5(config: Path) -> bool:
     """Tell whether a model reads bytes: its tokenizer has no file, and the hub's has only settings."""
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
-        return values.get("tokenizer_class") == "ByT5Tokenizer" or values.get("vocab_size") == 259 + BYTE_EXTRA_IDS
+        rows = values.get("vocab_size") or values.get("settings", {}).get("vocabulary_rows")  # of a quantised backbone
+        return values.get("tokenizer_class") == "ByT5Tokenizer" or rows == 259 + BYTE_EXTRA_IDS
     except (OSError, ValueError, AttributeError):
         return False
 
