@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import pydantic
 
-from softprompt_jax.config import Settings, UserError, nearest
+from softprompt_jax.config import Settings, UserError, cache_folder, nearest
 
 SPLITS = ("train", "validation", "test")
 Row = Mapping[str, Any]
