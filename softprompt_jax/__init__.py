@@ -2,8 +2,8 @@
 
 Backbones   load_backbone, Backbone
 Running     logits, generate, load_predictor, PromptBank, ensemble
-Training    Run, load_run, train, sweep
-Prompts     load_prompt, rank_sources, recycle
+Training    Run, load_run, train, sweep, report
+Prompts     load_prompt, rank_sources, recycle, inspect
 """
 
 import importlib
@@ -18,6 +18,7 @@ _PUBLIC = {
     "UserError": "config",
     "ensemble": "ensemble",
     "generate": "predict",
+    "inspect": "interpret",
     "load_backbone": "peft",
     "load_predictor": "predict",
     "load_prompt": "interop",
@@ -25,6 +26,7 @@ _PUBLIC = {
     "logits": "predict",
     "rank_sources": "transfer",
     "recycle": "transfer",
+    "report": "report",
     "sweep": "sweep",
     "train": "train",
 }

@@ -1,4 +1,4 @@
-"""The commands about whole runs and many at once: plan, sweep, ensemble."""
+"""The commands about whole runs and many at once: plan, sweep, ensemble, inspect, report."""
 
 from __future__ import annotations
 
@@ -114,4 +114,40 @@ def ensemble(
         print(f"{name:16} {line}", file=sys.stderr)
 
 
-COMMANDS = (plan, sweep, ensemble)
+def inspect(
+    prompts: Annotated[list[str], typer.Argument(metavar="RUN|PROMPT...", help="Prompts of one backbone.")],
+    to: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Write a page with plots (needs the extra report).")
+    ] = None,
+    neighbours: Annotated[int, typer.Option(min=2, help="Nearest pieces of each row.")] = 5,
+    backbone: Backbone = None,
+    any_backbone: AnyBackbone = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
+) -> None:
+    """Read prompts back: norms, nearest pieces, clusters, surviving labels, distances to the start and each other."""
+    from softprompt_jax import interpret
+
+    result = interpret.inspect(prompts, backbone, neighbours, any_backbone)
+    if as_json:
+        print(json.dumps(result, indent=JSON_INDENT))
+    else:
+        for line in interpret.describe(result):
+            print(line)
+    for path in interpret.write_page(result, to) if to else ():
+        print(f"wrote {path}", file=sys.stderr)
+
+
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN|DIR...", help="Run folders, or folders of them.")],
+    to: Annotated[str, typer.Option(metavar="DIR", help="Folder of the page.", show_default=False)] = "",
+) -> None:
+    """Compare runs on one HTML page with PNGs: curves, scores with confidence over seeds, tasks, settings."""
+    from softprompt_jax.report import report as write_report
+
+    if not to:
+        raise UserError("report: no --to; expected a folder for the page; add --to reports/first")
+    for path in write_report(runs, to):
+        print(f"wrote {path}", file=sys.stderr)
+
+
+COMMANDS = (plan, sweep, ensemble, inspect, report)

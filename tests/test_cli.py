@@ -37,6 +37,7 @@ def config(small, tmp_path):
 
 COMMANDS = (
     "train eval submit average predict export import show push similar recycle tasks task tokenizer sweep ensemble"
+    " inspect report"
 )
 
 

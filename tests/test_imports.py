@@ -31,7 +31,7 @@ LAYERS = (
     "methods tasks",
     "backbone",
     "remote",
-    "allocator config placement processes progress sharding",
+    "allocator config page placement processes progress sharding",
 )
 LAYER = {module: height for height, line in enumerate(reversed(LAYERS)) for module in line.split()}
 # Not for reasons of height: a method knows no task, a task neither methods nor the model.
