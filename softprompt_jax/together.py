@@ -260,6 +260,7 @@ class _Training:
             result = self.data[index].result(best, parts) | {
                 "steps": int(self.marks["stopped_at"][index]) or self.run.steps,
                 "best_step": int(self.marks["best_step"][index]),
+                "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(best)),
                 "seconds": round(self.logs[index].seconds(), 1),  # of all that trained together
                 "together": len(self.runs),
             }

@@ -55,7 +55,7 @@ def assert_equal(folder, alone, name):
         assert one["learning_rate"] == pytest.approx(other["learning_rate"], rel=1e-6)
         assert one["padding"] == other["padding"]
     results = [json.loads((path / "result.json").read_text()) for path in (folder / name, alone)]
-    for key in ("validation", "test", "baselines", "best_step", "steps"):
+    for key in ("validation", "test", "baselines", "best_step", "steps", "trainable_parameters"):
         assert results[0][key] == results[1][key]
 
 
