@@ -64,7 +64,9 @@ class Ours:
         tokenized = _tokenized(self.workload.uneven, self.workload)
         if case == "check":
             return [self._padded(tokenized, np.arange(BATCH_SIZE))], 0.0
-        shapes = int(case.partition("-")[2] or 12)  # bucketed: 12, as runs from 3,000 steps have; bucketed-4: short ones
+        shapes = int(
+            case.partition("-")[2] or 12
+        )  # bucketed: 12, as runs from 3,000 steps have; bucketed-4: short ones
         plan = TrainBatches(tokenized, BATCH_SIZE, 0, self.prompt_ids, max_shapes=shapes)
         epoch = [plan.batch(step) for step in range(plan.batches_per_epoch)]
         if case == "padded":

@@ -197,7 +197,11 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", default="small", help="tiny (to try this file), small, base, ...")
-    parser.add_argument("--dtypes", default="float32", help="float32, bfloat16 or both; bfloat16 takes minutes a step in torch where the CPU has no units for it")
+    parser.add_argument(
+        "--dtypes",
+        default="float32",
+        help="float32, bfloat16 or both; bfloat16 takes minutes a step in torch where the CPU has no units for it",
+    )
     parser.add_argument("--cores", default="1,2", help="numbers of cores to run the fixed shape on")
     parser.add_argument("--rounds", type=int, default=7, help="of the fixed shape; medians are taken over them")
     parser.add_argument("--steps", type=int, default=2, help="per round and contestant")

@@ -21,6 +21,7 @@ from softprompt_jax.blackbox import Scored
 from softprompt_jax.config import UserError
 from softprompt_jax.evaluate import headline
 from softprompt_jax.progress import Reporter
+from softprompt_jax.remote import is_remote
 from softprompt_jax.report import summarise
 from softprompt_jax.run import Run, Scratch
 from softprompt_jax.together import FAILED_FILE, Together, shape_of
@@ -63,6 +64,8 @@ def sweep(
     reporter, folder = reporter or Reporter(quiet=True), Path(out)
     if together < 1 or (stop_after is not None and stop_after < 1):
         raise UserError(f"sweep: found together {together}, stop_after {stop_after}; expected 1 or more")
+    if is_remote(out):
+        raise UserError(f"{out}: is not on this machine; expected a local folder for a sweep; copy its runs afterwards")
     if jax.process_count() > 1:
         raise UserError(f"sweep: {jax.process_count()} processes; expected one; use softprompt train for each run")
     found = members(path, over, overrides)

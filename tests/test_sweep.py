@@ -221,6 +221,11 @@ def test_axis_that_cannot_be_read_is_one_line(config, over, expected):
     assert "\n" not in str(error.value)
 
 
+def test_folder_elsewhere_is_refused(config):
+    with pytest.raises(UserError, match=r"gs://bucket/x: is not on this machine; expected a local folder"):
+        sweep(config, ["seed=0..1"], "gs://bucket/x")
+
+
 def test_names_of_runs_are_file_names_and_differ(config):
     found = members(config, ["init=vocabulary,{kind: text, text: a/b}", "seed=0"])
     assert found[0].name == "init=vocabulary,seed=0"
