@@ -17,6 +17,7 @@ from softprompt_jax import remote
 from softprompt_jax.backbone import t5x
 from softprompt_jax.backbone.pretrained import fingerprint, flatten, unflatten
 from softprompt_jax.backbone.t5 import T5
+from softprompt_jax.backbone.tensors import CHECKSUMS, checksums, open_safetensors
 from softprompt_jax.config import UserError
 from softprompt_jax.methods import Trainable
 
@@ -114,7 +115,8 @@ def write_tensors(arrays: dict[str, np.ndarray], path: Path, metadata: dict[str,
     """Write tensors with metadata at once or not at all; equal content gives equal bits."""
     temporary = path.with_suffix(".partial")
     try:
-        save_file({name: np.ascontiguousarray(value) for name, value in arrays.items()}, temporary, metadata=metadata)
+        arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+        save_file(arrays, temporary, metadata=metadata | checksums(arrays))
         _sort_metadata(temporary)
         temporary.replace(path)
     except (SafetensorError, OSError) as error:
@@ -134,14 +136,21 @@ def _sort_metadata(path: Path) -> None:
 
 
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Read the tensors of a safetensors file, and its metadata."""
+    """Read the tensors of a safetensors file, checked if it has checksums, and its metadata without these."""
+    if not path.exists():
+        raise UserError(f"{path}: no such file; expected a safetensors file")
+    tensors = open_safetensors(path)
     try:
-        with safe_open(path, framework="numpy") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; expected a safetensors file") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a complete safetensors file ({error}); export it again") from None
+        arrays = {name: tensor.read() for name, tensor in tensors.items()}
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return arrays, read_metadata(path)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read what a safetensors file says of itself, but for its checksums."""
+    with safe_open(path, framework="numpy") as opened:
+        return {name: value for name, value in (opened.metadata() or {}).items() if name != CHECKSUMS}
 
 
 def dump(value: Any, path: Path) -> None:

@@ -6,11 +6,14 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from pydantic import BeforeValidator, Field
 
+from softprompt_jax.backbone.pretrained import load_adafactor
 from softprompt_jax.blackbox import CMAES, GreedyWords, Scored, Search, Untrained
-from softprompt_jax.config import Settings
+from softprompt_jax.config import Settings, UserError
 from softprompt_jax.methods.surgery import Leaf
 
 
@@ -41,7 +44,8 @@ class Adafactor(Settings):
 
     `step_origin` is where its step counter starts. The paper's code restores it with the pre-trained
     model (1,100,000) while the second moment starts at zero, so that for thousands of steps the RMS
-    clip binds and every update has an RMS of exactly the learning rate. 0 gives plain Adafactor.
+    clip binds and every update has an RMS of exactly the learning rate. 0 gives plain Adafactor. With `restore`
+    step and second moments are those of the backbone's T5X checkpoint, as in the paper's model tuning.
     """
 
     kind: Literal["adafactor"] = "adafactor"
@@ -51,6 +55,7 @@ class Adafactor(Settings):
     weight_decay: float = Field(default=1e-5, ge=0)  # per step, not times the learning rate
     parameter_scaling: bool = False
     step_origin: int = Field(default=1_100_000, ge=0)
+    restore: bool = False
 
     def transform(self, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
         parts = [
@@ -121,6 +126,56 @@ def build(
     if clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(clip_norm))
     return optax.chain(*parts)
+
+
+def read_slots(settings: Optimizer, backbone: str) -> tuple[Optimizer, dict[str, dict[str, np.ndarray]]]:
+    """Return the settings at a T5X checkpoint's step, and its slots, if they ask to go on from there."""
+    if settings.kind != "adafactor" or not settings.restore:
+        return settings, {}
+    step, slots = load_adafactor(backbone)
+    return settings.model_copy(update={"step_origin": step}), slots
+
+
+def from_slots(
+    optimizer: optax.GradientTransformation, slots: Mapping[str, Mapping[str, np.ndarray]], where: str
+) -> optax.GradientTransformation:
+    """Return an optimizer that starts from the slots of a T5X checkpoint."""
+    return optax.GradientTransformation(lambda params: restored(optimizer.init(params), slots, where), optimizer.update)
+
+
+def restored(state: Any, slots: Mapping[str, Mapping[str, np.ndarray]], where: str) -> Any:
+    """Return Adafactor's fresh state with the second moments that a T5X checkpoint holds, by path of the array.
+
+    Errors: UserError for an array without slots of its shape, and for a checkpoint with momentum, which ours has not.
+    """
+
+    def filled(path: str, moments: optax.FactoredState) -> optax.FactoredState:
+        found = slots.get(path, {})
+        if "m" in found:
+            raise UserError(f"{where}: momentum for {path}; expected none; leave out optimizer.restore")
+        used = {name: getattr(moments, name) for name in ("v", "v_row", "v_col")}
+        # What optax does not use is one number, of each layer if there are several.
+        used = {
+            name: leaf
+            for name, leaf in used.items()
+            if leaf.shape not in (moments.count.shape, (*moments.count.shape, 1))
+        }
+        if {name: leaf.shape for name, leaf in used.items()} != {name: slot.shape for name, slot in found.items()}:
+            expected = ", ".join(f"{name} {list(leaf.shape)}" for name, leaf in used.items())
+            listed = ", ".join(f"{name} {list(slot.shape)}" for name, slot in found.items()) or "none"
+            raise UserError(
+                f"{where}: slots of {path}: found {listed}; expected {expected}; leave out optimizer.restore"
+            )
+        return moments._replace(**{name: jnp.asarray(slot, jnp.float32) for name, slot in found.items()})
+
+    def part(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {
+            path: filled(path, leaf) if isinstance(leaf, optax.FactoredState) else leaf for path, leaf in value.items()
+        }
+
+    return tuple(part(value) for value in state)
 
 
 def _path(keys: tuple) -> str:

@@ -111,6 +111,8 @@ class Run(Settings):
     def _consistent(self) -> Run:
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
+        if isinstance(self.backbone, Scratch) and getattr(self.optimizer, "restore", False):
+            raise ValueError("optimizer.restore with random weights; expected a T5X checkpoint as the backbone")
         for method in self.methods:
             if self.packing is not None and (reason := method.refuses_packing):
                 raise ValueError(f"packing with the method {method.kind}: {reason}")

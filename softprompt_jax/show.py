@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
 
 from softprompt_jax import config, interop, peft
 from softprompt_jax.backbone import pretrained, stored, t5x
@@ -51,8 +50,7 @@ def show(source: str, norms: bool = False) -> Iterator[str]:
 def _file(path: Path, norms: bool) -> Iterator[str]:
     if path.suffix == ".safetensors":
         tensors = open_safetensors(path)
-        with safe_open(path, framework="numpy") as opened:
-            metadata = opened.metadata() or {}
+        metadata = interop.read_metadata(path)
     elif path.suffix in (".bin", ".pt", ".pth"):
         tensors, metadata = open_torch(path), {}
     else:
@@ -66,6 +64,7 @@ def _file(path: Path, norms: bool) -> Iterator[str]:
         numbers = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
         yield f"{path}: {len(tensors)} tensors, {numbers:,} numbers"
         yield from _tensors(tensors, norms)
+    yield from _checksums(tensors)
     yield from _metadata(metadata)
 
 
@@ -130,6 +129,8 @@ def _backbone(source: str, norms: bool) -> Iterator[str]:
     elif not any(folder.glob("*.model")) and not any(folder.glob("tokenizer*")):
         yield "  tokenizer: none in the folder"
     yield from _tensors(tensors, norms)
+    if checkpoint is None:
+        yield from _checksums(tensors)
 
 
 def _tensors(tensors: Mapping[str, Tensor], norms: bool) -> Iterator[str]:
@@ -141,6 +142,14 @@ def _tensors(tensors: Mapping[str, Tensor], norms: bool) -> Iterator[str]:
         yield f"  {name:{width}}  {'x'.join(map(str, tensor.shape)) or 'number':>12}{norm}"
     if not wanted:
         yield f"  norms left out, since {numbers:,} numbers would be read; add --norms"
+
+
+def _checksums(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+    checked = sum(tensor.checked for tensor in tensors.values())
+    if tensors and not checked:
+        yield "  checksums: none; a changed number that is still finite cannot be seen"
+    else:
+        yield f"  checksums: of {checked} of {len(tensors)} tensors"
 
 
 def _metadata(metadata: dict[str, Any]) -> Iterator[str]:

@@ -77,7 +77,10 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
     about = leaves(model)
     data = PretrainingRun(run, assembly, parts) if run.pretraining else TaskRun(run, assembly, parts)
     schedule = run.schedule.build(run.optimizer.learning_rate, run.steps)
-    optimizer = optimizers.build(run.optimizer, schedule, about, run.clip_norm)
+    settings, slots = optimizers.read_slots(run.optimizer, assembly.identity)
+    optimizer = optimizers.build(settings, schedule, about, run.clip_norm)
+    if slots:
+        optimizer = optimizers.from_slots(optimizer, slots, assembly.identity)
 
     begin = functools.partial(first_state, optimizer)
     layout = sharding.layout(jax.eval_shape(begin, parts.trainable), parts.trainable)

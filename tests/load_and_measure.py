@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from softprompt_jax import sharding
-from softprompt_jax.backbone import pretrained
+from softprompt_jax.backbone import hugging_face, pretrained
 
 requested = 0
 
@@ -76,6 +76,6 @@ def main(folder: str, dtype: str, processes: str = "1", process: str = "0", port
     print(json.dumps(answer))
 
 
-opened = pretrained.open_safetensors
-pretrained.open_safetensors = counted
+opened = hugging_face.open_safetensors
+hugging_face.open_safetensors = counted
 main(*sys.argv[1:])

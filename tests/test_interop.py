@@ -52,6 +52,22 @@ def test_equal_prompts_are_equal_files(tmp_path):
     assert len(contents) == 1
 
 
+def test_a_number_that_was_changed_is_seen_by_its_checksum(tmp_path):
+    path = tmp_path / "prompt.safetensors"
+    save_prompt(ROWS, path, {})
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1  # finite still, and close
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"prompt.safetensors: tensor prompt: cannot be read \(its checksum") as caught:
+        load_prompt(path)
+    assert "\n" not in str(caught.value)
+    save_file({"prompt": ROWS}, path)  # another program's, which has none
+    np.testing.assert_array_equal(load_prompt(path), ROWS)
+    save_file({"prompt": ROWS}, path, metadata={"crc32": "[3]"})
+    with pytest.raises(UserError, match="not a complete safetensors file"):
+        load_prompt(path)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
 def test_npy_rows_become_float32(tmp_path, dtype):
     np.save(tmp_path / "rows.npy", ROWS.astype(dtype))

@@ -15,7 +15,7 @@ import tiny
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.methods import Context, Full, leaves, split
 from softprompt_jax.methods.surgery import Leaf
-from softprompt_jax.optimizers import Adafactor, AdamW, Schedule, build
+from softprompt_jax.optimizers import Adafactor, AdamW, Schedule, build, read_slots, restored
 
 
 def run(optimizer, params, gradients):
@@ -199,6 +199,62 @@ def test_the_learning_rate_of_a_leaf_is_scaled_by_its_own_factor(settings):
     scaled = made(settings, {"a": Leaf(False, 1.0), "b": Leaf(False, 0.25)})
     found = run(scaled, params, [gradient] * 2)[-1]
     np.testing.assert_allclose(found["b"] - params["b"], 0.25 * (found["a"] - params["a"]), rtol=1e-4, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------- slots of a checkpoint
+
+
+def as_slots(state) -> dict[str, dict[str, np.ndarray]]:
+    """Return the second moments of a state as a checkpoint has them: only those that are used."""
+    return {
+        path: {
+            name: np.asarray(leaf)
+            for name in ("v", "v_row", "v_col")
+            if (leaf := getattr(moments, name)).size > moments.count.size
+        }
+        for path, moments in state[0].items()
+    }
+
+
+def test_restored_slots_go_on_where_they_were_left():
+    settings = Adafactor(step_origin=0, learning_rate=0.01, weight_decay=0.0)
+    params = {"layers": {"kernel": draw(3, 130, 140), "scale": draw(3, 8)}, "table": draw(130, 200)}
+    about = {"layers.kernel": Leaf(True, 1.0), "layers.scale": Leaf(True, 1.0), "table": Leaf(False, 1.0)}
+    optimizer, state = made(settings, about), made(settings, about).init(params)
+    for seed in range(2):
+        _, state = optimizer.update(jax.tree.map(lambda p, n=seed: p * draw(*p.shape, seed=n), params), state, params)
+    later = settings.model_copy(update={"step_origin": 2})
+    again = made(later, about)
+    fresh = again.init(params)
+    slots = as_slots(state)
+    assert {frozenset(slot) for slot in slots.values()} == {frozenset({"v"}), frozenset({"v_row", "v_col"})}
+    expected, _ = optimizer.update(params, state, params)
+    agree(again.update(params, restored(fresh, slots, "there"), params)[0], expected)
+    unlike = again.update(params, fresh, params)[0]["table"]
+    assert np.abs(unlike - expected["table"]).max() > 1e-3
+
+    for wrong, problem in (
+        ({"table": {"v": np.ones((130, 200))}}, r"found v \[130, 200\]; expected v_row \[130\], v_col \[200\]"),
+        ({"table": slots["table"] | {"m": np.ones((130, 200))}}, "there: momentum for table; expected none"),
+        ({"table": {}}, "slots of table: found none; expected v_row"),
+    ):
+        with pytest.raises(UserError, match=problem) as caught:
+            restored(fresh, slots | wrong, "there")
+        assert "\n" not in str(caught.value)
+
+
+def test_slots_and_step_are_those_of_the_backbones_checkpoint(shared_fixtures):
+    checkpoint = shared_fixtures / "t5x" / "t5_1_1_tiny_f32"
+    settings, slots = read_slots(Adafactor(restore=True, step_origin=5), str(checkpoint))
+    assert settings.step_origin == 1_100_000
+    model = t5x_fixture.model(shared_fixtures)
+    Full().attach(model, jax.random.key(0), Context(list))
+    optimizer = made(settings, leaves(model))
+    state = restored(optimizer.init(split(model).trainable), slots, "there")
+    assert state[0].keys() == slots.keys() == leaves(model).keys()
+    assert read_slots(Adafactor(), "nowhere") == (Adafactor(), {})
+    with pytest.raises(UserError, match="no T5X checkpoint; expected one, since only these hold optimizer slots"):
+        read_slots(Adafactor(restore=True), "embedded")
 
 
 # ------------------------------------------------------------------------------------------- schedules

@@ -32,7 +32,10 @@ def test_a_prompt_is_told_with_its_norms_and_metadata(tmp_path):
     assert shown(tmp_path / "p.bin").splitlines() == [
         f"{tmp_path / 'p.bin'}: 1 tensors, 4 numbers",
         "  w           2x2  norm 5.099",
+        "  checksums: of 1 of 1 tensors",
     ]
+    save_file({"prompt": rows}, tmp_path / "p.safetensors")
+    assert "checksums: none; a changed number that is still finite cannot be seen" in shown(tmp_path / "p.safetensors")
 
 
 def test_runs_are_told_with_their_scores_and_what_they_trained(prompt_run, full_run):
@@ -83,6 +86,14 @@ def shorten(folder) -> None:
     path.write_bytes(path.read_bytes()[:-40])
 
 
+def flip_one(folder) -> None:
+    """Flip one bit of a number, which stays finite."""
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 1
+    path.write_bytes(content)
+
+
 def flip(folder) -> None:
     """Flip the bits that make a number of the table infinite."""
     table = load_file(folder / "model.safetensors")["shared.weight"].copy()
@@ -93,6 +104,7 @@ def flip(folder) -> None:
 QUERY = "encoder__block__1__layer__0__SelfAttention__q__weight"
 DAMAGES = {
     "truncated": (shorten, "not a complete safetensors file"),
+    "one bit": (flip_one, "cannot be read (its checksum does not fit: numbers were changed)"),
     "flipped": (flip, "tensor shared.weight: holds numbers that are not finite"),
     "missing": (lambda f: edit(f, **{QUERY: None}), "1 weights are missing, first encoder.block.1"),
     "surplus": (lambda f: edit(f, extra=np.ones(2, np.float32)), "1 weights are unknown, first extra"),

@@ -17,8 +17,10 @@ import pytest
 import t5x_fixture
 from flax import nnx, serialization
 
+from softprompt_jax import Run, train
 from softprompt_jax.backbone.pretrained import flatten, load_adafactor, load_backbone
-from softprompt_jax.config import UserError
+from softprompt_jax.checkpoint import Checkpoints
+from softprompt_jax.config import UserError, parse
 from softprompt_jax.interop import load_prompt, read_prompt
 
 LAYOUTS = ["t5_1_1_tiny_f32", "t5_1_1_tiny_legacy_gfile", "t5_1_1_tiny_orbax", "prompted_run"]
@@ -254,6 +256,31 @@ def test_zeros_of_slots_may_have_been_left_out(shared_fixtures, tmp_path):
     folder = copied(shared_fixtures, "t5_1_1_tiny_f32", tmp_path)
     (folder / "state.param_states.encoder.encoder_norm.scale.v" / "0").unlink()
     np.testing.assert_array_equal(load_adafactor(folder)[1]["encoder.norm.scale"]["v"], np.zeros(64, np.float32))
+
+
+def test_model_tuning_goes_on_from_the_slots_of_its_checkpoint(flat, small, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
+    slots: dict = {}
+    for name, value in flat.items():
+        place = functools.reduce(lambda place, part: place.setdefault(part, {}), name.split("/"), slots)
+        place.update({slot: np.zeros(1, np.float32) for slot in ("m", "v_row", "v_col")}, v=1e6 * value**2)
+    checkpoint = write(tmp_path / "checkpoint_7", flat, slots)
+    shutil.copy(small.backbone / "spiece.model", checkpoint)
+    settings = small.short | {
+        **{"backbone": str(checkpoint), "methods": [{"kind": "full"}], "steps": 1},
+        "optimizer": {"learning_rate": 1e-3, "restore": True},
+    }
+    train(parse(Run, settings, "test"), tmp_path / "run")
+    state = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).restore(1)["optimizer"]
+    kept = 1 - 8**-0.8  # of the moments, at T5X's step 7
+    expected = {path: 1e6 * kept * leaf**2 for path, leaf in weights(load_backbone(checkpoint).model).items()}
+    found = {path: np.asarray(moments["v"]) for path, moments in state[0].items()}
+    assert found.keys() == expected.keys()
+    for path, value in found.items():  # the gradient's squares are nothing beside them
+        np.testing.assert_allclose(value, expected[path], rtol=1e-3, atol=100, err_msg=path)
+    with pytest.raises(UserError, match=r"optimizer.restore with random weights; expected a T5X checkpoint"):
+        scratch = {"settings": t5x_fixture.SETTINGS.model_dump()}
+        parse(Run, {"task": "rte", "backbone": scratch, "optimizer": {"restore": True}}, "test")
 
 
 # --------------------------------------------------------------------------------------------- errors

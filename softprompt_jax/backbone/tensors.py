@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,20 @@ from safetensors import SafetensorError, safe_open
 from softprompt_jax.config import UserError
 
 Index = tuple[slice, ...]  # one slice an axis, each with a start and a stop
+CHECKSUMS = "crc32"  # in a file's metadata, as JSON: of the tensors that this library has written
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """An array on disk; `part(index)` reads what the slices of an index, one an axis, select."""
+    """An array on disk; `part(index)` reads what the slices of an index, one an axis, select.
+
+    `checked`: reading the whole compares it with a checksum.
+    """
 
     name: str
     shape: tuple[int, ...]
     part: Callable[[Index], np.ndarray]
+    checked: bool = False
 
     def read(self, index: Index | None = None) -> np.ndarray:
         """Read a part (default: all), as an array of the file's dtype whose numbers are all finite."""
@@ -109,18 +116,40 @@ def finite(values: np.ndarray) -> bool:
     return bool(np.isfinite(values).all())
 
 
+def checksum(values: np.ndarray) -> int:
+    """Return the CRC-32 of an array's bytes, first index slowest."""
+    return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+
+
+def checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
+    """Return the metadata by which `open_safetensors` sees that numbers of a file were changed."""
+    return {CHECKSUMS: json.dumps({name: checksum(values) for name, values in sorted(arrays.items())})}
+
+
 def open_safetensors(path: Path) -> dict[str, Tensor]:
-    """Open a safetensors file; nothing is read yet."""
+    """Open a safetensors file; nothing is read yet.
+
+    A tensor with a checksum in the metadata is compared with it when it is read whole; slices are not, and files of
+    others have none: a flipped bit that leaves a finite number goes unseen there.
+    """
     try:
         opened = safe_open(path, framework="numpy")
+        known = dict(json.loads((opened.metadata() or {}).get(CHECKSUMS, "{}")))
     except FileNotFoundError:
         raise UserError(f"{path}: missing; expected every file that the index names") from None
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not a complete safetensors file ({error}); download it again") from None
 
     def tensor(name: str) -> Tensor:
         shape = tuple(opened.get_slice(name).get_shape())
-        return Tensor(name, shape, lambda index: opened.get_slice(name)[index] if shape else opened.get_tensor(name))
+
+        def part(index: Index) -> np.ndarray:
+            values = opened.get_slice(name)[index] if shape else opened.get_tensor(name)
+            if name in known and values.shape == shape and checksum(values) != known[name]:
+                raise ValueError("its checksum does not fit: numbers were changed")
+            return values
+
+        return Tensor(name, shape, part, name in known)
 
     return {name: tensor(name) for name in opened.keys()}  # noqa: SIM118
 

@@ -146,7 +146,7 @@ class _Storages:
                 self._confirm(entry)
             return np.array(view[index], order="C")
 
-        return Tensor(name, tuple(shape), part)
+        return Tensor(name, tuple(shape), part, entry.CRC != 0)
 
     def _entry(self, key: str, size: int) -> zipfile.ZipInfo:
         name = f"{self._folder}data/{key}"
