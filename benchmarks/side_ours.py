@@ -14,6 +14,7 @@ from softprompt_jax.assembly import prompt_ids, with_settings
 from softprompt_jax.methods import leaves, split
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.run import Run
+from softprompt_jax.tasks.packing import Packing
 from softprompt_jax.tasks.pipeline import TrainBatches, collate, prompts_around
 from softprompt_jax.tasks.tokenized import TokenizedSet
 from softprompt_jax.train import make_step
@@ -64,10 +65,11 @@ class Ours:
         tokenized = _tokenized(self.workload.uneven, self.workload)
         if case == "check":
             return [self._padded(tokenized, np.arange(BATCH_SIZE))], 0.0
-        shapes = int(
-            case.partition("-")[2] or 12
-        )  # bucketed: 12, as runs from 3,000 steps have; bucketed-4: short ones
-        plan = TrainBatches(tokenized, BATCH_SIZE, 0, self.prompt_ids, max_shapes=shapes)
+        # bucketed: 12 shapes, as runs from 3,000 steps have; bucketed-4: short ones; packed-512: rows of 512 positions
+        kind, _, number = case.partition("-")
+        shapes = int(number or 12) if kind == "bucketed" else 12
+        packing = Packing(length=int(number) if number else None) if kind == "packed" else None
+        plan = TrainBatches(tokenized, BATCH_SIZE, 0, self.prompt_ids, max_shapes=shapes, packing=packing)
         epoch = [plan.batch(step) for step in range(plan.batches_per_epoch)]
         if case == "padded":
             epoch = [self._padded(tokenized, np.concatenate(plan.row_ids(step))) for step in range(len(epoch))]

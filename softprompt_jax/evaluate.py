@@ -25,8 +25,9 @@ from softprompt_jax.tasks.buckets import Shape
 from softprompt_jax.tasks.mixture import Mixture
 from softprompt_jax.tasks.pipeline import PromptIds, evaluation_batches
 from softprompt_jax.tasks.preparations import POSTPROCESSORS
+from softprompt_jax.tasks.seqio_source import Seqio, check_metrics, needs_likelihoods, seqio_scores
 from softprompt_jax.tasks.submission import average
-from softprompt_jax.tasks.task import Example, Task
+from softprompt_jax.tasks.task import SEQIO, Example, Task
 from softprompt_jax.tasks.tokenized import TokenizedSet
 from softprompt_jax.tasks.tokenizer import Tokenizer
 
@@ -51,7 +52,13 @@ class Decoder:
             model = parts.merge(trainable, frozen)
             return jnp.argmax(decode.score_words(model, tokens, words, decoder_prompt=before) / divisors, -1)
 
-        self._decoded, self._scored = decoded, scored
+        @jax.jit
+        def likely(trainable: Any, frozen: Any, batch: dict[str, jax.Array]) -> jax.Array:
+            targets = batch["decoder_targets"]
+            log_p = jax.nn.log_softmax(parts.merge(trainable, frozen)(batch))
+            return jnp.sum(jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0] * (targets != 0), -1)
+
+        self._decoded, self._scored, self._likely = decoded, scored, likely
 
     def predict(
         self,
@@ -104,6 +111,18 @@ class Decoder:
                     predictions[index] = text
         return predictions
 
+    def likelihoods(
+        self, trainable: Any, frozen: Any, tokenized: TokenizedSet, batch_size: int, prompt_ids: PromptIds = None
+    ) -> np.ndarray:
+        """Return the log-probability of every example's target, EOS included, float32 [examples]."""
+        found = np.zeros(len(tokenized), np.float32)
+        shards = sharding.row_shards()
+        batch_size = -(-min(batch_size, len(tokenized)) // shards) * shards
+        for batch, ids in evaluation_batches(tokenized, batch_size, prompt_ids):
+            values = sharding.collect(self._likely(trainable, frozen, sharding.spread_whole(batch)))
+            found[ids[ids >= 0]] = values[ids >= 0]
+        return found
+
     def _choices(self, labels: list[str], per_token: bool) -> tuple[np.ndarray, np.ndarray]:
         """Return the label words' tokens [W, U] and what their scores are divided by."""
         ids = [[*self._tokenizer.encode(word), self._tokenizer.eos_id] for word in labels]
@@ -113,11 +132,28 @@ class Decoder:
         return words, np.asarray([len(tokens) if per_token else 1 for tokens in ids], np.float32)
 
 
-def score(task: Task, predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    """Return the task's metrics, with `illegal` (share of predictions that are no label) and `count`."""
+def score(
+    task: Task, predictions: Sequence[str], examples: Sequence[Example], likelihoods: np.ndarray | None = None
+) -> dict[str, float]:
+    """Return the task's metrics, with `illegal` (share of predictions that are no label) and `count`.
+
+    Those of a seqio Task are what its metric functions return (`likelihoods`: of the targets, for those that ask), in
+    their units; accuracy where it has none.
+    """
+    own: dict[str, float] = {}
+    if SEQIO in task.metrics and isinstance(task.source, Seqio):
+        check_metrics(task.source)
+        own = seqio_scores(task.source, predictions, [example.fields for example in examples], likelihoods)
+        names = [name for name in task.metrics if name != SEQIO] or ([] if own else ["accuracy"])
+        task = task.model_copy(update={"metrics": names})
     groups = [example.group for example in examples]
     answers = task_answers(task, predictions, examples)
-    return metrics.compute(task, answers, [example.accepted for example in examples], groups)
+    return own | metrics.compute(task, answers, [example.accepted for example in examples], groups)
+
+
+def wants_likelihoods(task: Task) -> bool:
+    """Tell whether a task's metrics look at the log-probabilities of the targets."""
+    return SEQIO in task.metrics and isinstance(task.source, Seqio) and needs_likelihoods(task.source)
 
 
 def task_answers(task: Task, predictions: Sequence[str], examples: Sequence[Example]) -> list[str]:
@@ -130,7 +166,8 @@ def task_answers(task: Task, predictions: Sequence[str], examples: Sequence[Exam
 
 def mean_score(task: Task, scores: dict[str, float]) -> float:
     """Return the mean of the task's metrics, by which checkpoints are compared."""
-    return float(np.mean([scores[name] for name in task.metrics]))
+    names = [name for name in scores if name not in ("illegal", "count")] if SEQIO in task.metrics else task.metrics
+    return float(np.mean([scores[name] for name in names]))
 
 
 def headline(run: Run, scores: dict[str, Any]) -> float:

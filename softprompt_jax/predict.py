@@ -23,15 +23,16 @@ from softprompt_jax.backbone.decode import Decoding, Greedy
 from softprompt_jax.backbone.pretrained import Backbone, load_backbone
 from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.config import UserError
-from softprompt_jax.evaluate import Decoder, score
+from softprompt_jax.evaluate import Decoder, score, wants_likelihoods
 from softprompt_jax.methods import put_trained, split
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.placement import Placement
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import load, resolve
+from softprompt_jax.tasks.seqio_source import Seqio, check_vocabulary
 from softprompt_jax.tasks.submission import check_server, write_submission
-from softprompt_jax.tasks.task import Example, Task, input_text, iterate
-from softprompt_jax.tasks.tokenized import tokenize
+from softprompt_jax.tasks.task import Example, Task, input_text, iterate, within
+from softprompt_jax.tasks.tokenized import TokenizedSet, tokenize
 from softprompt_jax.tasks.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -112,22 +113,29 @@ class Predictor:
     def _answers(self, examples: Sequence[Example], task: Task | None) -> list[list[str]]:
         if not examples:
             return []
-        tokenized = tokenize(
-            [dataclasses.replace(example, target="") for example in examples],
-            self.tokenizer,
-            self.model.settings.vocabulary_rows,
-            self.max_input_tokens,
-            self.max_tokens,
+        end = [self.tokenizer.eos_id]
+        tokenized = self._tokenized(
+            [dataclasses.replace(e, target="", ids=e.ids and (e.ids[0], end), cut=(e.cut[0], False)) for e in examples]
         )
         self.truncated += tokenized.truncated_inputs
         trainable, frozen, ids = self._parts.trainable, self._parts.frozen, prompt_ids(self.model)
         limits = self.batch_size, self.max_tokens
         return self._decoder.answers(trainable, frozen, tokenized, *limits, ids, self._shapes, task)
 
+    def _tokenized(self, examples: Sequence[Example]) -> TokenizedSet:
+        rows = self.model.settings.vocabulary_rows
+        return tokenize(examples, self.tokenizer, rows, self.max_input_tokens, self.max_tokens)
+
     def evaluate(self, task: Task, split_name: str) -> dict[str, float]:
         """Return the metrics of a task's split."""
-        examples = load(task, split_name)
-        return score(task, self._predict(examples, task), examples)
+        task = within(task, self.max_input_tokens, self.max_tokens)
+        if isinstance(task.source, Seqio):
+            check_vocabulary(task.source, self.tokenizer)
+        examples, likelihoods = load(task, split_name), None
+        if wants_likelihoods(task):
+            parts, ids = (self._parts.trainable, self._parts.frozen), prompt_ids(self.model)
+            likelihoods = self._decoder.likelihoods(*parts, self._tokenized(examples), self.batch_size, ids)
+        return score(task, self._predict(examples, task), examples, likelihoods)
 
     def submit(self, task: Task, split_name: str, folder: Path) -> tuple[Path, int]:
         """Write the predictions of a split for the benchmark's server; return the file and how many are no label."""

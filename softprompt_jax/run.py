@@ -17,7 +17,7 @@ from softprompt_jax.methods import METHODS, Method, Prompt
 from softprompt_jax.optimizers import Adafactor, Optimizer, Schedule
 from softprompt_jax.sharding import Mesh
 from softprompt_jax.tasks import complete, names, resolve
-from softprompt_jax.tasks.mixture import Mixture
+from softprompt_jax.tasks.mixture import Mixture, expand
 from softprompt_jax.tasks.packing import Packing
 from softprompt_jax.tasks.pretraining import Pretraining
 from softprompt_jax.tasks.task import Task
@@ -136,6 +136,10 @@ class Run(Settings):
     def pretraining(self) -> Pretraining | None:
         """The pre-training data, if this run has no task."""
         return self.task if isinstance(self.task, Pretraining) else None
+
+    def expanded(self) -> Run:
+        """Return the run with a seqio Mixture as the mixture that it is, which imports seqio."""
+        return self.model_copy(update={"task": expand(self.task)})
 
     def finished(self) -> Run:
         """Return the settings with which what was trained is read: without what only training needed."""

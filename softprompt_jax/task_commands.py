@@ -88,7 +88,7 @@ def task(
     from softprompt_jax.tasks.tokenizer import load_tokenizer
 
     if name.endswith((".yaml", ".yml")):
-        chosen = load_run(name).tasks
+        chosen = load_run(name).expanded().tasks
         if not chosen:
             raise UserError(f"{name}: its task is pretraining; expected a run on a task; name another file")
     else:

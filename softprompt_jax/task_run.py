@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -12,15 +14,19 @@ import numpy as np
 from softprompt_jax import sharding
 from softprompt_jax.assembly import Assembly
 from softprompt_jax.config import UserError, cache_folder
-from softprompt_jax.evaluate import Decoder, mean_loss, mean_score, score
+from softprompt_jax.evaluate import Decoder, mean_loss, mean_score, score, wants_likelihoods
 from softprompt_jax.methods import Split
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import load, metrics, splits
+from softprompt_jax.tasks.endless import StreamBatches
 from softprompt_jax.tasks.mixture import Mixture, draw_mixture
 from softprompt_jax.tasks.pipeline import TrainBatches
 from softprompt_jax.tasks.pretraining import PretrainingData
-from softprompt_jax.tasks.task import Example, Task, iterate
+from softprompt_jax.tasks.seqio_source import Seqio, check_metrics, check_vocabulary, digest, is_endless
+from softprompt_jax.tasks.task import SEQIO, Example, Task, iterate, seqio_examples, within
 from softprompt_jax.tasks.tokenized import TokenizedSet, concatenate, tokenize
+
+WINDOW = 64  # batches of a split without end that are in memory at a time
 
 
 class TaskRun:
@@ -48,17 +54,30 @@ class TaskRun:
             draw = draw_mixture(counts, self.rates, run.seed, at_least=run.batch_size)
             train = [concatenate(train)]
         index, count = sharding.process_share()
+        around = {"prompt_ids": assembly.prompt_ids, "max_shapes": run.most_shapes}
+        shares = {"process_index": index, "process_count": count}
+        if any(task.endless for task in self.tasks):
+            if len(self.tasks) > 1 or run.packing is not None:
+                name = next(task.name for task in self.tasks if task.endless)
+                raise UserError(
+                    f"task {name}: its train split never ends; expected a finite one in a mixture and for packing; "
+                    "train on it alone, in buckets, or take some of it in the Task"
+                )
+            (task,) = self.tasks
+            limits = run.max_input_tokens, run.max_target_tokens
+            self.train_batches = StreamBatches(
+                task.read, task.tokenize, train[0], run.batch_size, run.seed, largest=limits, **around, **shares
+            )
+            return
         self.train_batches = TrainBatches(
             train[0],
             run.batch_size,
             run.seed,
-            assembly.prompt_ids,
-            max_shapes=run.most_shapes,
             packing=run.packing,
             rows_multiple=run.accumulate * sharding.row_shards(),
             draw=draw,
-            process_index=index,
-            process_count=count,
+            **around,
+            **shares,
         )
 
     def describe(self) -> str:
@@ -144,16 +163,21 @@ class TaskData:
     """One task of a run: the tokens of its splits, and the examples that it is scored on."""
 
     def __init__(self, task: Task, run: Run, assembly: Assembly, number: int):
-        self.task, self.name, self._run = task, task.name, run
+        task = within(task, run.max_input_tokens, run.max_target_tokens)
+        self.task, self.name, self._run, self._assembly = task, task.name, run, assembly
+        if isinstance(task.source, Seqio):
+            check_vocabulary(task.source, assembly.tokenizer)
+            if SEQIO in task.metrics:
+                check_metrics(task.source)
         available = splits(task)
         for needed in ("train", "validation"):
             if needed not in available:
                 raise UserError(
                     f"task {task.name}: no {needed} split; found {', '.join(available)}; expected train and validation"
                 )
+        self.endless = isinstance(task.source, Seqio) and is_endless(task.source, "train")
         self.examples: dict[str, list[Example]] = {}
         self.tokens: dict[str, TokenizedSet] = {}
-        rows = assembly.model.settings.vocabulary_rows
         for split in ("train", "validation", "test"):
             if split not in available:
                 continue
@@ -163,24 +187,35 @@ class TaskData:
             if split != "train":  # which may be too large for a list
                 limit = run.evaluation_examples if split == "validation" else None
                 examples = self.examples[split] = load(task, split)[:limit]
-            try:
-                self.tokens[split] = tokenize(
-                    examples,
-                    assembly.tokenizer,
-                    rows,
-                    run.max_input_tokens,
-                    run.max_target_tokens,
-                    truncate_targets=run.truncate_targets,
-                    cache=cache_folder() / "tokens",
-                )
-            except UserError as error:
-                raise UserError(f"task {task.name}: {split}: {error}") from None
+            elif self.endless:
+                examples = list(itertools.islice(self.read(0), WINDOW * run.batch_size))
+            key = examples.key() if isinstance(examples, Reread) else None
+            self.tokens[split] = self.tokenize(examples, split, cache_folder() / "tokens", key)
         around = assembly.prompt_ids
         self._prompt_ids = around if around is None else around.of_task(number if run.own_prompts else 0)
 
+    def read(self, first: int) -> Iterator[Example]:
+        """Yield the train examples of a split without end from a number on."""
+        return seqio_examples(self.task, "train", first=first)
+
+    def tokenize(
+        self, examples: Iterable[Example], split: str = "train", cache: Path | None = None, key: str | None = None
+    ) -> TokenizedSet:
+        """Return examples as ids within the run's limits."""
+        run, model = self._run, self._assembly.model
+        limits = model.settings.vocabulary_rows, run.max_input_tokens, run.max_target_tokens
+        cut = run.truncate_targets
+        try:
+            return tokenize(examples, self._assembly.tokenizer, *limits, truncate_targets=cut, cache=cache, key=key)
+        except UserError as error:
+            raise UserError(f"task {self.name}: {split}: {error}") from None
+
     def describe(self) -> str:
         """Say how many examples there are."""
-        return f"task {self.name}: " + ", ".join(f"{split} {len(tokens)}" for split, tokens in self.tokens.items())
+        sizes = {split: str(len(tokens)) for split, tokens in self.tokens.items()}
+        if self.endless:
+            sizes["train"] = "without end (a restart reads anew what was seen)"
+        return f"task {self.name}: " + ", ".join(f"{split} {size}" for split, size in sizes.items())
 
     def scores(self, split: str, decoder: Decoder, trainable: Any, frozen: Any, longest: int) -> dict[str, float]:
         """Return the metrics of a split."""
@@ -188,11 +223,19 @@ class TaskData:
         predictions = decoder.predict(
             trainable, frozen, self.tokens[split], batch_size, longest, self._prompt_ids, task=self.task
         )
-        return score(self.task, predictions, self.examples[split])
+        likelihoods = None
+        if wants_likelihoods(self.task):
+            likelihoods = decoder.likelihoods(trainable, frozen, self.tokens[split], batch_size, self._prompt_ids)
+        return score(self.task, predictions, self.examples[split], likelihoods)
 
     def majority(self, split: str) -> float:
-        """Return the accuracy of the train split's most frequent target."""
-        counts = Counter(example.target for example in Reread(self.task, "train"))
+        """Return the accuracy of the train split's most frequent target, of an endless one's first window's."""
+        if isinstance(self.task.source, Seqio):  # whose preprocessors are not run again
+            train = self.tokens["train"]
+            ids, times = Counter(tuple(train.target(i).tolist()) for i in range(len(train))).most_common(1)[0]
+            counts = Counter({self._assembly.tokenizer.decode(ids): times})
+        else:
+            counts = Counter(example.target for example in Reread(self.task, "train"))
         return metrics.majority(counts, [example.target for example in self.examples[split]])
 
 
@@ -204,6 +247,11 @@ class Reread:
 
     def __iter__(self) -> Iterator[Example]:
         return iterate(self._task, self._split)
+
+    def key(self) -> str | None:
+        """Return a name for all examples together, where they would be dear to go through again: seqio's."""
+        source = self._task.source
+        return f"{self._task!r} {digest(source, self._split)}" if isinstance(source, Seqio) else None
 
 
 class PretrainingRun:

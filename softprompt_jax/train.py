@@ -43,6 +43,7 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
     Several processes (see `processes.connect`) call this alike and share the folder, which may be on gs://.
     Raises Preempted after SIGTERM, with everything saved.
     """
+    run = run.expanded()
     home = RunFolder(out if out is not None else Path("runs") / settings_hash(run, without=MACHINE))
     reporter = reporter if reporter is not None and is_first() else Reporter(quiet=True)
     agreed("versions", f"softprompt_jax {softprompt_jax.__version__}, jax {jax.__version__}")

@@ -125,7 +125,7 @@ GOLDEN: list[Golden] = [
             )
         ],
     ),
-    ("axg", "test", PREMISE | {"label": 0}, [("rte " + PREMISE_TEXT, "entailment", (), None)]),
+    ("axg", "test", PREMISE | {"label": 0}, [("rte " + PREMISE_TEXT, "entailment", (), (2,))]),
     (
         "cola",
         "train",
@@ -196,6 +196,13 @@ GOLDEN: list[Golden] = [
     ),
     ("snli", "train", PREMISE | {"label": 2}, [("snli " + PREMISE_TEXT, "contradiction", (), None)]),
     ("snli", "train", PREMISE | {"label": -1}, []),
+    (
+        "docnli",
+        "train",
+        PREMISE | {"label": "not_entailment"},
+        [("docnli " + PREMISE_TEXT, "not_entailment", (), None)],
+    ),
+    ("squad_dev", "validation", SQUAD, [(SQUAD_INPUT, " $ 90", (" $ 90", "90"), None)]),
     (
         "anli_r2",
         "train",

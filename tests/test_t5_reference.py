@@ -50,7 +50,7 @@ def preprocessor(t5, name, row, split):
         return functools.partial(pre.wsc_simple, correct_referent_only=split == "train"), row
     if name == "stsb":
         return pre.stsb, row
-    if name == "squad" or name.startswith("mrqa"):
+    if name.startswith(("squad", "mrqa")):
         return pre.squad, SQUAD
     if name in ("cnn_dailymail", "xsum"):
         article, summary = task.input.strip("{}"), str(task.target).strip("{}")
@@ -59,7 +59,7 @@ def preprocessor(t5, name, row, split):
         _, source, target = name.split("_")
         languages = {"source_language": source, "target_language": target}
         return functools.partial(pre.translate, **languages), row["translation"]
-    if name.startswith(("snli", "anli")):
+    if name.startswith(("snli", "anli", "docnli")):
         return None
     order = {"multirc": ("question", "answer", "paragraph"), "wic": ("sentence1", "sentence2", "word")}.get(name)
     if name == "axb":

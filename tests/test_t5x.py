@@ -278,8 +278,8 @@ def test_model_tuning_goes_on_from_the_slots_of_its_checkpoint(flat, small, tmp_
     assert found.keys() == expected.keys()
     for path, value in found.items():  # the gradient's squares are nothing beside them
         np.testing.assert_allclose(value, expected[path], rtol=1e-3, atol=100, err_msg=path)
+    scratch = {"settings": t5x_fixture.SETTINGS.model_dump()}
     with pytest.raises(UserError, match=r"optimizer.restore with random weights; expected a T5X checkpoint"):
-        scratch = {"settings": t5x_fixture.SETTINGS.model_dump()}
         parse(Run, {"task": "rte", "backbone": scratch, "optimizer": {"restore": True}}, "test")
 
 

@@ -9,12 +9,23 @@ from collections.abc import Mapping
 from typing import Any
 
 from softprompt_jax.config import UserError, nearest, parse
-from softprompt_jax.tasks import generation, glue, inference, paraphrase, question_answering, sentiment, spam, superglue
-from softprompt_jax.tasks.task import Example, Task, load, splits
+from softprompt_jax.tasks import (
+    generation,
+    glue,
+    inference,
+    paraphrase,
+    question_answering,
+    rewriting,
+    sentiment,
+    spam,
+    superglue,
+)
+from softprompt_jax.tasks.seqio_source import Seqio
+from softprompt_jax.tasks.task import SEQIO, Example, Task, load, splits
 
 __all__ = ["Example", "Task", "complete", "get", "load", "names", "resolve", "splits"]
 
-_FILES = (superglue, glue, question_answering, inference, generation, sentiment, paraphrase, spam)
+_FILES = (superglue, glue, question_answering, inference, generation, rewriting, sentiment, paraphrase, spam)
 _TASKS: dict[str, Task] = {name: task for file in _FILES for name, task in file.TASKS.items()}
 
 
@@ -33,14 +44,14 @@ def get(name: str) -> Task:
 def complete(value: Any) -> Any:
     """Return a mapping without a source as the named task with these settings in the stead of its own.
 
-    `{kind: seqio, name: ..., module: ...}` is a seqio Task's texts, with further settings as in any task.
+    `{kind: seqio, name: ..., module: ...}` is a seqio Task with its own metrics, and further settings as in any task.
     """
     if not isinstance(value, Mapping) or "source" in value or "name" not in value:
         return value
     if value.get("kind") == "seqio":
-        source = {key: value[key] for key in ("kind", "name", "module") if key in value}
-        rest = {key: item for key, item in value.items() if key not in ("kind", "module")}
-        return {"source": source, "input": "{inputs}", "target": "{targets}", **rest}
+        source = {key: value[key] for key in Seqio.model_fields if key in value}
+        rest = {key: item for key, item in value.items() if key not in source or key == "name"}
+        return {"source": source, "input": "{inputs}", "target": "{targets}", "metrics": [SEQIO], **rest}
     return {**get(str(value["name"])).model_dump(), **value}
 
 

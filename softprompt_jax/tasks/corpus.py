@@ -21,6 +21,7 @@ from softprompt_jax.config import Settings, UserError, cache_folder
 from softprompt_jax.tasks.lexicon import Lexicon, parse_entry
 
 CACHE_VERSION = 2  # raise when what `tokenize_file` writes changes
+CANARY = "canary GUID"  # BIG-bench's: such text must not be in what models are pre-trained on
 
 
 class TextFile(Settings):
@@ -45,6 +46,11 @@ def read_documents(path: str | Path) -> Iterator[list[str]]:
         with opener(path, "rt", encoding="utf-8") as lines:
             for line in lines:
                 line = " ".join(line.split())
+                if CANARY in line:
+                    raise UserError(
+                        f"{path}: holds a benchmark's canary ({line[:80]!r}); expected text that may be trained on; "
+                        "leave the benchmark out of it"
+                    )
                 if line:
                     paragraphs.append(line)
                 elif paragraphs:

@@ -1,8 +1,8 @@
 """Natural language inference sets from which SPoT's prompts start (Vu et al., 2022), in its form.
 
 Schemas: huggingface.co/datasets/stanfordnlp/snli (label -1: the annotators did not agree; such rows are
-left out), /facebook/anli (splits train_r1, dev_r1, test_r1, ...). MNLI, QNLI and RTE are in glue.py, CB in
-superglue.py. DocNLI is missing: no copy with a documented schema was found.
+left out), /facebook/anli (splits train_r1, dev_r1, test_r1, ...), /tasksource/doc-nli (labels as words; its splits
+are smaller than those of Yin et al., 2021). MNLI, QNLI and RTE are in glue.py, CB in superglue.py.
 """
 
 from __future__ import annotations
@@ -39,6 +39,14 @@ TASKS = {
     task.name: task
     for task in (
         *map(_anli, (1, 2, 3)),
+        _task(
+            "docnli",
+            Hub(name="tasksource/doc-nli"),
+            "hypothesis: {hypothesis} premise: {premise}",
+            target={word: word for word in ("entailment", "not_entailment")},
+            metrics=["f1", "accuracy"],
+            positive="entailment",
+        ),
         _task("snli", Hub(name="stanfordnlp/snli"), "hypothesis: {hypothesis} premise: {premise}", prepare="snli"),
     )
 }

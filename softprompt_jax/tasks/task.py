@@ -13,20 +13,30 @@ from softprompt_jax.config import Settings, UserError, nearest
 from softprompt_jax.tasks.few_shot import FewShot
 from softprompt_jax.tasks.metrics import METRICS
 from softprompt_jax.tasks.preparations import POSTPROCESSORS, PREPARATIONS, one_space
-from softprompt_jax.tasks.sources import Source, available_splits, read_rows
+from softprompt_jax.tasks.seqio_source import Seqio, seqio_rows
+from softprompt_jax.tasks.sources import Source, available_splits, check_split, read_rows
 
 _UNLABELLED = (None, "", -1, "-1")  # hubs hide labels as -1
+SEQIO = "seqio"  # in the place of metrics: those of the seqio Task itself
+# What a seqio Task does itself.
+_OF_SEQIO = {"input": "{inputs}", "target": "{targets}", "with_prefix": False, "keep": {}, "prepare": None}
+_OF_SEQIO |= {"one_space": False, "answers_field": None, "group_fields": []}
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row as text; `fields` keeps the row itself, `answers` what is right if not just the target."""
+    """One row as text; `fields` keeps the row itself, `answers` what is right if not just the target.
+
+    `ids` are those of input and target where the source has them, which seqio may have `cut` to its lengths.
+    """
 
     input: str
     target: str
     fields: dict[str, Any] = field(default_factory=dict)
     answers: tuple[str, ...] = ()
     group: Hashable | None = None  # what metrics of groups take together, such as the answers to a question
+    ids: tuple[list[int], list[int]] | None = None
+    cut: tuple[bool, bool] = (False, False)
 
     @property
     def accepted(self) -> str | list[str]:
@@ -89,7 +99,7 @@ class Task(Settings):
     @classmethod
     def _metrics_exist(cls, names: list[str]) -> list[str]:
         for name in names:
-            if name not in METRICS:
+            if name not in METRICS and name != SEQIO:
                 raise ValueError(
                     f"unknown metric {name!r}; expected some of {', '.join(METRICS)}{nearest(name, METRICS)}"
                 )
@@ -106,6 +116,17 @@ class Task(Settings):
     @classmethod
     def _postprocessor_exists(cls, name: str | None) -> str | None:
         return _known(name, POSTPROCESSORS)
+
+    @pydantic.model_validator(mode="after")
+    def _seqio_brings_its_texts(self) -> Task:
+        if not isinstance(self.source, Seqio):
+            if SEQIO in self.metrics:
+                raise ValueError(f"the metric {SEQIO!r} is of kind: seqio only; expected some of {', '.join(METRICS)}")
+            return self
+        changed = [name for name, value in _OF_SEQIO.items() if getattr(self, name) != value]
+        if changed:
+            raise ValueError(f"found {changed[0]}; a seqio Task makes its own texts; leave it out, say kind: seqio")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _words_agree(self) -> Task:
@@ -154,12 +175,37 @@ def load(task: Task, split: str) -> list[Example]:
 
 def iterate(task: Task, split: str, labelled: bool = True) -> Iterator[Example]:
     """Yield the examples of a split one by one, for sets that are too large for a list."""
-    found = examples(task, read_rows(task.source, split, f"task {task.name}"), labelled, split)
+    if isinstance(task.source, Seqio):
+        check_split(task.source, split, f"task {task.name}")
+        found = seqio_examples(task, split, labelled)
+    else:
+        found = examples(task, read_rows(task.source, split, f"task {task.name}"), labelled, split)
     if task.few_shot is None or split != "train" or not labelled:
         return found
     every = list(found)
     chosen = task.few_shot.choose([e.target for e in every], task.words, f"task {task.name}: {split}")
     return iter([every[number] for number in chosen])
+
+
+def seqio_examples(task: Task, split: str, labelled: bool = True, first: int = 0) -> Iterator[Example]:
+    """Yield the examples of a seqio Task with its own ids, from number `first` on; `fields` are all their features."""
+    assert isinstance(task.source, Seqio)
+    for row in seqio_rows(task.source, split, first):
+        if labelled and task.words and row.texts[1] not in task.words:
+            raise UserError(
+                f"{row.where}: found the target {row.texts[1]!r}; expected one of {', '.join(task.words)}; "
+                "correct the label_words"
+            )
+        target, ids = (row.texts[1], row.ids) if labelled else ("", None)
+        yield Example(row.texts[0], target, row.example, ids=ids, cut=row.cut)
+
+
+def within(task: Task, max_input_tokens: int, max_target_tokens: int) -> Task:
+    """Return a task whose source knows the limits that it must keep, if it is one that asks: seqio's."""
+    if not isinstance(task.source, Seqio) or task.source.lengths is not None:
+        return task
+    source = task.source.model_copy(update={"lengths": (max_input_tokens, max_target_tokens)})
+    return task.model_copy(update={"source": source})
 
 
 def splits(task: Task) -> list[str]:

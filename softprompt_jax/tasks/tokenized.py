@@ -85,14 +85,15 @@ def tokenize(
     input_eos: bool = True,
     truncate_targets: bool = False,
     cache: Path | None = None,
+    key: str | None = None,
 ) -> TokenizedSet:
     """Turn examples into ids, in chunks, so that a generator of a million examples needs little memory.
 
     Limits count EOS. A longer input is cut before its EOS and counted; a longer target is a UserError
     unless `truncate_targets`. An id of `vocabulary_rows` or more is a UserError, since it would become a
     prompt row. With `cache`, a folder, the result is stored under a hash of everything it depends on: the texts
-    themselves, the tokenizer's content and the limits; the examples are then gone through twice. A stored file
-    that was damaged is made anew.
+    themselves, the tokenizer's content and the limits; the examples are then gone through twice, or once and never
+    again if `key` stands for all of them. A stored file that was damaged is made anew.
     """
     if max_input_tokens < 1 or max_target_tokens < 1:
         raise UserError(
@@ -100,24 +101,27 @@ def tokenize(
         )
     path = None
     if cache is not None:
-        examples = list(examples) if isinstance(examples, Iterator) else examples
+        examples = list(examples) if isinstance(examples, Iterator) and key is None else examples
         limits = (FORMAT, vocabulary_rows, max_input_tokens, max_target_tokens, input_eos, truncate_targets)
-        path = cache / f"{_digest(examples, tokenizer, limits)}.npz"
+        known = (examples, limits) if key is None else ((), (*limits, key))
+        path = cache / f"{_digest(known[0], tokenizer, known[1])}.npz"
         if (stored := _read(path)) is not None:
             return stored
 
     inputs, targets = _Side(), _Side()
     for chunk in _chunks(examples, 4096):
-        for example_ids in tokenizer.encode_batch([example.input for example in chunk]):
-            inputs.add(example_ids, max_input_tokens, [tokenizer.eos_id] if input_eos else [])
-        first = len(targets.lengths)
-        for number, example_ids in enumerate(tokenizer.encode_batch([example.target for example in chunk])):
-            if len(example_ids) + 1 > max_target_tokens and not truncate_targets:
+        end = [tokenizer.eos_id] if input_eos else []
+        for example, example_ids in zip(chunk, _ids(chunk, 0, tokenizer, end), strict=True):
+            inputs.add(example_ids, max_input_tokens, end, example.cut[0])
+        first, end = len(targets.lengths), [tokenizer.eos_id]
+        for number, example_ids in enumerate(_ids(chunk, 1, tokenizer, end)):
+            if (len(example_ids) > max_target_tokens or chunk[number].cut[1]) and not truncate_targets:
+                found = f"more than {len(example_ids)}" if chunk[number].cut[1] else str(len(example_ids))
                 raise UserError(
-                    f"example {first + number}: the target {chunk[number].target[:40]!r} has {len(example_ids) + 1} "
+                    f"example {first + number}: the target {chunk[number].target[:40]!r} has {found} "
                     f"tokens with EOS; expected at most {max_target_tokens}; raise max_target_tokens"
                 )
-            targets.add(example_ids, max_target_tokens, [tokenizer.eos_id])
+            targets.add(example_ids, max_target_tokens, end, chunk[number].cut[1])
         inputs.flush()
         targets.flush()
     if not inputs.lengths:
@@ -148,10 +152,9 @@ class _Side:
         self.lengths: list[int] = []
         self.truncated = 0
 
-    def add(self, ids: list[int], limit: int, end: list[int]) -> None:
-        kept = limit - len(end)
-        self.truncated += len(ids) > kept
-        self.rows.append(ids[:kept] + end)
+    def add(self, ids: list[int], limit: int, end: list[int], cut: bool) -> None:
+        self.truncated += len(ids) > limit or cut
+        self.rows.append(ids if len(ids) <= limit else ids[: limit - len(end)] + end)
         self.lengths.append(len(self.rows[-1]))
 
     def flush(self) -> None:
@@ -160,6 +163,14 @@ class _Side:
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         return np.concatenate(self.chunks), np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
+
+
+def _ids(chunk: list[Example], side: int, tokenizer: Tokenizer, end: list[int]) -> Iterator[list[int]]:
+    """Yield the ids of each example's input (0) or target (1), its own or those of its text with `end`."""
+    texts = [(example.input, example.target)[side] for example in chunk if example.ids is None]
+    encoded = iter(tokenizer.encode_batch(texts))
+    for example in chunk:
+        yield [*next(encoded), *end] if example.ids is None else example.ids[side]
 
 
 def _chunks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
@@ -174,6 +185,8 @@ def _digest(examples: Iterable[Example], tokenizer: Tokenizer, limits: tuple) ->
         for text in (example.input, example.target):
             encoded = text.encode("utf-8", "surrogatepass")
             digest.update(b"%d:" % len(encoded) + encoded)
+        if example.ids is not None:
+            digest.update(repr((example.ids, example.cut)).encode())
     return digest.hexdigest()[:32]
 
 

@@ -18,8 +18,8 @@ from softprompt_jax.config import UserError
 
 BYTE_EXTRA_IDS = 125  # of ByT5, whose table has 384 rows
 EXTRA_IDS = 100  # sentinels a T5 tokenizer puts after its pieces, `<extra_id_0>` highest
-_SENTINEL = re.compile(r"\s*<extra_id_(\d+)>\s*")
-_BARE_SENTINEL = re.compile(r"<extra_id_(\d+)>")
+SENTINEL = re.compile(r"\s*<extra_id_(\d+)>\s*")
+_BARESENTINEL = re.compile(r"<extra_id_(\d+)>")
 
 
 class Tokenizer:
@@ -32,7 +32,7 @@ class Tokenizer:
     def __init__(self, source: str, pieces: Sequence[str], pad_id: int, eos_id: int, unk_id: int, fingerprint: str):
         self.source, self.pieces, self.fingerprint = source, list(pieces), fingerprint
         self.pad_id, self.eos_id, self.unk_id = pad_id, eos_id, unk_id
-        numbered = [(_SENTINEL.fullmatch(piece.removeprefix("▁")), id_) for id_, piece in enumerate(self.pieces)]
+        numbered = [(SENTINEL.fullmatch(piece.removeprefix("▁")), id_) for id_, piece in enumerate(self.pieces)]
         self._sentinels = {int(match.group(1)): id_ for match, id_ in numbered if match}
         self.special_ids = frozenset({pad_id, eos_id, unk_id, *self._sentinels.values()})
 
@@ -86,7 +86,7 @@ class _SentencePiece(Tokenizer):
             ) from None
         model = self._model
         pieces = [model.id_to_piece(id_) for id_ in range(model.get_piece_size())]
-        if not any(_SENTINEL.fullmatch(piece.removeprefix("▁")) for piece in pieces):
+        if not any(SENTINEL.fullmatch(piece.removeprefix("▁")) for piece in pieces):
             pieces += [f"<extra_id_{EXTRA_IDS - 1 - index}>" for index in range(EXTRA_IDS)]
         digest = hashlib.sha256(b"sentencepiece" + path.read_bytes()).hexdigest()
         super().__init__(str(path), pieces, model.pad_id(), model.eos_id(), model.unk_id(), digest)
@@ -99,7 +99,7 @@ class _SentencePiece(Tokenizer):
             return self._model.encode(text)
         # A sentinel swallows the spaces around it, as in transformers.
         ids: list[int] = []
-        for position, part in enumerate(_SENTINEL.split(text)):
+        for position, part in enumerate(SENTINEL.split(text)):
             ids += [self.sentinel(int(part))] if position % 2 else self._model.encode(part)
         return ids
 
@@ -120,7 +120,7 @@ class _Bytes(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = []
-        for position, part in enumerate(_BARE_SENTINEL.split(text)):  # the spaces around it are bytes of their own
+        for position, part in enumerate(_BARESENTINEL.split(text)):  # the spaces around it are bytes of their own
             ids += [self.sentinel(int(part))] if position % 2 else [byte + 3 for byte in part.encode()]
         return ids
 
