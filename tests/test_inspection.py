@@ -73,6 +73,38 @@ def test_task_that_cannot_be_shown_is_one_line(refused, arguments, message):
     assert message in refused("task", *arguments)
 
 
+ROW = {"text": "a warm film", "label": 1}
+GOOD = {"input": "{text}", "target": {0: "bad", 1: "good"}}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ([{"label": 1}], {}, "a.jsonl:1: no field 'text'; found label"),
+        ([ROW], {"input": "{txt}"}, "a.jsonl:1: no field 'txt'; found text, label; did you mean text?"),
+        ([], {}, "task mine: split 'train' is empty; expected at least one example"),
+        ([ROW | {"label": -1}], {}, "a.jsonl:1: unlabelled (label = -1); expected a label"),
+        ([ROW | {"label": 7}], {}, "a.jsonl:1: found label = 7; expected one of 0, 1"),
+        ([ROW], {"source": {"kind": "hub", "name": "nobody/nothing"}}, "could not be loaded from the hub ("),
+        ([ROW], {"source": {"kind": "files", "validation": "a.jsonl"}}, "no split 'train'; found validation"),
+        ([ROW], {"input": "{text"}, "task: input: found '{text'; not a template"),
+    ],
+)
+def test_data_that_do_not_fit_are_one_line_and_exit_2(refused, tmp_path, monkeypatch, rows, settings, message):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "a.jsonl", rows)
+    source = {"kind": "files", "train": "a.jsonl"}
+    task = {"name": "mine", "source": source, **GOOD, **settings}
+    assert message in refused("task", write_config(tmp_path / "a.yaml", {"task": task}))
+
+
+def test_a_target_that_is_too_long_stops_a_run(refused, small, tmp_path):
+    settings = small.short | {"max_target_tokens": 1}
+    message = refused("train", write_config(tmp_path / "a.yaml", settings), "--out", tmp_path / "run")
+    assert "task moods: train: example 0: the target 'yes' has 2 tokens with EOS; expected at most 1; raise" in message
+
+
 def test_pin_prints_a_config_that_holds_the_commit(softprompt, monkeypatch, tmp_path):
     import huggingface_hub
 

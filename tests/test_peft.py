@@ -15,7 +15,21 @@ from safetensors.numpy import load_file, save_file
 from softprompt_jax import UserError, load_backbone
 from softprompt_jax.backbone.pretrained import save_backbone
 from softprompt_jax.exporting import export
-from softprompt_jax.methods import IA3, METHODS, Context, Full, LoRA, Norms, Prompt, attach, put_trained, split
+from softprompt_jax.methods import (
+    IA3,
+    METHODS,
+    Context,
+    Full,
+    LoRA,
+    Multitask,
+    Norms,
+    Prefix,
+    Prompt,
+    PTuning,
+    attach,
+    put_trained,
+    split,
+)
 from softprompt_jax.peft import attach_adapter, save_adapter
 
 ADAPTERS = [*peft_fixture.PROMPTED, "LORA", "IA3", "LN_TUNING"]
@@ -155,6 +169,9 @@ OURS = {
     "ia3, other sides": IA3(outputs=["up", "cross.query"], inputs=["attention.output"]),
     "norms": Norms(),
     "norms, some": Norms(targets=["decoder.*", "encoder.norm"]),
+    "p-tuning": PTuning(length=3, network="mlp", hidden=8),
+    "prefix": Prefix(length=3, attentions=["decoder"], positions="before", network=None, init="zero"),
+    "multitask": Multitask(length=3, tasks=2, rank=2),
 }
 
 
@@ -170,7 +187,8 @@ def test_our_adapter_gives_our_logits_in_peft(name, gated, tmp_path):
     method = OURS[name]
     if not gated and "up" in {*getattr(method, "targets", ()), *getattr(method, "outputs", ())}:
         pytest.skip("T5 1.0 has no such place")
-    model = tiny.model(**({} if gated else {"activation": "relu", "gated": False, "tied": True, "scale_output": True}))
+    shape = {} if gated else {"activation": "relu", "gated": False, "tied": True, "scale_output": True}
+    model = tiny.model(**shape, num_decoder_layers=3 if name == "prefix" else 2)  # PEFT shares in an even depth
     save_backbone(model, tmp_path / "backbone", "float32")
     method.attach(model, tiny.key(0), CONTEXT)
     draw = np.random.default_rng(0)
@@ -181,11 +199,16 @@ def test_our_adapter_gives_our_logits_in_peft(name, gated, tmp_path):
     theirs = T5ForConditionalGeneration.from_pretrained(tmp_path / "backbone", dtype=torch.float32)
     theirs = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
     text, whole = tiny.batch(), tiny.batch(prompt=3 if model.prompt is not None else 0)
+    of_task = {}
+    if name == "multitask":  # the odd rows are the second task's
+        whole["encoder_tokens"] = whole["encoder_tokens"].at[1::2, :3].add(3)
+        of_task = {"task_ids": torch.tensor([0, 1, 0, 1])}
     with torch.no_grad():
         expected = theirs(
             input_ids=torch.tensor(np.asarray(text["encoder_tokens"])),
             attention_mask=torch.tensor(np.asarray(text["encoder_tokens"]) != 0).long(),
             decoder_input_ids=torch.tensor(np.asarray(text["decoder_inputs"])),
+            **of_task,
         ).logits.numpy()
     real = np.asarray(text["decoder_targets"]) != 0
     np.testing.assert_allclose(tiny.forward(model, whole)[real], expected[real], atol=1e-4)

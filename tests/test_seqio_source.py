@@ -126,7 +126,7 @@ def with_seqio(test):
 
 
 def run_of(small, name, **changes) -> Run:
-    settings = {"kind": "seqio", "name": name, "module": NAME}
+    settings = {"kind": "seqio", "name": name, "module": NAME, "label_words": ["yes", "no"]}
     return parse(Run, small.short | {"task": settings} | changes, "test")
 
 
