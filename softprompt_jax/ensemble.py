@@ -215,7 +215,7 @@ def ensemble(
     found = joined.answers(examples, chosen)
     each = [found.of(prompt) for prompt in range(len(joined.members))]
     scores = [score(chosen, texts, examples) for texts in each]
-    names = [*chosen.metrics, "illegal"]
+    names = [name for name in scores[0] if name != "count"]
     best = max(range(len(scores)), key=lambda index: mean_score(chosen, scores[index]))
 
     def measured(texts: list[str]) -> dict[str, Any]:

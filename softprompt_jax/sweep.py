@@ -95,7 +95,7 @@ def members(path: str | Path, over: Sequence[str], overrides: Sequence[str] = ()
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         changes = [*overrides, *(f"{key}={json.dumps(value)}" for key, value in chosen.items())]
-        run = config.parse(Run, config.read(path, changes), f"{path} with {', '.join(changes)}")
+        run = config.parse(Run, config.read(path, changes), f"{path} with {', '.join(changes)}").expanded()
         varied = {short[key]: value for key, value in chosen.items()}
         found.append(Member(",".join(f"{key}={_file_name(value)}" for key, value in varied.items()), varied, run))
     names = [member.name for member in found]

@@ -22,6 +22,7 @@ from softprompt_jax import interop, optimizers, sharding
 from softprompt_jax.assembly import Assembly, assemble
 from softprompt_jax.backbone.pretrained import Backbone
 from softprompt_jax.checkpoint import Checkpoints
+from softprompt_jax.config import UserError
 from softprompt_jax.evaluate import Decoder
 from softprompt_jax.methods import Split, leaves, split
 from softprompt_jax.processes import Preempted, Preemption
@@ -29,6 +30,7 @@ from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import Run
 from softprompt_jax.task_run import TaskData, TaskRun
 from softprompt_jax.tasks.buckets import Shape, choose_shapes, fitting_shape
+from softprompt_jax.tasks.endless import StreamBatches
 from softprompt_jax.tasks.pipeline import Batch, TrainBatches, examples_in
 from softprompt_jax.train import Log, first_state, leave_files, plain_step
 
@@ -64,7 +66,8 @@ class Together:
     @property
     def possible(self) -> bool:
         """Whether nothing but the prompt trains, and all else is the same for every run."""
-        return set(self._parts.trainable) == {"prompt"} and "prompt" not in self._parts.frozen
+        alone = getattr(self.run.optimizer, "restore", False)  # whose slots are a checkpoint's
+        return set(self._parts.trainable) == {"prompt"} and "prompt" not in self._parts.frozen and not alone
 
     def _optimizer(self, learning_rate: Any) -> Any:
         schedule = self.run.schedule.build(learning_rate, self.run.steps)
@@ -83,6 +86,8 @@ class Together:
     def _data(self, run: Run, assembly: Assembly, parts: Split) -> TaskRun:
         data = TaskRun(run, assembly, parts, self._tasks.get(_task_of(run)), self._decoder)
         self._tasks[_task_of(run)] = data.tasks
+        if isinstance(data.train_batches, StreamBatches):
+            raise UserError(f"task {run.task_name}: its train split never ends; expected a finite one; train it alone")
         return data
 
     def train(

@@ -188,6 +188,11 @@ def seqio_scores(
     found: dict[str, Any] = {}
     for function in task.predict_metric_fns:
         found |= function(truth, guess)
+    if task.score_metric_fns and likelihoods is None:
+        raise UserError(
+            f"seqio {source.name}: its metric functions want log-probabilities; expected an evaluation of one prompt; "
+            "use softprompt eval"
+        )
     for function in task.score_metric_fns:
         found |= function(truth, [float(value) for value in np.asarray(likelihoods)])
     numbers = {name: getattr(value, "value", value) for name, value in found.items()}
