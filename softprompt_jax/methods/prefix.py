@@ -117,7 +117,7 @@ class Prefix(MethodSettings):
                 slots[:, slot] = part
         config = {
             "num_virtual_tokens": self.length,
-            "num_transformer_submodules": 1,
+            "num_transformer_submodules": 2,  # PEFT hands keys and values to the layers by it
             "token_dim": settings.d_model,
             "num_layers": model.decoder.depth,
             "num_attention_heads": settings.num_heads,
