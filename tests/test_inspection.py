@@ -88,7 +88,7 @@ GOOD = {"input": "{text}", "target": {0: "bad", 1: "good"}}
         ([ROW | {"label": 7}], {}, "a.jsonl:1: found label = 7; expected one of 0, 1"),
         ([ROW], {"source": {"kind": "hub", "name": "nobody/nothing"}}, "could not be loaded from the hub ("),
         ([ROW], {"source": {"kind": "files", "validation": "a.jsonl"}}, "no split 'train'; found validation"),
-        ([ROW], {"input": "{text"}, "task: input: found '{text'; not a template"),
+        ([ROW], {"input": "{text"}, "task.input: found '{text'; not a template"),
     ],
 )
 def test_data_that_do_not_fit_are_one_line_and_exit_2(refused, tmp_path, monkeypatch, rows, settings, message):

@@ -68,6 +68,6 @@ class StreamBatches:
         random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, number])))
         lengths = tokenized.lengths + np.array(self._prompts.lengths)
         order = random.permutation(len(tokenized))
-        for ids in batch_plan(order, lengths.sum(1), self.batch_size, random, self.batches_per_epoch):
+        for ids in batch_plan(order, lengths, self.batch_size, random, self.batches_per_epoch):
             shape = fitting_shape(self.shapes, lengths[ids].max(0))
             yield collate(tokenized, ids[self._local][:, None], shape, self._prompts)
