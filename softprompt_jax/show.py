@@ -34,7 +34,9 @@ def show(source: str, norms: bool = False) -> Iterator[str]:
     elif stored.is_stored(path):
         yield f"{path}: a quantised T5, {stored.read_about(path).settings.parameters():,} parameters"
         yield from stored.describe(path)
-        yield from _tensors(stored.open_tensors(path), norms)
+        tensors = stored.open_tensors(path)
+        yield from _tensors(tensors, norms)
+        yield from _checksums(tensors)
     elif (path / "config.yaml").exists():
         yield from _run(path, norms)
     elif (path / peft.CONFIG_FILE).exists():

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from softprompt_jax.backbone.quantized import Quantization, kind_of, quantized
 from softprompt_jax.backbone.t5 import T5, T5Settings
-from softprompt_jax.backbone.tensors import Tensor, flatten, open_safetensors, read_stacked, unflatten
+from softprompt_jax.backbone.tensors import Tensor, checksums, flatten, open_safetensors, read_stacked, unflatten
 from softprompt_jax.config import Settings, UserError, parse
 
 ABOUT, TENSORS = "quantized.json", "quantized.safetensors"
@@ -58,7 +58,7 @@ def save(model: T5, folder: Path, source: str, fingerprint: str) -> None:
     arrays = {path: np.asarray(leaf) for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model)))}
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{TENSORS}.partial"
-    save_file(arrays, partial)
+    save_file(arrays, partial, metadata=checksums(arrays))
     partial.replace(folder / TENSORS)
     (folder / ABOUT).write_text(json.dumps(about.model_dump(mode="json"), indent=2) + "\n")
 

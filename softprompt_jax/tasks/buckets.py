@@ -22,9 +22,9 @@ def batch_plan(
 ) -> Int[np.ndarray, "batches B"]:
     """Return the example ids of every batch of one epoch, whose shuffled examples are `order`.
 
-    Cut them in windows of `window` batches, sort by encoder length, then by decoder length,
-    inside each window, chop into batches, permute the batches. The last examples that do not fill a batch (other ones every epoch) are left out. Fewer
-    than a batch fill one by starting again.
+    Cut them in windows of `window` batches, sort by encoder length, then by decoder length, inside each window, chop
+    into batches, permute the batches. The last examples that do not fill a batch (other ones every epoch) are left
+    out. Fewer than a batch fill one by starting again.
     """
     if len(order) < batch_size:
         return np.resize(order, (1, batch_size))
