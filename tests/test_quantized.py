@@ -163,7 +163,7 @@ def test_a_quantised_folder_gives_the_same_bits_as_quantising_again(small, kind,
     assert half.embedding[...].dtype == jnp.bfloat16
     assert half.encoder.layers.attention.query.scale[...].dtype == jnp.float32
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(stored.model)))
-    assert (tmp_path / "q" / "quantized.safetensors").stat().st_size < size + 5000
+    assert (tmp_path / "q" / "quantized.safetensors").stat().st_size < size + 8000
     _, shown, _ = softprompt("show", tmp_path / "q")
     assert f"quantize: {kind}" in shown
     other = {"int8": "nf4", "nf4": "int8"}[kind]
