@@ -223,7 +223,7 @@ def abstract_step(run: Any) -> tuple[Callable, tuple, Any]:
     from softprompt_jax.train import make_step
 
     settings = backbone_settings(run).model_copy(
-        update={"dropout": run.dropout, "remat": run.remat, "unroll": run.unroll}
+        update={"dropout": run.dropout, "attention": run.attention, "remat": run.remat, "unroll": run.unroll}
     )
     kind = run.quantize
     if kind is None and isinstance(run.backbone, str) and stored.is_stored(run.backbone):
@@ -299,6 +299,9 @@ def product_flops(jaxpr: Any) -> float:
             left = equation.invars[0].aval.shape
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
         assert equation.primitive.name != "while", "a loop of unknown length"
+        if equation.primitive.name == "cond":  # one of them runs: that which counts most, the plain way
+            total += max(product_flops(branch.jaxpr) for branch in equation.params["branches"])
+            continue
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:

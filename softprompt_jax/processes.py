@@ -50,6 +50,14 @@ def connect(
     jax.distributed.initialize(
         coordinator, count, index, initialization_timeout=timeout_s, heartbeat_timeout_seconds=HEARTBEAT_S
     )
+    try:
+        jax.local_devices()
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"processes: process {jax.process_index() if count is None else index} has no device ({reason}); "
+            "expected one at least for each; start no more processes on a machine than it has devices"
+        ) from None
 
 
 def is_first() -> bool:

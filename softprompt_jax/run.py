@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from softprompt_jax import config
 from softprompt_jax.backbone.decode import Decoding, Greedy
+from softprompt_jax.backbone.flash import Implementation
 from softprompt_jax.backbone.quantized import Quantization
 from softprompt_jax.backbone.t5 import T5Settings
 from softprompt_jax.blackbox import Scored
@@ -79,6 +80,7 @@ class Run(Settings):
     z_loss: float = Field(1e-4, ge=0)
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     dropout: float = Field(0.1, ge=0, lt=1)
+    attention: Implementation = "auto"  # plain, or flash: no scores in memory (cuDNN, Pallas); auto: flash on GPUs
     remat: Literal["none", "dots", "full"] = "none"  # recompute activations in the backward pass
     unroll: bool = False  # the scan over layers: compiles longer, runs about a tenth faster on a CPU
     mesh: Mesh = Mesh()  # how the devices share the work; not part of what a run is
@@ -109,6 +111,8 @@ class Run(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Run:
+        if self.attention == "flash" and self.dropout > 0:
+            raise ValueError("attention flash: cannot drop attention weights; expected dropout 0, or attention auto")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
         if isinstance(self.backbone, Scratch) and getattr(self.optimizer, "restore", False):

@@ -9,7 +9,11 @@ import pytest
 import tiny
 from scipy import special
 
+from softprompt_jax.backbone import flash
 from softprompt_jax.backbone.attention import attend, relative_buckets, same_segment
+from softprompt_jax.config import UserError, parse
+from softprompt_jax.methods import split
+from softprompt_jax.run import Run
 
 
 def buckets_of(distances, **settings) -> list[int]:
@@ -107,3 +111,71 @@ def test_a_row_of_padding_alone_gives_finite_numbers(arrays):
     hidden = np.zeros((2, 1, 1, 7), bool)
     gradient = jax.grad(lambda query: mix(**arrays | {"query": query}, visible=hidden).sum())(arrays["query"])
     assert np.isfinite(gradient).all()
+
+
+def values_and_gradients(attention, arrays, *rest):
+    def loss(*inputs):
+        mixed = attention(*inputs, *rest)
+        return (mixed.astype(jnp.float32) ** 2).sum(), mixed
+
+    (_, mixed), gradients = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(*arrays)
+    return mixed, *gradients
+
+
+def test_the_kernel_gives_the_values_and_gradients_of_the_plain_way(arrays, monkeypatch):
+    monkeypatch.setattr(flash, "INTERPRET", True)
+    lengths = jnp.asarray([7, 3])
+    inputs = [jnp.asarray(arrays[name]) for name in ("query", "key", "value", "bias")]
+    visible = (jnp.arange(7) < lengths[:, None])[:, None, None]
+    expected = values_and_gradients(attend, inputs, visible)
+    found = values_and_gradients(flash.kernel, inputs, lengths)
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(one).max())
+
+
+def test_a_model_with_the_kernel_has_the_plain_ones_logits_and_prompt_gradient(monkeypatch):
+    monkeypatch.setattr(flash, "INTERPRET", True)
+    calls = []
+    monkeypatch.setattr(flash, "kernel", lambda *inputs, run=flash.kernel: calls.append(1) or run(*inputs))
+    batch = tiny.batch(prompt=3)  # rows of unlike lengths
+    expected, found = (
+        tiny.loss_logits_gradient(split(tiny.model(prompt=3, attention=how)), batch) for how in ("plain", "flash")
+    )
+    assert calls  # traced once: the encoder's scan
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4 * np.abs(one).max())
+
+
+def test_what_the_fused_ways_cannot_do_is_done_plainly(arrays):
+    query, key, value, bias = (jnp.asarray(arrays[name]) for name in ("query", "key", "value", "bias"))
+    lengths = jnp.asarray([7, 3])
+    assert flash.fused("plain", query, key, value, bias, lengths) is None
+    assert flash.fused("auto", query, key, value, bias, lengths) is None  # on a CPU
+    assert flash.fused("flash", query, key[:, :1], value[:, :1], bias, lengths) is None  # keys that all heads share
+    assert flash.fused("flash", query, key, value, None, lengths) is None
+    long = jnp.zeros((1, 1, flash.LONGEST + 1, 2))
+    assert flash.fused("flash", long, long, long, bias, lengths) is None
+    plainly = flash.fused("flash", query, key, value, bias, lengths)
+    np.testing.assert_array_equal(jax.jit(lambda: plainly(lambda: value[:, :, :5]))(), value[:, :, :5])  # no TPU here
+
+
+def test_flash_with_dropout_is_refused():
+    settings = {"task": "boolq", "attention": "flash"}
+    with pytest.raises(UserError, match="cannot drop attention weights; expected dropout 0, or attention auto"):
+        parse(Run, settings, "run")
+    assert parse(Run, settings | {"dropout": 0}, "run").attention == "flash"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("hidden", [0, 100])
+def test_cudnns_attention_gives_the_plain_values_and_gradients(hidden):
+    draw = np.random.default_rng(0)
+    sizes = {"query": (2, 4, 256, 64), "key": (2, 4, 256, 64), "value": (2, 4, 256, 64), "bias": (1, 4, 256, 256)}
+    inputs = [jnp.asarray(draw.normal(size=size) / 4, jnp.bfloat16) for size in sizes.values()]
+    lengths = jnp.asarray([256, 256 - hidden])
+    visible = (jnp.arange(256) < lengths[:, None])[:, None, None]
+    expected = values_and_gradients(attend, inputs, visible)
+    found = values_and_gradients(flash.cudnn, inputs, lengths)
+    for one, other in zip(expected, found, strict=True):
+        one, other = np.asarray(one, np.float32), np.asarray(other, np.float32)
+        np.testing.assert_allclose(one, other, atol=2e-2 * np.abs(one).max())

@@ -14,8 +14,10 @@ import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from small_runs import write_config
 
 from softprompt_jax import processes
@@ -233,3 +235,27 @@ def test_leaving_is_noticed_and_the_old_answer_to_sigterm_comes_back():
         os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.reached(2)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_process_without_a_device_is_told_in_one_line(monkeypatch):
+    def none_left():
+        raise RuntimeError("Unable to initialize backend:\n no visible device")
+
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **__: None)
+    monkeypatch.setattr(jax, "local_devices", none_left)
+    with pytest.raises(UserError, match=r"process 0 has no device \(Unable .* no visible device\); expected one"):
+        processes.connect("localhost:1", 8, 0)
+
+
+@pytest.mark.parametrize("other", ["jax 0.10.2", "jax 0.9.0"])
+def test_processes_of_unlike_versions_are_told_apart(monkeypatch, other):
+    def gather(own):
+        return np.stack([own, np.frombuffer(other.encode().ljust(256), np.uint8)])
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", gather)
+    if other == "jax 0.10.2":
+        processes.agreed("versions", "jax 0.10.2")
+    else:
+        with pytest.raises(UserError, match=r"process 1 has jax 0\.9\.0, process 0 has jax 0\.10\.2; expected"):
+            processes.agreed("versions", "jax 0.10.2")

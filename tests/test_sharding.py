@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -102,3 +103,17 @@ def test_minus_one_is_what_the_others_leave(settings, devices, sizes):
 def test_a_mesh_that_does_not_fit_is_told_in_one_line(settings, message):
     with pytest.raises(UserError, match=message):
         parse(Mesh, settings, "mesh").sizes(8)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"data": 3, "fsdp": 1, "tensor": 1}, "data x fsdp is 3; expected a divisor of the 16 rows computed at a time"),
+        ({"data": 2, "fsdp": 16, "tensor": 1}, "data x fsdp is 32; expected a divisor of the 16 rows"),
+        ({"data": 1, "fsdp": 1, "tensor": 3}, "tensor is 3; expected a divisor of the backbone's 8 heads"),
+    ],
+)
+def test_a_mesh_that_does_not_divide_rows_or_heads_is_told_in_one_line(monkeypatch, sizes, message):
+    monkeypatch.setattr(sharding, "_mesh", lambda: types.SimpleNamespace(shape=sizes))
+    with pytest.raises(UserError, match=message):
+        sharding.check(16, 8)

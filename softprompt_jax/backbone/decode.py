@@ -99,7 +99,7 @@ def start(
     """
     tokens = encoder_tokens
     segments = (tokens != 0).astype(jnp.int32) if encoder_segments is None else encoder_segments
-    encoded = model.encode(tokens, segments)
+    encoded = model.encode(tokens, encoder_segments)
     visible = (segments > 0)[:, None, None, :]
     decoder, settings = model.decoder, model.settings
     before, before_cross = decoder.prefixes()

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from softprompt_jax.backbone.attention import attend, relative_buckets, same_segment, sees_prefix, with_prefix
+from softprompt_jax.backbone.flash import Implementation, fused
 from softprompt_jax.config import Settings
 from softprompt_jax.sharding import constrain
 
@@ -38,6 +39,7 @@ class T5Settings(Settings):
     relative_max_distance: int = 128
     epsilon: float = 1e-6
     dropout: float = 0.0
+    attention: Implementation = "auto"  # plain; flash: no scores in memory; auto: flash where it is known to win
     remat: Literal["none", "dots", "full"] = "none"
     unroll: bool = False  # the scan over layers: compiles longer, runs about a tenth faster on a CPU
 
@@ -54,7 +56,7 @@ class T5Settings(Settings):
 
 
 # Settings that change how a model computes, not what it is.
-RUNTIME_DEFAULTS = {"dropout": 0.0, "remat": "none", "unroll": False}
+RUNTIME_DEFAULTS = {"dropout": 0.0, "attention": "auto", "remat": "none", "unroll": False}
 ACTIVATIONS = {
     "relu": jax.nn.relu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -115,6 +117,7 @@ class Attention(nnx.Module):
         self.value = Linear(keys[2], (width, inner), ("embed", "heads"), width**-0.5)
         self.output = Linear(keys[3], (inner, width), ("heads", "embed"), inner**-0.5)
         self.heads, self.head_width, self.dropout = settings.num_heads, settings.d_kv, settings.dropout
+        self.how: Implementation = settings.attention
 
     def split(self, x: Float[Array, "B T HK"]) -> Float[Array, "B H T K"]:
         """Give every head its part of the width."""
@@ -131,8 +134,17 @@ class Attention(nnx.Module):
         bias: Float[Array, "1 H T S"] | None,
         visible: Bool[Array, "#B 1 #T S"],
         key: jax.Array | None = None,
+        lengths: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B T D"]:
-        mixed = attend(self.split(self.query(x, key)), *keys_values, bias, visible, self.dropout, key)
+        """Attend; `lengths`, where given, says the same as `visible`: of each row the first so many keys."""
+        query = self.split(self.query(x, key))
+
+        def plain() -> jax.Array:
+            return attend(query, *keys_values, bias, visible, self.dropout, key)
+
+        dropping = key is not None and self.dropout > 0  # of weights, which the fused ways never write down
+        fast = None if lengths is None or dropping else fused(self.how, query, *keys_values, bias, lengths)
+        mixed = plain() if fast is None else fast(plain)
         return self.output(mixed.swapaxes(1, 2).reshape(*x.shape[:-1], -1), key)
 
     def over(
@@ -211,14 +223,14 @@ class Layer(nnx.Module):
         self.bias = RelativeBias(keys[3], settings, not cross) if own_bias else nnx.data(None)
         self.dropout = settings.dropout
 
-    def attend_self(self, x, bias, visible, key=None, cache=None):
+    def attend_self(self, x, bias, visible, key=None, cache=None, lengths=None):
         """Add self-attention over x itself, or over `cache(keys, values) -> keys, values`."""
         inner, outer = split_key(key, 2)
         normed = self.attention_norm(x)
         keys_values = self.attention.keys_values(normed, inner)
         if cache is not None:
             keys_values = cache(*keys_values)
-        return x + dropout(self.attention(normed, keys_values, bias, visible, inner), self.dropout, outer)
+        return x + dropout(self.attention(normed, keys_values, bias, visible, inner, lengths), self.dropout, outer)
 
     def attend_cross(self, x, keys_values, visible):
         """Add attention over the encoding's keys and values."""
@@ -257,6 +269,7 @@ class Stack(nnx.Module):
         encoded_visible: Bool[Array, "B 1 #T S"] | None = None,
         key: jax.Array | None = None,
         prompt_rows: Int[Array, "B T"] | None = None,
+        lengths: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B T D"]:
         first, last, keys = None, None, None
         if key is not None:
@@ -267,6 +280,7 @@ class Stack(nnx.Module):
         before, before_cross = self.prefixes()
         deep, put = self.deep_rows(prompt_rows)
         visible = sees_prefix(visible, before)
+        lengths = lengths if lengths is None or before is None else lengths + before[0].shape[-2]
         if encoded_visible is not None:
             encoded_visible = sees_prefix(encoded_visible, before_cross)
 
@@ -275,7 +289,7 @@ class Stack(nnx.Module):
             x = put(x, deep)
             keys = split_key(layer_key, 3)
             bias = shared_bias if layer.bias is None else self.biased(layer.bias, positions, positions)
-            x = layer.attend_self(x, bias, visible, keys[0], functools.partial(with_prefix, before))
+            x = layer.attend_self(x, bias, visible, keys[0], functools.partial(with_prefix, before), lengths)
             if layer.cross is not None:
                 x = layer.attend_encoded(x, encoded, before_cross, encoded_visible, keys[1])
             return constrain(layer.feed(x, keys[2]), "rows", None, None), None
@@ -334,10 +348,13 @@ class T5(nnx.Module):
         self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None, key: jax.Array | None = None
     ) -> Float[Array, "B T D"]:
         """Encode token ids; `segments` keeps packed examples apart (default: one a row, 0 is padding)."""
+        lengths = (tokens != 0).sum(-1) if segments is None else None  # padding comes last
         segments = (tokens != 0).astype(jnp.int32) if segments is None else segments
         prompt_key, stack_key = split_key(key, 2)
         visible, prompt_rows = same_segment(segments, segments), tokens - self.settings.vocabulary_rows
-        return self.encoder(self.embed(tokens, prompt_key), visible, key=stack_key, prompt_rows=prompt_rows)
+        return self.encoder(
+            self.embed(tokens, prompt_key), visible, key=stack_key, prompt_rows=prompt_rows, lengths=lengths
+        )
 
     def decode(
         self,
@@ -371,7 +388,7 @@ class T5(nnx.Module):
         segments = batch.get("encoder_segments")
         segments = (tokens != 0).astype(jnp.int32) if segments is None else segments
         encoder_key, decoder_key = split_key(key, 2)
-        encoded = self.encode(tokens, segments, encoder_key)
+        encoded = self.encode(tokens, batch.get("encoder_segments"), encoder_key)
         return self.decode(batch["decoder_inputs"], encoded, segments, batch.get("decoder_segments"), decoder_key)
 
     def __call__(self, batch: dict[str, Array], key: jax.Array | None = None) -> Float[Array, "B U V"]:
