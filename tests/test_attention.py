@@ -133,6 +133,7 @@ def test_the_kernel_gives_the_values_and_gradients_of_the_plain_way(arrays, monk
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(one).max())
 
 
+@pytest.mark.slow
 def test_a_model_with_the_kernel_has_the_plain_ones_logits_and_prompt_gradient(monkeypatch):
     monkeypatch.setattr(flash, "INTERPRET", True)
     calls = []

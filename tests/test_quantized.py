@@ -183,6 +183,7 @@ def test_a_damaged_quantised_folder_is_told_in_one_line(small, tmp_path):
         load_backbone(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_on_a_quantised_folder_trains_what_quantising_while_loading_trains(small, tmp_path, own_cache):
     import_source(str(small.backbone), tmp_path / "q", dtype="float32", quantize="int8")
     results = []
