@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tiny
-from small_runs import rows
+from small_runs import rows, write_config
 
 import softprompt_jax
 from softprompt_jax import UserError, load_predictor
@@ -78,3 +78,31 @@ def test_methods_on_weights_merge_together_into_a_hugging_face_model(small, tmp_
     np.testing.assert_allclose(found, tiny.forward(load_predictor(folder).model, batch), atol=1e-4)
     plain = tiny.forward(softprompt_jax.load_backbone(small.backbone).model, batch)
     assert np.abs(plain - found).max() > 0.01
+
+
+@pytest.mark.usefixtures("own_cache")
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"methods": [{"kind": "lora", "targets": ["qery"]}]},
+            "lora targets: 'qery' matches no weight of this backbone;",
+        ),
+        (
+            {"methods": [{"kind": "lora", "rank": 17}]},
+            "lora rank 17 at decoder.layers.attention.query; expected at most",
+        ),
+        (
+            {"methods": [{"kind": "prompt", "length": 90}], "packing": {"length": 64}},
+            "packing.length: found 64, an example has 99 positions (its prompt counts); expected at least as many;",
+        ),
+        (
+            {"methods": [{"kind": "prompt", "length": 2}, {"kind": "hard"}]},
+            "two methods want the prompt; expected one; remove the other",
+        ),
+        ({"methods": [{"kind": "full"}], "quantize": "int8"}, "is quantised and cannot train; expected float weights;"),
+    ],
+)
+def test_methods_that_cannot_be_are_one_line(refused, small, tmp_path, changes, expected):
+    config = write_config(tmp_path / "a.yaml", small.short | changes)
+    assert expected in refused("train", config, "--out", tmp_path / "run", "--quiet")

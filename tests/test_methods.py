@@ -19,6 +19,7 @@ import pytest
 import tiny
 from flax import nnx
 
+from softprompt_jax.assembly import check_own_prompts
 from softprompt_jax.backbone.decode import greedy
 from softprompt_jax.backbone.pretrained import flatten, load_backbone, save_backbone
 from softprompt_jax.backbone.quantized import quantized
@@ -49,10 +50,14 @@ def attached(kind: str, seed: int = 0, moved: bool = False, **changes) -> T5:
     """Return a tiny model with the method, where it starts or moved away from there."""
     model = tiny.model(**changes)
     settings(kind).attach(model, tiny.key(seed), CONTEXT)
-    if moved:
-        draw = np.random.default_rng(3)
-        change = lambda x: x + jnp.asarray(0.1 * draw.normal(size=x.shape), x.dtype)  # noqa: E731
-        put_trained(model, jax.tree.map(change, split(model).trainable), "test")
+    return move(model) if moved else model
+
+
+def move(model: T5) -> T5:
+    """Move all that trains away from where it started, in place."""
+    draw = np.random.default_rng(3)
+    change = lambda x: x + jnp.asarray(0.1 * draw.normal(size=x.shape), x.dtype)  # noqa: E731
+    put_trained(model, jax.tree.map(change, split(model).trainable), "test")
     return model
 
 
@@ -212,8 +217,13 @@ def test_it_stands_over_a_quantised_backbone_or_says_why_not(kind, bits):
     def loss(trainable):
         return cross_entropy(parts.merge(trainable, parts.frozen)(rows), rows["decoder_targets"])[0]
 
-    gradient = jax.eval_shape(jax.grad(loss), parts.trainable)
+    gradient = (jax.grad if bits == "int8" else lambda f: functools.partial(jax.eval_shape, jax.grad(f)))(loss)(
+        parts.trainable
+    )
     assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, split(attached(kind)).trainable)
+    if bits == "int8":  # the other is traced only
+        assert all(np.isfinite(slope).all() for slope in jax.tree.leaves(gradient))
+        assert any(np.any(slope != 0) for slope in jax.tree.leaves(gradient))
 
 
 def start(parts: Split, optimizer: optax.GradientTransformation) -> dict[str, Any]:
@@ -245,6 +255,36 @@ def test_it_packs_or_says_why_not(kind, case):
     np.testing.assert_allclose(real_logits(logits, packed), real_logits(made.logits, made.batch), atol=1e-4)
     scale = max(float(np.abs(slope).max()) for slope in jax.tree.leaves(made.gradient))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), gradient, made.gradient)
+
+
+@pytest.mark.slow
+def test_a_mixed_batch_gives_each_task_its_own_prompt_or_it_says_why_not(kind):
+    own = {"kind": "mixture", "tasks": ["sentiment_movie", "spam_sms"], "prompts": "own"}
+    run = parse(Run, {"task": own, "methods": [settings(kind).model_dump()]}, "test")
+    model, reason = tiny.model(), ""
+    try:
+        settings(kind).attach(model, tiny.key(0), dataclasses.replace(CONTEXT, tasks=((), ())))
+        check_own_prompts(run, model)
+    except UserError as error:
+        reason = str(error)
+    if reason:
+        assert re.fullmatch(r"(methods|task.prompts): .*; expected .*", reason)
+        return
+    move(model)
+    place = model.prompt.placement
+    assert place.tasks == 2
+
+    def encoded(tasks: list[int]) -> np.ndarray:
+        rows = np.zeros((2, T), np.int32)
+        for row, task in enumerate(tasks):
+            around = place.of_task(task)
+            text = [*around.before, 7, 8, 9, *around.after, 1]
+            rows[row, : len(text)] = text
+        return tiny.encode(model, jnp.asarray(rows))
+
+    mixed, first, second = encoded([0, 1]), encoded([0, 0]), encoded([1, 1])
+    np.testing.assert_allclose(mixed, np.stack([first[0], second[1]]), atol=1e-5)
+    assert np.abs(mixed[0] - mixed[1]).max() > 1e-3
 
 
 def test_what_is_saved_is_loaded_to_the_bit(kind, case, tmp_path):

@@ -209,6 +209,8 @@ def test_what_cannot_be_is_refused_in_a_line(tmp_path):
     ]:
         with pytest.raises(UserError, match=message):
             parse(Multitask, settings, "test")
+    with pytest.raises(UserError, match="multitask rank 5; expected at most 4, the lesser of"):
+        prompted(2, rank=5)
     with pytest.raises(UserError, match="mixture has 2; expected the same"):
         prompted(2, tasks=3)
     with pytest.raises(UserError, match=r"found 1 teachers for 2 task\(s\)"):

@@ -64,6 +64,12 @@ class Multitask(Placed):
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Give the model a prompt for each task."""
+        most = min(placement.rows(self.place, self.length), model.settings.d_model)
+        if self.combine == "product" and self.rank > most:
+            raise UserError(
+                f"methods: multitask rank {self.rank}; expected at most {most}, the lesser of the prompt's length and "
+                "its width; lower the rank"
+            )
         count = self._count(context)
         first, total = model.settings.vocabulary_rows, placement.rows(self.place, self.length)
         alone = dataclasses.replace(context, tasks=())
