@@ -18,7 +18,7 @@ from softprompt_jax.allocator import keep_freed_memory
 from softprompt_jax.tasks.pipeline import examples_in
 
 RESULTS = Path(__file__).resolve().parent / "results" / "packing.jsonl"
-CASES = ("bucketed", "bucketed-12", "packed", "packed-512", "padded")
+CASES = ("bucketed-4", "bucketed-12", "packed", "packed-512", "padded")
 
 
 def measure(size: str, steps: int) -> list[dict[str, float | str]]:
