@@ -6,6 +6,7 @@ import itertools
 import json
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -200,12 +201,14 @@ def test_a_run_is_the_run_on_the_same_rows_with_the_tasks_own_scores(small, prom
     right = np.mean([answer == example.target for answer, example in zip(answers, found, strict=True)])
     assert scores["right"] == pytest.approx(100 * right)
     # The log-probabilities beside those by which label words are chosen.
-    words, total = ["yes", "no"], 0.0
-    ids = np.asarray([[*predictor.tokenizer.encode(word), 1] for word in words], np.int32)
-    prompt = np.asarray(predictor.model.prompt.placement.before)
-    for example in found:
-        tokens = np.asarray([[*prompt, *example.ids[0]]], np.int32)
-        total += float(score_words(predictor.model, tokens, ids)[0, words.index(example.target)])
+    words = ["yes", "no"]
+    ids = jnp.asarray([[*predictor.tokenizer.encode(word), 1] for word in words], jnp.int32)
+    tokens = np.zeros((len(found), 24), np.int32)
+    for row, example in zip(tokens, found, strict=True):
+        whole = [*np.asarray(predictor.model.prompt.placement.before), *example.ids[0]]
+        row[: len(whole)] = whole
+    each = score_words(predictor.model, jnp.asarray(tokens), ids)
+    total = sum(float(each[row, words.index(example.target)]) for row, example in enumerate(found))
     assert scores["likely"] == pytest.approx(total / 16, rel=1e-3)
 
 
