@@ -137,7 +137,7 @@ def read_slots(settings: Optimizer, backbone: str) -> tuple[Optimizer, dict[str,
 
 
 def from_slots(
-    optimizer: optax.GradientTransformation, slots: Mapping[str, Mapping[str, np.ndarray]], where: str
+    optimizer: Any, slots: Mapping[str, Mapping[str, np.ndarray]], where: str
 ) -> optax.GradientTransformation:
     """Return an optimizer that starts from the slots of a T5X checkpoint."""
     return optax.GradientTransformation(lambda params: restored(optimizer.init(params), slots, where), optimizer.update)
@@ -153,13 +153,10 @@ def restored(state: Any, slots: Mapping[str, Mapping[str, np.ndarray]], where: s
         found = slots.get(path, {})
         if "m" in found:
             raise UserError(f"{where}: momentum for {path}; expected none; leave out optimizer.restore")
-        used = {name: getattr(moments, name) for name in ("v", "v_row", "v_col")}
+        used: dict[str, Any] = {name: getattr(moments, name) for name in ("v", "v_row", "v_col")}
+        count: Any = moments.count
         # What optax does not use is one number, of each layer if there are several.
-        used = {
-            name: leaf
-            for name, leaf in used.items()
-            if leaf.shape not in (moments.count.shape, (*moments.count.shape, 1))
-        }
+        used = {name: leaf for name, leaf in used.items() if leaf.shape not in (count.shape, (*count.shape, 1))}
         if {name: leaf.shape for name, leaf in used.items()} != {name: slot.shape for name, slot in found.items()}:
             expected = ", ".join(f"{name} {list(leaf.shape)}" for name, leaf in used.items())
             listed = ", ".join(f"{name} {list(slot.shape)}" for name, slot in found.items()) or "none"

@@ -54,8 +54,8 @@ class TaskRun:
             draw = draw_mixture(counts, self.rates, run.seed, at_least=run.batch_size)
             train = [concatenate(train)]
         index, count = sharding.process_share()
-        around = {"prompt_ids": assembly.prompt_ids, "max_shapes": run.most_shapes}
-        shares = {"process_index": index, "process_count": count}
+        around: dict[str, Any] = {"prompt_ids": assembly.prompt_ids, "max_shapes": run.most_shapes}
+        shares: dict[str, Any] = {"process_index": index, "process_count": count}
         if any(task.endless for task in self.tasks):
             if len(self.tasks) > 1 or run.packing is not None:
                 name = next(task.name for task in self.tasks if task.endless)

@@ -168,7 +168,8 @@ class _Training:
         keys = jnp.stack([jax.random.fold_in(jax.random.key(each.seed), 2) for each in self.runs])
         unlike = list({id(data): data for data in self.data}.values())
         source = [unlike.index(data) for data in self.data]
-        shapes = common_shapes([data.train_batches for data in unlike], run.most_shapes, run.steps)
+        batches = [each for data in unlike if isinstance(each := data.train_batches, TrainBatches)]
+        shapes = common_shapes(batches, run.most_shapes, run.steps)
         self.reporter.line(
             f"{count} prompts in one program; {sharding.describe()}, {run.dtype}; shapes "
             + ", ".join(f"{t}/{u}" for t, u in shapes)

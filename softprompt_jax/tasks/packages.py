@@ -153,18 +153,17 @@ def _mismatch(where: str, found: str, expected: str) -> UserError:
 
 def extract(archive: Path | bytes, members: Sequence[str]) -> dict[str, bytes]:
     """Return members of a zip or tar archive, gone through once; `outer!inner` looks inside one that is an archive."""
-    opened: Any = archive if isinstance(archive, Path) else io.BytesIO(archive)
+    opened: Any = archive.open("rb") if isinstance(archive, Path) else io.BytesIO(archive)
     outers = {member: member.partition("!")[0] for member in members}
     found: dict[str, bytes] = {}
     try:
         is_zip = zipfile.is_zipfile(opened)
-        if not isinstance(opened, Path):
-            opened.seek(0)
+        opened.seek(0)
         if is_zip:
             with zipfile.ZipFile(opened) as files:
                 found = {name: files.read(name) for name in set(outers.values()) & set(files.namelist())}
         else:
-            with tarfile.open(archive) if isinstance(archive, Path) else tarfile.open(fileobj=opened) as files:
+            with tarfile.open(fileobj=opened) as files:
                 for entry in files:
                     if entry.name in outers.values() and (file := files.extractfile(entry)) is not None:
                         found[entry.name] = file.read()
@@ -172,6 +171,8 @@ def extract(archive: Path | bytes, members: Sequence[str]) -> dict[str, bytes]:
         raise UserError(
             f"{members[0]}: not in the package ({first_line(error)}); expected a zip or tar archive"
         ) from None
+    finally:
+        opened.close()
     if missing := [member for member, outer in outers.items() if outer not in found]:
         raise UserError(f"{missing[0]}: not in the package; expected that member; correct the source's members")
     inner = {member: member.partition("!")[2] for member in members}

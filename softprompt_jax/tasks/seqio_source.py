@@ -124,7 +124,7 @@ def check_vocabulary(source: Seqio, tokenizer: Tokenizer) -> None:
 
 
 def _difference(vocabulary: Any, tokenizer: Tokenizer) -> str | None:
-    model = getattr(vocabulary, "tokenizer", None)
+    model: Any = getattr(vocabulary, "tokenizer", None)
     if hasattr(model, "id_to_piece"):
         found = [_piece(model.id_to_piece(id_)) for id_ in range(model.get_piece_size())]
         ours = [_piece(piece) for piece in tokenizer.pieces]
