@@ -37,6 +37,10 @@ def rows(split, shuffle_files=False, seed=None):
     return tf.data.Dataset.from_tensor_slices({{name: [line[name] for line in lines] for name in ("text", "label")}})
 
 
+def endless_rows(split, shuffle_files=False, seed=None):
+    return rows(split).repeat() if split == "train" else rows(split)
+
+
 @seqio.map_over_dataset
 def ask(row):
     return {{"inputs": row["text"], "targets": row["label"], "words": tf.strings.length(row["text"])}}
@@ -71,14 +75,16 @@ def aux(targets, predictions, aux_values):
     return {{}}
 
 
-SOURCE = seqio.FunctionDataSource(rows, splits=["train", "validation", "test"])
+SPLITS = ["train", "validation", "test"]
+SOURCE = seqio.FunctionDataSource(rows, splits=SPLITS)
 OWN = seqio.SentencePieceVocabulary({own!r}, 100)
 END = seqio.preprocessors.append_eos_after_trim
 TOKENS = [ask, seqio.preprocessors.tokenize]
 for name, steps, vocabulary, functions in [
     ("moods", [*TOKENS, END], OWN, [right, likely]),
     ("doubled", [*TOKENS, double, END], OWN, []),
-    ("endless", [lambda rows: rows.repeat(), *TOKENS, END], OWN, [right]),
+    ("endless", [*TOKENS, END], OWN, [right]),
+    ("everywhere", [lambda rows: rows.repeat(), *TOKENS, END], OWN, []),
     ("drawn", [*TOKENS, draw, END], OWN, []),
     ("broken", [*TOKENS, seqio.map_over_dataset(lambda row: {{**row, "inputs": row["none"]}})], OWN, []),
     ("of_another", [*TOKENS, END], seqio.SentencePieceVocabulary({other!r}), []),
@@ -87,7 +93,7 @@ for name, steps, vocabulary, functions in [
 ]:
     seqio.TaskRegistry.add(
         name,
-        source=SOURCE,
+        source=seqio.FunctionDataSource(endless_rows, splits=SPLITS) if name == "endless" else SOURCE,
         preprocessors=steps,
         output_features=features(vocabulary),
         metric_fns=functions,
@@ -260,6 +266,10 @@ def test_a_mixture_is_a_mixture_of_its_tasks_at_its_rates(small, tmp_path):
     ("name", "message"),
     [
         ("broken", "seqio broken: split 'train' could not be prepared ("),
+        (
+            "everywhere",
+            "task everywhere: split 'train' never ends; expected a finite one; take some of it in the seqio",
+        ),
         ("both", "is a Mixture; expected a Task here; name it as a run's task, or one of doubled, moods"),
         ("mods", f"no such Task or Mixture after importing '{NAME}'; expected one of both, broken, doubled"),
     ],

@@ -13,7 +13,7 @@ from softprompt_jax.config import Settings, UserError, nearest
 from softprompt_jax.tasks.few_shot import FewShot
 from softprompt_jax.tasks.metrics import METRICS
 from softprompt_jax.tasks.preparations import POSTPROCESSORS, PREPARATIONS, one_space
-from softprompt_jax.tasks.seqio_source import Seqio, seqio_rows
+from softprompt_jax.tasks.seqio_source import Seqio, is_endless, seqio_rows
 from softprompt_jax.tasks.sources import Source, available_splits, check_split, read_rows
 
 _UNLABELLED = (None, "", -1, "-1")  # hubs hide labels as -1
@@ -166,6 +166,10 @@ def load(task: Task, split: str) -> list[Example]:
         raise UserError(
             f"task {task.name}: the labels of split {split!r} are not public; expected one of "
             f"{', '.join(splits(task))}; `softprompt submit` writes its predictions for the benchmark's server"
+        )
+    if isinstance(task.source, Seqio) and split in splits(task) and is_endless(task.source, split):
+        raise UserError(
+            f"task {task.name}: split {split!r} never ends; expected a finite one; take some of it in the seqio Task"
         )
     examples = list(iterate(task, split))
     if not examples:
