@@ -96,8 +96,12 @@ def to_yaml(settings: pydantic.BaseModel) -> str:
 
 def settings_hash(settings: pydantic.BaseModel, length: int = 12, without: frozenset[str] = frozenset()) -> str:
     """Return a stable short hash of complete settings, some of them left out."""
-    text = json.dumps(settings.model_dump(mode="json", exclude=set(without)), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:length]
+    return values_hash(settings.model_dump(mode="json", exclude=set(without)), length)
+
+
+def values_hash(values: dict[str, Any], length: int = 12) -> str:
+    """Return the hash of settings as they were saved, whatever settings there are by now."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:length]
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:

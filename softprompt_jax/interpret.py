@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from softprompt_jax import config, interop
 from softprompt_jax.assembly import assemble
 from softprompt_jax.backbone.pretrained import Backbone, load_backbone
-from softprompt_jax.config import UserError, settings_hash
+from softprompt_jax.config import UserError, values_hash
 from softprompt_jax.page import COLOURS, Page
 from softprompt_jax.run import MACHINE, Run
 from softprompt_jax.tasks.tokenizer import Tokenizer, load_tokenizer
@@ -216,8 +216,11 @@ def _run(source: str, metadata: dict[str, str]) -> Run | None:
 
 def _start(run: Run | None, metadata: dict[str, str], backbone: Backbone) -> Float[np.ndarray, "P D"] | None:
     """Return the rows that training began with, made again from the settings; None where that cannot be."""
-    if run is None or metadata.get("settings_hash") != settings_hash(run, without=MACHINE):
-        return None  # not a run's own prompt, such as one of a mixture
+    if run is None:
+        return None
+    saved = {name: value for name, value in json.loads(metadata["settings"]).items() if name not in MACHINE}
+    if metadata.get("settings_hash") != values_hash(saved):
+        return None  # not all of its run's prompt, such as that of one of a mixture's tasks
     try:
         prompt = assemble(run.model_copy(update={"quantize": None}), backbone).model.prompt
     except UserError:  # a file that it began with is gone
@@ -298,6 +301,7 @@ def write_page(result: dict[str, Any], to: str | Path) -> list[Path]:
         axes.plot([line["norm"] for line in prompt["rows"]], ".-", color=colour, label=prompt["source"])
     axes.axhline(words["norm"]["mean"], color="#9aa8b7", linestyle="--", label="mean of the vocabulary")
     axes.set(xlabel="row", ylabel="norm", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(fontsize=8)
     for number, prompt in enumerate(prompts):
         _section(page, prompt, words, f"prompt{number}")

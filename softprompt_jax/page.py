@@ -14,7 +14,7 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; background: #fff; max-width: 1080px; margin: 2em auto;
        padding: 0 1em; }
 h1 { font-size: 1.5em; margin-bottom: .2em } h2 { font-size: 1.15em; margin: 2em 0 .4em }
-p { max-width: 75ch } .scroll { overflow-x: auto }
+p { max-width: 75ch } .scroll { overflow-x: auto; margin-bottom: 1em }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .25em .8em; text-align: left; border-bottom: 1px solid #dde3ea; vertical-align: top }
 th { border-bottom: 2px solid #9aa8b7; white-space: nowrap } td.number { text-align: right; white-space: nowrap }
