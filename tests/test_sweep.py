@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +120,22 @@ def no_training(monkeypatch):
 def test_sweep_into_runs_of_other_settings_is_refused(swept, config):
     with pytest.raises(UserError, match=r"was made with other settings \(steps: 20 -> 30\)"):
         sweep(config, ["seed=0..1", "learning_rate=0.1,0.3"], swept[0], ["steps=30"])
+
+
+@pytest.mark.slow
+def test_eight_devices_share_the_rows_of_every_prompt(swept, config, tmp_path):
+    over = ["--over", "seed=0..1", "--over", "learning_rate=0.1,0.3"]
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    subprocess.run(
+        [sys.executable, "-m", "softprompt_jax", "sweep", str(config), *over, "--out", str(tmp_path / "out")],
+        env=os.environ | {"XLA_FLAGS": flags},
+        check=True,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+    )
+    for run in swept[1]["runs"]:
+        found, expected = (load_prompt(folder / run["name"]) for folder in (tmp_path / "out", swept[0]))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
 
 # ---------------------------------------------------------------------------------------- killed, diverged, stopped
