@@ -19,7 +19,7 @@ from typing import IO, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from softprompt_jax import remote, run_commands, task_commands
+from softprompt_jax import paper_command, remote, run_commands, task_commands
 from softprompt_jax.allocator import keep_freed_memory
 from softprompt_jax.config import UserError
 from softprompt_jax.task_commands import (
@@ -352,7 +352,7 @@ def tokenizer(
 
 
 _TASKS = (task_commands.submit, task_commands.average, task_commands.tasks, task_commands.task)
-for _command in (*run_commands.COMMANDS, *_TASKS):
+for _command in (*run_commands.COMMANDS, *_TASKS, paper_command.paper):
     app.command()(_command)
 
 

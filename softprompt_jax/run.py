@@ -74,6 +74,7 @@ class Run(Settings):
     max_input_tokens: int = Field(512, gt=0)  # of text with its EOS; the prompt comes on top
     max_target_tokens: int = Field(64, gt=0)
     truncate_targets: bool = False  # a longer target is an error
+    target_sentinel: bool = False  # <extra_id_0> before each target, for a backbone that has only filled in spans
     shapes: int | None = Field(None, gt=0)  # compiled (encoder, decoder) lengths at most; one per 250 steps, 4 to 12
     packing: PackingSetting = None  # several examples in a row of one shape: true, or {length: 512}
     loss: Literal["sum", "mean"] = "sum"  # over the batch's real target tokens
@@ -117,6 +118,8 @@ class Run(Settings):
             raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
         if isinstance(self.backbone, Scratch) and getattr(self.optimizer, "restore", False):
             raise ValueError("optimizer.restore with random weights; expected a T5X checkpoint as the backbone")
+        if self.target_sentinel and any(t.predict_by != "decoding" or t.source.kind == "seqio" for t in self.tasks):
+            raise ValueError("target_sentinel with predict_by likelihood or a seqio task: expected decoding and text")
         for method in self.methods:
             if self.packing is not None and (reason := method.refuses_packing):
                 raise ValueError(f"packing with the method {method.kind}: {reason}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,7 @@ from softprompt_jax.tasks.task import SEQIO, Example, Task, iterate, seqio_examp
 from softprompt_jax.tasks.tokenized import TokenizedSet, concatenate, tokenize
 
 WINDOW = 64  # batches of a split without end that are in memory at a time
+SENTINEL = "<extra_id_0>"
 
 
 class TaskRun:
@@ -205,6 +207,8 @@ class TaskData:
         run, model = self._run, self._assembly.model
         limits = model.settings.vocabulary_rows, run.max_input_tokens, run.max_target_tokens
         cut = run.truncate_targets
+        if run.target_sentinel:  # which is dropped again where answers are read
+            examples = (dataclasses.replace(example, target=SENTINEL + example.target) for example in examples)
         try:
             return tokenize(examples, self._assembly.tokenizer, *limits, truncate_targets=cut, cache=cache, key=key)
         except UserError as error:

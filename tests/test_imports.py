@@ -21,7 +21,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     "__init__ __main__",
     "cli",
-    "run_commands task_commands",
+    "paper_command run_commands task_commands",
+    "paper",
+    "paper_measures",
     "report serve plan sweep",
     "train together task_run evaluate predict ensemble bank interpret show publishing exporting importing transfer",
     "assembly",

@@ -1,0 +1,345 @@
+"""The experiments of Lester et al. (2021): a grid of changes over a base config, trained, measured and written as JSON.
+
+An experiment is data (`configs/paper/NAME.yaml`): lines, points and tasks, each a few changed settings, times seeds.
+It has two forms: `published`, on hub models for a TPU, and `miniature`, on the embedded backbone and text out of
+packages. Runs are filed by the hash of their settings, so that experiments share those they have in common.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from softprompt_jax import config, interop, paper_measures
+from softprompt_jax.config import Settings, UserError, nearest, settings_hash
+from softprompt_jax.run import MACHINE, Run, load_run
+
+Forms = Literal["miniature", "published"]
+Changes = dict[str, Any]  # dotted settings, as on the command line
+HERE = Path("configs") / "paper"
+
+
+class Line(Settings):
+    """A line (or a group of bars) of a figure, a row of a table."""
+
+    base: str | None = None  # another config than the form's
+    change: Changes = Field(default={})
+    points: list[str] | None = None  # only these of the form's
+    tasks: dict[str, Changes] | None = None  # others than the form's; {} for one run that states its task itself
+    read: Literal["trained", "untrained"] = "trained"  # untrained: the score before the first step
+
+
+class Form(Settings):
+    """The runs of an experiment: lines x points x tasks x seeds, and what is read off them.
+
+    `{line}` and `{point}` in the texts of changes stand for the names of the run's line and point.
+    `measure`: "score" is the result's mean metric; "transfer" scores what each task's run learnt on the tasks of
+    `score_on`; "ensemble" lets the seeds vote; "neighbours" reads prompts as pieces of the vocabulary; "mixed" answers
+    all tasks in common batches.
+    """
+
+    base: str  # config, relative to the experiment's file
+    change: Changes = Field(default={})
+    lines: dict[str, Line] = Field(min_length=1)
+    points: dict[str, Changes] = Field(default={"": {}})
+    tasks: dict[str, Changes] = Field(default={})
+    seeds: int = Field(3, gt=0)
+    measure: Literal["score", "transfer", "ensemble", "neighbours", "mixed"] = "score"
+    score_on: dict[str, list[str]] = Field(
+        default={}
+    )  # of transfer: the task that was trained on, and those to score it on
+    cost: str  # what all of it takes, and on what
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Form:
+        if set(self.score_on) != (set(self.tasks) if self.measure == "transfer" else set()):
+            raise ValueError(
+                "score_on names where each of `tasks` is scored with measure: transfer; expected all or none"
+            )
+        for name, line in self.lines.items():
+            if strange := [point for point in line.points or () if point not in self.points]:
+                raise ValueError(f"lines.{name}: no point {strange[0]!r}; expected some of {', '.join(self.points)}")
+        return self
+
+
+class Experiment(Settings):
+    """A figure or table of the paper."""
+
+    title: str
+    source: str  # where in the paper
+    question: str
+    plot: Literal["lines", "bars"] = "bars"
+    x: str = ""  # what the points are
+    published: Form
+    miniature: Form
+    found: list[str] = Field(default=[])  # what the miniature's result says, by hand
+
+    @field_validator("found")
+    @classmethod
+    def _sentences(cls, found: list[str]) -> list[str]:
+        if any(not text.endswith(".") for text in found):
+            raise ValueError("expected sentences, each with its full stop")
+        return found
+
+    def form(self, name: Forms) -> Form:
+        """Return one of the two forms."""
+        return self.published if name == "published" else self.miniature
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a grid, and where its score goes."""
+
+    line: str
+    point: str
+    task: str
+    seed: int
+    read: str
+    run: Run
+
+    @property
+    def key(self) -> str:
+        """What the run is filed under."""
+        return settings_hash(self.run, without=MACHINE)
+
+    @property
+    def label(self) -> str:
+        """The run in words."""
+        return ", ".join(filter(None, (self.line, self.point, self.task, f"seed {self.seed}")))
+
+
+def folder() -> Path:
+    """Return the folder of the experiments: that of the working directory, or of the checkout."""
+    for found in (HERE, Path(__file__).resolve().parents[1] / HERE):
+        if found.is_dir():
+            return found
+    raise UserError(f"{HERE}: no such folder; expected a checkout of softprompt_jax; go there, or give a file")
+
+
+def experiments() -> dict[str, Path]:
+    """Return the file of each experiment by its name; a config beside them that states no `published:` is a plain run."""
+    files = sorted(folder().glob("*.yaml"))
+    return {path.stem: path for path in files if "\npublished:\n" in path.read_text(encoding="utf-8")}
+
+
+def load(name: str) -> tuple[Experiment, Path]:
+    """Read an experiment by its name or its file; also return the file."""
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        known = experiments()
+        if name not in known:
+            raise UserError(f"experiment {name!r}: unknown; expected one of {', '.join(known)}{nearest(name, known)}")
+        path = known[name]
+    return config.parse(Experiment, config.read(path), str(path)), path
+
+
+def cells(form: Form, path: Path, seeds: int | None = None) -> Iterator[Cell]:
+    """Yield every run of a form: all of one seed before the next, so that a part of it compares like with like.
+
+    A run that two lines have in common comes twice. Errors: UserError naming the line for settings that are wrong.
+    """
+    for seed in range(seeds or form.seeds):
+        for (name, line), (point, change) in itertools.product(form.lines.items(), form.points.items()):
+            if line.points is not None and point not in line.points:
+                continue
+            tasks = form.tasks if line.tasks is None else line.tasks
+            for task, own in (tasks or {"": {}}).items():
+                changes = {**({"task": task} if task else {}), **form.change, **line.change, **change, **own}
+                named = {"{line}": name, "{point}": point}
+                overrides = [f"{key}={_filled(value, named)}" for key, value in (changes | {"seed": seed}).items()]
+                try:
+                    run = load_run(path.parent / (line.base or form.base), overrides)
+                except UserError as error:
+                    raise UserError(f"{path}: {', '.join(filter(None, (name, point, task)))}: {error}") from None
+                yield Cell(name, point, task, seed, line.read, run)
+
+
+def _filled(value: Any, named: dict[str, str]) -> str:
+    text = json.dumps(value)
+    for field, name in named.items():
+        text = text.replace(field, name)
+    return text
+
+
+def write_configs(name: str, form_name: Forms, to: Path, seeds: int | None = None) -> list[Path]:
+    """Write each run of a form as a config, for `softprompt train` or `plan` on another machine; return the files."""
+    experiment, path = load(name)
+    to.mkdir(parents=True, exist_ok=True)
+    written = {}
+    for cell in cells(experiment.form(form_name), path, seeds):
+        file = to / f"{cell.key}.yaml"
+        if file not in written:
+            file.write_text(f"# {experiment.title}: {cell.label}\n{config.to_yaml(cell.run)}", encoding="utf-8")
+        written[file] = None
+    return list(written)
+
+
+def run_experiment(
+    name: str,
+    form_name: Forms,
+    runs: Path,
+    to: Path,
+    seeds: int | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> dict[str, Any]:
+    """Train what is missing of an experiment, and write what is finished so far to `to` after each run.
+
+    The same command goes on where a killed one stopped. Returns what was written: for every line and column the values
+    of the seeds (percent), their mean and standard deviation, and what is not there yet (`missing`).
+    """
+    from softprompt_jax.train import train
+
+    experiment, path = load(name)
+    form = experiment.form(form_name)
+    grid = list(cells(form, path, seeds))
+    result = collect(path.stem, form_name, experiment, grid, runs)
+    for number, cell in enumerate(grid, 1):
+        place = runs / cell.key
+        if not (place / "result.json").exists():
+            tell(f"{number}/{len(grid)} {cell.label}: {place}")
+            train(cell.run, place)
+        result = collect(path.stem, form_name, experiment, grid, runs)
+        interop.dump(result, to)
+    return result
+
+
+def collect(name: str, form_name: Forms, experiment: Experiment, grid: list[Cell], runs: Path) -> dict[str, Any]:
+    """Return the result of the runs of a grid that are finished."""
+    form = experiment.form(form_name)
+    finished = [cell for cell in grid if (runs / cell.key / "result.json").exists()]
+    extra: dict[str, Any] = Field(default={})
+    if form.measure in ("score", "transfer"):
+        values = _per_seed(finished, grid, form, runs)
+    else:
+        values, extra = paper_measures.MEASURES[form.measure](finished, grid, runs)
+    results = [json.loads((runs / cell.key / "result.json").read_text()) for cell in finished]
+    return {
+        "experiment": name,
+        "form": form_name,
+        "title": experiment.title,
+        "metric": _metric(grid, form),
+        "seeds": 1 + max((cell.seed for cell in grid), default=0),
+        "runs": len({cell.key for cell in finished}),
+        "missing": [cell.label for cell in grid if cell not in finished],
+        "lines": {
+            line: {column: summary(found) for column, found in columns.items()} for line, columns in values.items()
+        },
+        "majority": _majority(finished, results),
+        **extra,
+        "seconds_per_run": round(statistics.mean(r["seconds"] for r in results), 1) if results else None,
+        "date": time.strftime("%Y-%m-%d"),
+        "versions": {"python": platform.python_version()}
+        | {package: version(package) for package in ("softprompt-jax", "jax", "flax", "optax")},
+    }
+
+
+def summary(values: list[float]) -> dict[str, Any]:
+    """Return mean, sample standard deviation (None of one value) and the values, in percent."""
+    percent = [round(100 * value, 2) for value in values]
+    deviation = round(statistics.stdev(percent), 2) if len(percent) > 1 else None
+    return {"mean": round(statistics.mean(percent), 2), "sd": deviation, "values": percent}
+
+
+def _per_seed(finished: list[Cell], grid: list[Cell], form: Form, runs: Path) -> paper_measures.Values:
+    """The values of each line and column by seed, several tasks' mean; a seed counts when all of them are finished."""
+    found: dict[tuple[str, str, int], list[float]] = Field(default={})
+    wanted = collections.Counter((cell.line, cell.point, cell.seed) for cell in grid)
+    there = collections.Counter((cell.line, cell.point, cell.seed) for cell in finished)
+    for cell in finished:
+        if form.measure == "transfer":
+            for column, value in _transfers(cell, form, runs):
+                found[cell.line, column, cell.seed] = [value]
+        elif there[cell.line, cell.point, cell.seed] == wanted[cell.line, cell.point, cell.seed]:
+            found.setdefault((cell.line, cell.point or "score", cell.seed), []).append(_score(cell, runs))
+    values: paper_measures.Values = {}
+    for (line, column, _), of_tasks in found.items():
+        values.setdefault(line, {}).setdefault(column, []).append(statistics.mean(of_tasks))
+    return values
+
+
+def _score(cell: Cell, runs: Path) -> float:
+    """The mean metric of a run's result, after training or before."""
+    result = json.loads((runs / cell.key / "result.json").read_text())
+    scores = result[result["baselines"]["split"]] if cell.read == "trained" else result["baselines"]["untrained"]
+    return scores["mean"] if "tasks" in scores else _mean(cell.run.tasks[0].metrics, scores)
+
+
+def _transfers(cell: Cell, form: Form, runs: Path) -> Iterator[tuple[str, float]]:
+    """The scores of what a run has learnt on other tasks; they are kept in its folder."""
+    from softprompt_jax.predict import load_predictor
+    from softprompt_jax.tasks import resolve, splits
+
+    kept = runs / cell.key / "scored_on.json"
+    known = json.loads(kept.read_text()) if kept.exists() else {}
+    predictor = None
+    for target in form.score_on[cell.task]:
+        task = resolve(target)
+        if target not in known:
+            predictor = predictor or load_predictor(runs / cell.key)
+            known[target] = predictor.evaluate(task, "test" if "test" in splits(task) else "validation")
+            interop.dump(known, kept)
+        column = target if len(form.tasks) < 2 else f"{cell.task} to {target}"
+        yield column, _mean(task.metrics[:1], known[target])
+
+
+def _mean(names: list[str], scores: dict[str, float]) -> float:
+    return statistics.mean(scores[name] for name in names)
+
+
+def _metric(grid: list[Cell], form: Form) -> str:
+    """The name of what is averaged: the mean of a task's metrics, or of a target's first one."""
+    if form.measure == "transfer":
+        from softprompt_jax.tasks import resolve
+
+        names = dict.fromkeys(resolve(target).metrics[0] for targets in form.score_on.values() for target in targets)
+    else:
+        names = dict.fromkeys(name for cell in grid[:1] for task in cell.run.tasks[:1] for name in task.metrics)
+    return " and ".join(names)
+
+
+def _majority(finished: list[Cell], results: list[dict[str, Any]]) -> dict[str, float]:
+    """The accuracy of always saying the most frequent label, for each task."""
+    found: dict[str, float] = Field(default={})
+    for cell, result in zip(finished, results, strict=True):
+        said = result["baselines"]["majority"]
+        found |= said if isinstance(said, dict) else {cell.run.task_name: said}
+    return {name: round(100 * value, 2) for name, value in found.items()}
+
+
+def table(result: dict[str, Any]) -> str:
+    """Write a result as a Markdown table: a row for each line, mean ± sd over the seeds."""
+    columns = list(dict.fromkeys(column for line in result["lines"].values() for column in line))
+    if not columns:
+        return "(no result yet)"
+    rows = [["", *columns]]
+    for line, values in result["lines"].items():
+        rows.append([line, *(written(values[column]) if column in values else "" for column in columns)])
+    head = f"| {' | '.join(rows[0])} |\n|{'---|' * len(rows[0])}"
+    return "\n".join([head, *(f"| {' | '.join(row)} |" for row in rows[1:])])
+
+
+def written(value: dict[str, Any]) -> str:
+    """Write mean ± sd."""
+    return f"{value['mean']:.1f}" + ("" if value["sd"] is None else f" ± {value['sd']:.1f}")
+
+
+def listing() -> Iterator[str]:
+    """Yield a line for each experiment: its runs and cost in both forms."""
+    for name in experiments():
+        experiment, path = load(name)
+        yield f"{name:22} {experiment.title} ({experiment.source})"
+        for form_name in ("miniature", "published"):
+            form = experiment.form(form_name)
+            count = form.seeds * len({cell.key for cell in cells(form, path, seeds=1)})
+            yield f"{'':22} {form_name:10} {count:4} runs; {form.cost}"

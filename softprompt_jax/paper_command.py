@@ -1,0 +1,67 @@
+"""The command `softprompt paper`: list the experiments of Lester et al. (2021), or run one."""
+
+from __future__ import annotations
+
+import enum
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from softprompt_jax.config import UserError
+
+
+class Form(enum.StrEnum):
+    """Which of an experiment's two forms."""
+
+    miniature = "miniature"
+    published = "published"
+
+
+def paper(
+    experiment: Annotated[
+        str | None, typer.Argument(metavar="[EXPERIMENT]", help="Its name or file; without one all are listed.")
+    ] = None,
+    form: Annotated[
+        Form, typer.Option(help="miniature: the embedded T5, on a CPU. published: hub models, for a TPU.")
+    ] = Form.miniature,
+    seeds: Annotated[int | None, typer.Option(min=1, help="\\[default: as the experiment says]")] = None,
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept, by the hash of their settings.")] = (
+        Path("runs") / "paper"
+    ),
+    to: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON to write. \\[default: DIR/EXPERIMENT-FORM.json]", show_default=False),
+    ] = None,
+    configs: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Only write every run as a config, to plan or train it elsewhere."),
+    ] = None,
+) -> None:
+    """Run a figure or table of Lester et al. (2021), and print it; without a name list all with their cost.
+
+    The same command goes on where a killed one stopped, and prints what is finished. Experiments share runs.
+    """
+    from softprompt_jax import paper as engine
+
+    if experiment is None:
+        for line in engine.listing():
+            print(line)
+        return
+    name = Path(experiment).stem
+    if configs is not None:
+        files = engine.write_configs(experiment, form.value, configs, seeds)
+        print(f"wrote {len(files)} configs to {configs}", file=sys.stderr)
+        return
+    to = to or runs / f"{name}-{form.value}.json"
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        runs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be made ({error.strerror}); expected a writable folder") from None
+    result = engine.run_experiment(
+        experiment, form.value, runs, to, seeds, lambda text: print(text, file=sys.stderr, flush=True)
+    )
+    print(engine.table(result))
+    print(f"wrote {to}", file=sys.stderr)
