@@ -7,6 +7,8 @@ VENV ?= .venv
 EXTRAS ?= dev
 PYTEST_ARGS ?=
 BENCHMARK_ARGS ?=
+NAME ?=
+LADDER_ARGS ?=
 
 # The first interpreter that really starts, is 3.11 or newer and can make environments (a name on the PATH proves nothing).
 PROBE = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
@@ -20,7 +22,7 @@ STAMP = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-torch test-libtpu test-network test-seqio test-cloud benchmark lint format clean
+.PHONY: help install demo paper ladder docs test test-slow test-torch test-libtpu test-network test-seqio test-cloud benchmark lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -74,6 +76,15 @@ test-cloud:  ## run on gs:// and s3:// against stand-ins, in an environment of i
 benchmark:  ## time a training step beside PEFT's (in .venv-torch), see benchmarks/README.md
 	$(MAKE) install VENV=.venv-torch EXTRAS=dev,torch
 	.venv-torch/bin/python benchmarks/training_step.py $(BENCHMARK_ARGS)
+
+paper: install  ## run a miniature of the paper's experiments: make paper NAME=length
+	$(VENV)/bin/softprompt paper $(NAME) --to benchmarks/results/paper/$(NAME).json
+
+ladder: install  ## pre-train the four sizes in two forms (a GPU is advised; see docs/pretraining.md)
+	$(VENV)/bin/python configs/pretrain/ladder/make.py $(LADDER_ARGS)
+
+docs: install  ## write the pages and tables that come from configs, methods and results
+	$(VENV)/bin/python docs/build.py
 
 lint: install  ## check format, style and types
 	$(VENV)/bin/ruff format --check .

@@ -8,7 +8,6 @@ packages. Runs are filed by the hash of their settings, so that experiments shar
 from __future__ import annotations
 
 import collections
-import dataclasses
 import itertools
 import json
 import platform
@@ -21,9 +20,11 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+import softprompt_jax
 from softprompt_jax import config, interop, paper_measures
-from softprompt_jax.config import Settings, UserError, nearest, settings_hash
-from softprompt_jax.run import MACHINE, Run, load_run
+from softprompt_jax.config import Settings, UserError, nearest
+from softprompt_jax.paper_measures import Cell
+from softprompt_jax.run import load_run
 
 Forms = Literal["miniature", "published"]
 Changes = dict[str, Any]  # dotted settings, as on the command line
@@ -63,7 +64,7 @@ class Form(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Form:
-        if set(self.score_on) != (set(self.tasks) if self.measure == "transfer" else set()):
+        if set(self.score_on) != (set(self.tasks or {"": None}) if self.measure == "transfer" else set()):
             raise ValueError(
                 "score_on names where each of `tasks` is scored with measure: transfer; expected all or none"
             )
@@ -97,28 +98,6 @@ class Experiment(Settings):
         return self.published if name == "published" else self.miniature
 
 
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One run of a grid, and where its score goes."""
-
-    line: str
-    point: str
-    task: str
-    seed: int
-    read: str
-    run: Run
-
-    @property
-    def key(self) -> str:
-        """What the run is filed under."""
-        return settings_hash(self.run, without=MACHINE)
-
-    @property
-    def label(self) -> str:
-        """The run in words."""
-        return ", ".join(filter(None, (self.line, self.point, self.task, f"seed {self.seed}")))
-
-
 def folder() -> Path:
     """Return the folder of the experiments: that of the working directory, or of the checkout."""
     for found in (HERE, Path(__file__).resolve().parents[1] / HERE):
@@ -128,7 +107,7 @@ def folder() -> Path:
 
 
 def experiments() -> dict[str, Path]:
-    """Return the file of each experiment by its name; a config beside them that states no `published:` is a plain run."""
+    """Return the file of each experiment by its name; a config beside them without `published:` is a plain run."""
     files = sorted(folder().glob("*.yaml"))
     return {path.stem: path for path in files if "\npublished:\n" in path.read_text(encoding="utf-8")}
 
@@ -218,7 +197,7 @@ def collect(name: str, form_name: Forms, experiment: Experiment, grid: list[Cell
     """Return the result of the runs of a grid that are finished."""
     form = experiment.form(form_name)
     finished = [cell for cell in grid if (runs / cell.key / "result.json").exists()]
-    extra: dict[str, Any] = Field(default={})
+    extra: dict[str, Any] = {}
     if form.measure in ("score", "transfer"):
         values = _per_seed(finished, grid, form, runs)
     else:
@@ -230,7 +209,7 @@ def collect(name: str, form_name: Forms, experiment: Experiment, grid: list[Cell
         "title": experiment.title,
         "metric": _metric(grid, form),
         "seeds": 1 + max((cell.seed for cell in grid), default=0),
-        "runs": len({cell.key for cell in finished}),
+        "cells": len(finished),
         "missing": [cell.label for cell in grid if cell not in finished],
         "lines": {
             line: {column: summary(found) for column, found in columns.items()} for line, columns in values.items()
@@ -239,8 +218,8 @@ def collect(name: str, form_name: Forms, experiment: Experiment, grid: list[Cell
         **extra,
         "seconds_per_run": round(statistics.mean(r["seconds"] for r in results), 1) if results else None,
         "date": time.strftime("%Y-%m-%d"),
-        "versions": {"python": platform.python_version()}
-        | {package: version(package) for package in ("softprompt-jax", "jax", "flax", "optax")},
+        "versions": {"python": platform.python_version(), "softprompt_jax": softprompt_jax.__version__}
+        | {package: version(package) for package in ("jax", "flax", "optax")},
     }
 
 
@@ -253,7 +232,7 @@ def summary(values: list[float]) -> dict[str, Any]:
 
 def _per_seed(finished: list[Cell], grid: list[Cell], form: Form, runs: Path) -> paper_measures.Values:
     """The values of each line and column by seed, several tasks' mean; a seed counts when all of them are finished."""
-    found: dict[tuple[str, str, int], list[float]] = Field(default={})
+    found: dict[tuple[str, str, int], list[float]] = {}
     wanted = collections.Counter((cell.line, cell.point, cell.seed) for cell in grid)
     there = collections.Counter((cell.line, cell.point, cell.seed) for cell in finished)
     for cell in finished:
@@ -298,19 +277,18 @@ def _mean(names: list[str], scores: dict[str, float]) -> float:
 
 
 def _metric(grid: list[Cell], form: Form) -> str:
-    """The name of what is averaged: the mean of a task's metrics, or of a target's first one."""
+    """Say what is averaged: the mean of a task's metrics, or of a target's first one."""
     if form.measure == "transfer":
         from softprompt_jax.tasks import resolve
 
-        names = dict.fromkeys(resolve(target).metrics[0] for targets in form.score_on.values() for target in targets)
-    else:
-        names = dict.fromkeys(name for cell in grid[:1] for task in cell.run.tasks[:1] for name in task.metrics)
-    return " and ".join(names)
+        return " and ".join(dict.fromkeys(resolve(task).metrics[0] for on in form.score_on.values() for task in on))
+    names = dict.fromkeys(name for cell in grid for task in cell.run.tasks for name in task.metrics)
+    return f"mean of {', '.join(names)}" if len(names) > 1 else next(iter(names))
 
 
 def _majority(finished: list[Cell], results: list[dict[str, Any]]) -> dict[str, float]:
     """The accuracy of always saying the most frequent label, for each task."""
-    found: dict[str, float] = Field(default={})
+    found: dict[str, float] = {}
     for cell, result in zip(finished, results, strict=True):
         said = result["baselines"]["majority"]
         found |= said if isinstance(said, dict) else {cell.run.task_name: said}

@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import collections
-import statistics
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from softprompt_jax.paper import Cell
+from softprompt_jax.config import settings_hash
+from softprompt_jax.run import MACHINE, Run
 
 Values = dict[str, dict[str, list[float]]]  # line, column, a value for each seed
 NEAREST = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One run of a grid, and where its score goes."""
+
+    line: str
+    point: str
+    task: str
+    seed: int
+    read: str
+    run: Run
+
+    @property
+    def key(self) -> str:
+        """What the run is filed under."""
+        return settings_hash(self.run, without=MACHINE)
+
+    @property
+    def label(self) -> str:
+        """The run in words."""
+        return ", ".join(filter(None, (self.line, self.point, self.task, f"seed {self.seed}")))
 
 
 def by_line(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
@@ -80,7 +102,7 @@ def neighbours(finished: Sequence[Cell], grid: Sequence[Cell], runs: Path) -> tu
             columns = values.setdefault(line, {})
             if words:
                 columns.setdefault("label words found", []).append(
-                    statistics.mean(bool(pieces & near) for pieces in words)
+                    float(np.mean([bool(pieces & near) for pieces in words]))
                 )
             columns.setdefault("distinct nearest", []).append(len(set(order[:, 0])) / len(order))
             columns.setdefault("cosine", []).append(float(cosines.max(1).mean()))
@@ -130,7 +152,7 @@ def mixed(finished: Sequence[Cell], grid: Sequence[Cell], runs: Path) -> tuple[V
             for name, (task, examples) in sets.items():
                 own = [answers[i] for i, of in enumerate(names) if of == name]
                 columns.setdefault(name, []).append(mean_score(task, score(task, own, examples)))
-            same = statistics.mean(answers[i] == answer for i, answer in enumerate(alone))
+            same = float(np.mean([answers[i] == answer for i, answer in enumerate(alone)]))
             columns.setdefault("same answers", []).append(same)
     return values, {}
 

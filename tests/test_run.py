@@ -9,7 +9,7 @@ import pytest
 from small_runs import write_config
 
 from softprompt_jax import Run, load_run
-from softprompt_jax.config import UserError, to_yaml
+from softprompt_jax.config import UserError, parse, to_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -122,3 +122,9 @@ def test_task_is_the_one_setting_without_a_default(tmp_path):
     with pytest.raises(UserError, match=re.escape("a.yaml: task: missing; expected a value; add it to the settings")):
         load_run(tmp_path / "a.yaml")
     assert [name for name, field in Run.model_fields.items() if field.is_required()] == ["task"]
+
+
+def test_target_sentinel_needs_decoding():
+    task = {"name": "boolq", "predict_by": "likelihood"}
+    with pytest.raises(UserError, match="target_sentinel and predict_by likelihood: expected predict_by: decoding"):
+        parse(Run, {"task": task, "target_sentinel": True}, "here")

@@ -1,0 +1,233 @@
+"""Write the pages that are facts: one for each experiment and method, their plots, the tables of the README.
+
+    python docs/build.py            write what has changed
+    python docs/build.py --check    only say what has changed; exit code 1
+
+They come from the configs, the methods' own statements and the committed JSON, so that they cannot drift.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "docs"))
+
+from plot import plot  # noqa: E402
+
+from softprompt_jax import paper  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "results"
+HEAD = "<!-- Written by docs/build.py; change what it reads, not this file. -->\n\n"
+
+
+def main() -> None:
+    """Write or check all pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
+    changed = outdated()
+    for path, text in changed.items():
+        print(path.relative_to(ROOT))
+        if not check:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    sys.exit(bool(check and changed))
+
+
+def outdated() -> dict[Path, str]:
+    """Return the files that are not what they should be, with what they should hold."""
+    pages = dict(all_pages())
+    return {path: text for path, text in pages.items() if not path.exists() or path.read_text("utf-8") != text}
+
+
+def all_pages() -> Iterator[tuple[Path, str]]:
+    """Yield every file that is written here and its text."""
+    experiments = {name: paper.load(name)[0] for name in paper.experiments()}
+    for name, experiment in experiments.items():
+        result = _result(name)
+        yield ROOT / "docs" / "experiments" / f"{name}.md", HEAD + experiment_page(name, experiment, result)
+        if result is not None and result["lines"]:
+            lines = {
+                line: {column: v for column, v in values.items() if column not in ("cosine", "same answers")}
+                for line, values in result["lines"].items()
+            }
+            majority = result["majority"] if result["metric"] == "accuracy" else None  # which is an accuracy, too
+            picture = plot(experiment.title, lines, experiment.plot, result["metric"] + ", %", majority)
+            yield ROOT / "docs" / "experiments" / f"{name}.svg", picture
+    methods = dict(method_pages())
+    for kind, text in methods.items():
+        yield ROOT / "docs" / "methods" / f"{kind}.md", HEAD + text
+    index = "\n".join(
+        f"| [{e.title}](experiments/{name}.md) | {e.source} | {finished(_result(name))} |"
+        for name, e in experiments.items()
+    )
+    index = f"| experiment | in the paper | miniature |\n|---|---|---|\n{index}"
+    listed = ", ".join(f"[{kind}](methods/{kind}.md)" for kind in methods)
+    yield _filled(ROOT / "docs" / "README.md", {"experiments": index, "methods": listed})
+    yield _filled(ROOT / "docs" / "pretraining.md", {"ladder": ladder_table()})
+    yield _filled(ROOT / "README.md", {"embedded": embedded_table(), "paper": paper_table(experiments)})
+
+
+def _filled(path: Path, tables: dict[str, str]) -> tuple[Path, str]:
+    """Return a page with new text between its marks <!-- NAME --> and <!-- end of NAME -->."""
+    text = path.read_text(encoding="utf-8")
+    for name, table in tables.items():
+        text, times = re.subn(
+            rf"(<!-- {name} -->\n).*?(<!-- end of {name} -->)",
+            lambda match, table=table: f"{match.group(1)}\n{table}\n\n{match.group(2)}",
+            text,
+            flags=re.S,
+        )
+        assert times == 1, f"{path}: {times} marks {name}; expected one"
+    return path, text
+
+
+# --------------------------------------------------------------------------------------------- experiments
+
+
+def _result(name: str) -> dict[str, Any] | None:
+    path = RESULTS / "paper" / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def finished(result: dict[str, Any] | None) -> str:
+    """Say how much of a miniature has been run."""
+    if result is None:
+        return "a command, not run yet"
+    total = len(result["missing"]) + result["cells"]
+    return f"{result['cells']} of {total} runs" if result["missing"] else f"all {total} runs"
+
+
+def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, Any] | None) -> str:
+    """Return the page of an experiment."""
+    miniature, published = experiment.miniature, experiment.published
+    parts = [f"# {experiment.title}", f"{experiment.source}. {experiment.question}", "## Miniature"]
+    parts.append(f"    softprompt paper {name}")
+    parts.append(f"{_form(miniature)}; {miniature.seeds} seeds; {miniature.cost}.")
+    if result is None:
+        parts.append("Not run yet: there is no result to show.")
+    else:
+        parts += [paper.table(result), f"{result['metric']} in percent, mean ± standard deviation over seeds"]
+        level = ", ".join(f"{task} {value:.1f}" for task, value in result["majority"].items())
+        parts[-1] += f" ({finished(result)}). Accuracy of always saying the most frequent label: {level}."
+        if missing := result["missing"]:
+            parts.append(f"Not run yet: {'; '.join(missing)}.")
+        parts.append(f"![{experiment.title}: the table as a plot]({name}.svg)")
+        if "nearest" in result:
+            parts += [f"{line}: {_pieces(rows)}" for line, rows in result["nearest"].items()]
+        parts.append(f"Numbers: [{name}.json](../../benchmarks/results/paper/{name}.json), {result['date']}, jax "
+                     f"{result['versions']['jax']}.")  # fmt: skip
+    parts += [" ".join(experiment.found)] if experiment.found else []
+    parts += ["## Published setting", f"    softprompt paper {name} --form published --configs runs/{name}"]
+    parts.append(
+        f"writes every run as a config for `softprompt plan` and `softprompt train` on a TPU. {_form(published)}; "
+        f"{published.seeds} seeds. Cost: {published.cost}. Tests build each of these runs abstractly; none was trained."
+    )
+    return (
+        "\n\n".join([*parts, f"Both are stated in [configs/paper/{name}.yaml](../../configs/paper/{name}.yaml)."])
+        + "\n"
+    )
+
+
+def _pieces(rows: list[list[str]]) -> str:
+    return "nearest pieces of the first rows: " + "; ".join(" ".join(f"`{piece}`" for piece in row) for row in rows)
+
+
+def _form(form: paper.Form) -> str:
+    parts = [f"Lines: {', '.join(form.lines)}"]
+    parts += [f"points: {', '.join(form.points)}"] if list(form.points) != [""] else []
+    parts += [f"tasks: {', '.join(form.tasks)}"] if form.tasks else []
+    return "; ".join(parts)
+
+
+def paper_table(experiments: dict[str, paper.Experiment]) -> str:
+    """Return the README's list of experiments with what was found."""
+    rows = []
+    for name, experiment in experiments.items():
+        said = " ".join(experiment.found) if _result(name) else ""
+        rows.append(f"| [{experiment.title}](docs/experiments/{name}.md) | {finished(_result(name))} | {said} |")
+    return "| `softprompt paper` | miniature | |\n|---|---|---|\n" + "\n".join(rows)
+
+
+def embedded_table() -> str:
+    """Return the README's table of the embedded backbone."""
+    rows = json.loads((RESULTS / "embedded.json").read_text())
+    by_task = {
+        task: {row["method"]: row for row in rows if row["task"] == task} for task in ("sentiment_movie", "spam_sms")
+    }
+    movie, spam = by_task.values()
+
+    def said(row: dict[str, Any]) -> str:
+        return f"{row['accuracy_mean']} ± {row['accuracy_sd']}"
+
+    lines = ["| test accuracy, 3 seeds (mean ± sd) | movie sentences | SMS spam (F1 of spam) |", "|---|---|---|"]
+    first = next(iter(movie))
+    lines.append(f"| majority class | {movie[first]['majority']} | {spam[first]['majority']} (0) |")
+    for method, row in movie.items():
+        lines.append(f"| {method} | {said(row)} | {said(spam[method])} ({spam[method]['f1_mean']:.0f}) |")
+    return "\n".join(lines)
+
+
+def ladder_table() -> str:
+    """Return what each size of the ladder takes, as it was measured."""
+    path = RESULTS / "ladder" / "cost.jsonl"
+    if not path.exists():
+        return "Not measured yet."
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = ["| size | parameters | tokens per CPU second | CPU hours of the span-corruption run |", "|---|---|---|---|"]
+    lines += [
+        f"| {row['size']} | {row['parameters']:,} | {row['tokens_per_cpu_s']:,.0f} "
+        f"| {row['cpu_hours_of_the_span_run']:g} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------------- methods
+
+
+def method_pages() -> Iterator[tuple[str, str]]:
+    """Yield the page of each kind of method."""
+    from softprompt_jax.backbone.presets import preset
+    from softprompt_jax.methods import METHODS
+    from softprompt_jax.methods.listing import listed
+
+    sizes = preset("t5-v1_1-base")
+    about = {one.kind: one for one in listed(sizes)}
+    configs = {path: path.read_text("utf-8") for path in sorted((ROOT / "configs").glob("*.yaml"))}
+    configs |= {path: path.read_text("utf-8") for path in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}
+    for kind, method in METHODS.items():
+        one, settings = about[kind], method()
+        said = " ".join((method.__doc__ or "").split("\n\n")[0].split())
+        parts = [f"# {kind}", said, f"Paper: {method.paper}."]
+        share = one.parameters / sizes.parameters()
+        facts = [f"trains {one.parameters:,} numbers of a T5 1.1 base with default settings ({share:.3%})"]
+        facts.append(f"PEFT: {method.peft_type}" if method.peft_type else "not in PEFT")
+        facts.append(
+            "leaves every output as it was at the start" if method.identity_at_start else "changes outputs at once"
+        )
+        facts.append(f"no packing: {method.refuses_packing}" if method.refuses_packing else "may be packed")
+        facts.append(f"not beside {', '.join(one.not_with)}" if one.not_with else "stands beside every other method")
+        parts.append("\n".join(f"- {fact}" for fact in facts))
+        defaults = yaml.safe_dump({"methods": [settings.model_dump(mode="json")]}, sort_keys=False, allow_unicode=True)
+        parts += ["Settings and their defaults:", f"```yaml\n{defaults}```"]
+        for path, text in configs.items():
+            if any(each.get("kind") == kind for each in yaml.safe_load(text).get("methods", [])):
+                where = path.relative_to(ROOT)
+                words = " ".join(line.lstrip("# ").rstrip() for line in text.splitlines() if line.startswith("#"))
+                out = path.stem.replace("_", "-")
+                parts.append(f"[{where}](../../{where}): {words}\n\n    softprompt train {where} --out runs/{out}")
+        yield kind, "\n\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    main()

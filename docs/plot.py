@@ -1,0 +1,96 @@
+"""Plots of the experiments as SVG text: the same numbers give the same bytes, and no library is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from typing import Any
+
+COLOURS = ("#1d5fbf", "#c2410c", "#1a7f37", "#7c3aed", "#57606a", "#b4690e")
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 360, 56, 20, 44, 64
+STYLE = (
+    "text { font-family: system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; "
+    "font-size: 13px; fill: #24292f } .head { font-size: 15px; font-weight: 600 } .mid { text-anchor: middle } "
+    ".end { text-anchor: end }"
+)
+Lines = dict[str, dict[str, dict[str, Any]]]  # line, column, {"mean": percent, "sd": percent or None}
+
+
+def plot(title: str, lines: Lines, kind: str, y: str, majority: dict[str, float] | None = None) -> str:
+    """Return an SVG of means with bars of one standard deviation: columns along x, a colour for each line.
+
+    With one column the lines themselves stand along x. `majority` is drawn as dashed levels.
+    """
+    columns = list(dict.fromkeys(column for values in lines.values() for column in values))
+    if len(columns) == 1:
+        lines, columns = {columns[0]: {line: values[columns[0]] for line, values in lines.items()}}, list(lines)
+    found = [value for values in lines.values() for value in values.values()]
+    ends = [value["mean"] + sign * (value["sd"] or 0) for value in found for sign in (-1, 1)]
+    levels = {name: level for name, level in (majority or {}).items() if level > min(ends) - 30}
+    low = max(0, 10 * ((min([*ends, *levels.values()]) - 3) // 10))
+    high = min(100, 10 * ((max([*ends, *levels.values()]) + 3) // 10 + 1))
+    step = (WIDTH - LEFT - RIGHT) / len(columns)
+
+    def at(value: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - low) / (high - low))
+
+    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}"'
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
+        f"<style>{STYLE}</style>",
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
+        f'<text class="head" x="{LEFT}" y="20">{escape(title)}</text>',
+    ]
+    for tick in range(int(low), int(high) + 1, 10):
+        parts.append(f'<path d="M{LEFT} {at(tick):.1f}H{WIDTH - RIGHT}" stroke="#d0d7de"/>')
+        parts.append(f'<text class="end" x="{LEFT - 8}" y="{at(tick) + 4:.1f}">{tick}</text>')
+    parts.append(
+        f'<text transform="rotate(-90 14 {HEIGHT / 2})" class="mid" x="14" y="{HEIGHT / 2}">{escape(y)}</text>'
+    )
+    for name, level in levels.items():
+        parts.append(
+            f'<path d="M{LEFT} {at(level):.1f}H{WIDTH - RIGHT}" stroke="#57606a" stroke-dasharray="5 4"/>'
+            f'<text class="end" x="{WIDTH - RIGHT}" y="{at(level) - 4:.1f}">majority class, {escape(name)}</text>'
+        )
+    for number, column in enumerate(columns):
+        parts.append(
+            f'<text class="mid" x="{LEFT + step * (number + 0.5):.1f}" y="{HEIGHT - 42}">{escape(column)}</text>'
+        )
+    parts += _lines(lines, columns, step, at) if kind == "lines" else _bars(lines, columns, step, at)
+    if len(lines) > 1:
+        for number, name in enumerate(lines):
+            x = LEFT + number * (WIDTH - LEFT - RIGHT) / len(lines)
+            parts.append(f'<rect x="{x:.1f}" y="{HEIGHT - 24}" width="12" height="12" fill="{COLOURS[number]}"/>')
+            parts.append(f'<text x="{x + 18:.1f}" y="{HEIGHT - 13}">{escape(name)}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _spread(x: float, value: dict[str, Any], at: Any) -> str:
+    low, high = (at(value["mean"] + sign * (value["sd"] or 0)) for sign in (-1, 1))
+    return f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="#24292f" stroke-width="1.4"/>' if value["sd"] else ""
+
+
+def _lines(lines: Lines, columns: list[str], step: float, at: Any) -> Iterator[str]:
+    for number, values in enumerate(lines.values()):
+        points = [(LEFT + step * (i + 0.5), values[column]) for i, column in enumerate(columns) if column in values]
+        path = " ".join(f"{x:.1f},{at(value['mean']):.1f}" for x, value in points)
+        yield f'<polyline points="{path}" fill="none" stroke="{COLOURS[number]}" stroke-width="2"/>'
+        for x, value in points:
+            y = f"{at(value['mean']):.1f}"
+            yield f'{_spread(x, value, at)}<circle cx="{x:.1f}" cy="{y}" r="4" fill="{COLOURS[number]}"/>'
+
+
+def _bars(lines: Lines, columns: list[str], step: float, at: Any) -> Iterator[str]:
+    width = min(60, step * 0.8 / len(lines))
+    for number, values in enumerate(lines.values()):
+        for i, column in enumerate(columns):
+            if column not in values:
+                continue
+            middle = LEFT + step * (i + 0.5) + width * (number - (len(lines) - 1) / 2)
+            top, foot = at(values[column]["mean"]), HEIGHT - BOTTOM
+            mean = f"{values[column]['mean']:.1f}"
+            yield (
+                f'<rect x="{middle - width / 2:.1f}" y="{top:.1f}" width="{width - 3:.1f}" height="{foot - top:.1f}" '
+                f'fill="{COLOURS[number]}" fill-opacity="0.85"/>{_spread(middle - 1.5, values[column], at)}'
+                f'<text class="mid" x="{middle - 1.5:.1f}" y="{min(top, foot) - 6:.1f}">{mean}</text>'
+            )

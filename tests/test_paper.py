@@ -1,0 +1,244 @@
+"""The paper's experiments: data that make valid runs, a grid that goes on where it stopped, and what is read off it."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+import softprompt_jax.train  # noqa: F401 - so that it can be replaced below
+from softprompt_jax import paper, paper_measures, plan
+from softprompt_jax.config import UserError, parse
+from softprompt_jax.run import Run
+
+ROOT = Path(__file__).resolve().parents[1]
+ISSUE = {"scale", "length", "initialisation", "objective", "lm_steps", "domain_shift", "paraphrase", "ensemble"}
+ISSUE |= {"interpretability", "mixed_tasks", "optimizer"}
+NAMES = sorted(paper.experiments())
+
+
+@pytest.fixture
+def grid(small, tmp_path, own_cache):
+    """Return a function that writes an experiment of two lines on the small backbone."""
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(small.short | {"steps": 4, "evaluate_every": 4}))
+
+    def write(**changes) -> Path:
+        miniature = {
+            "base": "base.yaml",
+            "lines": {"few": {"change": {"methods.0.length": 2}}, "more": {"change": {"methods.0.length": 4}}},
+            "seeds": 2,
+            "cost": "seconds",
+            **changes,
+        }
+        published = {"base": "base.yaml", "lines": {"one": {}}, "cost": "none"}
+        text = {"title": "Lengths", "source": "nowhere", "question": "Which?", "published": published}
+        file = tmp_path / "lengths.yaml"
+        file.write_text(yaml.safe_dump(text | {"miniature": miniature}))
+        return file
+
+    return write
+
+
+def test_every_figure_and_table_of_the_issue_is_an_experiment():
+    assert set(NAMES) == ISSUE
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("form", ["miniature", "published"])
+def test_every_run_of_every_experiment_is_valid(name, form):
+    experiment, path = paper.load(name)
+    cells = list(paper.cells(experiment.form(form), path, seeds=1))
+    assert cells
+    assert {cell.line for cell in cells} == set(experiment.form(form).lines)
+    assert all(isinstance(cell.run, Run) and cell.run.seed == 0 for cell in cells)
+    if form == "published":
+        assert all(cell.run.dtype == "bfloat16" for cell in cells)
+
+
+def shapes(cell: paper_measures.Cell) -> str:
+    """What an abstract run depends on."""
+    return json.dumps(cell.run.model_dump(mode="json", exclude={"seed", "task", "loss", "steps"}), sort_keys=True)
+
+
+def distinct(names) -> dict[str, paper_measures.Cell]:
+    """Return a run of every kind that the published forms have."""
+    found = {}
+    for name in names:
+        experiment, path = paper.load(name)
+        for cell in paper.cells(experiment.published, path, seeds=1):
+            found.setdefault(shapes(cell), cell)
+    return found
+
+
+def build(cell: paper_measures.Cell) -> int:
+    """Build a run's step abstractly and return how many numbers train."""
+    import jax
+
+    step, arguments, parts = plan.abstract_step(cell.run)
+    state, measured = jax.eval_shape(step, *arguments)
+    assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, arguments[0]), cell.label
+    assert measured["loss"].shape == ()
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(parts.trainable))
+
+
+def test_a_published_run_is_built_without_weights():
+    experiment, path = paper.load("length")
+    (xxl,) = [
+        cell
+        for cell in paper.cells(experiment.published, path, seeds=1)
+        if (cell.line, cell.point, cell.task) == ("xxl", "150", "boolq")
+    ]
+    assert xxl.run.backbone == "google/t5-xxl-lm-adapt"
+    assert build(xxl) == 150 * 4096
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_every_published_run_is_built_without_weights(name):
+    for cell in distinct([name]).values():
+        assert build(cell) > 0
+
+
+def test_a_grid_is_trained_once_and_goes_on(grid, tmp_path, monkeypatch):
+    file, runs, to = grid(), tmp_path / "runs", tmp_path / "result.json"
+    accuracy = {"few": (0.5, 0.7), "more": (0.6, 0.9)}
+    labels = {cell.key: (cell.line, cell.seed) for cell in paper.cells(paper.load(str(file))[0].miniature, file)}
+    trained = []
+
+    def train(run, folder):
+        if len(trained) == 3:
+            raise KeyboardInterrupt
+        trained.append(folder.name)
+        line, seed = labels[folder.name]
+        folder.mkdir(parents=True)
+        baselines = {"split": "test", "majority": 0.5, "untrained": {"accuracy": 0.1}}
+        found = {"test": {"accuracy": accuracy[line][seed]}, "baselines": baselines, "seconds": 2.0}
+        (folder / "result.json").write_text(json.dumps(found))
+
+    monkeypatch.setattr(sys.modules["softprompt_jax.train"], "train", train)
+    with pytest.raises(KeyboardInterrupt):
+        paper.run_experiment(str(file), "miniature", runs, to)
+    assert [labels[key] for key in trained] == [("few", 0), ("more", 0), ("few", 1)]
+    partial = json.loads(to.read_text())
+    assert (partial["cells"], partial["missing"]) == (3, ["more, seed 1"])
+    assert partial["lines"]["more"]["score"] == {"mean": 60.0, "sd": None, "values": [60.0]}
+    trained.clear()
+    result = paper.run_experiment(str(file), "miniature", runs, to)
+    assert [labels[key] for key in trained] == [("more", 1)]
+    assert json.loads(to.read_text()) == result
+    assert (result["missing"], result["majority"]) == ([], {"moods": 50.0})
+    for line, values in accuracy.items():
+        percent = [100 * value for value in values]
+        found = result["lines"][line]["score"]
+        assert found["values"] == pytest.approx(percent)
+        assert found["mean"] == pytest.approx(statistics.mean(percent))
+        assert found["sd"] == pytest.approx(statistics.stdev(percent), abs=0.01)
+    assert paper.table(result).splitlines()[-1] == "| more | 75.0 ± 21.2 |"
+
+
+def test_a_seed_counts_when_all_its_tasks_are_there_and_untrained_is_read(grid, tmp_path, small):
+    tasks = {"moods": {}, "again": {"task": small.task | {"name": "again"}}}
+    file = grid(
+        lines={"start": {"read": "untrained"}}, tasks={name: {"task": small.task} | c for name, c in tasks.items()}
+    )
+    experiment, path = paper.load(str(file))
+    cells = list(paper.cells(experiment.miniature, path))
+    for number, cell in enumerate(cells[:3]):
+        (tmp_path / cell.key).mkdir()
+        baselines = {"split": "test", "majority": 0.5, "untrained": {"accuracy": 0.1 * (number + 1)}}
+        found = {"test": {"accuracy": 1.0}, "baselines": baselines, "seconds": 1.0}
+        (tmp_path / cell.key / "result.json").write_text(json.dumps(found))
+    result = paper.collect("x", "miniature", experiment, cells, tmp_path)
+    assert result["lines"] == {"start": {"score": {"mean": 15.0, "sd": None, "values": [15.0]}}}
+    assert result["missing"] == [cells[3].label]
+
+
+def test_what_is_read_off_prompts_agrees_with_reading_them_one_by_one(grid, tmp_path, small):
+    """The same two runs serve a vote, neighbours, transfers and mixed batches."""
+    from softprompt_jax.predict import load_predictor
+    from softprompt_jax.tasks import load, resolve
+
+    runs, to, lines = tmp_path / "runs", tmp_path / "result.json", {"few": {}}
+    file = grid(measure="ensemble", lines=lines)
+    cells = list(paper.cells(paper.load(str(file))[0].miniature, file))
+    voted = paper.run_experiment(str(file), "miniature", runs, to)["lines"]["few"]
+    examples = load(resolve(small.task), "test")
+    right = []
+    for cell in cells:
+        said = load_predictor(runs / cell.key).texts([example.input for example in examples])
+        right.append(np.mean([answer == e.target for answer, e in zip(said, examples, strict=True)]))
+    assert voted["average"]["values"] == [pytest.approx(100 * share, abs=0.01) for share in right]
+    assert voted["best"]["mean"] == pytest.approx(100 * max(right), abs=0.01)
+    assert voted["vote"]["mean"] == voted["average"]["values"][0]  # of two that differ the first is taken
+
+    near = paper.run_experiment(str(grid(measure="neighbours", lines=lines)), "miniature", runs, to)
+    assert [len(row) for row in near["nearest"]["few"]] == [paper_measures.NEAREST] * 3
+    assert near["nearest"]["few"][0][0] == "yes"  # the first row began as the first label word, and has hardly moved
+    assert near["lines"]["few"]["label words found"]["values"] == [100, 100]
+
+    tasks = {"moods": {"task": small.task}}
+    mixed = paper.run_experiment(str(grid(measure="mixed", tasks=tasks, lines=lines)), "miniature", runs, to)
+    assert mixed["lines"]["few"]["same answers"]["values"] == [100, 100]
+    assert mixed["lines"]["few"]["moods"]["values"] == voted["average"]["values"]
+
+
+def test_majority_vote_takes_the_first_of_equals():
+    assert paper_measures.majority_vote(["b", "a", "a", "b", "c"]) == "b"
+    assert paper_measures.majority_vote(["c", "a", "a"]) == "a"
+
+
+def test_names_stand_for_line_and_point(grid):
+    file = grid(
+        lines={"3": {}, "5": {"points": ["x"]}},
+        points={"x": {}, "y": {}},
+        change={"methods.0.length": "{line}", "backbone": "backbones/{point}"},
+    )
+    cells = list(paper.cells(paper.load(str(file))[0].miniature, file, seeds=1))
+    found = [(cell.run.methods[0].model_dump()["length"], cell.run.backbone) for cell in cells]
+    assert found == [(3, "backbones/x"), (3, "backbones/y"), (5, "backbones/x")]
+
+
+def test_runs_become_configs_that_are_runs(grid, tmp_path, softprompt):
+    code, _, err = softprompt("paper", grid(), "--configs", tmp_path / "configs")
+    assert code == 0
+    assert "wrote 4 configs" in err
+    lengths = sorted(
+        parse(Run, yaml.safe_load(path.read_text()), str(path)).methods[0].model_dump()["length"]
+        for path in (tmp_path / "configs").iterdir()
+    )
+    assert lengths == [2, 2, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lines": {"few": {"change": {"stepz": 3}}}}, "few: .*stepz: unknown setting; .*did you mean steps"),
+        ({"lines": {"few": {"points": ["z"]}}}, "no point 'z'; expected some of"),
+        ({"measure": "transfer"}, "score_on names where each of `tasks` is scored"),
+        ({"score_on": {"a": ["b"]}}, "score_on names where each of `tasks` is scored"),
+        ({"base": "none.yaml"}, "none.yaml: no such file"),
+        ({"seeds": 0}, "seeds"),
+    ],
+)
+def test_wrong_experiments_are_refused_in_one_line(grid, refused, tmp_path, changes, message):
+    assert re.search(message, refused("paper", grid(**changes), "--runs", tmp_path / "runs"))
+
+
+def test_unknown_experiment_names_the_nearest(refused):
+    assert "did you mean length?" in refused("paper", "lenght")
+    with pytest.raises(UserError, match="unknown; expected one of"):
+        paper.load("nothing")
+
+
+def test_all_experiments_are_listed_with_their_cost(softprompt):
+    code, out, _ = softprompt("paper")
+    assert code == 0
+    for name in NAMES:
+        assert f"\n{name} " in f"\n{out}"
+    assert out.count("miniature ") == out.count("published ") == len(NAMES)
