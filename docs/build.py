@@ -73,6 +73,7 @@ def all_pages() -> Iterator[tuple[Path, str]]:
     index = f"| experiment | in the paper | miniature |\n|---|---|---|\n{index}"
     listed = ", ".join(f"[{kind}](methods/{kind}.md)" for kind in methods)
     yield _filled(ROOT / "docs" / "README.md", {"experiments": index, "methods": listed})
+    yield ROOT / "docs" / "tutorial.ipynb", notebook((ROOT / "docs" / "tutorial.md").read_text("utf-8"))
     yield _filled(ROOT / "docs" / "pretraining.md", {"ladder": ladder_table()})
     yield _filled(ROOT / "README.md", {"embedded": embedded_table(), "paper": paper_table(experiments)})
 
@@ -89,6 +90,21 @@ def _filled(path: Path, tables: dict[str, str]) -> tuple[Path, str]:
         )
         assert times == 1, f"{path}: {times} marks {name}; expected one"
     return path, text
+
+
+def notebook(text: str) -> str:
+    """Return a page as a notebook: its blocks of bash are cells to run, what stands between them is text."""
+    cells = []
+    for number, part in enumerate(re.split(r"^```(?:bash)?\n", text, flags=re.M)):
+        cell = {"id": f"cell-{number}", "metadata": {}, "source": part.strip().splitlines(keepends=True)}
+        if number % 2:
+            cell["source"] = ["%%bash\n", 'cd "$(git rev-parse --show-toplevel)"\n', *cell["source"]]
+            cells.append({"cell_type": "code", "execution_count": None, "outputs": []} | cell)
+        elif cell["source"]:
+            cells.append({"cell_type": "markdown"} | cell)
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    whole = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
 
 
 # --------------------------------------------------------------------------------------------- experiments
@@ -183,7 +199,10 @@ def ladder_table() -> str:
     if not path.exists():
         return "Not measured yet."
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    lines = ["| size | parameters | tokens per CPU second | CPU hours of the span-corruption run |", "|---|---|---|---|"]
+    lines = [
+        "| size | parameters | tokens per CPU second | CPU hours of the span-corruption run |",
+        "|---|---|---|---|",
+    ]
     lines += [
         f"| {row['size']} | {row['parameters']:,} | {row['tokens_per_cpu_s']:,.0f} "
         f"| {row['cpu_hours_of_the_span_run']:g} |"

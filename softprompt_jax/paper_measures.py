@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,15 +46,10 @@ def by_line(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
     return found
 
 
-def majority_vote(answers: Sequence[str]) -> str:
-    """Return the most frequent answer, the first of equally frequent ones."""
-    return collections.Counter(answers).most_common(1)[0][0]
-
-
 def ensemble(finished: Sequence[Cell], grid: Sequence[Cell], runs: Path) -> tuple[Values, dict[str, Any]]:
     """Let the seeds of a line vote on the test split, or on validation where there is none, once all are finished."""
+    from softprompt_jax.ensemble import Ensemble
     from softprompt_jax.evaluate import mean_score, score
-    from softprompt_jax.predict import load_predictor
     from softprompt_jax.tasks import load, splits
 
     values: Values = {}
@@ -65,13 +59,13 @@ def ensemble(finished: Sequence[Cell], grid: Sequence[Cell], runs: Path) -> tupl
             continue
         task = members[0].run.tasks[0]
         examples = load(task, "test" if "test" in splits(task) else "validation")
-        said = [load_predictor(runs / cell.key).texts([example.input for example in examples]) for cell in members]
-        alone = [mean_score(task, score(task, answers, examples)) for answers in said]
-        voted = [majority_vote(answers) for answers in zip(*said, strict=True)]
+        found = Ensemble([runs / cell.key for cell in members]).answers(examples, task)
+        alone = [mean_score(task, score(task, found.of(number), examples)) for number in range(len(members))]
         values[line] = {
             "average": alone,
             "best": [max(alone)],
-            "vote": [mean_score(task, score(task, voted, examples))],
+            "majority vote": [mean_score(task, score(task, found.vote(), examples))],
+            "mean log-probability": [mean_score(task, score(task, found.likeliest(), examples))],
         }
     return values, {}
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree
 from pathlib import Path
 
@@ -45,3 +49,40 @@ def test_a_plot_shows_every_mean():
         assert "majority class, task" in picture
         assert picture.count(mark) >= 3
         assert picture.count('stroke-width="1.4"') == 2  # of those that have a deviation
+
+
+def tutorial_cells() -> list[str]:
+    """Return what the tutorial's notebook runs, with few steps."""
+    cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = ["".join(cell["source"]).removeprefix("%%bash\n") for cell in cells if cell["cell_type"] == "code"]
+    short = "steps=4 evaluate_every=4 evaluation_examples=32 log_every=2"
+    return [re.sub(r"(softprompt train \S+)", rf"\1 {short}", text) for text in code]
+
+
+def test_the_tutorial_trains_and_answers():
+    cells = "\n".join(tutorial_cells())
+    assert cells.count("softprompt train") == cells.count("steps=4") == 3
+    assert "softprompt predict runs/tutorial " in cells
+
+
+@pytest.mark.network
+def test_every_command_of_the_tutorial_runs(tmp_path):
+    """In a checkout of links, so that runs/ is a new one."""
+    for name in ("configs", "softprompt_jax"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    subprocess.run(["git", "init", "--quiet", str(tmp_path)], check=True)
+    bin_ = tmp_path / "bin"
+    bin_.mkdir()
+    (bin_ / "softprompt").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m softprompt_jax "$@"\n')
+    (bin_ / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    for script in bin_.iterdir():
+        script.chmod(0o755)
+    environment = os.environ | {"PATH": f"{bin_}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    for cell in tutorial_cells():
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", cell], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{cell}\n{done.stdout}\n{done.stderr}"
+    answers = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"inputs"')]
+    assert [answer["prompt"] for answer in answers] == ["movie", "spam", "mail"]
+    assert all(isinstance(answer["prediction"], str) for answer in answers)
