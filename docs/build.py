@@ -175,22 +175,21 @@ def paper_table(experiments: dict[str, paper.Experiment]) -> str:
 
 
 def embedded_table() -> str:
-    """Return the README's table of the embedded backbone."""
+    """Return the README's table of the embedded backbone: accuracy, and F1 of the rare class where that is measured."""
     rows = json.loads((RESULTS / "embedded.json").read_text())
-    by_task = {
-        task: {row["method"]: row for row in rows if row["task"] == task} for task in ("sentiment_movie", "spam_sms")
-    }
-    movie, spam = by_task.values()
+    tasks, methods = ({row[key]: None for row in rows} for key in ("task", "method"))
+    by_both = {(row["task"], row["method"]): row for row in rows}
 
-    def said(row: dict[str, Any]) -> str:
-        return f"{row['accuracy_mean']} ± {row['accuracy_sd']}"
+    def said(row: dict[str, Any] | None) -> str:
+        if row is None:
+            return ""
+        spread = "" if row["accuracy_sd"] is None else f" ± {row['accuracy_sd']}"
+        return f"{row['accuracy_mean']}{spread}" + (f" (F1 {row['f1_mean']:.0f})" if "f1_mean" in row else "")
 
-    lines = ["| test accuracy, 3 seeds (mean ± sd) | movie sentences | SMS spam (F1 of spam) |", "|---|---|---|"]
-    first = next(iter(movie))
-    lines.append(f"| majority class | {movie[first]['majority']} | {spam[first]['majority']} (0) |")
-    for method, row in movie.items():
-        lines.append(f"| {method} | {said(row)} | {said(spam[method])} ({spam[method]['f1_mean']:.0f}) |")
-    return "\n".join(lines)
+    lines = [["test accuracy (mean ± sd of seeds)", *tasks], ["---"] * (1 + len(tasks))]
+    lines.append(["majority class", *(str(next(r["majority"] for r in rows if r["task"] == task)) for task in tasks)])
+    lines += [[method, *(said(by_both.get((task, method))) for task in tasks)] for method in methods]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def ladder_table() -> str:
@@ -218,24 +217,23 @@ def method_pages() -> Iterator[tuple[str, str]]:
     """Yield the page of each kind of method."""
     from softprompt_jax.backbone.presets import preset
     from softprompt_jax.methods import METHODS
-    from softprompt_jax.methods.listing import listed
+    from softprompt_jax.methods.listing import parameters
 
     sizes = preset("t5-v1_1-base")
-    about = {one.kind: one for one in listed(sizes)}
     configs = {path: path.read_text("utf-8") for path in sorted((ROOT / "configs").glob("*.yaml"))}
     configs |= {path: path.read_text("utf-8") for path in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}
     for kind, method in METHODS.items():
-        one, settings = about[kind], method()
+        settings = method()
+        trained = parameters(sizes, settings)
         said = " ".join((method.__doc__ or "").split("\n\n")[0].split())
         parts = [f"# {kind}", said, f"Paper: {method.paper}."]
-        share = one.parameters / sizes.parameters()
-        facts = [f"trains {one.parameters:,} numbers of a T5 1.1 base with default settings ({share:.3%})"]
+        share = trained / sizes.parameters()
+        facts = [f"trains {trained:,} numbers of a T5 1.1 base with default settings ({share:.3%})"]
         facts.append(f"PEFT: {method.peft_type}" if method.peft_type else "not in PEFT")
         facts.append(
             "leaves every output as it was at the start" if method.identity_at_start else "changes outputs at once"
         )
         facts.append(f"no packing: {method.refuses_packing}" if method.refuses_packing else "may be packed")
-        facts.append(f"not beside {', '.join(one.not_with)}" if one.not_with else "stands beside every other method")
         parts.append("\n".join(f"- {fact}" for fact in facts))
         defaults = yaml.safe_dump({"methods": [settings.model_dump(mode="json")]}, sort_keys=False, allow_unicode=True)
         parts += ["Settings and their defaults:", f"```yaml\n{defaults}```"]

@@ -33,12 +33,13 @@ def listed(settings: T5Settings) -> list[Listed]:
     """Describe every method with its default settings on a backbone of these sizes; no weight is made."""
     apart = _apart(settings)
     return [
-        Listed(kind, method.paper, _parameters(settings, method()), method.peft_type, sorted(apart[kind]))
+        Listed(kind, method.paper, parameters(settings, method()), method.peft_type, sorted(apart[kind]))
         for kind, method in METHODS.items()
     ]
 
 
-def _parameters(settings: T5Settings, method: MethodSettings) -> int:
+def parameters(settings: T5Settings, method: MethodSettings) -> int:
+    """Return how many numbers a method trains on a backbone of these sizes; no weight is made."""
     model = _attached(settings, [method])
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, Trainable)))
 
