@@ -60,8 +60,10 @@ def all_pages() -> Iterator[tuple[Path, str]]:
                 line: {column: v for column, v in values.items() if column not in ("cosine", "same answers")}
                 for line, values in result["lines"].items()
             }
-            majority = result["majority"] if result["metric"] == "accuracy" else None  # which is an accuracy, too
-            picture = plot(experiment.title, lines, experiment.plot, result["metric"] + ", %", majority)
+            comparable = result["metric"] == "accuracy" and experiment.miniature.measure == "score"
+            majority = result["majority"] if comparable else None
+            y = result["metric"] + ", %"
+            picture = plot(experiment.title, lines, experiment.plot, y, majority, experiment.x)
             yield ROOT / "docs" / "experiments" / f"{name}.svg", picture
     methods = dict(method_pages())
     for kind, text in methods.items():

@@ -16,7 +16,7 @@ STYLE = (
 Lines = dict[str, dict[str, dict[str, Any]]]  # line, column, {"mean": percent, "sd": percent or None}
 
 
-def plot(title: str, lines: Lines, kind: str, y: str, majority: dict[str, float] | None = None) -> str:
+def plot(title: str, lines: Lines, kind: str, y: str, majority: dict[str, float] | None = None, x: str = "") -> str:
     """Return an SVG of means with bars of one standard deviation: columns along x, a colour for each line.
 
     With one column the lines themselves stand along x. `majority` is drawn as dashed levels.
@@ -56,6 +56,7 @@ def plot(title: str, lines: Lines, kind: str, y: str, majority: dict[str, float]
         parts.append(
             f'<text class="mid" x="{LEFT + step * (number + 0.5):.1f}" y="{HEIGHT - 42}">{escape(column)}</text>'
         )
+    parts.append(f'<text class="end" x="{WIDTH - RIGHT}" y="20">{escape(f"x: {x}" if x else "")}</text>')
     parts += _lines(lines, columns, step, at) if kind == "lines" else _bars(lines, columns, step, at)
     if len(lines) > 1:
         for number, name in enumerate(lines):
@@ -88,9 +89,10 @@ def _bars(lines: Lines, columns: list[str], step: float, at: Any) -> Iterator[st
                 continue
             middle = LEFT + step * (i + 0.5) + width * (number - (len(lines) - 1) / 2)
             top, foot = at(values[column]["mean"]), HEIGHT - BOTTOM
+            above = at(values[column]["mean"] + (values[column]["sd"] or 0)) - 5
             mean = f"{values[column]['mean']:.1f}"
             yield (
                 f'<rect x="{middle - width / 2:.1f}" y="{top:.1f}" width="{width - 3:.1f}" height="{foot - top:.1f}" '
                 f'fill="{COLOURS[number]}" fill-opacity="0.85"/>{_spread(middle - 1.5, values[column], at)}'
-                f'<text class="mid" x="{middle - 1.5:.1f}" y="{min(top, foot) - 6:.1f}">{mean}</text>'
+                f'<text class="mid" x="{middle - 1.5:.1f}" y="{above:.1f}">{mean}</text>'
             )

@@ -19,6 +19,9 @@ from softprompt_jax.backbone.t5 import T5, T5Settings
 GOOD = ("bright", "warm", "quick", "kind", "neat")
 BAD = ("dull", "cold", "slow", "rude", "messy")
 THINGS = ("tea room", "old mill", "night train", "corner shop", "garden", "small café")
+_CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+# The runs that ship: what states no task is a paper's experiment or a list of sizes.
+CONFIGS = sorted(path for path in _CONFIGS.rglob("*.yaml") if "\ntask:" in path.read_text(encoding="utf-8"))
 ROWS = 160  # V: more than the tokenizer has ids
 ENDS = ("today", "as ever", "and far away", "on market days")
 

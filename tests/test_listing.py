@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 import pytest
 import tiny
+from small_runs import CONFIGS
 from typer.testing import CliRunner
 
 from softprompt_jax.backbone.presets import preset
@@ -41,9 +40,6 @@ def test_the_command_prints_a_line_for_each():
     assert [line.split()[0] for line in lines] == ["kind", *METHODS]
     assert "Lester et al., 2021" in lines[1]
     assert "51,200" in lines[1]
-
-
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 
 
 def test_every_method_has_a_config_and_every_config_is_a_run():

@@ -50,15 +50,12 @@ def test_every_figure_and_table_of_the_issue_is_an_experiment():
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("form", ["miniature", "published"])
-def test_every_run_of_every_experiment_is_valid(name, form):
+def test_every_run_of_every_miniature_is_valid(name):
+    """Those of the published forms are counted, and so read, by the test of the list below."""
     experiment, path = paper.load(name)
-    cells = list(paper.cells(experiment.form(form), path, seeds=1))
-    assert cells
-    assert {cell.line for cell in cells} == set(experiment.form(form).lines)
+    cells = list(paper.cells(experiment.miniature, path, seeds=1))
+    assert {cell.line for cell in cells} == set(experiment.miniature.lines)
     assert all(isinstance(cell.run, Run) and cell.run.seed == 0 for cell in cells)
-    if form == "published":
-        assert all(cell.run.dtype == "bfloat16" for cell in cells)
 
 
 def shapes(cell: paper_measures.Cell) -> str:

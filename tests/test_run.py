@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
-from small_runs import write_config
+from small_runs import CONFIGS, write_config
 
 from softprompt_jax import Run, load_run
 from softprompt_jax.config import UserError, parse, to_yaml
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def refused(small, tmp_path, *overrides: str) -> str:
@@ -36,7 +33,7 @@ def test_run_as_yaml_is_the_same_run(small, tmp_path):
     assert load_run(tmp_path / "b.yaml") == run
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("configs/**/*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_that_ships_is_a_run(path):
     run = load_run(path)
     assert Run.model_validate(run.model_dump(mode="json")) == run
