@@ -235,7 +235,7 @@ def method_pages() -> Iterator[tuple[str, str]]:
         facts.append(
             "leaves every output as it was at the start" if method.identity_at_start else "changes outputs at once"
         )
-        facts.append(f"no packing: {method.refuses_packing}" if method.refuses_packing else "may be packed")
+        facts.append(f"no packing: {settings.refuses_packing}" if settings.refuses_packing else "may be packed")
         parts.append("\n".join(f"- {fact}" for fact in facts))
         defaults = yaml.safe_dump({"methods": [settings.model_dump(mode="json")]}, sort_keys=False, allow_unicode=True)
         parts += ["Settings and their defaults:", f"```yaml\n{defaults}```"]
