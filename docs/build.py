@@ -69,7 +69,7 @@ def all_pages() -> Iterator[tuple[Path, str]]:
     for kind, text in methods.items():
         yield ROOT / "docs" / "methods" / f"{kind}.md", HEAD + text
     index = "\n".join(
-        f"| [{e.title}](experiments/{name}.md) | {e.source} | {finished(_result(name))} |"
+        f"| [{e.title}](experiments/{name}.md) | {e.source} | {finished(_result(name), e.miniature.seeds)} |"
         for name, e in experiments.items()
     )
     index = f"| experiment | in the paper | miniature |\n|---|---|---|\n{index}"
@@ -117,12 +117,13 @@ def _result(name: str) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def finished(result: dict[str, Any] | None) -> str:
+def finished(result: dict[str, Any] | None, seeds: int) -> str:
     """Say how much of a miniature has been run."""
     if result is None:
         return "a command, not run yet"
     total = len(result["missing"]) + result["cells"]
-    return f"{result['cells']} of {total} runs" if result["missing"] else f"all {total} runs"
+    fewer = f" of {result['seeds']} seeds, not {seeds}" if result["seeds"] < seeds else ""
+    return (f"{result['cells']} of {total} runs" if result["missing"] else f"all {total} runs") + fewer
 
 
 def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, Any] | None) -> str:
@@ -136,7 +137,9 @@ def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, A
     else:
         parts += [paper.table(result), f"{result['metric']} in percent, mean ± standard deviation over seeds"]
         level = ", ".join(f"{task} {value:.1f}" for task, value in result["majority"].items())
-        parts[-1] += f" ({finished(result)}). Accuracy of always saying the most frequent label: {level}."
+        parts[-1] += (
+            f" ({finished(result, miniature.seeds)}). Accuracy of always saying the most frequent label: {level}."
+        )
         if missing := result["missing"]:
             parts.append(f"Not run yet: {'; '.join(missing)}.")
         parts.append(f"![{experiment.title}: the table as a plot]({name}.svg)")
@@ -172,7 +175,9 @@ def paper_table(experiments: dict[str, paper.Experiment]) -> str:
     rows = []
     for name, experiment in experiments.items():
         said = " ".join(experiment.found) if _result(name) else ""
-        rows.append(f"| [{experiment.title}](docs/experiments/{name}.md) | {finished(_result(name))} | {said} |")
+        rows.append(
+            f"| [{experiment.title}](docs/experiments/{name}.md) | {finished(_result(name), experiment.miniature.seeds)} | {said} |"
+        )
     return "| `softprompt paper` | miniature | |\n|---|---|---|\n" + "\n".join(rows)
 
 

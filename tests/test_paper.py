@@ -234,3 +234,15 @@ def test_all_experiments_are_listed_with_their_cost(softprompt):
     for name in NAMES:
         assert f"\n{name} " in f"\n{out}"
     assert out.count("miniature ") == out.count("published ") == len(NAMES)
+
+
+def test_a_sentinel_stands_before_targets_and_is_read_over(small, own_cache):
+    from softprompt_jax.assembly import assemble
+    from softprompt_jax.task_run import TaskData
+
+    run = parse(Run, small.short | {"target_sentinel": True}, "test")
+    assembly = assemble(run)
+    data = TaskData(run.tasks[0], run, assembly, 0)
+    first, word, end = data.tokens["test"].target(0).tolist()
+    assert (first, end) == (assembly.tokenizer.sentinel(0), assembly.tokenizer.eos_id)
+    assert assembly.tokenizer.decode([first, word, end]) == data.examples["test"][0].target

@@ -123,5 +123,7 @@ def test_task_is_the_one_setting_without_a_default(tmp_path):
 
 def test_target_sentinel_needs_decoding():
     task = {"name": "boolq", "predict_by": "likelihood"}
-    with pytest.raises(UserError, match="target_sentinel and predict_by likelihood: expected predict_by: decoding"):
+    with pytest.raises(
+        UserError, match="target_sentinel with predict_by likelihood or a seqio task: expected decoding and text"
+    ):
         parse(Run, {"task": task, "target_sentinel": True}, "here")
