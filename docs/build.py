@@ -175,9 +175,8 @@ def paper_table(experiments: dict[str, paper.Experiment]) -> str:
     rows = []
     for name, experiment in experiments.items():
         said = " ".join(experiment.found) if _result(name) else ""
-        rows.append(
-            f"| [{experiment.title}](docs/experiments/{name}.md) | {finished(_result(name), experiment.miniature.seeds)} | {said} |"
-        )
+        run = finished(_result(name), experiment.miniature.seeds)
+        rows.append(f"| [{experiment.title}](docs/experiments/{name}.md) | {run} | {said} |")
     return "| `softprompt paper` | miniature | |\n|---|---|---|\n" + "\n".join(rows)
 
 
