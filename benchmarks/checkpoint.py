@@ -18,6 +18,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import machine
+import numpy as np
 
 from softprompt_jax import load_run
 from softprompt_jax.checkpoint import Checkpoints
@@ -42,9 +43,10 @@ def main() -> None:
     arguments = parser.parse_args()
     about = machine.describe()
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    draw = np.random.default_rng(0)  # equal numbers would be compressed away
     for name, (config, changes) in CASES.items():
         _, (described, *_), _ = abstract_step(load_run(config, changes))
-        state = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), described)
+        state = jax.tree.map(lambda leaf: jnp.asarray(draw.normal(0, 50, leaf.shape), leaf.dtype), described)
         waited, written, cpu = [], [], []
         with tempfile.TemporaryDirectory() as folder:
             checkpoints = Checkpoints(Path(folder) / "checkpoints")
