@@ -7,7 +7,9 @@ rows in use lie on the device in a table of fixed size; each prompt holds some o
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,15 @@ from jaxtyping import Array, Bool, Float, Int
 from softprompt_jax import interop, placement
 from softprompt_jax.backbone import decode
 from softprompt_jax.backbone.pretrained import Backbone, load_backbone
+from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.config import UserError, nearest
 from softprompt_jax.methods.prompt import PromptTable
 from softprompt_jax.placement import Placement
+from softprompt_jax.tasks import resolve
 from softprompt_jax.tasks.tokenizer import load_tokenizer
 
 _SUFFIXES = (".safetensors", ".npy")
+_WRITTEN = 128  # rows that are written onto the device at once
 
 
 class _Rows(nnx.Param):
@@ -49,6 +54,39 @@ class _Table(PromptTable):
         return self.rows[...][jnp.clip(indices, 0, len(self.rows[...]) - 1)]
 
 
+class Structure:
+    """A model's graphdef as a static argument; it is hashed once, not at every call."""
+
+    def __init__(self, graphdef: Any):
+        self.graphdef, self._hash = graphdef, hash(graphdef)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Structure) and self.graphdef == other.graphdef
+
+    def merge(self, *states: Any) -> T5:
+        """Return the model of these arrays."""
+        return nnx.merge(self.graphdef, *states)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A prompt in host memory: its rows, where they stand, and what its file says of it."""
+
+    rows: Float[np.ndarray, "P D"]
+    placed: Placement
+    place: str
+    task: str | None = None
+    label_words: tuple[str, ...] = ()
+
+    @property
+    def encoder_length(self) -> int:
+        """How many ids it puts around a text."""
+        return len(self.placed.before) + len(self.placed.after)
+
+
 class PromptBank:
     """Prompts for one backbone by name, and answers to texts that each name one of them.
 
@@ -69,10 +107,11 @@ class PromptBank:
         model = nnx.merge(*nnx.split(self.backbone.model))
         width = model.settings.d_model
         model.prompt = _Table(jnp.zeros((device_rows, width), jnp.float32))
-        self._graphdef, self._table, self._frozen = nnx.split(model, _Rows, ...)
+        graphdef, self._table, self._frozen = nnx.split(model, _Rows, ...)
+        self._structure = Structure(graphdef)
         self._first, self._width = model.settings.vocabulary_rows, width
-        self._tokenizer = load_tokenizer(self.backbone.folder)
-        self._prompts: dict[str, tuple[np.ndarray, Placement]] = {}
+        self.tokenizer = load_tokenizer(self.backbone.folder)
+        self._prompts: dict[str, Stored] = {}
         self._places: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()  # by last use
         self._free = list(range(device_rows))
 
@@ -103,8 +142,25 @@ class PromptBank:
         """The names of all prompts."""
         return sorted(self._prompts)
 
+    def prompt(self, name: str) -> Stored:
+        """Return a prompt; an unknown name is a UserError."""
+        found = self._prompts.get(name)
+        if found is None:
+            known = ", ".join(self.names[:8]) or "none"
+            raise UserError(f"prompt {name!r}: not in the bank; found {known}{nearest(name, self._prompts)}")
+        return found
+
     def add(self, name: str, source: str | Path | Float[np.ndarray, "P D"]) -> None:
         """Add a prompt: rows [P, D], or a file or run folder that holds some. One of that name is replaced."""
+        self.put(name, self.read(name, source))
+
+    def put(self, name: str, stored: Stored) -> None:
+        """Add a prompt that has been read; one of that name is replaced."""
+        self.remove(name, missing_ok=True)
+        self._prompts[name] = stored
+
+    def read(self, name: str, source: str | Path | Float[np.ndarray, "P D"]) -> Stored:
+        """Return a prompt that would fit into the bank, for messages by its name; anything else is a UserError."""
         rows, metadata = (source, {}) if isinstance(source, np.ndarray) else interop.read_prompt(source)
         rows = np.array(rows, np.float32)
         if rows.ndim != 2 or rows.shape[1] != self._width or not len(rows):
@@ -112,24 +168,23 @@ class PromptBank:
                 f"prompt {name}: found shape {list(rows.shape)}; expected [P, {self._width}], the width of backbone "
                 f"{self.backbone.identity}"
             )
-        if len(rows) > len(self._table_rows()):
+        if len(rows) > self.device_rows:
             raise UserError(
-                f"prompt {name}: {len(rows)} rows; expected at most the bank's {len(self._table_rows())} device_rows"
+                f"prompt {name}: {len(rows)} rows; expected at most the bank's {self.device_rows} device_rows"
             )
         interop.check_backbone(metadata, self.backbone.model, f"prompt {name}", self.backbone.identity)
         place = metadata.get("place", "before")
         try:
             length = len(rows) // placement.rows(place, 1)
-            placed = placement.place(place, length, self._first, self._tokenizer.encode)
+            placed = placement.place(place, length, self._first, self.tokenizer.encode)
         except ValueError as error:
             raise UserError(f"prompt {name}: {error}") from None
-        self.remove(name, missing_ok=True)
-        self._prompts[name] = rows, placed
+        return Stored(rows, placed, place, *_task(metadata))
 
     def remove(self, name: str, missing_ok: bool = False) -> None:
         """Forget a prompt."""
         if not missing_ok:
-            self._known(name)
+            self.prompt(name)
         self._prompts.pop(name, None)
         self._free += list(self._places.pop(name, ()))
 
@@ -144,15 +199,15 @@ class PromptBank:
         if len(names) != len(texts):
             raise UserError(f"generate: {len(texts)} texts and {len(names)} prompt names; expected one for each text")
         for name in dict.fromkeys(names):
-            self._known(name)
+            self.prompt(name)
         answers: list[tuple[str, float]] = [("", 0.0)] * len(texts)
         ids = [self._tokenize(text) for text in texts]
         for group in self._batches(ids, names):
             tokens, before = self._tokens(group, ids, names)
             table = self._table
-            found, scores = _answer(self._graphdef, table, self._frozen, tokens, before, max_tokens)
+            found, scores = _answer(self._structure, table, self._frozen, tokens, before, max_tokens)
             for index, row, score in zip(group, np.asarray(found), np.asarray(scores), strict=False):
-                answers[index] = self._tokenizer.decode([int(token) for token in row if token]), float(score)
+                answers[index] = self.tokenizer.decode([int(token) for token in row if token]), float(score)
         return answers
 
     def lines(
@@ -171,7 +226,7 @@ class PromptBank:
                 if not isinstance(row, dict) or not isinstance(row.get(field), str):
                     raise UserError(f'{where}: no text {field!r}; expected {{"inputs": "...", "prompt": "NAME"}}')
             try:
-                self._known(row["prompt"])
+                self.prompt(row["prompt"])
             except UserError as error:
                 raise UserError(f"{where}: {error}") from None
             pending.append(row)
@@ -182,13 +237,8 @@ class PromptBank:
 
     # ------------------------------------------------------------------------------- batches, rows on the device
 
-    def _known(self, name: str) -> None:
-        if name not in self._prompts:
-            known = ", ".join(self.names[:8]) or "none"
-            raise UserError(f"prompt {name!r}: not in the bank; found {known}{nearest(name, self._prompts)}")
-
     def _tokenize(self, text: str) -> list[int]:
-        ids = self._tokenizer.encode(text)
+        ids = self.tokenizer.encode(text)
         self.truncated += len(ids) >= self.max_input_tokens
         return ids[: self.max_input_tokens - 1]
 
@@ -196,15 +246,15 @@ class PromptBank:
         """Yield indices of texts that are answered together: like lengths, and prompts that fit on the device."""
 
         def size(index: int) -> tuple[int, int]:
-            placed = self._prompts[names[index]][1]
-            return len(placed.decoder), len(placed.before) + len(ids[index]) + len(placed.after)
+            stored = self._prompts[names[index]]
+            return len(stored.placed.decoder), stored.encoder_length + len(ids[index])
 
         group: list[int] = []
         for index in sorted(range(len(ids)), key=size):
             wanted = {names[i] for i in [*group, index]}
-            rows = sum(len(self._prompts[name][0]) for name in wanted)
+            rows = sum(len(self._prompts[name].rows) for name in wanted)
             unlike = group and size(group[0])[0] != size(index)[0]
-            if len(group) == self.batch_size or unlike or rows > len(self._table_rows()):
+            if len(group) == self.batch_size or unlike or rows > self.device_rows:
                 yield group
                 group = []
             group.append(index)
@@ -213,13 +263,8 @@ class PromptBank:
 
     def _tokens(self, group: list[int], ids: list[list[int]], names: list[str]) -> tuple[np.ndarray, np.ndarray]:
         """Return encoder tokens [B, T] and the decoder's prompt ids [B, n], both padded to few shapes."""
-        self._load({names[index] for index in group})
-        sides = [[], []]
-        for index in group:
-            placed, rows = self._prompts[names[index]][1], self._places[names[index]]
-            before, after, decoder = (self._moved(side, rows) for side in (placed.before, placed.after, placed.decoder))
-            sides[0].append([*before, *ids[index], *after, decode.EOS])
-            sides[1].append(decoder)
+        self.load({names[index] for index in group})
+        sides = list(zip(*(self.sides(names[index], ids[index]) for index in group), strict=True))
         longest = max(map(len, sides[0]))
         tokens = np.zeros((_few(len(group), 1), _few(longest, 16)), np.int32)
         prompts = np.zeros((len(tokens), len(sides[1][0])), np.int32)
@@ -228,30 +273,56 @@ class PromptBank:
             prompts[row] = on_decoder
         return tokens, prompts
 
+    def sides(self, name: str, ids: list[int]) -> tuple[list[int], list[int]]:
+        """Return what encoder and decoder read for a text under a prompt that `load` has brought onto the device."""
+        placed, rows = self._prompts[name].placed, self._places[name]
+        before, after, decoder = (self._moved(side, rows) for side in (placed.before, placed.after, placed.decoder))
+        return [*before, *ids, *after, decode.EOS], decoder
+
     def _moved(self, ids: Any, rows: np.ndarray) -> list[int]:
         """Return ids in which a prompt's row i is where it lies on the device; anchor words stay."""
         return [int(i) if i < self._first else self._first + int(rows[i - self._first]) for i in ids]
 
-    def _load(self, wanted: set[str]) -> None:
+    def load(self, wanted: set[str]) -> None:
         """Bring prompts onto the device, in the place of those that were not used for longest."""
         missing = [name for name in sorted(wanted) if name not in self._places]
-        needed = sum(len(self._prompts[name][0]) for name in missing)
+        needed = sum(len(self._prompts[name].rows) for name in missing)
         for name in [name for name in self._places if name not in wanted]:
             if len(self._free) >= needed:
                 break
             self._free += list(self._places.pop(name))
         if missing:
-            rows = np.concatenate([self._prompts[name][0] for name in missing])
+            rows = np.concatenate([self._prompts[name].rows for name in missing])
             where, self._free = np.asarray(self._free[:needed], np.int32), self._free[needed:]
-            padded = np.resize(np.arange(needed), _few(needed, 16))  # the first ones again: few programs
-            self._table = _write(self._table, where[padded], rows[padded])
-            ends = np.cumsum([len(self._prompts[name][0]) for name in missing])[:-1]
+            for start in range(0, needed, _WRITTEN):
+                part = np.resize(np.arange(start, min(needed, start + _WRITTEN)), _WRITTEN)  # some again: one program
+                self._table = _write(self._table, where[part], rows[part])
+            ends = np.cumsum([len(self._prompts[name].rows) for name in missing])[:-1]
             self._places |= dict(zip(missing, np.split(where, ends), strict=True))
         for name in wanted:
             self._places.move_to_end(name)
 
     def _table_rows(self) -> jax.Array:
         return jax.tree.leaves(self._table)[0]
+
+    @property
+    def device_rows(self) -> int:
+        """How many prompt rows the device holds at most."""
+        return len(self._table_rows())
+
+    @property
+    def parts(self) -> tuple[Structure, Any, Any]:
+        """The model with the rows that `load` has brought: `structure.merge(table, frozen)`."""
+        return self._structure, self._table, self._frozen
+
+
+def _task(metadata: dict[str, str]) -> tuple[str | None, tuple[str, ...]]:
+    """Return the name and label words of the task that a prompt was trained on, as far as its file says."""
+    try:
+        task = resolve(json.loads(metadata["settings"])["task"])
+    except (KeyError, ValueError, TypeError, UserError):
+        return metadata.get("task"), ()
+    return task.name, tuple(task.words or ())
 
 
 def _few(size: int, least: int) -> int:
@@ -267,5 +338,5 @@ def _write(table: Any, where: Int[Array, " n"], rows: Float[Array, "n D"]) -> An
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))
-def _answer(graphdef: Any, table: Any, frozen: Any, tokens: Array, before: Array, max_tokens: int) -> Any:
-    return decode.greedy(nnx.merge(graphdef, table, frozen), tokens, max_tokens, decoder_prompt=before)
+def _answer(structure: Structure, table: Any, frozen: Any, tokens: Array, before: Array, max_tokens: int) -> Any:
+    return decode.greedy(structure.merge(table, frozen), tokens, max_tokens, decoder_prompt=before)

@@ -19,9 +19,10 @@ from typing import IO, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from softprompt_jax import paper_command, remote, run_commands, task_commands
+from softprompt_jax import deploy_commands, paper_command, remote, run_commands, task_commands
 from softprompt_jax.allocator import keep_freed_memory
 from softprompt_jax.config import UserError
+from softprompt_jax.deploy_commands import Dtype
 from softprompt_jax.task_commands import (
     JSON_INDENT,
     AnyBackbone,
@@ -62,15 +63,6 @@ INTERRUPTED = 130
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
-class Format(enum.StrEnum):
-    """What a run can be exported as."""
-
-    hf = "hf"
-    npy = "npy"
-    peft = "peft"
-    safetensors = "safetensors"
-
-
 class Measure(enum.StrEnum):
     """How the likeness of prompts is measured."""
 
@@ -83,13 +75,6 @@ class Map(enum.StrEnum):
 
     linear = "linear"
     network = "network"
-
-
-class Dtype(enum.StrEnum):
-    """What weights can be written as."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
 
 
 class Quantize(enum.StrEnum):
@@ -214,25 +199,6 @@ def predict(
     report_truncated(predictor)
 
 
-@app.command()
-def export(
-    source: Source,
-    to: Annotated[str, typer.Option(metavar="PATH", help="File (npy, safetensors) or folder (hf, peft) to write.")],
-    format: Annotated[
-        Format,
-        typer.Option(
-            help="npy, safetensors: the prompt's rows (safetensors without a prompt: all that trained). "
-            "hf: a Hugging Face model. peft: an adapter."
-        ),
-    ],
-) -> None:
-    """Write a trained prompt, adapter or tuned model for other programs."""
-    from softprompt_jax import exporting
-
-    exporting.export(source, format.value, to)
-    print(f"wrote {to}", file=sys.stderr)
-
-
 @app.command(name="import")
 def import_(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="T5X checkpoint or run (folder, gs://), T5, prompt.")],
@@ -267,19 +233,6 @@ def show(
 
     for line in showing.show(source, norms):
         print(line)
-
-
-@app.command()
-def push(
-    source: Annotated[str, typer.Argument(metavar="RUN", help="A finished run's folder.")],
-    repository: Annotated[str, typer.Argument(metavar="REPO", help="Hub name, OWNER/NAME.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only write the files, to RUN/hub.")] = False,
-) -> None:
-    """Publish a finished run on the hub with a model card."""
-    from softprompt_jax import publishing
-
-    folder = publishing.push(source, repository, dry_run)
-    print(f"wrote {folder}" if dry_run else f"pushed {folder} to {repository}", file=sys.stderr)
 
 
 @app.command()
@@ -351,8 +304,9 @@ def tokenizer(
     train_tokenizer(run.pretraining.located_texts(), Path(to), size)
 
 
+_DEPLOY = (deploy_commands.export, deploy_commands.serve, deploy_commands.push)
 _TASKS = (task_commands.submit, task_commands.average, task_commands.tasks, task_commands.task)
-for _command in (*run_commands.COMMANDS, *_TASKS, paper_command.paper):
+for _command in (*run_commands.COMMANDS, *_DEPLOY, *_TASKS, paper_command.paper):
     app.command()(_command)
 
 

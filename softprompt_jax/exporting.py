@@ -16,19 +16,39 @@ from softprompt_jax.importing import TOKENIZER_FILES
 from softprompt_jax.methods import put_trained
 from softprompt_jax.methods.surgery import merged
 from softprompt_jax.peft import save_adapter
+from softprompt_jax.predict import load_predictor
 from softprompt_jax.run import Run, load_run
+from softprompt_jax.stablehlo import write_program
 
 
-def export(source: str | Path, format: str, to: str | Path) -> None:
+def export(
+    source: str | Path, format: str, to: str | Path, max_tokens: int | None = None, prompt_input: bool = False
+) -> None:
     """Write a tuned model (`hf`) or an adapter (`peft`) to a folder, prompt rows (`npy`, `safetensors`) to a file.
 
-    `safetensors` of a run that has no prompt is all that it trained, under the paths of the model. Either may be on
-    gs:// or s3://.
+    `safetensors` of a run that has no prompt is all that it trained, under the paths of the model. `stablehlo` is a
+    folder with a program (see stablehlo.py), of a run or a prompt file; `max_tokens` and `prompt_input` are about it.
+    All may be on gs:// or s3://.
     """
     if Path(to).suffix != f".{format}" and format in ("npy", "safetensors"):
         raise UserError(f"{to}: ends in {Path(to).suffix!r}; expected a file name ending in .{format}")
+    if format != "stablehlo" and (max_tokens is not None or prompt_input):
+        raise UserError(f"export: --max-tokens and --prompt-input with {format}; expected them with stablehlo only")
     with remote.writing(to) as made:
-        _export(remote.local(source), format, made, f"{source}/{remote.CHECKPOINTS}")
+        if format == "stablehlo":
+            _export_program(remote.local(source), made, max_tokens, prompt_input)
+        else:
+            _export(remote.local(source), format, made, f"{source}/{remote.CHECKPOINTS}")
+
+
+def _export_program(source: Path, to: Path, max_tokens: int | None, prompt_input: bool) -> None:
+    predictor = load_predictor(source)
+    folder = Path(predictor.tokenizer.source)
+    folder = folder if folder.is_dir() else folder.parent
+    try:
+        write_program(predictor.model, folder, to, max_tokens or predictor.max_tokens, prompt_input)
+    except OSError as error:
+        raise UserError(f"{to}: cannot be written ({error.strerror}); expected a writable place") from None
 
 
 def _export(source: Path, format: str, to: Path, checkpoints: str) -> None:

@@ -112,7 +112,7 @@ def test_many_prompts_cost_their_own_bytes(backbone):
     bank = PromptBank(backbone, device_rows=64)
     for number in range(2000):
         bank.add(str(number), rows(2, number))
-    held = sum(prompt.nbytes for prompt, _ in bank._prompts.values())
+    held = sum(bank.prompt(name).rows.nbytes for name in bank.names)
     assert held == 2000 * 2 * WIDTH * 4
     assert bank._table_rows().nbytes == 64 * WIDTH * 4
     assert len(asked(bank, [(TEXTS[0], str(number)) for number in range(0, 2000, 100)])) == 20

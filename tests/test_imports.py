@@ -21,11 +21,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     "__init__ __main__",
     "cli",
-    "paper_command run_commands task_commands",
+    "paper_command run_commands task_commands deploy_commands",
     "paper",
     "paper_measures",
     "report serve plan sweep",
-    "train together task_run evaluate predict ensemble bank interpret show publishing exporting importing transfer",
+    "train together task_run evaluate predict ensemble bank interpret show publishing exporting stablehlo importing "
+    "transfer",
     "assembly",
     "run",
     "peft",

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 from pydantic import Field
 
 from softprompt_jax.backbone.attention import sees_prefix, with_prefix
@@ -16,7 +16,7 @@ from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.config import Settings
 
 EOS = 1
-_NEVER = -1e9  # the score of what cannot be
+NEVER = -1e9  # the score of what cannot be
 
 Caches = tuple[Array, ...]  # keys and values [L, B, H, S, K]
 Read = Callable[[Int[Array, "B U"], Any, Caches], tuple[Float[Array, "B U V"], Caches]]
@@ -122,29 +122,8 @@ def start(
     def hidden(tokens, position, caches):
         here = position + jnp.arange(tokens.shape[1])
         past = sees_prefix((positions <= here[:, None])[None, None], before)
-        shared_bias = None if decoder.bias is None else decoder.biased(decoder.bias, here, positions)
-
-        def run(carry, layer_cross_index):
-            x, keys, values = carry
-            layer, cross_keys_values, index, deep = layer_cross_index
-            x = put(x, deep)
-            written: list[Array] = []
-
-            def remember(new_keys, new_values):
-                place = (index, 0, 0, prefix_length + position, 0)
-                written.append(jax.lax.dynamic_update_slice(keys, new_keys[None], place))
-                written.append(jax.lax.dynamic_update_slice(values, new_values[None], place))
-                return written[0][index], written[1][index]
-
-            bias = shared_bias if layer.bias is None else decoder.biased(layer.bias, here, positions)
-            x = layer.attend_self(x, bias, past, cache=remember)
-            x = layer.feed(layer.attend_cross(x, cross_keys_values, visible))
-            return (x, *written), None
-
-        deep, put = decoder.deep_rows(tokens - settings.vocabulary_rows)
-        xs = (decoder.layers, cross, jnp.arange(decoder.depth), deep)
-        (x, *caches), _ = jax.lax.scan(run, (model.embed(tokens), *caches), xs)
-        return x, tuple(caches)
+        place, biased = prefix_length + position, functools.partial(decoder.biased, queries=here, keys=positions)
+        return through_decoder(model, tokens, caches, place, biased, past, cross, visible)
 
     def read(tokens, position, caches):
         x, caches = hidden(tokens, first + position, caches)
@@ -153,6 +132,50 @@ def start(
     if decoder_prompt is not None and first:
         _, caches = hidden(decoder_prompt, 0, caches)
     return read, caches
+
+
+def through_decoder(
+    model: T5,
+    tokens: Int[Array, "B U"],
+    caches: Caches,
+    place: Any,
+    biased: Callable[[Any], Float[Array, "1 H U S"]],
+    past: Bool[Array, "#B 1 #U S"],
+    cross: Caches,
+    seen: Bool[Array, "B 1 1 T"],
+) -> tuple[Float[Array, "B U D"], Caches]:
+    """Run the decoder's layers on tokens, whose keys and values go to `place` of the caches [L, B, H, S, K].
+
+    Caches and `cross` [L, B, H, T, K] may have more rows, and `cross` more positions: they are not touched.
+    """
+    decoder, rows = model.decoder, len(tokens)
+    shared_bias = None if decoder.bias is None else biased(decoder.bias)
+
+    def of_layer(cache: Array, index: Any, length: int) -> Array:
+        size = (1, rows, cache.shape[2], length, cache.shape[4])
+        return jax.lax.dynamic_slice(cache, (index, 0, 0, 0, 0), size)[0]
+
+    def run(carry, layer_index_deep):
+        x, keys, values = carry
+        layer, index, deep = layer_index_deep
+        x = put(x, deep)
+        written: list[Array] = []
+
+        def remember(new_keys, new_values):
+            for cache, new in ((keys, new_keys), (values, new_values)):
+                written.append(jax.lax.dynamic_update_slice(cache, new[None], (index, 0, 0, place, 0)))
+            return of_layer(written[0], index, keys.shape[3]), of_layer(written[1], index, keys.shape[3])
+
+        bias = shared_bias if layer.bias is None else biased(layer.bias)
+        x = layer.attend_self(x, bias, past, cache=remember)
+        cross_keys_values = of_layer(cross[0], index, seen.shape[-1]), of_layer(cross[1], index, seen.shape[-1])
+        x = layer.feed(layer.attend_cross(x, cross_keys_values, seen))
+        return (x, *written), None
+
+    deep, put = decoder.deep_rows(tokens - model.settings.vocabulary_rows)
+    xs = (decoder.layers, jnp.arange(decoder.depth), deep)
+    (x, *caches), _ = jax.lax.scan(run, (model.embed(tokens), *caches), xs)
+    return x, tuple(caches)
 
 
 def greedy(
@@ -203,12 +226,12 @@ def likely(log_p: Float[Array, "B V"], top_k: int | None, top_p: float | None) -
     """Leave the `top_k` most likely tokens, then the fewest that have probability `top_p` together."""
     if top_k is not None and top_k < log_p.shape[-1]:
         least = jax.lax.top_k(log_p, top_k)[0][:, -1:]
-        log_p = jnp.where(log_p < least, _NEVER, log_p)
+        log_p = jnp.where(log_p < least, NEVER, log_p)
     if top_p is not None and top_p < 1:
         ordered = jnp.sort(jax.nn.log_softmax(log_p), descending=True)
         before = jnp.cumsum(jnp.exp(ordered), -1) - jnp.exp(ordered)  # of all that are more likely
         last = jnp.sum(before < top_p, -1, keepdims=True) - 1
-        log_p = jnp.where(jax.nn.log_softmax(log_p) < jnp.take_along_axis(ordered, last, -1), _NEVER, log_p)
+        log_p = jnp.where(jax.nn.log_softmax(log_p) < jnp.take_along_axis(ordered, last, -1), NEVER, log_p)
     return log_p
 
 
@@ -243,19 +266,19 @@ def beam(
         longer = pick(running, parent).at[:, :, position].set(token)
         ends = (token == EOS) | (position == max_tokens - 1)
 
-        done = jnp.where(ends & (jnp.arange(2 * K) < K), best / penalty(position + 1.0), _NEVER)
+        done = jnp.where(ends & (jnp.arange(2 * K) < K), best / penalty(position + 1.0), NEVER)
         closed = (has_ended.all(-1, keepdims=True) & how.early_stopping) | ~hopeful
-        done = jnp.where(closed, _NEVER, done)
+        done = jnp.where(closed, NEVER, done)
         all_scores = jnp.concatenate([ended_scores, done], 1)
         ended_scores, kept = jax.lax.top_k(all_scores, K)
         ended = pick(jnp.concatenate([ended, longer], 1), kept)
-        has_ended = ended_scores > _NEVER / 2
+        has_ended = ended_scores > NEVER / 2
 
-        scores, kept = jax.lax.top_k(jnp.where(ends, _NEVER, best), K)
+        scores, kept = jax.lax.top_k(jnp.where(ends, NEVER, best), K)
         running = pick(longer, kept)
         rows = (jnp.arange(batch)[:, None] * K + pick(parent, kept)).reshape(-1)
         caches = jax.tree.map(lambda cache: cache[:, rows], caches)
-        worst = jnp.where(has_ended, ended_scores.min(-1, keepdims=True), _NEVER)
+        worst = jnp.where(has_ended, ended_scores.min(-1, keepdims=True), NEVER)
         hopeful = hopeful & (scores[:, :1] / penalty(position + 1.0) > worst).any(-1, keepdims=True)
         return position + 1, running, scores, ended, ended_scores, has_ended, hopeful, ends.all(), caches
 
@@ -264,7 +287,7 @@ def beam(
         return hopeful.any() & ~all_end & ~(has_ended.all() & how.early_stopping)
 
     empty = jnp.zeros((batch, K, max_tokens), jnp.int32)
-    never = jnp.full((batch, K), _NEVER, jnp.float32)
+    never = jnp.full((batch, K), NEVER, jnp.float32)
     state = (
         jnp.zeros((), jnp.int32),
         empty,

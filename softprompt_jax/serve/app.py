@@ -1,0 +1,255 @@
+"""HTTP: what is asked, who may ask, and what is told. Every refusal is a status and {"error": "one line"}."""
+
+# No postponed annotations here: FastAPI reads them, and knows only names of the module.
+import asyncio
+import hmac
+import json
+import re
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+from softprompt_jax import config
+from softprompt_jax.config import UserError
+from softprompt_jax.serve.engine import Engine, Job
+from softprompt_jax.serve.limits import Refused
+from softprompt_jax.serve.measures import Measures
+from softprompt_jax.serve.requests import Request, Texts, job, told
+
+_PAGE = Path(__file__).parent / "page"
+_NAME = re.compile(r"[\w.-]{1,100}")
+_LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?")
+_NPY = b"\x93NUMPY"
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+}
+
+
+def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
+    """Return the ASGI application.
+
+    `token`: what clients must send as a bearer; None: nobody is asked, which is for `loopback` only. Without one,
+    requests for other host names are refused, so that no web page can reach the server through its visitor's browser.
+    """
+    import fastapi
+    from starlette.exceptions import HTTPException
+    from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+
+    from softprompt_jax import __version__
+
+    app = fastapi.FastAPI(title="softprompt", version=__version__, docs_url=None, redoc_url=None)
+    measures = Measures(engine)
+    limits = engine.limits
+
+    async def permitted(request: fastapi.Request) -> None:
+        if token is None:
+            if not _LOOPBACK.fullmatch(request.headers.get("host", "")):
+                raise Refused(403, "Host: not this machine; expected localhost; start the server with a token")
+            return
+        kind, _, given = request.headers.get("authorization", "").partition(" ")
+        if kind.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), token.encode()):
+            raise Refused(401, "Authorization: no valid token; expected 'Bearer TOKEN', the server's own")
+
+    guarded = [fastapi.Depends(permitted)]
+
+    def refusal(status: int, message: str) -> Response:
+        headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(status, {})
+        return JSONResponse({"error": " ".join(message.split())}, status, headers)
+
+    @app.exception_handler(UserError)
+    async def refused(request: fastapi.Request, error: Exception) -> Response:
+        return refusal(error.status if isinstance(error, Refused) else 422, str(error))
+
+    @app.exception_handler(HTTPException)
+    async def unknown(request: fastapi.Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        where = f"{request.method} {request.url.path}"
+        return refusal(
+            error.status_code, f"{where}: {error.detail}; expected /v1/generate, /v1/prompts, /health, /metrics"
+        )
+
+    async def body(request: fastapi.Request, most: int) -> bytes:
+        """Read a body that is not too long, and does not come too slowly."""
+        parts, size = [], 0
+        try:
+            async with asyncio.timeout(limits.timeout_s):
+                async for part in request.stream():
+                    size += len(part)
+                    if size > most:
+                        raise Refused(413, f"body: over {most} bytes; expected at most so many; send less")
+                    parts.append(part)
+        except TimeoutError:
+            raise Refused(408, f"body: not complete after {limits.timeout_s:g} s; expected it sooner") from None
+        return b"".join(parts)
+
+    async def read(request: fastapi.Request) -> Request:
+        if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+            raise Refused(415, "Content-Type: not application/json; expected a body of JSON")
+        data = await body(request, limits.max_body_bytes)
+        try:
+            text = data.decode()
+        except UnicodeDecodeError as error:
+            raise Refused(400, f"body: not UTF-8 at byte {error.start}; expected JSON in UTF-8") from None
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise Refused(
+                400, f'body: not JSON ({error}); expected an object such as {{"inputs": "...", "prompt": "..."}}'
+            ) from None
+        if not isinstance(values, dict):
+            raise Refused(400, f"body: found {type(values).__name__}; expected a JSON object")
+        return config.parse(Request, values, "body")
+
+    async def events(request: fastapi.Request, asked: Request) -> AsyncIterator[tuple[bool, Job]]:
+        """Submit a request; yield (is it done, the work) at every change. Whoever goes away takes the work along."""
+        loop, news = asyncio.get_running_loop(), asyncio.Queue()
+        started = time.monotonic()
+        work = job(asked, engine, lambda event: loop.call_soon_threadsafe(news.put_nowait, event))
+        engine.submit(work)
+        gone = asyncio.ensure_future(request.receive())  # after the body comes nothing but the client's leaving
+        try:
+            while True:
+                event = asyncio.ensure_future(news.get())
+                await asyncio.wait((event, gone), return_when=asyncio.FIRST_COMPLETED)
+                if not event.done():
+                    event.cancel()
+                    raise Refused(499, "client: has gone; expected it to wait")
+                if isinstance(event.result(), Refused):
+                    raise event.result()
+                if event.result():
+                    measures.answered(time.monotonic() - started)
+                yield bool(event.result()), work
+                if event.result():
+                    return
+        finally:
+            gone.cancel()
+            engine.cancel(work)
+
+    async def stream(first: Any, rest: AsyncIterator[Any], asked: Request) -> AsyncIterator[str]:
+        made = None
+        try:
+            done, work = first
+            made = Texts(engine, len(work.answers) - len(asked.words))
+            while True:
+                for index, text in made.news(work.answers):
+                    yield _event("text", {"answer": index, "text": text})
+                if done:
+                    yield _event("done", told(asked, work, engine))
+                    return
+                done, work = await anext(rest)
+        except Refused as error:
+            measures.refused(error.status)
+            yield _event("error", {"error": str(error), "status": error.status})
+        finally:
+            await rest.aclose()  # type: ignore[attr-defined]
+
+    @app.post("/v1/generate", dependencies=guarded, openapi_extra=_json_body(Request.model_json_schema()))
+    async def generate(request: fastapi.Request) -> Response:
+        """Answer a text under a prompt, score words as its answers, or both; as events with `stream`."""
+        try:
+            asked = await read(request)
+            changes = events(request, asked)
+            first = await anext(changes)
+            if asked.stream:
+                return StreamingResponse(stream(first, changes, asked), media_type="text/event-stream")
+            while not first[0]:
+                first = await anext(changes)
+            await changes.aclose()
+            return JSONResponse(told(asked, first[1], engine))
+        except UserError as error:
+            measures.refused(error.status if isinstance(error, Refused) else 422)
+            raise
+
+    @app.get("/v1/prompts", dependencies=guarded)
+    async def prompts() -> Any:
+        """List the prompts."""
+        return {"backbone": engine.bank.backbone.identity, "prompts": [_about(engine, n) for n in engine.bank.names]}
+
+    @app.put("/v1/prompts/{name}", dependencies=guarded, status_code=201, openapi_extra=_FILE_BODY)
+    async def add(name: str, request: fastapi.Request) -> Any:
+        """Add a prompt, or replace the one of this name: the body is a .safetensors or .npy file. Not kept on disk."""
+        if not _NAME.fullmatch(name):
+            raise Refused(422, f"prompt {name[:100]!r}: not a name; expected letters, digits, . _ and - (100 at most)")
+        data = await body(request, limits.max_prompt_bytes)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / (f"{name}.npy" if data.startswith(_NPY) else f"{name}.safetensors")
+            path.write_bytes(data)
+            try:
+                stored = engine.bank.read(name, path)
+            except UserError as error:
+                raise Refused(422, str(error).replace(f"{folder}/", "")) from None
+        engine.check_prompt(name, stored)
+        await asyncio.wrap_future(engine.call(lambda: engine.bank.put(name, stored)))
+        return _about(engine, name)
+
+    @app.delete("/v1/prompts/{name}", dependencies=guarded, status_code=204)
+    async def remove(name: str) -> Response:
+        """Forget a prompt; requests that have begun are still answered under it."""
+        try:
+            await asyncio.wrap_future(engine.call(lambda: engine.bank.remove(name)))
+        except UserError as error:
+            raise error if isinstance(error, Refused) else Refused(404, str(error)) from None
+        return Response(status_code=204)
+
+    @app.get("/health")
+    async def health() -> Response:
+        """Tell whether requests are answered: 200, or 503 while the server stops."""
+        about = {"status": "ok" if engine.alive else "stopping", "waiting": engine.waiting, "working": engine.working}
+        return JSONResponse(about, 200 if engine.alive else 503)
+
+    @app.get("/metrics", dependencies=guarded)
+    async def metrics() -> Response:
+        """Tell Prometheus how it goes."""
+        return PlainTextResponse(measures.text(), media_type="text/plain; version=0.0.4")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> Response:
+        return FileResponse(_PAGE / "index.html")
+
+    @app.get("/{name}", include_in_schema=False)
+    async def asset(name: str) -> Response:
+        if name not in ("page.css", "page.js"):
+            raise HTTPException(404, "Not Found")
+        return FileResponse(_PAGE / name)
+
+    async def with_headers(scope: Any, receive: Any, send: Any) -> None:
+        async def sent(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                added = [(name.lower().encode(), value.encode()) for name, value in _HEADERS.items()]
+                message = message | {"headers": [*message["headers"], *added]}
+            await send(message)
+
+        await app(scope, receive, sent)
+
+    return with_headers
+
+
+def _event(kind: str, values: Any) -> str:
+    return f"event: {kind}\ndata: {json.dumps(values, ensure_ascii=False)}\n\n"
+
+
+def _about(engine: Engine, name: str) -> dict[str, Any]:
+    stored = engine.bank.prompt(name)
+    return {
+        "name": name,
+        "rows": len(stored.rows),
+        "place": stored.place,
+        "task": stored.task,
+        "label_words": list(stored.label_words),
+    }
+
+
+def _json_body(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+_FILE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}

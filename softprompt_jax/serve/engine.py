@@ -1,0 +1,365 @@
+"""The thread that answers: requests wait in a queue, join free slots, and leave when they are done.
+
+A request has one or more answers in the making: what is generated (several samples), and each label word that is to be
+scored, which is an answer with every token forced. They share one run of the encoder.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import heapq
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from softprompt_jax.backbone import decode, slots
+from softprompt_jax.bank import PromptBank, Stored, Structure
+from softprompt_jax.serve.limits import Limits, Refused
+
+JOINED = 8  # requests that are encoded together
+_SHORTEST = 32  # encoder positions; longer ones are four times as many, up to the limit
+_STEPS = 4  # between two looks at the queue, where no one waits or watches
+
+
+@dataclasses.dataclass
+class Answer:
+    """One answer in the making."""
+
+    limit: int
+    forced: list[int] = dataclasses.field(default_factory=list)
+    key: np.ndarray | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    score: float = 0.0
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, or cannot go on."""
+        return len(self.tokens) >= self.limit or bool(self.tokens and self.tokens[-1] == decode.EOS)
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """A request: a text under a prompt, its answers, and who wants to hear of them.
+
+    `tell` is called from the engine's thread: with None whenever tokens came (if `watched`), in the end with True or
+    with a Refused.
+    """
+
+    prompt: str
+    ids: list[int]
+    answers: list[Answer]
+    deadline: float  # of time.monotonic()
+    tell: Callable[[Any], None]
+    watched: bool = False
+    cancelled: bool = False
+    places: list[int] = dataclasses.field(default_factory=list)
+    length: int = 0  # of the encoder's side
+
+
+class Engine:
+    """Answers requests about the prompts of a bank, any mix of them at once; one thread does all that the device does.
+
+    Compiled shapes: the encoder for 1 and for `JOINED` texts, a step with an eighth of the slots and with all, each for
+    the lengths 32, 128, 512, ... up to the longest; all of them before the first request.
+    """
+
+    def __init__(self, bank: PromptBank, limits: Limits):
+        self.bank, self.limits = bank, limits
+        stored = [bank.prompt(name) for name in bank.names]
+        self.decoder_rows = max([limits.max_decoder_rows, *(len(one.placed.decoder) for one in stored)])
+        for name in bank.names:
+            self.check_prompt(name, bank.prompt(name))
+        self.ring = limits.max_tokens + self.decoder_rows
+        longest = limits.max_input_tokens + limits.max_prompt_rows
+        self.lengths = [length for length in (_SHORTEST * 4**n for n in range(12)) if length < longest] + [longest]
+        self.tokens = 0  # written so far
+        self._rows = sorted({max(1, limits.slots // 8), limits.slots})
+        self._wake = threading.Condition()
+        self._waiting: collections.deque[Job] = collections.deque()
+        self._calls: collections.deque[tuple[Callable[[], Any], concurrent.futures.Future]] = collections.deque()
+        self._working: dict[int, tuple[Job, Answer]] = {}  # by slot
+        self._draining = self._stopped = False
+        self._reset()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    # ------------------------------------------------------------------------------------------- from any thread
+
+    def start(self) -> None:
+        """Compile everything, then begin to answer."""
+        self._warm()
+        self._thread.start()
+
+    def check_open(self) -> None:
+        """Raise Refused: with 429 while the queue is full, with 503 once the server drains."""
+        if not self.alive:
+            raise Refused(503, "server: is stopping; expected one that goes on; ask another")
+        if self.waiting >= self.limits.max_waiting:
+            raise Refused(429, f"server: {self.waiting} requests wait already; expected fewer; try again in a second")
+
+    def submit(self, job: Job) -> None:
+        """Queue a request. Errors: Refused as by `check_open`."""
+        with self._wake:
+            self.check_open()
+            self._waiting.append(job)
+            self._wake.notify()
+
+    def cancel(self, job: Job) -> None:
+        """Stop working on a request that no one waits for."""
+        with self._wake:
+            job.cancelled = True
+            self._wake.notify()
+
+    def call(self, function: Callable[[], Any]) -> concurrent.futures.Future:
+        """Run a function on the bank between two steps."""
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        with self._wake:
+            if self._stopped:
+                raise Refused(503, "server: is stopping; expected one that goes on; ask another")
+            self._calls.append((function, future))
+            self._wake.notify()
+        return future
+
+    def drain(self) -> None:
+        """Take no more requests; those that are here are answered."""
+        self._draining = True
+
+    def stop(self) -> None:
+        """Answer what is here, and end."""
+        with self._wake:
+            self._draining = self._stopped = True
+            self._wake.notify()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are answered."""
+        return self._thread.is_alive() and not self._draining
+
+    @property
+    def waiting(self) -> int:
+        """How many requests wait for a slot."""
+        return len(self._waiting)
+
+    @property
+    def working(self) -> int:
+        """How many slots are in use."""
+        return len(self._working)
+
+    def check_prompt(self, name: str, stored: Stored) -> None:
+        """Refuse a prompt that is too long for the compiled shapes."""
+        for side, found, limit, setting in (
+            ("ids around a text", stored.encoder_length, self.limits.max_prompt_rows, "max_prompt_rows"),
+            ("rows before the decoder's input", len(stored.placed.decoder), self.decoder_rows, "max_decoder_rows"),
+        ):
+            if found > limit:
+                raise Refused(
+                    422,
+                    f"prompt {name}: {found} {side}; expected at most {limit}; start the server with more {setting}",
+                )
+
+    # ------------------------------------------------------------------------------------------- its own thread
+
+    def _run(self) -> None:
+        while True:
+            with self._wake:
+                while not (self._calls or self._waiting or self._working or self._stopped):
+                    self._wake.wait()
+                if self._stopped and not (self._calls or self._waiting or self._working):
+                    return
+            try:
+                self._turn()
+            except Exception as error:  # a defect of ours, or the device's: whoever waits is told, and it goes on
+                traceback.print_exc(file=sys.stderr)
+                self._fail(Refused(500, f"server: failed ({type(error).__name__}); expected none of this; see its log"))
+
+    def _turn(self) -> None:
+        while self._calls:
+            function, future = self._calls.popleft()
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+        self._drop()
+        group = self._next_group()
+        if group:
+            self._join(group)
+        if self._working:
+            self._advance()
+
+    def _drop(self) -> None:
+        """Let go of requests that were cancelled or have run out of time."""
+        now = time.monotonic()
+        late = Refused(504, f"request: took longer than its {self.limits.timeout_s:g} s at most; try again later")
+        with self._wake:
+            waiting = [job for job in self._waiting if job.cancelled or job.deadline < now]
+            for job in waiting:
+                self._waiting.remove(job)
+        working = {job for job, _ in self._working.values() if job.cancelled or job.deadline < now}
+        for job in [*waiting, *working]:
+            if not job.cancelled:
+                job.tell(late)
+        places = [place for place, (job, _) in self._working.items() if job in working]
+        if places:
+            which = np.zeros(self.limits.slots, bool)
+            which[places] = True
+            self._state = _leave(self._state, which)
+            for place in places:
+                self._free_slot(place)
+
+    def _next_group(self) -> list[Job]:
+        """Take the requests from the queue for which there are slots, and room on the device for their prompts."""
+        group: list[Job] = []
+        rows: dict[str, int] = {}
+        free = len(self._free)
+        with self._wake:
+            while self._waiting and len(group) < JOINED:
+                job = self._waiting[0]
+                try:
+                    rows[job.prompt] = len(self.bank.prompt(job.prompt).rows)
+                except Exception as error:  # it was removed meanwhile
+                    self._waiting.popleft()
+                    job.tell(Refused(404, str(error)))
+                    continue
+                if len(job.answers) > free or sum(rows.values()) > self.bank.device_rows:
+                    break
+                free -= len(job.answers)
+                group.append(self._waiting.popleft())
+        return group
+
+    def _join(self, group: list[Job]) -> None:
+        for job in group:
+            job.places = [heapq.heappop(self._free) for _ in job.answers]
+            self._working |= {place: (job, answer) for place, answer in zip(job.places, job.answers, strict=True)}
+        self.bank.load({job.prompt for job in group})
+        sides = [self.bank.sides(job.prompt, job.ids) for job in group]
+        length = self._class(max(len(encoder) for encoder, _ in sides))
+        tokens = np.zeros((1 if len(group) == 1 else JOINED, length), np.int32)
+        before = np.zeros((len(tokens), self.decoder_rows), np.int32)
+        for row, (job, (encoder, decoder)) in enumerate(zip(group, sides, strict=True)):
+            job.length = length
+            tokens[row, : len(encoder)] = encoder
+            before[row, self.decoder_rows - len(decoder) :] = decoder
+        size = self.limits.slots
+        count, source, place = 0, np.zeros(size, np.int32), np.zeros(size, np.int32)
+        wanted = _nothing_wanted(size, self.ring)
+        for row, job in enumerate(group):
+            for slot, answer in zip(job.places, job.answers, strict=True):
+                source[count], place[count] = row, slot
+                wanted.limit[count] = answer.limit
+                wanted.forced[count, : len(answer.forced)] = answer.forced
+                wanted.temperature[count], wanted.top_k[count] = answer.temperature, answer.top_k
+                wanted.top_p[count] = answer.top_p
+                if answer.key is not None:
+                    wanted.key[count] = answer.key
+                count += 1
+        arguments = tokens, before, np.asarray(count, np.int32), source, place, wanted
+        self._state = _join(*self.bank.parts, self._state, *arguments)
+
+    def _advance(self) -> None:
+        jobs = {id(job): job for job, _ in self._working.values()}.values()
+        watched = bool(self._waiting) or any(job.watched for job in jobs)
+        length = max(job.length for job in jobs)
+        rows = next(rows for rows in self._rows if rows > max(self._working))
+        steps = np.asarray(1 if watched else _STEPS, np.int32)
+        self._state, *found = _advance(*self.bank.parts, self._state, steps, rows, length)
+        tokens, scores = map(np.asarray, found)
+        changed: dict[Job, bool] = {}
+        for place, (job, answer) in list(self._working.items()):
+            for token, score in zip(tokens[:steps, place].tolist(), scores[:steps, place].tolist(), strict=True):
+                if token < 0:
+                    break
+                answer.tokens.append(token)
+                answer.score += score
+                self.tokens += 1
+            if answer.done:
+                self._free_slot(place)
+            changed[job] = changed.get(job, True) and answer.done
+        for job, done in changed.items():
+            if done and not any(job is other for other, _ in self._working.values()):
+                job.tell(True)
+            elif job.watched:
+                job.tell(None)
+
+    def _free_slot(self, place: int) -> None:
+        del self._working[place]
+        heapq.heappush(self._free, place)
+
+    def _class(self, length: int) -> int:
+        return next(one for one in self.lengths if one >= length)
+
+    def _fail(self, error: Refused) -> None:
+        for job in {job for job, _ in self._working.values()}:
+            job.tell(error)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._working.clear()
+        self._free = list(range(self.limits.slots))
+        self._state = jax.jit(_empty, static_argnums=(0, 3, 4, 5))(
+            *self.bank.parts, self.limits.slots, self.ring, self.lengths[-1]
+        )
+
+    def _warm(self) -> None:
+        size = self.limits.slots
+        none, places, wanted = np.asarray(0, np.int32), np.zeros(size, np.int32), _nothing_wanted(size, self.ring)
+        for length, count in ((length, count) for length in self.lengths for count in (1, JOINED)):
+            tokens, before = np.zeros((count, length), np.int32), np.zeros((count, self.decoder_rows), np.int32)
+            arguments = tokens, before, none, places, places, wanted
+            self._state = _join(*self.bank.parts, self._state, *arguments)
+        for length, rows in ((length, rows) for length in self.lengths for rows in self._rows):
+            self._state, *_ = _advance(*self.bank.parts, self._state, none, rows, length)
+        self._state = _leave(self._state, np.zeros(size, bool))
+        self.keys(0)
+        for name in self.bank.names[:1]:
+            self.bank.load({name})
+
+    def keys(self, seed: int) -> np.ndarray:
+        """Return the keys of the samples of one text: those of `decode.answers` for the text number 0."""
+        split = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), self.limits.slots)
+        return np.asarray(jax.random.key_data(split))
+
+
+def _nothing_wanted(size: int, ring: int) -> slots.Wanted:
+    zeros = np.zeros(size, np.int32)
+    return slots.Wanted(
+        zeros,  # type: ignore[arg-type]
+        np.zeros((size, ring), np.int32),  # type: ignore[arg-type]
+        np.zeros((size, 2), np.uint32),  # type: ignore[arg-type]
+        np.zeros(size, np.float32),  # type: ignore[arg-type]
+        zeros.copy(),  # type: ignore[arg-type]
+        np.ones(size, np.float32),  # type: ignore[arg-type]
+    )
+
+
+def _empty(structure: Structure, table: Any, frozen: Any, size: int, ring: int, length: int) -> slots.Slots:
+    return slots.empty(structure.merge(table, frozen), size, ring, length)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _join(structure: Structure, table: Any, frozen: Any, state: slots.Slots, *arguments: Any) -> slots.Slots:
+    return slots.join(structure.merge(table, frozen), state, *arguments)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=3)
+def _advance(
+    structure: Structure, table: Any, frozen: Any, state: slots.Slots, steps: Any, rows: int, length: int
+) -> Any:
+    return slots.advance(structure.merge(table, frozen), state, steps, rows, length)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _leave(state: slots.Slots, which: Any) -> slots.Slots:
+    return slots.leave(state, which)

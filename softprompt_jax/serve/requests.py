@@ -1,0 +1,120 @@
+"""What a client may ask, and what it is told."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from softprompt_jax.backbone.decode import EOS, Greedy, Sampling
+from softprompt_jax.config import Settings, UserError
+from softprompt_jax.serve.engine import Answer, Engine, Job
+from softprompt_jax.serve.limits import Refused
+
+
+class Request(Settings):
+    """The body of /v1/generate."""
+
+    inputs: str
+    prompt: str
+    max_tokens: int | None = Field(None, ge=0)  # of the answer; 0: only the words' scores
+    decoding: Annotated[Greedy | Sampling, Field(discriminator="kind")] = Greedy()
+    forced: str = ""  # what the answer begins with
+    words: list[str] = Field([])  # to be scored as answers
+    stream: bool = False
+    timeout_s: float | None = Field(None, gt=0)
+
+
+def job(request: Request, engine: Engine, tell: Callable[[Any], None]) -> Job:
+    """Return the work that a request asks for. Errors: Refused, with the status for the client."""
+    engine.check_open()  # before the work
+    limits, bank = engine.limits, engine.bank
+    try:
+        bank.prompt(request.prompt)
+    except UserError as error:
+        raise Refused(404, str(error)) from None
+    if not request.inputs.strip():
+        raise Refused(422, "inputs: found an empty text; expected some words")
+    ids = bank.tokenizer.encode(request.inputs)
+    if len(ids) >= limits.max_input_tokens:
+        raise Refused(
+            422,
+            f"inputs: {len(ids) + 1} tokens; expected at most {limits.max_input_tokens}, its end included; shorten it",
+        )
+    most = limits.max_tokens if request.max_tokens is None else request.max_tokens
+    if most > limits.max_tokens:
+        raise Refused(422, f"max_tokens: found {most}; expected at most {limits.max_tokens}")
+    if not most and not request.words:
+        raise Refused(422, "max_tokens: found 0 and no words; expected an answer or words to score")
+    forced = bank.tokenizer.encode(request.forced) if request.forced else []
+    if forced and len(forced) >= most:
+        raise Refused(422, f"forced: {len(forced)} tokens; expected fewer than max_tokens, {most}")
+    answers = [_word(word, engine) for word in request.words]
+    answers = (_generated(request.decoding, most, forced, engine) if most else []) + answers
+    if len(answers) > limits.slots:
+        raise Refused(
+            422, f"request: {len(answers)} samples and words; expected at most {limits.slots}, the server's slots"
+        )
+    time_s = min(limits.timeout_s, request.timeout_s or limits.timeout_s)
+    return Job(request.prompt, ids, answers, time.monotonic() + time_s, tell, request.stream)
+
+
+def _generated(how: Greedy | Sampling, most: int, forced: list[int], engine: Engine) -> list[Answer]:
+    if isinstance(how, Greedy):
+        return [Answer(most, forced)]
+    if how.samples > engine.limits.slots:
+        raise Refused(
+            422, f"decoding.samples: found {how.samples}; expected at most {engine.limits.slots}, the server's slots"
+        )
+    keys = engine.keys(how.seed)[: how.samples]
+    return [Answer(most, forced, key, how.temperature, how.top_k or 0, how.top_p or 1.0) for key in keys]
+
+
+def _word(word: str, engine: Engine) -> Answer:
+    ids = [*engine.bank.tokenizer.encode(word), EOS]
+    if len(ids) > engine.limits.max_tokens:
+        raise Refused(422, f"words: {word!r} has {len(ids)} tokens; expected at most {engine.limits.max_tokens}")
+    return Answer(len(ids), ids)
+
+
+def told(request: Request, done: Job, engine: Engine) -> dict[str, Any]:
+    """Return what a client is told of an answered request."""
+    made = len(done.answers) - len(request.words)
+    answers = [
+        {
+            "text": engine.bank.tokenizer.decode(answer.tokens),
+            "score": answer.score,
+            "tokens": answer.tokens,
+            "ended": bool(answer.tokens and answer.tokens[-1] == EOS),
+        }
+        for answer in done.answers[:made]
+    ]
+    scores = [answer.score for answer in done.answers[made:]]
+    words = [{"word": word, "score": score} for word, score in zip(request.words, scores, strict=True)]
+    best = max(words, key=lambda word: word["score"])["word"] if words else None
+    return {
+        "prompt": request.prompt,
+        "prediction": answers[0]["text"] if answers else best,
+        "answers": answers,
+        "words": words,
+        "best_word": best,
+    }
+
+
+class Texts:
+    """The texts of answers in the making, piece by piece."""
+
+    def __init__(self, engine: Engine, count: int):
+        self._decode, self._sent = engine.bank.tokenizer.decode, [""] * count
+
+    def news(self, answers: list[Answer]) -> list[tuple[int, str]]:
+        """Return what each answer's text has grown by; a character that is not whole yet waits."""
+        found = []
+        for index, answer in enumerate(answers[: len(self._sent)]):
+            text, old = self._decode(answer.tokens), self._sent[index]
+            if len(text) > len(old) and text.startswith(old) and not text.endswith("\ufffd"):
+                found.append((index, text[len(old) :]))
+                self._sent[index] = text
+        return found

@@ -1,0 +1,297 @@
+"""The engine: requests that join and leave a running batch are answered as each would be alone; none is lost."""
+
+from __future__ import annotations
+
+import queue
+import random
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from softprompt_jax import PromptBank, UserError, generate, load_backbone, logits
+from softprompt_jax.backbone import decode, slots
+from softprompt_jax.backbone.decode import Sampling
+from softprompt_jax.interop import save_prompt
+from softprompt_jax.methods.prompt import attach_rows
+from softprompt_jax.serve.engine import Engine
+from softprompt_jax.serve.limits import Limits, Refused
+from softprompt_jax.serve.requests import Request, Texts, job, told
+
+WIDTH, TOKENS = 16, 6
+LIMITS = {"slots": 8, "max_input_tokens": 16, "max_prompt_rows": 12, "max_tokens": TOKENS, "timeout_s": 900}
+TEXTS = [
+    "the garden is warm",
+    "the night train is slow today",
+    "the corner shop",
+    "the old mill is rude and far away on market days",
+]
+
+
+def rows(length: int, seed: int) -> np.ndarray:
+    return 3 * np.random.default_rng(seed).normal(size=(length, WIDTH)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def backbone(small):
+    return load_backbone(str(small.backbone))
+
+
+@pytest.fixture(scope="module")
+def prompts() -> dict[str, np.ndarray]:
+    return {f"p{number}": rows(1 + number % 3, number) for number in range(64)}
+
+
+@pytest.fixture(scope="module")
+def engine(backbone, prompts, tmp_path_factory):
+    bank = PromptBank(backbone, device_rows=24)  # room for a part of the prompts: they take turns on the device
+    for name, prompt in prompts.items():
+        bank.add(name, prompt)
+    for place in ("both", "decoder"):
+        file = tmp_path_factory.mktemp("prompts") / f"{place}.safetensors"
+        save_prompt(rows(4, 99), file, {"place": place})
+        bank.add(place, file)
+    made = Engine(bank, Limits(**LIMITS))
+    made.start()
+    yield made
+    made.stop()
+
+
+def asked(engine: Engine, *requests: Request) -> list[dict]:
+    """Answer requests that are all there at once."""
+    pending = []
+    for request in requests:
+        news: queue.SimpleQueue = queue.SimpleQueue()
+        work = job(request, engine, news.put)
+        engine.submit(work)
+        pending.append((request, work, news))
+    found = []
+    for request, work, news in pending:
+        while (event := news.get(timeout=900)) is None:
+            pass
+        if isinstance(event, Refused):
+            raise event
+        found.append(told(request, work, engine))
+    return found
+
+
+def whole(row: np.ndarray) -> list[int]:
+    """Return an answer's tokens up to its end."""
+    tokens = [int(token) for token in row]
+    return tokens[: tokens.index(decode.EOS) + 1] if decode.EOS in tokens else tokens
+
+
+def tokens_of(engine: Engine, text: str) -> np.ndarray:
+    ids = [*engine.bank.tokenizer.encode(text), decode.EOS]
+    return np.asarray([ids + [0] * (LIMITS["max_input_tokens"] - len(ids))], np.int32)
+
+
+@pytest.fixture(scope="module")
+def alone(engine, backbone, prompts) -> dict[tuple[str, str], list[int]]:
+    """What each prompt answers to each text by itself, all other prompts absent."""
+    batch = np.concatenate([tokens_of(engine, text) for text in TEXTS])
+    found = {}
+    for name, prompt in prompts.items():
+        for text, answer in zip(TEXTS, generate(backbone, batch, prompt, TOKENS), strict=True):
+            found[text, name] = whole(answer)
+    assert len({tuple(answer) for answer in found.values()}) > 20, "prompts that answer alike show nothing"
+    return found
+
+
+def test_requests_of_64_prompts_are_answered_as_each_alone(engine, alone):
+    """Nothing is lost or crossed, whatever joins and leaves meanwhile: threads ask in an order of their own."""
+    draw, wrong, answered = random.Random(0), [], []
+    pairs = [(draw.choice(TEXTS), name) for name in engine.bank.names if name.startswith("p")]
+    pairs += draw.sample(list(alone), 56)
+    draw.shuffle(pairs)
+
+    def client(seed: int) -> None:
+        draw, mine = random.Random(seed), pairs[seed::3]
+        while mine:
+            taken, mine = mine[: (many := draw.randint(1, 24))], mine[many:]
+            requests = [Request(inputs=text, prompt=name, max_tokens=draw.randint(1, TOKENS)) for text, name in taken]
+            for request, answer in zip(requests, asked(engine, *requests), strict=True):
+                expected = alone[request.inputs, request.prompt][: request.max_tokens]
+                answered.append((request.inputs, request.prompt))
+                if answer["answers"][0]["tokens"] != expected or answer["prompt"] != request.prompt:
+                    wrong.append((request, answer, expected))
+
+    clients = [threading.Thread(target=client, args=(seed,)) for seed in range(3)]
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join()
+    assert not wrong
+    assert sorted(answered) == sorted(pairs)
+    assert (engine.waiting, engine.working) == (0, 0)
+    assert sorted(engine._free) == list(range(LIMITS["slots"]))
+
+
+def test_scores_are_those_of_a_forward_pass(engine, backbone, prompts):
+    text, words = TEXTS[1], ["yes", "no", "the garden"]
+    (found,) = asked(engine, Request(inputs=text, prompt="p5", words=words))
+    for told_of in [*found["words"], found["answers"][0]]:
+        ids = told_of.get("tokens") or [*engine.bank.tokenizer.encode(told_of["word"]), decode.EOS]
+        inputs = np.asarray([[0, *ids[:-1]]], np.int32)
+        log_p = jax.nn.log_softmax(logits(backbone, tokens_of(engine, text), inputs, prompts["p5"])[0])
+        assert told_of["score"] == pytest.approx(float(log_p[np.arange(len(ids)), ids].sum()), abs=1e-4)
+    best = max(found["words"], key=lambda word: word["score"])["word"]
+    assert found["best_word"] == best
+    (only,) = asked(engine, Request(inputs=text, prompt="p5", words=words, max_tokens=0))
+    assert (only["prediction"], only["answers"]) == (best, [])
+
+
+def test_samples_are_those_of_predict(engine, backbone, prompts):
+    how = Sampling(temperature=1.3, top_k=12, top_p=0.9, samples=3, seed=4)
+    company = [Request(inputs=text, prompt=f"p{number}") for number, text in enumerate(TEXTS)]
+    found, *_ = asked(engine, Request(inputs=TEXTS[0], prompt="p7", decoding=how), *company)
+    expected = generate(backbone, tokens_of(engine, TEXTS[0]), prompts["p7"], TOKENS, how)[0]
+    assert [answer["tokens"] for answer in found["answers"]] == [whole(row) for row in expected]
+
+
+@pytest.mark.parametrize("place", ["both", "decoder"])
+def test_prompts_on_the_decoders_side_share_the_slots(engine, backbone, place):
+    model = nnx.merge(*nnx.split(backbone.model))
+    attach_rows(model, rows(4, 99), place)
+    placed = model.prompt.placement
+    encoder = np.asarray([[*placed.before, *tokens_of(engine, text)[0]] for text in TEXTS], np.int32)
+    decoder = np.asarray([placed.decoder] * len(TEXTS), np.int32)
+    run = jax.jit(lambda model, encoder, decoder: decode.greedy(model, encoder, TOKENS, decoder_prompt=decoder))
+    outputs, scores = run(model, encoder, decoder)
+    found = asked(engine, *(Request(inputs=text, prompt=name) for text in TEXTS for name in (place, "p3")))[::2]
+    for answer, output, score in zip(found, np.asarray(outputs), scores, strict=True):
+        assert answer["answers"][0]["tokens"] == whole(output)
+        assert answer["answers"][0]["score"] == pytest.approx(float(score), abs=1e-4)
+
+
+def test_an_answer_begins_with_what_is_forced(engine):
+    (found,) = asked(engine, Request(inputs=TEXTS[0], prompt="p1", forced="the garden"))
+    assert found["prediction"].startswith("the garden")
+    assert len(found["answers"][0]["tokens"]) > 2
+
+
+def test_pieces_of_a_watched_answer_make_up_the_whole(engine):
+    request, news = Request(inputs=TEXTS[0], prompt="p4", stream=True), queue.SimpleQueue()
+    work = job(request, engine, lambda event: news.put((event, list(work.answers[0].tokens))))
+    engine.submit(work)
+    pieces, seen = Texts(engine, 1), []
+    while True:
+        event, tokens = news.get(timeout=900)
+        seen.append(len(tokens))
+        work_so_far = [type(work.answers[0])(TOKENS, tokens=tokens)]
+        pieces.news(work_so_far)
+        if event is True:
+            break
+    assert seen == sorted(seen)
+    assert len(set(seen)) == len(tokens), "a token at a time"
+    assert pieces._sent[0] == told(request, work, engine)["prediction"]
+
+
+def test_a_cancelled_request_leaves_its_slot_to_others(engine, alone):
+    seen: list = []
+    for text, name in list(alone)[:40]:
+        work = job(Request(inputs=text, prompt=name), engine, seen.append)
+        engine.submit(work)
+        engine.cancel(work)
+    (text, name), expected = next(iter(alone.items()))
+    (found,) = asked(engine, Request(inputs=text, prompt=name))
+    assert found["answers"][0]["tokens"] == expected
+    assert (engine.waiting, engine.working) == (0, 0)
+
+
+def test_a_prompt_removed_while_a_request_waits_is_told(engine, prompts):
+    engine.call(lambda: engine.bank.add("brief", prompts["p3"])).result(900)
+    told_of: queue.SimpleQueue = queue.SimpleQueue()
+    work = job(Request(inputs=TEXTS[0], prompt="brief"), engine, told_of.put)
+    engine.call(lambda: engine.bank.remove("brief")).result(900)
+    engine.submit(work)
+    event = told_of.get(timeout=900)
+    assert (event.status, "not in the bank" in str(event)) == (404, True)
+
+
+def test_late_requests_and_a_full_queue_are_told(backbone, prompts):
+    bank = PromptBank(backbone, device_rows=24)
+    bank.add("p1", prompts["p1"])
+    small = Engine(bank, Limits(**LIMITS | {"max_waiting": 2, "timeout_s": 0.05}))
+    small._thread = threading.Thread(target=time.sleep, args=(0.5,))  # nothing is answered meanwhile
+    small._thread.start()
+    told_of: queue.SimpleQueue = queue.SimpleQueue()
+    request = Request(inputs="the garden", prompt="p1")
+    for _ in range(2):
+        small.submit(job(request, small, told_of.put))
+    with pytest.raises(Refused, match="2 requests wait already") as refused:
+        small.submit(job(request, small, told_of.put))
+    assert refused.value.status == 429
+    small._thread.join()
+    small._drop()
+    assert [told_of.get_nowait().status for _ in range(2)] == [504, 504]
+
+
+def test_a_failing_step_is_told_and_the_next_request_answered(engine, alone, monkeypatch, capsys):
+    real, (text, name) = engine._advance, next(iter(alone))
+
+    def failing() -> None:
+        monkeypatch.setattr(engine, "_advance", real)
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(engine, "_advance", failing)
+    with pytest.raises(Refused, match="failed \\(MemoryError\\)"):
+        asked(engine, Request(inputs=text, prompt=name))
+    (found,) = asked(engine, Request(inputs=text, prompt=name))
+    assert found["answers"][0]["tokens"] == alone[text, name]
+    assert "no room" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "status", "message"),
+    [
+        ({"prompt": "p640"}, 404, "prompt 'p640': not in the bank; .*did you mean p64|did you mean"),
+        ({"inputs": " \n"}, 422, "inputs: found an empty text; expected some words"),
+        ({"inputs": "the garden " * 20}, 422, "inputs: 41 tokens; expected at most 16"),
+        ({"max_tokens": 7}, 422, "max_tokens: found 7; expected at most 6"),
+        ({"max_tokens": 0}, 422, "found 0 and no words"),
+        ({"forced": "the garden is warm and far away"}, 422, "forced: 7 tokens; expected fewer than max_tokens, 6"),
+        ({"words": ["the old mill is rude and far away"]}, 422, "has 9 tokens; expected at most 6"),
+        ({"words": ["yes"] * 8}, 422, "9 samples and words; expected at most 8"),
+        ({"decoding": Sampling(samples=9)}, 422, "decoding.samples: found 9; expected at most 8"),
+    ],
+)
+def test_what_cannot_be_answered_is_told_in_one_line(engine, settings, status, message):
+    with pytest.raises(Refused, match=message) as error:
+        job(Request(**{"inputs": "the garden", "prompt": "p2"} | settings), engine, print)
+    assert error.value.status == status
+    assert "\n" not in str(error.value)
+
+
+def test_a_prompt_too_long_for_the_compiled_shapes_is_refused(engine):
+    with pytest.raises(Refused, match="prompt long: 13 ids around a text; expected at most 12"):
+        engine.check_prompt("long", engine.bank.read("long", rows(13, 0)))
+
+
+def test_cuts_by_row_are_those_of_all_rows():
+    log_p = jnp.asarray(np.random.default_rng(0).normal(size=(6, 40)), jnp.float32)
+    cuts = [(None, None), (5, None), (None, 0.6), (7, 0.8), (100, 1.0), (1, 0.1)]
+    top_k = jnp.asarray([k or 0 for k, _ in cuts])
+    top_p = jnp.asarray([p or 1.0 for _, p in cuts])
+    found = slots.likely(log_p, top_k, top_p)
+    for row, (k, p) in enumerate(cuts):
+        np.testing.assert_array_equal(found[row : row + 1], decode.likely(log_p[row : row + 1], k, p))
+
+
+def test_a_stopped_engine_takes_nothing_more(backbone, prompts):
+    bank = PromptBank(backbone, device_rows=24)
+    bank.add("p1", prompts["p1"])
+    stopped = Engine(bank, Limits(**LIMITS))
+    with pytest.raises(Refused, match="is stopping") as error:
+        job(Request(inputs="x", prompt="p1"), stopped, print)
+    assert error.value.status == 503
+
+
+def test_a_bank_that_names_no_backbone_is_one_line(tmp_path):
+    np.save(tmp_path / "a.npy", rows(2, 0))
+    with pytest.raises(UserError, match="its prompts name none; expected one backbone"):
+        PromptBank.open(tmp_path)

@@ -1,0 +1,331 @@
+"""HTTP around the engine: what is asked and told, what is refused with which status; the server stays up."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save
+
+from softprompt_jax import UserError
+
+pytest.importorskip("fastapi", reason="needs the extra `serve`, which `dev` has")
+pytest.importorskip("uvicorn", reason="needs the extra `serve`, which `dev` has")
+pytest.importorskip("prometheus_client", reason="needs the extra `serve`, which `dev` has")
+
+import served
+from served import PATIENCE_S, ask, events, rows
+
+from softprompt_jax import serve
+from softprompt_jax.serve.app import make_app
+
+TEXT = "the garden is warm"
+
+
+@pytest.fixture(scope="module")
+def engine(small):
+    made = served.engine_of(small.backbone)
+    made.start()
+    yield made
+    made.stop()
+
+
+@pytest.fixture(scope="module")
+def port(engine):
+    with served.serving(engine) as port:
+        yield port
+
+
+@pytest.fixture
+def alive(port, engine):
+    """After the test the server answers as before, and nothing is left of what the test asked."""
+    yield
+    status, answer, _ = ask(port, "POST", "/v1/generate", {"inputs": TEXT, "prompt": "p1"})
+    assert (status, answer["prompt"]) == (200, "p1")
+    assert ask(port, "GET", "/health")[1] == {"status": "ok", "waiting": 0, "working": 0}
+
+
+def test_an_answer_equals_the_banks(port, engine):
+    status, answer, headers = ask(
+        port, "POST", "/v1/generate", {"inputs": TEXT, "prompt": "p4", "words": ["yes", "no"]}
+    )
+    assert status == 200
+    assert headers["x-content-type-options"] == "nosniff"
+    ((expected, score),) = engine.call(lambda: engine.bank.generate([TEXT], "p4", served.TOKENS)).result(PATIENCE_S)
+    assert answer["prediction"] == answer["answers"][0]["text"] == expected
+    assert answer["answers"][0]["score"] == pytest.approx(score, abs=1e-4)
+    assert [word["word"] for word in answer["words"]] == ["yes", "no"]
+
+
+def test_a_stream_tells_the_same_in_pieces(port):
+    body = {"inputs": TEXT, "prompt": "p5", "decoding": {"kind": "sampling", "samples": 2, "seed": 3}}
+    _, whole, _ = ask(port, "POST", "/v1/generate", body)
+    status, text, headers = ask(port, "POST", "/v1/generate", body | {"stream": True})
+    assert (status, headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+    *pieces, (last, done) = events(text)
+    assert (last, done) == ("done", whole)
+    assert {kind for kind, _ in pieces} == {"text"}
+    assert len(pieces) > 2
+    for index, answer in enumerate(whole["answers"]):
+        assert "".join(piece["text"] for _, piece in pieces if piece["answer"] == index) == answer["text"]
+
+
+def test_prompts_are_listed_added_replaced_and_removed(port):
+    found = ask(port, "GET", "/v1/prompts")[1]["prompts"]
+    assert [one["name"] for one in found] == [f"p{number}" for number in range(8)]
+    assert found[1] == {"name": "p1", "rows": 2, "place": "before", "task": None, "label_words": []}
+    file = io.BytesIO()
+    np.save(file, rows(2, 7))
+    body = {"inputs": TEXT, "prompt": "new-1"}
+    assert ask(port, "PUT", "/v1/prompts/new-1", file.getvalue())[0] == 201
+    first = ask(port, "POST", "/v1/generate", body)[1]["answers"][0]["score"]
+    settings = {
+        "settings": json.dumps(
+            {"task": {"name": "moods", "source": {"kind": "files", "train": "x"}, "label_words": ["yes", "no"]}}
+        ),
+        "place": "after",
+    }
+    told = ask(port, "PUT", "/v1/prompts/new-1", save({"prompt": rows(3, 8)}, settings))[1]
+    assert told == {"name": "new-1", "rows": 3, "place": "after", "task": "moods", "label_words": ["yes", "no"]}
+    assert ask(port, "POST", "/v1/generate", body)[1]["answers"][0]["score"] != first
+    assert ask(port, "DELETE", "/v1/prompts/new-1")[0] == 204
+    assert ask(port, "POST", "/v1/generate", body)[0] == 404
+    assert ask(port, "DELETE", "/v1/prompts/new-1")[0] == 404
+
+
+def test_measures_count_what_happened(port):
+    def read() -> dict[str, float]:
+        text = ask(port, "GET", "/metrics")[1]
+        return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line[0] != "#"}
+
+    before = read()
+    ask(port, "POST", "/v1/generate", {"inputs": TEXT, "prompt": "p1"})
+    ask(port, "POST", "/v1/generate", {"inputs": TEXT, "prompt": "q1"})
+    after = read()
+    assert after["softprompt_request_seconds_count"] - before["softprompt_request_seconds_count"] == 1
+    refused = 'softprompt_refused_total{status="404"}'
+    assert after[refused] - before.get(refused, 0) == 1
+    assert after["softprompt_tokens_total"] > before["softprompt_tokens_total"]
+    assert (after["softprompt_prompts"], after["softprompt_slots"]) == (8, 8)
+
+
+JSON = {"Content_Type": "application/json"}
+GOOD = {"inputs": TEXT, "prompt": "p1"}
+
+
+@pytest.mark.usefixtures("alive")
+@pytest.mark.parametrize(
+    ("method", "path", "body", "headers", "status", "message"),
+    [
+        (
+            "POST",
+            "/v1/generate",
+            GOOD | {"prompt": "p11"},
+            {},
+            404,
+            r"prompt 'p11': not in the bank; .*did you mean p1",
+        ),
+        ("POST", "/v1/generate", GOOD | {"inputs": ""}, {}, 422, "inputs: found an empty text"),
+        ("POST", "/v1/generate", GOOD | {"inputs": "warm " * 16}, {}, 422, r"inputs: 17 tokens; expected at most 16"),
+        ("POST", "/v1/generate", GOOD | {"inputs": "warm " * 1000}, {}, 413, "body: over 4000 bytes"),
+        ("POST", "/v1/generate", {"inputs": TEXT}, {}, 422, "body: prompt: missing"),
+        ("POST", "/v1/generate", GOOD | {"beams": 4}, {}, 422, "body: beams: unknown setting"),
+        ("POST", "/v1/generate", GOOD | {"max_tokens": "many"}, {}, 422, "body: max_tokens: found 'many'"),
+        ("POST", "/v1/generate", b'{"inputs": "a', JSON, 400, "body: not JSON"),
+        ("POST", "/v1/generate", b"[" * 3000, JSON, 400, "body: not JSON"),
+        ("POST", "/v1/generate", b"[]", JSON, 400, "body: found list; expected a JSON object"),
+        ("POST", "/v1/generate", b'{"inputs": "\xff\xfe"}', JSON, 400, "body: not UTF-8 at byte 12"),
+        ("POST", "/v1/generate", b"{}", {}, 415, "Content-Type: not application/json"),
+        ("POST", "/v1/generate", GOOD, {"Host": "other.example"}, 403, "Host: not this machine"),
+        ("GET", "/v1/generate", None, {}, 405, "GET /v1/generate: Method Not Allowed"),
+        ("GET", "/v1/nothing", None, {}, 404, "GET /v1/nothing: Not Found"),
+        ("PUT", "/v1/prompts/new", b"nonsense", {}, 422, "new.safetensors: not a complete safetensors file"),
+        ("PUT", "/v1/prompts/new", save({"prompt": rows(13, 0)}), {}, 422, "13 ids around a text; expected at most 12"),
+        ("PUT", "/v1/prompts/new", save({"prompt": rows(3, 0)[:, 1:].copy()}), {}, 422, "the width of backbone"),
+        (
+            *(
+                "PUT",
+                "/v1/prompts/new",
+                save({"prompt": rows(3, 0)}, {"fingerprint": "0", "backbone": "other"}),
+                {},
+                422,
+            ),
+            "trained on backbone other .*expected the same backbone",
+        ),
+        ("PUT", "/v1/prompts/new", b"x" * 8001, {}, 413, "body: over 8000 bytes"),
+        ("PUT", "/v1/prompts/a%20b", b"", {}, 422, "prompt 'a b': not a name"),
+        ("DELETE", "/v1/prompts/p99", None, {}, 404, "prompt 'p99': not in the bank"),
+    ],
+)
+def test_bad_requests_get_a_status_and_one_line(port, method, path, body, headers, status, message):
+    found, told, _ = ask(port, method, path, body, **headers)
+    assert (found, list(told)) == (status, ["error"])
+    assert re.search(message, told["error"]), told
+    assert "\n" not in told["error"]
+    assert "/tmp" not in told["error"]
+
+
+@pytest.mark.usefixtures("alive")
+def test_half_of_a_surrogate_pair_is_no_crash(port):
+    status, _, _ = ask(port, "POST", "/v1/generate", {"inputs": "warm \ud83d tea", "prompt": "p1", "words": ["\ud83d"]})
+    assert status == 200
+
+
+@pytest.mark.usefixtures("alive")
+def test_clients_that_leave_take_their_work_along(port, engine, monkeypatch):
+    """Half of them in mid-stream, half before the first word; the engine is slow, so that they leave in time."""
+    real = engine._advance
+    monkeypatch.setattr(engine, "_advance", lambda: (time.sleep(0.05), real())[1])
+    body = {"inputs": TEXT, "prompt": "p1", "words": ["yes", "no"], "stream": True}
+    data = json.dumps(body).encode()
+    head = "POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    head += f"Content-Length: {len(data)}\r\n\r\n"
+    for number in range(12):
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as client:
+            client.sendall(head.encode() + data)
+            if number % 2:
+                assert client.recv(64).startswith(b"HTTP/1.1 200")
+    until = time.monotonic() + PATIENCE_S
+    while (engine.waiting or engine.working) and time.monotonic() < until:
+        time.sleep(0.01)
+
+
+@pytest.mark.usefixtures("alive")
+def test_requests_beyond_the_queue_are_told_to_come_again(port, engine, monkeypatch):
+    monkeypatch.setattr(engine, "limits", engine.limits.model_copy(update={"max_waiting": 4}))
+    found: Counter = Counter()
+
+    def client() -> None:
+        for _ in range(10):
+            status, answer, headers = ask(port, "POST", "/v1/generate", GOOD)
+            found[status] += 1
+            if status == 429:
+                assert "requests wait already; expected fewer; try again" in answer["error"]
+                assert headers["retry-after"] == "1"
+
+    clients = [threading.Thread(target=client) for _ in range(40)]
+    for thread in clients:
+        thread.start()
+    for thread in clients:
+        thread.join()
+    assert set(found) == {200, 429}
+    assert sum(found.values()) == 400
+
+
+async def _call(app, body: bytes, token: str | None = None) -> int:
+    """Ask an ASGI application without a socket; return the status."""
+    statuses, messages = [], [{"type": "http.request", "body": body}]
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    headers += [(b"authorization", f"Bearer {token}".encode())] if token else []
+    scope = {"type": "http", "method": "POST", "path": "/v1/generate", "raw_path": b"/v1/generate", "headers": headers}
+    scope |= {"query_string": b"", "http_version": "1.1", "scheme": "http", "client": ("127.0.0.1", 1)}
+    scope |= {"server": ("127.0.0.1", 80), "root_path": "", "asgi": {"version": "3.0"}}
+
+    async def receive():
+        return messages.pop() if messages else await asyncio.Future()
+
+    async def send(message):
+        if message["type"] == "http.response.start":
+            statuses.append(message["status"])
+
+    await app(scope, receive, send)
+    return statuses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("alive")
+def test_of_ten_thousand_requests_at_once_each_is_answered_or_told(engine):
+    app, body = make_app(engine, None, loopback=True), json.dumps(GOOD).encode()
+
+    async def all_at_once() -> list[int]:
+        return await asyncio.gather(*(_call(app, body) for _ in range(10_000)))
+
+    found = Counter(asyncio.run(all_at_once()))
+    assert set(found) == {200, 429}
+    assert sum(found.values()) == 10_000
+    assert found[200] >= engine.limits.max_waiting
+
+
+@pytest.mark.parametrize(("given", "status"), [(None, 401), ("wrong", 401), ("s3cret", 200)])
+def test_a_token_is_asked_for_where_there_is_one(engine, given, status):
+    app = make_app(engine, "s3cret", loopback=False)
+    assert asyncio.run(_call(app, json.dumps(GOOD).encode(), given)) == status
+
+
+def test_without_a_token_only_this_machine_is_served(engine, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match=r"--host 0.0.0.0: others can reach it, and there is no token"):
+        serve.serve(engine.bank, engine.limits, "0.0.0.0", 0, None)
+    assert [serve.is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "10.0.0.1", "::")] == [True] * 3 + [
+        False
+    ] * 2
+    monkeypatch.setenv(serve.TOKEN, "one")
+    (tmp_path / "token").write_text("two\n")
+    assert [serve.read_token(None), serve.read_token(str(tmp_path / "token"))] == ["one", "two"]
+    (tmp_path / "token").write_text("\n")
+    with pytest.raises(UserError, match="is empty; expected the token"):
+        serve.read_token(str(tmp_path / "token"))
+
+
+def test_an_address_in_use_is_one_line(engine, port):
+    with pytest.raises(UserError, match=rf"--port {port}: .*expected an address that is free here"):
+        serve.serve(engine.bank, engine.limits, "127.0.0.1", port, None)
+
+
+def test_serving_what_is_no_bank_is_one_line(refused, tmp_path):
+    assert "no such folder" in refused("serve", tmp_path / "nowhere")
+    assert "--limit: slot: unknown setting; expected one of slots" in refused("serve", tmp_path, "--limit", "slot=3")
+
+
+@pytest.mark.slow
+def test_sigterm_lets_requests_finish_and_takes_no_more(small, tmp_path):
+    bank = tmp_path / "bank"
+    bank.mkdir()
+    for number in range(3):
+        np.save(bank / f"p{number}.npy", rows(2, number))
+    command = [sys.executable, "-m", "softprompt_jax", "serve", str(bank), "--backbone", str(small.backbone)]
+    command += ["--port", "0", "--limit", "slots=2", "--limit", "max_input_tokens=16", "--limit", "max_prompt_rows=4"]
+    command += ["--limit", "max_tokens=512", "--limit", f"timeout_s={PATIENCE_S}"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert process.stderr is not None
+        while not (
+            found := re.search(r"serving 3 prompts over .* on http://127.0.0.1:(\d+)", process.stderr.readline())
+        ):
+            assert process.poll() is None
+        port, statuses = int(found[1]), []
+        forced = "warm " * 400  # a long answer
+        body = {"inputs": TEXT, "prompt": "p1", "forced": forced, "max_tokens": 450}
+        wanted = dict(enumerate([*[body | {"inputs": forced[:20]}] * 6]))
+
+        def client(number: int) -> None:
+            statuses.append(ask(port, "POST", "/v1/generate", wanted[number])[0])
+
+        clients = [threading.Thread(target=client, args=(number,)) for number in wanted]
+        for thread in clients:
+            thread.start()
+        while not ask(port, "GET", "/health")[1]["waiting"]:
+            assert not statuses, "all was answered before any had to wait; expected longer answers"
+        process.send_signal(signal.SIGTERM)
+        for thread in clients:
+            thread.join()
+        assert statuses == [200] * 6
+        assert process.wait(PATIENCE_S) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+        with pytest.raises(ConnectionRefusedError):
+            ask(port, "GET", "/health")
+    finally:
+        process.kill()
+        process.communicate()
