@@ -174,8 +174,8 @@ def through_decoder(
 
     deep, put = decoder.deep_rows(tokens - model.settings.vocabulary_rows)
     xs = (decoder.layers, jnp.arange(decoder.depth), deep)
-    (x, *caches), _ = jax.lax.scan(run, (model.embed(tokens), *caches), xs)
-    return x, tuple(caches)
+    (x, *written), _ = jax.lax.scan(run, (model.embed(tokens), *caches), xs)
+    return x, tuple(written)
 
 
 def greedy(

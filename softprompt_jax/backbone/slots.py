@@ -62,8 +62,8 @@ def empty(model: T5, slots: int, ring: int, length: int) -> Slots:
         jnp.ones((slots,)),
     )
     seen = jnp.zeros((slots, length), bool)
-    numbers = (jnp.array(0, jnp.int32), *(jnp.zeros((slots,), jnp.int32) for _ in range(3)))
-    return Slots(pair(ring), pair(length), seen, *numbers, wanted)
+    age, count, last = (jnp.zeros((slots,), jnp.int32) for _ in range(3))
+    return Slots(pair(ring), pair(length), seen, jnp.array(0, jnp.int32), age, count, last, wanted)
 
 
 def join(

@@ -7,7 +7,7 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,7 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
     requests for other host names are refused, so that no web page can reach the server through its visitor's browser.
     """
     import fastapi
-    from starlette.exceptions import HTTPException
-    from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
+    from fastapi.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 
     from softprompt_jax import __version__
 
@@ -56,17 +55,20 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
 
     guarded = [fastapi.Depends(permitted)]
 
+    def told_as(values: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+        return Response(json.dumps(values), status, headers, "application/json")  # ASCII, whatever a text holds
+
     def refusal(status: int, message: str) -> Response:
         headers = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}.get(status, {})
-        return JSONResponse({"error": " ".join(message.split())}, status, headers)
+        return told_as({"error": " ".join(message.split())}, status, headers)
 
     @app.exception_handler(UserError)
     async def refused(request: fastapi.Request, error: Exception) -> Response:
         return refusal(error.status if isinstance(error, Refused) else 422, str(error))
 
-    @app.exception_handler(HTTPException)
-    async def unknown(request: fastapi.Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
+    @app.exception_handler(404)
+    @app.exception_handler(405)
+    async def unknown(request: fastapi.Request, error: Any) -> Response:
         where = f"{request.method} {request.url.path}"
         return refusal(
             error.status_code, f"{where}: {error.detail}; expected /v1/generate, /v1/prompts, /health, /metrics"
@@ -104,7 +106,7 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
             raise Refused(400, f"body: found {type(values).__name__}; expected a JSON object")
         return config.parse(Request, values, "body")
 
-    async def events(request: fastapi.Request, asked: Request) -> AsyncIterator[tuple[bool, Job]]:
+    async def events(request: fastapi.Request, asked: Request) -> AsyncGenerator[tuple[bool, Job]]:
         """Submit a request; yield (is it done, the work) at every change. Whoever goes away takes the work along."""
         loop, news = asyncio.get_running_loop(), asyncio.Queue()
         started = time.monotonic()
@@ -129,7 +131,7 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
             gone.cancel()
             engine.cancel(work)
 
-    async def stream(first: Any, rest: AsyncIterator[Any], asked: Request) -> AsyncIterator[str]:
+    async def stream(first: Any, rest: AsyncGenerator[Any], asked: Request) -> AsyncIterator[str]:
         made = None
         try:
             done, work = first
@@ -145,7 +147,7 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
             measures.refused(error.status)
             yield _event("error", {"error": str(error), "status": error.status})
         finally:
-            await rest.aclose()  # type: ignore[attr-defined]
+            await rest.aclose()
 
     @app.post("/v1/generate", dependencies=guarded, openapi_extra=_json_body(Request.model_json_schema()))
     async def generate(request: fastapi.Request) -> Response:
@@ -159,7 +161,7 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
             while not first[0]:
                 first = await anext(changes)
             await changes.aclose()
-            return JSONResponse(told(asked, first[1], engine))
+            return told_as(told(asked, first[1], engine))
         except UserError as error:
             measures.refused(error.status if isinstance(error, Refused) else 422)
             raise
@@ -199,7 +201,7 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
     async def health() -> Response:
         """Tell whether requests are answered: 200, or 503 while the server stops."""
         about = {"status": "ok" if engine.alive else "stopping", "waiting": engine.waiting, "working": engine.working}
-        return JSONResponse(about, 200 if engine.alive else 503)
+        return told_as(about, 200 if engine.alive else 503)
 
     @app.get("/metrics", dependencies=guarded)
     async def metrics() -> Response:
@@ -213,7 +215,7 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
     @app.get("/{name}", include_in_schema=False)
     async def asset(name: str) -> Response:
         if name not in ("page.css", "page.js"):
-            raise HTTPException(404, "Not Found")
+            raise fastapi.HTTPException(404, "Not Found")
         return FileResponse(_PAGE / name)
 
     async def with_headers(scope: Any, receive: Any, send: Any) -> None:
@@ -229,7 +231,7 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
 
 
 def _event(kind: str, values: Any) -> str:
-    return f"event: {kind}\ndata: {json.dumps(values, ensure_ascii=False)}\n\n"
+    return f"event: {kind}\ndata: {json.dumps(values)}\n\n"
 
 
 def _about(engine: Engine, name: str) -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Job:
     ids: list[int]
     answers: list[Answer]
     deadline: float  # of time.monotonic()
-    tell: Callable[[Any], None]
+    tell: Callable[[Any], object]
     watched: bool = False
     cancelled: bool = False
     places: list[int] = dataclasses.field(default_factory=list)

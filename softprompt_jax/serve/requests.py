@@ -27,7 +27,7 @@ class Request(Settings):
     timeout_s: float | None = Field(None, gt=0)
 
 
-def job(request: Request, engine: Engine, tell: Callable[[Any], None]) -> Job:
+def job(request: Request, engine: Engine, tell: Callable[[Any], object]) -> Job:
     """Return the work that a request asks for. Errors: Refused, with the status for the client."""
     engine.check_open()  # before the work
     limits, bank = engine.limits, engine.bank
