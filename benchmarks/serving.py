@@ -1,9 +1,9 @@
 """Load on a server, open-loop: requests arrive when they arrive, each under a prompt of its own.
 
 Two servers take turns on the same arrivals and the same compiled programs. `slots` is the one that ships: a request
-joins the running batch as soon as a slot is free, whatever its prompt. `one prompt at a time` fills the slots with waiting
-requests of one prompt, and takes the next prompt when all of them have ended. A client process sends Poisson arrivals
-over HTTP; a request's latency counts from when it should have been sent.
+joins the running batch as soon as a slot is free, whatever its prompt. `one prompt at a time` fills the slots with
+waiting requests of one prompt, and takes the next prompt when all of them have ended. A client process sends Poisson
+arrivals over HTTP; a request's latency counts from when it should have been sent.
 """
 
 from __future__ import annotations
