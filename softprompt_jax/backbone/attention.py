@@ -44,7 +44,7 @@ def with_prefix(prefix: tuple[Array, Array] | None, keys: Array, values: Array) 
     """Put a prefix's keys and values [H, P, K] before those [B, H, S, K] of every row."""
     if prefix is None:
         return keys, values
-    rows = (jnp.broadcast_to(part.astype(keys.dtype), (len(keys), *part.shape)) for part in prefix)
+    rows = (jnp.broadcast_to(part.astype(keys.dtype), (keys.shape[0], *part.shape)) for part in prefix)
     joined = [jnp.concatenate(pair, 2) for pair in zip(rows, (keys, values), strict=True)]
     return joined[0], joined[1]
 

@@ -148,10 +148,10 @@ def through_decoder(
 
     Caches and `cross` [L, B, H, T, K] may have more rows, and `cross` more positions: they are not touched.
     """
-    decoder, rows = model.decoder, len(tokens)
+    decoder, rows = model.decoder, tokens.shape[0]
     shared_bias = None if decoder.bias is None else biased(decoder.bias)
 
-    def of_layer(cache: Array, index: Any, length: int) -> Array:
+    def of_layer(cache: Array, index: Any, length: Any) -> Array:  # a symbol while exporting
         size = (1, rows, cache.shape[2], length, cache.shape[4])
         return jax.lax.dynamic_slice(cache, (index, 0, 0, 0, 0), size)[0]
 

@@ -207,7 +207,7 @@ class PromptTable(nnx.Module):
         table = self.table()
         one_hot = jax.nn.one_hot(jnp.where(virtual, indices, -1), len(table), dtype=jnp.float32)
         # A copy of the table for every row of the batch: in one long product XLA transposes the gradient first.
-        tables = jnp.broadcast_to(table, (len(indices), *table.shape))
+        tables = jnp.broadcast_to(table, (indices.shape[0], *table.shape))
         return jnp.matmul(one_hot, tables, precision=jax.lax.Precision.HIGHEST)
 
 
