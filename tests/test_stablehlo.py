@@ -74,6 +74,7 @@ def test_a_program_with_its_prompt_answers_in_another_process(prompt_run, tmp_pa
     batches = [padded(tokenizer, TEXTS, eos=True), padded(tokenizer, TEXTS[:2], eos=False)]
     (tokens, scores), (fewer, _) = in_a_child(tmp_path / "out", batches)
     predictor = load_predictor(prompt_run)
+    predictor.max_tokens = 3
     assert [tokenizer.decode(row) for row in tokens] == predictor.texts(TEXTS)
     assert fewer == tokens[:2]
     placed = predictor.model.prompt.placement
@@ -92,6 +93,7 @@ def test_a_prompt_can_go_in_with_the_text(prompt_run, tmp_path):
     batch = padded(tokenizer, TEXTS, eos=True)
     (first, first_scores), (second, second_scores) = in_a_child(tmp_path / "out", [batch], [own, other])
     predictor = load_predictor(prompt_run)
+    predictor.max_tokens = 3
     assert [tokenizer.decode(row) for row in first] == predictor.texts(TEXTS)
     predictor.model.prompt.rows[...] = jnp.asarray(other)
     encoder = surround(jnp.asarray(batch), predictor.model.prompt.placement)
