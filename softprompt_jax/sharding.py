@@ -134,10 +134,10 @@ def described(state: Any, layout: Any) -> Any:
 
 
 def put(value: Any, sharding: NamedSharding) -> Any:
-    """Lay an array out that every process holds whole, or say of an abstract one where it lies."""
+    """Lay an array out that every process holds whole or has its part of; say of an abstract one where it lies."""
     if isinstance(value, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
-    if sharding.is_fully_addressable:
+    if sharding.is_fully_addressable or (isinstance(value, jax.Array) and not value.is_fully_addressable):
         return jax.device_put(value, sharding)
     whole = np.asarray(value)
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
