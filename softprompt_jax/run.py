@@ -96,12 +96,15 @@ class Run(Settings):
     @model_validator(mode="before")
     @classmethod
     def _optimizer_of_the_first_method(cls, values: Any) -> Any:
-        if not isinstance(values, dict) or "optimizer" in values or not isinstance(values.get("methods"), list):
+        if not isinstance(values, dict) or not isinstance(values.get("methods"), list):
+            return values
+        given = values.get("optimizer", {})
+        if not isinstance(given, dict) or "kind" in given:
             return values
         first = next(iter(values["methods"]), None)
         kind = first.get("kind") if isinstance(first, dict) else getattr(first, "kind", None)
         default = METHODS[kind].default_optimizer if kind in METHODS else None
-        return values if default is None else values | {"optimizer": default}
+        return values if default is None else values | {"optimizer": default | given}
 
     @field_validator("task")
     @classmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from small_runs import CONFIGS, write_config
@@ -127,3 +128,11 @@ def test_target_sentinel_needs_decoding():
         UserError, match="target_sentinel with predict_by likelihood or a seqio task: expected decoding and text"
     ):
         parse(Run, {"task": task, "target_sentinel": True}, "here")
+
+
+def test_part_of_a_methods_own_optimizer_keeps_the_rest_of_it():
+    quick = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+    own = load_run(quick, ["methods=[{kind: lora}]"]).optimizer
+    slower = load_run(quick, ["methods=[{kind: lora}]", "optimizer.learning_rate=0.1"]).optimizer
+    assert slower == own.model_copy(update={"learning_rate": 0.1})
+    assert load_run(quick, ["methods=[{kind: lora}]", "optimizer.kind=adafactor"]).optimizer.kind == "adafactor"
