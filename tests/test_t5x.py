@@ -268,7 +268,7 @@ def test_model_tuning_goes_on_from_the_slots_of_its_checkpoint(flat, small, tmp_
     shutil.copy(small.backbone / "spiece.model", checkpoint)
     settings = small.short | {
         **{"backbone": str(checkpoint), "methods": [{"kind": "full"}], "steps": 1},
-        "optimizer": {"learning_rate": 1e-3, "restore": True},
+        "optimizer": {"kind": "adafactor", "learning_rate": 1e-3, "restore": True},
     }
     train(parse(Run, settings, "test"), tmp_path / "run")
     state = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).restore(1)["optimizer"]
