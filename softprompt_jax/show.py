@@ -123,7 +123,7 @@ def _backbone(source: str, norms: bool) -> Iterator[str]:
         yield f"  {name}: {value}"
     if checkpoint is not None:
         opened = t5x.Checkpoint(checkpoint)
-        slots = opened.slots()
+        slots = opened.adafactor()
         yield f"  step: {opened.step}"
         yield f"  Adafactor: slots of {len(slots)} weights" if slots else "  Adafactor: no slots"
         if opened.prompts:

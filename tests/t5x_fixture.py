@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import nnx, serialization
 
-from softprompt_jax.backbone.pretrained import unflatten
+from softprompt_jax.backbone.pretrained import flatten, unflatten
 from softprompt_jax.backbone.t5 import T5, T5Settings, abstract
 from softprompt_jax.methods.prompt import attach_rows
 
@@ -30,8 +31,7 @@ def golden(fixtures: Path) -> Mapping[str, np.ndarray]:
 @functools.cache
 def _weights(fixtures: Path) -> dict[str, np.ndarray]:
     """Return the parameters under our paths: layers stacked, relative biases [buckets, heads]."""
-    with np.load(fixtures / "t5x" / "tiny_params_flat.npz") as arrays:
-        theirs = dict(arrays)
+    theirs = parameters(fixtures)
     ours = {"embedding": theirs["token_embedder/embedding"], "head.kernel": theirs["decoder/logits_dense/kernel"]}
     for stack in ("encoder", "decoder"):
 
@@ -83,3 +83,45 @@ def batch(fixtures: Path, prompted: bool = False) -> dict[str, jnp.ndarray]:
 def real_targets(fixtures: Path) -> np.ndarray:
     """Tell where logits are compared, [B, U]."""
     return golden(fixtures)["short/decoder_loss_weights"] > 0
+
+
+def parameters(fixtures: Path) -> dict[str, np.ndarray]:
+    """Return t5x's own parameters, `a/b/c` to array."""
+    with np.load(fixtures / "t5x" / "tiny_params_flat.npz") as arrays:
+        return dict(arrays)
+
+
+def weights(model) -> dict[str, np.ndarray]:
+    return {path: np.asarray(leaf) for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model)))}
+
+
+def copied(fixtures: Path, name: str, to: Path) -> Path:
+    """Return a writable copy of a fixture's checkpoint folder."""
+    (source,) = (fixtures / "t5x" / name).glob("checkpoint_*")
+    shutil.copytree(source, to / source.name)
+    for path in [to / source.name, *(to / source.name).rglob("*")]:
+        path.chmod(0o755)
+    return to / source.name
+
+
+def write(folder: Path, parameters: dict[str, np.ndarray], slots: dict | None = None) -> Path:
+    """Write parameters `a/b/c` as T5X's msgpack file with all arrays inline."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target: dict = {}
+    for name, value in parameters.items():
+        *parents, last = name.split("/")
+        functools.reduce(lambda place, part: place.setdefault(part, {}), parents, target)[last] = value
+    tree = {"version": 3, "optimizer": {"target": target, "state": {"step": np.int32(7), "param_states": slots or {}}}}
+    (folder / "checkpoint").write_bytes(serialization.msgpack_serialize(tree))
+    return folder
+
+
+def scanned(arrays: Mapping[str, np.ndarray], axis: int) -> dict[str, np.ndarray]:
+    """Return arrays `a/b/c` with those of the two layers stacked as T5X's scanned models have them."""
+    return {
+        name.replace("layers_0", "layers"): np.stack([value, arrays[name.replace("layers_0", "layers_1")]], axis)
+        if "layers_0" in name
+        else value
+        for name, value in arrays.items()
+        if "layers_1" not in name
+    }

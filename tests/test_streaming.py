@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from safetensors.numpy import save_file
 
 from softprompt_jax.backbone.presets import preset
 from softprompt_jax.backbone.pretrained import flatten, load_backbone, names, save_backbone
 from softprompt_jax.backbone.t5 import T5Settings, abstract
-from softprompt_jax.backbone.tensors import open_safetensors, read_stacked
+from softprompt_jax.backbone.tensors import checksum, checksums, open_safetensors, read_stacked
+from softprompt_jax.config import UserError
 
 HERE = Path(__file__).parent
 
@@ -103,6 +105,34 @@ def test_a_slice_of_a_weight_asks_for_its_bytes_only(tmp_path):
     found = read_stacked(parts, kernel.shape, (slice(1, 2), slice(None), slice(None)), np.dtype("float32"))
     assert len(read) == 1
     np.testing.assert_array_equal(found, kernel[1:])
+
+
+def test_a_changed_number_is_seen_in_the_slice_that_holds_it(tmp_path):
+    path, values = tmp_path / "model.safetensors", np.arange(1, 40_001, dtype=np.float32).reshape(400, 100)
+    arrays = {"wide": values, "scale": np.ones(3, np.float32), "number": np.array(2.0, np.float32)}
+    sums = checksums(arrays)
+    assert len(json.loads(sums["crc32"])["wide"]) == 1 + 3  # blocks of 164 rows, 64 KiB
+    whole_sums = {"crc32": json.dumps({name: checksum(array) for name, array in arrays.items()})}
+    for metadata in (sums, whole_sums):  # also the form that files had before
+        save_file(arrays, path, metadata=metadata)
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(open_safetensors(path)[name].read(), array)
+        content = path.read_bytes()
+        place = content.index(values[200].tobytes()) + 1
+        path.write_bytes(content[:place] + bytes([content[place] ^ 64]) + content[place + 1 :])
+        tensor = open_safetensors(path)["wide"]
+        with pytest.raises(UserError, match="its checksum does not fit"):
+            tensor.read()
+    save_file(arrays, path, metadata=sums)
+    path.write_bytes(path.read_bytes().replace(values[200].tobytes(), values[201].tobytes()))
+    tensor = open_safetensors(path)["wide"]
+    columns = slice(0, 100)
+    for rows in (slice(150, 400), slice(164, 328)):
+        with pytest.raises(UserError, match="its checksum does not fit"):
+            tensor.read((rows, columns))
+    for rows in (slice(0, 164), slice(328, 400), slice(165, 400), slice(150, 327)):  # no block with it is read whole
+        tensor.read((rows, columns))
+    np.testing.assert_array_equal(tensor.read((slice(0, 400), slice(0, 50)))[:200], values[:200, :50])
 
 
 def test_a_sharding_is_asked_for_every_weight_and_kept(tmp_path):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import http.server
 import shutil
 import subprocess
@@ -15,19 +14,13 @@ import msgpack
 import numpy as np
 import pytest
 import t5x_fixture
-from flax import nnx, serialization
+from t5x_fixture import copied, weights, write
 
-from softprompt_jax import Run, train
-from softprompt_jax.backbone.pretrained import flatten, load_adafactor, load_backbone
-from softprompt_jax.checkpoint import Checkpoints
-from softprompt_jax.config import UserError, parse
+from softprompt_jax.backbone.pretrained import load_adafactor, load_backbone
+from softprompt_jax.config import UserError
 from softprompt_jax.interop import load_prompt, read_prompt
 
 LAYOUTS = ["t5_1_1_tiny_f32", "t5_1_1_tiny_legacy_gfile", "t5_1_1_tiny_orbax", "prompted_run"]
-
-
-def weights(model) -> dict[str, np.ndarray]:
-    return {path: np.asarray(leaf) for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model)))}
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +30,7 @@ def expected(shared_fixtures) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def flat(shared_fixtures) -> dict[str, np.ndarray]:
-    """Return t5x's own parameters, `a/b/c` to array."""
-    with np.load(shared_fixtures / "t5x" / "tiny_params_flat.npz") as arrays:
-        return dict(arrays)
+    return t5x_fixture.parameters(shared_fixtures)
 
 
 def same(model, expected: dict[str, np.ndarray]) -> None:
@@ -47,27 +38,6 @@ def same(model, expected: dict[str, np.ndarray]) -> None:
     assert found.keys() == expected.keys()
     for path, leaf in found.items():
         np.testing.assert_array_equal(leaf, expected[path], err_msg=path)
-
-
-def copied(fixtures: Path, name: str, to: Path) -> Path:
-    """Return a writable copy of a fixture's checkpoint folder."""
-    (source,) = (fixtures / "t5x" / name).glob("checkpoint_*")
-    shutil.copytree(source, to / source.name)
-    for path in [to / source.name, *(to / source.name).rglob("*")]:
-        path.chmod(0o755)
-    return to / source.name
-
-
-def write(folder: Path, parameters: dict[str, np.ndarray], slots: dict | None = None) -> Path:
-    """Write parameters `a/b/c` as T5X's msgpack file with all arrays inline."""
-    folder.mkdir(parents=True, exist_ok=True)
-    target: dict = {}
-    for name, value in parameters.items():
-        *parents, last = name.split("/")
-        functools.reduce(lambda place, part: place.setdefault(part, {}), parents, target)[last] = value
-    tree = {"version": 3, "optimizer": {"target": target, "state": {"step": np.int32(7), "param_states": slots or {}}}}
-    (folder / "checkpoint").write_bytes(serialization.msgpack_serialize(tree))
-    return folder
 
 
 def edit_specs(folder: Path, change) -> None:
@@ -194,44 +164,7 @@ def test_a_checkpoint_in_a_bucket_is_read(shared_fixtures, expected, tmp_path):
         np.testing.assert_array_equal(found["b"], expected["decoder.layers.cross.output.kernel"])
 
 
-# ---------------------------------------------------------------------------------- slots and prompts
-
-
-@pytest.mark.parametrize("layout", ["t5_1_1_tiny_f32", "t5_1_1_tiny_legacy_gfile", "t5_1_1_tiny_orbax"])
-def test_adafactors_slots_lie_as_our_weights_do(shared_fixtures, expected, layout):
-    step, slots = load_adafactor(shared_fixtures / "t5x" / layout)
-    assert step == 1_100_000
-    assert {path: {name: value.shape for name, value in slot.items()} for path, slot in slots.items()} == {
-        path: {"v": weight.shape}
-        for path, weight in expected.items()  # all too small to be factored
-    }
-    _, inline = load_adafactor(shared_fixtures / "t5x" / "t5_1_1_tiny_legacy_gfile")
-    for path, slot in slots.items():
-        np.testing.assert_array_equal(slot["v"], inline[path]["v"])  # these are zeros: the next test tells them apart
-
-
-def test_slots_turn_and_stack_with_their_weights(flat, tmp_path):
-    """Slots that tell where they belong: v is the weight, v_row and v_col its means."""
-    slots: dict = {}
-    for name, value in flat.items():
-        matrix = value.ndim == 2 and min(value.shape) > 32
-        unused = np.zeros(1, np.float32)
-        slot = {"m": unused, "v": unused if matrix else value}
-        slot |= {"v_row": value.mean(1) if matrix else unused, "v_col": value.mean(0) if matrix else unused}
-        place = slots
-        for part in name.split("/"):
-            place = place.setdefault(part, {})
-        place.update(slot)
-    folder = write(tmp_path, flat, slots)
-    step, found = load_adafactor(folder)
-    assert step == 7
-    for path, weight in weights(load_backbone(folder).model).items():
-        if "v" in found[path]:
-            np.testing.assert_array_equal(found[path]["v"], weight, err_msg=path)
-        else:
-            np.testing.assert_allclose(found[path]["v_row"], weight.mean(-1), atol=1e-6, err_msg=path)
-            np.testing.assert_allclose(found[path]["v_col"], weight.mean(-2), atol=1e-6, err_msg=path)
-    assert {frozenset(slot) for slot in found.values()} == {frozenset({"v"}), frozenset({"v_row", "v_col"})}
+# -------------------------------------------------------------------------------------------- prompts
 
 
 def test_the_prompt_of_a_prompted_run_is_read_with_its_step(shared_fixtures):
@@ -250,37 +183,6 @@ def test_the_latest_checkpoint_of_a_run_is_taken(flat, tmp_path):
         write(tmp_path / f"checkpoint_{step}", flat | {"encoder/prompt/prompt/prompt": np.full((1, 64), step, "f4")})
     write(tmp_path / "checkpoint_99.tmp-1700000000", {})
     assert load_prompt(tmp_path)[0, 0] == 10
-
-
-def test_zeros_of_slots_may_have_been_left_out(shared_fixtures, tmp_path):
-    folder = copied(shared_fixtures, "t5_1_1_tiny_f32", tmp_path)
-    (folder / "state.param_states.encoder.encoder_norm.scale.v" / "0").unlink()
-    np.testing.assert_array_equal(load_adafactor(folder)[1]["encoder.norm.scale"]["v"], np.zeros(64, np.float32))
-
-
-def test_model_tuning_goes_on_from_the_slots_of_its_checkpoint(flat, small, tmp_path, monkeypatch):
-    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
-    slots: dict = {}
-    for name, value in flat.items():
-        place = functools.reduce(lambda place, part: place.setdefault(part, {}), name.split("/"), slots)
-        place.update({slot: np.zeros(1, np.float32) for slot in ("m", "v_row", "v_col")}, v=1e6 * value**2)
-    checkpoint = write(tmp_path / "checkpoint_7", flat, slots)
-    shutil.copy(small.backbone / "spiece.model", checkpoint)
-    settings = small.short | {
-        **{"backbone": str(checkpoint), "methods": [{"kind": "full"}], "steps": 1},
-        "optimizer": {"kind": "adafactor", "learning_rate": 1e-3, "restore": True},
-    }
-    train(parse(Run, settings, "test"), tmp_path / "run")
-    state = Checkpoints(tmp_path / "run" / "checkpoints", read_only=True).restore(1)["optimizer"]
-    kept = 1 - 8**-0.8  # of the moments, at T5X's step 7
-    expected = {path: 1e6 * kept * leaf**2 for path, leaf in weights(load_backbone(checkpoint).model).items()}
-    found = {path: np.asarray(moments["v"]) for path, moments in state[0].items()}
-    assert found.keys() == expected.keys()
-    for path, value in found.items():  # the gradient's squares are nothing beside them
-        np.testing.assert_allclose(value, expected[path], rtol=1e-3, atol=100, err_msg=path)
-    scratch = {"settings": t5x_fixture.SETTINGS.model_dump()}
-    with pytest.raises(UserError, match=r"optimizer.restore with random weights; expected a T5X checkpoint"):
-        parse(Run, {"task": "rte", "backbone": scratch, "optimizer": {"restore": True}}, "test")
 
 
 # --------------------------------------------------------------------------------------------- errors

@@ -6,6 +6,7 @@ A checkpoint is a folder, local or `gs://`, with the file `checkpoint` (msgpack;
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,7 @@ class Checkpoint:
         targets = {name.removeprefix("target."): t for name, t in arrays.items() if name.startswith("target.")}
         prompts = {n: t for n, t in targets.items() if n.startswith("encoder.") and n.endswith("prompt")}
         self.prompts = prompts  # of the encoder
+        self._targets = targets
         self._slots = {name: tensor for name, tensor in arrays.items() if _SLOT.fullmatch(name)}
         self._step = arrays.get("state.step")
         self._axis = _layer_axis(targets, root)
@@ -131,24 +133,78 @@ class Checkpoint:
     def adafactor(self) -> dict[str, dict[str, Tensor]]:
         """Return Adafactor's slots (v, or v_row and v_col, and m with momentum) by Hugging Face name of the weight.
 
-        `v` and `m` lie as the weight does there, `v_row` and `v_col` as they were written. A frozen weight has none.
+        `v` and `m` lie as the weight does there, `v_row` and `v_col` as T5X has them for a matrix [in, out] of its
+        own: the means over the longer and over the shorter axis. A frozen weight has none.
         """
-        if self._slots and self._axis is not None:
-            raise UserError(f"{self.root}: slots of scanned layers; expected layers of their own; start without slots")
-        return self.slots()
-
-    def slots(self) -> dict[str, dict[str, Tensor]]:
-        """Return the slots that are used, by Hugging Face name of the weight."""
         slots: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self._slots.items():
             found = _SLOT.fullmatch(name)
             assert found is not None
+            weight, slot = found.groups()
             if tensor.shape == (1,):  # what Adafactor writes for a slot that it does not use
                 continue
-            weight, transposed = _their_name(found[1])
-            turned = transposed and len(tensor.shape) == 2
-            slots.setdefault(weight, {})[found[2]] = tensor.transposed() if turned else tensor
+            if weight in self.prompts or (slot.startswith("v_") and not self._is_joint(weight)):
+                translated = {_their_name(weight)[0]: {slot: tensor}}
+            elif slot in ("v", "m"):
+                translated = {theirs: {slot: part} for theirs, part in self._translated(weight, tensor).items()}
+            else:
+                translated = self._factored(weight)
+            for theirs, parts in translated.items():
+                slots.setdefault(theirs, {}).update(parts)
         return slots
+
+    def _is_joint(self, weight: str) -> bool:
+        """Tell whether an array is more than a matrix: several layers, or heads and their width apart."""
+        return weight in self._targets and len(self._targets[weight].shape) > 2
+
+    def _factored(self, weight: str) -> dict[str, dict[str, Tensor]]:
+        """Return v_row and v_col of each matrix of an array of more axes.
+
+        T5X means over the axes of the input or over those of the output, for each layer by itself, and by its standard
+        rules the row is what has the model's width: the output's of `out` and `wo`. Shapes that say the contrary are
+        believed; where input and output have as many it is those rules.
+        """
+        row, column = (self._slots.get(f"state.param_states.{weight}.{slot}") for slot in ("v_row", "v_col"))
+        shape, found = self._targets[weight].shape, _LAYER.fullmatch(weight)
+        axis = self._axis if found is not None and found[2] is None else None
+        own = [length for number, length in enumerate(shape) if number != axis]
+        inputs = 2 if len(own) == 3 and weight.endswith(".out.kernel") else 1
+        sides = [own[:inputs], own[inputs:]]
+        # Where the layers stand among what is kept of the input, and of the output.
+        places = [None, None] if axis is None else [min(axis, inputs), max(axis - inputs, 0)]
+        shapes = []
+        for side, place in zip(sides, places, strict=True):
+            kept = side if place is None else [*side[:place], shape[axis or 0], *side[place:]]
+            shapes.append(tuple(kept))
+        given = [tensor.shape for tensor in (row, column) if tensor is not None]
+        readings = [shapes, shapes[::-1]]
+        if weight.endswith((".out.kernel", ".wo.kernel")):
+            readings.reverse()
+        if given not in readings or not weight.endswith(".kernel"):
+            both = " or ".join(", ".join(str(list(each)) for each in reading) for reading in readings)
+            raise UserError(
+                f"{self.root}: slots v_row, v_col of {weight}: found {', '.join(str(list(s)) for s in given)}; "
+                f"expected {both}; start without slots"
+            )
+        assert row is not None
+        assert column is not None
+        means = (
+            [row, column] if readings[readings.index(given)] is shapes else [column, row]
+        )  # of the input, the output
+        if math.prod(sides[0]) > math.prod(sides[1]):  # the means over the longer come first
+            means.reverse()
+            places.reverse()
+
+        def vector(tensor: Tensor, place: int | None, layer: int) -> Tensor:
+            tensor = tensor if place is None else tensor.layer(layer, place)
+            return tensor.merged(0) if len(tensor.shape) == 2 else tensor
+
+        result = {}
+        for layer in range(1 if axis is None else shape[axis]):
+            name = weight if axis is None or found is None else f"{found[1]}.layers_{layer}.{found[3]}"
+            vectors = [vector(tensor, place, layer) for tensor, place in zip(means, places, strict=True)]
+            result[_their_name(name)[0]] = dict(zip(("v_row", "v_col"), vectors, strict=True))
+        return result
 
     # ------------------------------------------------------------------------------------------ names
 
