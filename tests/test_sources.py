@@ -445,9 +445,8 @@ def test_kjv_to_web_is_verses_in_disjoint_chapters():
 
 
 @pytest.mark.network
-@pytest.mark.slow
 def test_squadshifts_have_their_known_sizes_and_canary():
-    """Fetches 358 MB."""
+    """Fetches 358 MB, all sets at once."""
     for part, count in (("wiki", 7936), ("nyt", 10056), ("reddit", 9767), ("amazon", 9877)):
         found = tasks.load(tasks.get(f"squadshifts_{part}"), "test")
         assert len(found) == count

@@ -131,6 +131,7 @@ def test_factored_slots_of_scanned_layers_are_those_of_our_own_step(tmp_path, ax
 
     leaves = {path: Leaf(".layers." in path, 1.0) for path in gradients}
     optimizer = build(Adafactor(step_origin=0, clipping=None, weight_decay=0), optax.constant_schedule(1.0), leaves)
+    assert isinstance(optimizer, optax.GradientTransformation)
     params = unflatten(gradients)
     fresh = optimizer.init(params)
     assert found.keys() == gradients.keys()
