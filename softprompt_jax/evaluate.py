@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,19 @@ from softprompt_jax.tasks.buckets import Shape
 from softprompt_jax.tasks.mixture import Mixture
 from softprompt_jax.tasks.pipeline import PromptIds, evaluation_batches
 from softprompt_jax.tasks.preparations import POSTPROCESSORS
-from softprompt_jax.tasks.seqio_source import Seqio, check_metrics, needs_likelihoods, seqio_scores
+from softprompt_jax.tasks.seqio_source import Outputs, Seqio, check_metrics, needs_likelihoods, seqio_scores
 from softprompt_jax.tasks.submission import average
 from softprompt_jax.tasks.task import SEQIO, Example, Task
 from softprompt_jax.tasks.tokenized import TokenizedSet
 from softprompt_jax.tasks.tokenizer import Tokenizer
+
+
+class Answer(NamedTuple):
+    """What a model says: the text, its token ids up to EOS, and their log-probability (of beams, penalised)."""
+
+    text: str
+    ids: list[int]
+    score: float
 
 
 class Decoder:
@@ -42,15 +50,16 @@ class Decoder:
         @functools.partial(jax.jit, static_argnames="max_tokens")
         def decoded(
             trainable: Any, frozen: Any, tokens: jax.Array, before: jax.Array, numbers: jax.Array, max_tokens: int
-        ) -> jax.Array:
-            return decode.answers(parts.merge(trainable, frozen), tokens, max_tokens, how, numbers, before)[0]
+        ) -> tuple[jax.Array, jax.Array]:
+            return decode.answers(parts.merge(trainable, frozen), tokens, max_tokens, how, numbers, before)
 
         @jax.jit
         def scored(
             trainable: Any, frozen: Any, tokens: jax.Array, before: jax.Array, words: jax.Array, divisors: jax.Array
-        ) -> jax.Array:
-            model = parts.merge(trainable, frozen)
-            return jnp.argmax(decode.score_words(model, tokens, words, decoder_prompt=before) / divisors, -1)
+        ) -> tuple[jax.Array, jax.Array]:
+            log_p = decode.score_words(parts.merge(trainable, frozen), tokens, words, decoder_prompt=before)
+            best = jnp.argmax(log_p / divisors, -1)
+            return best, jnp.take_along_axis(log_p, best[:, None], -1)[:, 0]
 
         @jax.jit
         def likely(trainable: Any, frozen: Any, batch: dict[str, jax.Array]) -> jax.Array:
@@ -77,7 +86,7 @@ class Decoder:
         summed over the word's tokens or per token (Brown et al., 2020), EOS included.
         """
         found = self.answers(trainable, frozen, tokenized, batch_size, max_tokens, prompt_ids, shapes, task)
-        return [texts[0] for texts in found]
+        return [each[0].text for each in found]
 
     def answers(
         self,
@@ -89,11 +98,11 @@ class Decoder:
         prompt_ids: PromptIds = None,
         shapes: list[Shape] | None = None,
         task: Task | None = None,
-    ) -> list[list[str]]:
+    ) -> list[list[Answer]]:
         """Return all answers to every example, as `predict` does the first: the samples, or the beams from the best."""
         labels = (task.words or []) if task is not None and task.predict_by != "decoding" else []
         words, divisors = self._choices(labels, task is not None and task.predict_by == "likelihood_per_token")
-        predictions: list[list[str]] = [[""]] * len(tokenized)
+        answers = [[Answer("", [], 0.0)]] * len(tokenized)
         first = np.shape(prompt_ids.decoder)[-1] if isinstance(prompt_ids, Placement) else 0
         shards = sharding.row_shards()
         batch_size = -(-min(batch_size, len(tokenized)) // shards) * shards
@@ -101,15 +110,19 @@ class Decoder:
             given = sharding.spread_whole((batch["encoder_tokens"], batch["decoder_inputs"][:, :first]))
             if not labels:
                 numbers = sharding.spread_whole(np.asarray(ids, np.int32))
-                rows = sharding.collect(self._decoded(trainable, frozen, *given, numbers, max_tokens))
-                texts = [[self._tokenizer.decode([int(t) for t in one if t]) for one in each] for each in rows]
+                rows, scores = map(sharding.collect, self._decoded(trainable, frozen, *given, numbers, max_tokens))
+                found = [list(map(self._answer, *each)) for each in zip(rows, scores.tolist(), strict=True)]
             else:
-                best = sharding.collect(self._scored(trainable, frozen, *given, words, divisors))
-                texts = [[labels[index]] for index in best]
-            for text, index in zip(texts, ids, strict=True):
+                best, scores = map(sharding.collect, self._scored(trainable, frozen, *given, words, divisors))
+                found = [[Answer(labels[n], _real(words[n]), float(s))] for n, s in zip(best, scores, strict=True)]
+            for each, index in zip(found, ids, strict=True):
                 if index >= 0:
-                    predictions[index] = text
-        return predictions
+                    answers[index] = each
+        return answers
+
+    def _answer(self, tokens: np.ndarray, score: float) -> Answer:
+        ids = _real(tokens)
+        return Answer(self._tokenizer.decode(ids), ids, score)
 
     def likelihoods(
         self, trainable: Any, frozen: Any, tokenized: TokenizedSet, batch_size: int, prompt_ids: PromptIds = None
@@ -132,18 +145,22 @@ class Decoder:
         return words, np.asarray([len(tokens) if per_token else 1 for tokens in ids], np.float32)
 
 
+def _real(tokens: np.ndarray) -> list[int]:
+    return [int(token) for token in tokens if token]
+
+
 def score(
-    task: Task, predictions: Sequence[str], examples: Sequence[Example], likelihoods: np.ndarray | None = None
+    task: Task, predictions: Sequence[str], examples: Sequence[Example], outputs: Outputs | None = None
 ) -> dict[str, float]:
     """Return the task's metrics, with `illegal` (share of predictions that are no label) and `count`.
 
-    Those of a seqio Task are what its metric functions return (`likelihoods`: of the targets, for those that ask), in
-    their units; accuracy where it has none.
+    Those of a seqio Task are what its own metrics return, in their units, of the `outputs`, or of the texts alone if
+    there are none; accuracy where it has none.
     """
     own: dict[str, float] = {}
     if SEQIO in task.metrics and isinstance(task.source, Seqio):
         check_metrics(task.source)
-        own = seqio_scores(task.source, predictions, [example.fields for example in examples], likelihoods)
+        own = seqio_scores(task.source, predictions, [example.fields for example in examples], outputs)
         names = [name for name in task.metrics if name != SEQIO] or ([] if own else ["accuracy"])
         task = task.model_copy(update={"metrics": names})
     groups = [example.group for example in examples]

@@ -23,13 +23,13 @@ from softprompt_jax.backbone.decode import Decoding, Greedy
 from softprompt_jax.backbone.pretrained import Backbone, load_backbone
 from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.config import UserError
-from softprompt_jax.evaluate import Decoder, score, wants_likelihoods
+from softprompt_jax.evaluate import Answer, Decoder, score, wants_likelihoods
 from softprompt_jax.methods import put_trained, split
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.placement import Placement
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import load, resolve
-from softprompt_jax.tasks.seqio_source import Seqio, check_vocabulary
+from softprompt_jax.tasks.seqio_source import Outputs, Seqio, check_vocabulary
 from softprompt_jax.tasks.submission import check_server, write_submission
 from softprompt_jax.tasks.task import Example, Task, input_text, iterate, within
 from softprompt_jax.tasks.tokenized import TokenizedSet, tokenize
@@ -105,12 +105,13 @@ class Predictor:
 
     def answers(self, texts: Sequence[str]) -> list[list[str]]:
         """Return all answers to each text: the samples, or the beams from the best."""
-        return self._answers([Example(text, "") for text in texts], self.task)
+        found = self._answers([Example(text, "") for text in texts], self.task)
+        return [[answer.text for answer in answers] for answers in found]
 
     def _predict(self, examples: Sequence[Example], task: Task | None) -> list[str]:
-        return [answers[0] for answers in self._answers(examples, task)]
+        return [answers[0].text for answers in self._answers(examples, task)]
 
-    def _answers(self, examples: Sequence[Example], task: Task | None) -> list[list[str]]:
+    def _answers(self, examples: Sequence[Example], task: Task | None) -> list[list[Answer]]:
         if not examples:
             return []
         end = [self.tokenizer.eos_id]
@@ -135,7 +136,9 @@ class Predictor:
         if wants_likelihoods(task):
             parts, ids = (self._parts.trainable, self._parts.frozen), prompt_ids(self.model)
             likelihoods = self._decoder.likelihoods(*parts, self._tokenized(examples), self.batch_size, ids)
-        return score(task, self._predict(examples, task), examples, likelihoods)
+        first = [answers[0] for answers in self._answers(examples, task)]
+        outputs = Outputs([answer.ids for answer in first], [answer.score for answer in first], likelihoods)
+        return score(task, [answer.text for answer in first], examples, outputs)
 
     def submit(self, task: Task, split_name: str, folder: Path) -> tuple[Path, int]:
         """Write the predictions of a split for the benchmark's server; return the file and how many are no label."""

@@ -23,7 +23,7 @@ from softprompt_jax.tasks.endless import StreamBatches
 from softprompt_jax.tasks.mixture import Mixture, draw_mixture
 from softprompt_jax.tasks.pipeline import TrainBatches
 from softprompt_jax.tasks.pretraining import PretrainingData
-from softprompt_jax.tasks.seqio_source import Seqio, check_metrics, check_vocabulary, digest, is_endless
+from softprompt_jax.tasks.seqio_source import Outputs, Seqio, check_metrics, check_vocabulary, digest, is_endless
 from softprompt_jax.tasks.task import SEQIO, Example, Task, iterate, seqio_examples, within
 from softprompt_jax.tasks.tokenized import TokenizedSet, concatenate, tokenize
 
@@ -224,13 +224,15 @@ class TaskData:
     def scores(self, split: str, decoder: Decoder, trainable: Any, frozen: Any, longest: int) -> dict[str, float]:
         """Return the metrics of a split."""
         batch_size = self._run.evaluation_batch_size
-        predictions = decoder.predict(
+        answers = decoder.answers(
             trainable, frozen, self.tokens[split], batch_size, longest, self._prompt_ids, task=self.task
         )
         likelihoods = None
         if wants_likelihoods(self.task):
             likelihoods = decoder.likelihoods(trainable, frozen, self.tokens[split], batch_size, self._prompt_ids)
-        return score(self.task, predictions, self.examples[split], likelihoods)
+        first = [each[0] for each in answers]
+        outputs = Outputs([answer.ids for answer in first], [answer.score for answer in first], likelihoods)
+        return score(self.task, [answer.text for answer in first], self.examples[split], outputs)
 
     def majority(self, split: str) -> float:
         """Return the accuracy of the train split's most frequent target, of an endless one's first window's."""

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from softprompt_jax import Run, load_prompt, load_run, tasks, train
+from softprompt_jax.assembly import prompt_ids
 from softprompt_jax.backbone.decode import score_words
 from softprompt_jax.backbone.pretrained import EMBEDDED
 from softprompt_jax.config import UserError, parse
+from softprompt_jax.evaluate import score
 from softprompt_jax.predict import load_predictor
 from softprompt_jax.tasks.seqio_source import Seqio, check_vocabulary, digest, is_endless, seqio_rows
 from softprompt_jax.tasks.task import Task, iterate
@@ -22,8 +24,12 @@ from softprompt_jax.tasks.tokenizer import load_tokenizer
 NAME = "softprompt_seqio_tasks"
 MODULE = """
 import json
+
+import flax
+import numpy as np
 import seqio
 import tensorflow as tf
+from {parts} import words
 
 FILES = {files!r}
 
@@ -72,10 +78,59 @@ def likely(targets, scores):
 
 
 def aux(targets, predictions, aux_values):
-    return {{}}
+    assert list(aux_values) == ["scores"]
+    sure = aux_values["scores"][[target == guess for target, guess in zip(targets, predictions)]]
+    return {{"mean_score": np.mean(aux_values["scores"]), "sure": sure.sum(), "note": seqio.metrics.Text("no number")}}
+
+
+OUTPUT = seqio.metrics.ModelOutputType
+
+
+@flax.struct.dataclass
+class Tokens(seqio.metrics.Metric):  # one that counts by itself, of token ids
+    model_output_type: OUTPUT = OUTPUT.PREDICTION
+    ended: float = 0.0
+
+    @classmethod
+    def from_model_output(cls, inputs, model_output, features, target_field_name="targets", mask=None, indices_2d=None):
+        assert all("weights" in row for row in inputs)
+        return cls(ended=float((model_output == features["targets"].vocabulary.eos_id).any(-1).mean()))
+
+    def compute(self):
+        return {{"ended": self.ended}}
+
+
+class Weighted(seqio.metrics.CollectingMetric):  # one that collects
+    model_output_type = OUTPUT.SCORE
+
+    def actual_compute(self, rows, features, target_field_name="targets", cached_targets=None):
+        scores = self.values["model_output"]
+        weights = np.array([row["weights"].sum() for row in rows])
+        targets = [read(features["targets"].vocabulary.decode(list(row["targets"])), row) for row in rows]
+        return {{"weighted": (scores * weights).sum() / weights.sum()}}, {{"targets": targets, "score": scores}}
+
+
+@flax.struct.dataclass
+class Layers(seqio.metrics.Metric):
+    model_output_type: OUTPUT = OUTPUT.SCORE_WITH_INTERMEDIATES
+
+
+@seqio.map_over_dataset
+def weigh(row):
+    return {{**row, "weights": tf.cast(row["inputs"][:2], tf.float32)}}
+
+
+def weighed(vocabulary):
+    weights = seqio.Feature(seqio.PassThroughVocabulary(1), add_eos=False, dtype=tf.float32)
+    return {{**features(vocabulary), "weights": weights}}
+
+
+def only_targets(vocabulary):
+    return {{"targets": seqio.Feature(vocabulary)}}
 
 
 SPLITS = ["train", "validation", "test"]
+OBJECTS = [Tokens, Weighted, seqio.metrics.LegacyMetric.empty(right, read)]
 SOURCE = seqio.FunctionDataSource(rows, splits=SPLITS)
 OWN = seqio.SentencePieceVocabulary({own!r}, 100)
 END = seqio.preprocessors.append_eos_after_trim
@@ -89,14 +144,19 @@ for name, steps, vocabulary, functions in [
     ("broken", [*TOKENS, seqio.map_over_dataset(lambda row: {{**row, "inputs": row["none"]}})], OWN, []),
     ("of_another", [*TOKENS, END], seqio.SentencePieceVocabulary({other!r}), []),
     ("of_bytes", [*TOKENS, END], seqio.ByteVocabulary(), []),
-    ("with_aux", [*TOKENS, END], OWN, [aux]),
+    ("with_aux", [*TOKENS, END], OWN, [right, aux]),
+    ("with_objects", [*TOKENS, weigh, END], OWN, [likely]),
+    ("with_layers", [*TOKENS, END], OWN, []),
+    ("twice", [*TOKENS, END], OWN, [right, right]),
+    ("one_sided", [*TOKENS, END], OWN, []),
 ]:
     seqio.TaskRegistry.add(
         name,
         source=seqio.FunctionDataSource(endless_rows, splits=SPLITS) if name == "endless" else SOURCE,
         preprocessors=steps,
-        output_features=features(vocabulary),
+        output_features={{"with_objects": weighed, "one_sided": only_targets}}.get(name, features)(vocabulary),
         metric_fns=functions,
+        metric_objs={{"with_objects": OBJECTS, "with_layers": [Layers]}}.get(name),
         postprocess_fn=read if functions else None,
     )
 seqio.MixtureRegistry.add("both", [("moods", 3), ("doubled", lambda task: 1)])
@@ -120,10 +180,19 @@ def module(tmp_path_factory, small):
     folder = tmp_path_factory.mktemp("seqio")
     files = {split: small.task["source"][split] for split in ("train", "validation", "test")}
     own = str(small.backbone / "spiece.model")
-    text = MODULE.format(own=own, other=str(EMBEDDED / "spiece.model"), files=files)
+    text = MODULE.format(parts=f"{NAME}_parts", own=own, other=str(EMBEDDED / "spiece.model"), files=files)
     (folder / f"{NAME}.py").write_text(text)
+    parts = folder / f"{NAME}_parts"
+    parts.mkdir()
+    for name, text in (
+        ("__init__", ""),
+        ("words", "from . import deeper\n"),
+        ("deeper", "import json\n"),
+        ("idle", ""),
+    ):
+        (parts / f"{name}.py").write_text(text)
     sys.path.insert(0, str(folder))
-    yield
+    yield folder
     sys.path.remove(str(folder))
 
 
@@ -258,6 +327,71 @@ def test_a_mixture_is_a_mixture_of_its_tasks_at_its_rates(small, tmp_path):
     )
 
 
+@with_seqio
+@pytest.mark.parametrize("name", ["with_aux", "with_objects"])
+def test_metrics_are_what_seqios_own_evaluator_makes_of_the_same_answers(prompt_run, name):
+    import seqio
+
+    predictor, mine = load_predictor(prompt_run), task(name, label_words=["yes", "no"])
+    tasks.splits(mine)  # which registers it
+
+    class Converter(seqio.EncDecFeatureConverter):  # seqio's own takes these two features and no other
+        TASK_FEATURES = seqio.EncDecFeatureConverter.TASK_FEATURES | {
+            side: seqio.FeatureConverter.FeatureSpec(dtype=feature.dtype)
+            for side, feature in seqio.TaskRegistry.get(name).output_features.items()
+        }
+
+    weights, ids = predictor._parts, prompt_ids(predictor.model)
+    for split in ("validation", "test"):  # the same metric objects twice
+        examples = tasks.load(mine, split)
+        answers = [each[0] for each in predictor._answers(examples, mine)]
+        tokens = predictor._tokenized(examples)
+        likelihoods = predictor._decoder.likelihoods(weights.trainable, weights.frozen, tokens, 7, ids)
+        numbered = [(number, np.asarray([*answer.ids, *[0] * 9][:9])) for number, answer in enumerate(answers)]
+        evaluator = seqio.Evaluator(name, Converter(pack=False), split)
+        expected = evaluator.evaluate(
+            compute_metrics=True,
+            predict_fn=lambda _, numbered=numbered: numbered,
+            score_fn=lambda _, found=likelihoods: list(enumerate(found)),
+            predict_with_aux_fn=lambda _, found=answers, numbered=numbered: (
+                numbered,
+                {"scores": [answer.score for answer in found]},
+            ),
+        )
+        expected = expected[0].result()[name]
+        expected.pop("note", None)
+        expected = {key: getattr(value, "value", value) for key, value in expected.items()}
+        names = {"with_aux": {"right", "mean_score", "sure"}, "with_objects": {"ended", "weighted", "right", "likely"}}
+        assert set(expected) == names[name] | ({"count_of_scores"} if name == "with_objects" else set())
+        found = predictor.evaluate(mine, split)
+        assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(UserError, match="its metrics want log-probabilities; expected an evaluation of one prompt"):
+        score(mine, [answer.text for answer in answers], examples)
+    plain = task("moods", metrics=["accuracy"], label_words=["yes", "no"])
+    assert score(plain, [answer.text for answer in answers], examples)["count"] == 16
+
+
+@with_seqio
+def test_further_features_reach_the_examples_and_lengths_may_name_them(small):
+    found = tasks.load(task("with_objects"), "test")
+    assert all(example.fields["weights"].tolist() == example.ids[0][:2] for example in found)
+    short = tasks.load(task("with_objects", lengths={"inputs": 6, "targets": 4, "weights": 1}), "test")
+    assert all(example.fields["weights"].tolist() == example.ids[0][:1] for example in short)
+    assert max(len(example.ids[0]) for example in short) == 6
+    with pytest.raises(UserError, match="found lengths of inputs; expected inputs and targets among them"):
+        task("with_objects", lengths={"inputs": 6})
+
+
+@with_seqio
+def test_a_change_in_any_module_that_the_tasks_module_imports_makes_another_digest(module):
+    source = task("moods").source
+    before = digest(source, "test")
+    (module / f"{NAME}_parts" / "idle.py").write_text("a = 1\n")
+    assert digest(source, "test") == before
+    (module / f"{NAME}_parts" / "deeper.py").write_text("import json  # and more\n")
+    assert digest(source, "test") != before
+
+
 # --------------------------------------------------------------------------------------------- errors
 
 
@@ -270,6 +404,7 @@ def test_a_mixture_is_a_mixture_of_its_tasks_at_its_rates(small, tmp_path):
             "everywhere",
             "task everywhere: split 'train' never ends; expected a finite one; take some of it in the seqio",
         ),
+        ("one_sided", "has the features targets; expected inputs and targets among them"),
         ("both", "is a Mixture; expected a Task here; name it as a run's task, or one of doubled, moods"),
         ("mods", f"no such Task or Mixture after importing '{NAME}'; expected one of both, broken, doubled"),
     ],
@@ -289,8 +424,10 @@ def test_another_vocabulary_and_metrics_that_want_more_are_one_line(small, tmp_p
     (tmp_path / "config.json").write_text('{"vocab_size": 384}')
     check_vocabulary(task("of_bytes").source, load_tokenizer(tmp_path))
     assert "vocabulary" in error_of(train, run_of(small, "of_another"), tmp_path / "a")
-    found = error_of(train, run_of(small, "with_aux"), tmp_path / "b")
-    assert "found aux; expected metric functions of (targets, predictions) or (targets, scores)" in found
+    found = error_of(train, run_of(small, "with_layers"), tmp_path / "b")
+    assert "the metric Layers wants SCORE_WITH_INTERMEDIATES; expected PREDICTION, PREDICTION_WITH_AUX or" in found
+    found = error_of(train, run_of(small, "twice"), tmp_path / "d")
+    assert "two of its metrics give 'right'; expected each name once" in found
     short = run_of(small, "moods", max_target_tokens=1)
     assert "has more than 1 tokens with EOS; expected at most 1" in error_of(train, short, tmp_path / "c")
 

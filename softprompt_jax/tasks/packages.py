@@ -167,6 +167,8 @@ def extract(archive: Path | bytes, members: Sequence[str]) -> dict[str, bytes]:
                 for entry in files:
                     if entry.name in outers.values() and (file := files.extractfile(entry)) is not None:
                         found[entry.name] = file.read()
+                    if len(found) == len(set(outers.values())):
+                        break  # the rest of a large archive need not be unpacked
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise UserError(
             f"{members[0]}: not in the package ({first_line(error)}); expected a zip or tar archive"

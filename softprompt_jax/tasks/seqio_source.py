@@ -7,9 +7,15 @@ trained on. A Mixture is a mixture of its Tasks at its rates (`mixture.expand`).
 
 from __future__ import annotations
 
+import ast
+import copy
 import hashlib
 import importlib
+import importlib.util
 import itertools
+import os
+import sys
+import sysconfig
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -35,9 +41,22 @@ class Seqio(Settings):
     kind: Literal["seqio"] = "seqio"
     name: str
     module: str
-    lengths: tuple[int, int] | None = None  # of inputs and targets, to which seqio trims; the run's limits by default
+    # Of inputs and targets, or of features by name, to which seqio trims; of these two the run's limits by default.
+    lengths: tuple[int, int] | dict[str, int] | None = None
     endless: bool = False  # preprocess anew every epoch, for preprocessors that draw; else once
     seed: int = pydantic.Field(0, ge=0)  # of what preprocessors draw
+
+    @pydantic.field_validator("lengths")
+    @classmethod
+    def _lengths_of_both_sides(cls, lengths: Any) -> Any:
+        if isinstance(lengths, dict) and not lengths.keys() >= set(SIDES):
+            raise ValueError(f"found lengths of {', '.join(lengths) or 'none'}; expected inputs and targets among them")
+        return lengths
+
+    @property
+    def feature_lengths(self) -> dict[str, int] | None:
+        """The tokens that each feature is trimmed to."""
+        return dict(zip(SIDES, self.lengths, strict=True)) if isinstance(self.lengths, tuple) else self.lengths
 
 
 class Row(NamedTuple):
@@ -65,7 +84,7 @@ def seqio_rows(source: Seqio, split: str, first: int = 0) -> Iterator[Row]:
 
     What comes before `first` is read and thrown away.
     """
-    task, limits = _task(source), source.lengths or (None, None)
+    task, lengths = _task(source), source.feature_lengths
     rows = enumerate(_dataset(source, split).skip(first).as_numpy_iterator(), start=first + 1)
     while True:
         try:
@@ -79,12 +98,12 @@ def seqio_rows(source: Seqio, split: str, first: int = 0) -> Iterator[Row]:
             ) from None
         where = f"seqio {source.name} {split} row {number}"
         texts, ids, cut = [], [], []
-        for side, limit in zip(SIDES, limits, strict=True):
-            feature = task.output_features[side]
+        for side in SIDES:
+            feature, limit = task.output_features[side], lengths and lengths[side]
             ids.append(np.asarray(example[side]).tolist())
             text = example.get(side + _PRETOKENIZED)
             texts.append(text.decode("utf-8") if isinstance(text, bytes) else feature.vocabulary.decode(ids[-1]))
-            full = isinstance(text, bytes) and len(ids[-1]) == limit
+            full = limit is not None and isinstance(text, bytes) and len(ids[-1]) == limit
             cut.append(full and len(feature.vocabulary.encode(text.decode("utf-8"))) + feature.add_eos > limit)
         yield Row(where, (texts[0], texts[1]), (ids[0], ids[1]), (cut[0], cut[1]), example)
 
@@ -98,17 +117,41 @@ def mixture_rates(source: Seqio) -> dict[str, float] | None:
 
 
 def digest(source: Seqio, split: str) -> str:
-    """Return a name for what a split gives: of the settings, seqio, the module's content and the first examples.
+    """Return a name for what a split gives: of the settings, seqio, the module's source and the first examples.
 
-    What an imported module of the module changes far into the split is not seen: delete the token cache then.
+    The source is that of all modules that it imports, directly or not, but for the standard library and installed
+    packages; what these change far into the split is not seen.
     """
-    seqio, module = importlib.import_module("seqio"), importlib.import_module(source.module)
+    seqio = importlib.import_module("seqio")
     made = hashlib.sha256(f"{source!r} {split} {getattr(seqio, '__version__', '')}".encode())
-    if (file := getattr(module, "__file__", None)) is not None:
-        made.update(Path(file).read_bytes())
+    for path in sorted(_own_files(source.module)):
+        made.update(Path(path).read_bytes())
     for row in itertools.islice(seqio_rows(source, split), _PROBED):
         made.update(repr(row.ids).encode())
     return made.hexdigest()
+
+
+def _own_files(module: str) -> set[str]:
+    """Return the source files of an imported module and of all that it imports, as far as they are not installed."""
+    installed = tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+    pending, files = [module], {}
+    while pending:
+        name = pending.pop()
+        loaded = sys.modules.get(name)
+        path = getattr(loaded, "__file__", None) or ""
+        if name in files or not path.endswith(".py") or path.startswith(installed):
+            continue
+        files[name] = path
+        package = getattr(loaded, "__package__", None) or ""
+        pending += [name.rpartition(".")[0]]  # importing a.b runs a
+        for node in ast.walk(ast.parse(Path(path).read_bytes())):
+            if isinstance(node, ast.Import):
+                pending += [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = "." * node.level + (node.module or "")
+                base = importlib.util.resolve_name(base, package) if node.level else base
+                pending += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+    return set(files.values())
 
 
 def check_vocabulary(source: Seqio, tokenizer: Tokenizer) -> None:
@@ -153,60 +196,80 @@ def _piece(piece: str) -> str:
 # --------------------------------------------------------------------------------------------- scores
 
 
+class Outputs(NamedTuple):
+    """What a model gave for each example: its answer's token ids up to EOS, their log-probability, the target's."""
+
+    ids: Sequence[Sequence[int]]
+    scores: Sequence[float]
+    likelihoods: np.ndarray | None
+
+
 def needs_likelihoods(source: Seqio) -> bool:
-    """Tell whether a Task has metric functions that look at the targets' log-probabilities."""
-    return bool(_task(source).score_metric_fns)
+    """Tell whether a Task has metrics that look at the targets' log-probabilities."""
+    return any(_kind(metric) == "SCORE" for metric in _task(source).metric_objs)
 
 
 def check_metrics(source: Seqio) -> None:
     """Refuse metrics that ask for more than predictions and log-probabilities."""
-    task = _task(source)
-    odd = [function.__name__ for function in task.predict_with_aux_metric_fns]
-    if odd or len(task.metric_objs) > len(task.metric_fns):
-        raise UserError(
-            f"seqio {source.name}: found {', '.join(odd) or 'metric objects'}; expected metric functions of (targets, "
-            "predictions) or (targets, scores); say which of ours instead, such as metrics: [accuracy]"
-        )
+    for metric in _task(source).metric_objs:
+        if _kind(metric) not in ("PREDICTION", "PREDICTION_WITH_AUX", "SCORE"):
+            name = getattr(metric, "__name__", type(metric).__name__)
+            raise UserError(
+                f"seqio {source.name}: the metric {name} wants {_kind(metric) or 'no model output that it names'}; "
+                "expected PREDICTION, PREDICTION_WITH_AUX or SCORE, since what T5X's layers note on their way is not "
+                "there; say which of ours instead, such as metrics: [accuracy]"
+            )
+
+
+def _kind(metric: Any) -> str:
+    return getattr(getattr(metric, "model_output_type", None), "name", "")
 
 
 def seqio_scores(
-    source: Seqio, predictions: Sequence[str], examples: Sequence[dict[str, Any]], likelihoods: np.ndarray | None
+    source: Seqio, predictions: Sequence[str], examples: Sequence[dict[str, Any]], outputs: Outputs | None
 ) -> dict[str, float]:
-    """Return what a Task's metric functions say of predictions, after its postprocessor; in their own units.
+    """Return what a Task's metrics, functions and objects, say of predictions; in their own units.
 
-    `examples` are all features of each; `likelihoods` the summed log-probabilities of their targets.
+    They are called as seqio's Evaluator calls them. `examples` are all features of each. Without `outputs`, of several
+    prompts together, the token ids are those of the texts, and there are no log-probabilities.
     """
-    task = _task(source)
-    vocabulary = task.output_features["targets"].vocabulary
-    truth, guess = [], []
-    for prediction, example in zip(predictions, examples, strict=True):
-        text = example.get("targets" + _PRETOKENIZED)
-        text = vocabulary.decode(np.asarray(example["targets"]).tolist()) if text is None else text
-        text = text.decode("utf-8") if isinstance(text, bytes) else text
-        truth.append(task.postprocess_fn(text, example=example, is_target=True))
-        guess.append(task.postprocess_fn(prediction, example=example, is_target=False))
-    found: dict[str, Any] = {}
-    for function in task.predict_metric_fns:
-        found |= function(truth, guess)
-    if task.score_metric_fns and likelihoods is None:
-        raise UserError(
-            f"seqio {source.name}: its metric functions want log-probabilities; expected an evaluation of one prompt; "
-            "use softprompt eval"
-        )
-    for function in task.score_metric_fns:
-        found |= function(truth, [float(value) for value in np.asarray(likelihoods)])
-    numbers = {name: getattr(value, "value", value) for name, value in found.items()}
-    return {name: float(value) for name, value in numbers.items() if np.ndim(value) == 0 and not isinstance(value, str)}
+    seqio, task = importlib.import_module("seqio"), _task(source)
+    features, found, targets = dict(task.output_features), {}, None
+    vocabulary = features["targets"].vocabulary
+    ids = outputs.ids if outputs else [[*vocabulary.encode(text), vocabulary.eos_id] for text in predictions]
+    tokens = np.zeros((len(ids), max(map(len, ids), default=0)), np.int32)
+    for row, each in zip(tokens, ids, strict=True):
+        row[: len(each)] = each
+    for metric in task.metric_objs:
+        kind = _kind(metric)
+        numbers = None if outputs is None else outputs.likelihoods if kind == "SCORE" else outputs.scores
+        if kind != "PREDICTION" and numbers is None:
+            raise UserError(
+                f"seqio {source.name}: its metrics want log-probabilities; expected an evaluation of one prompt; "
+                "use softprompt eval"
+            )
+        scores = np.asarray(numbers, np.float32) if kind != "PREDICTION" else None
+        output: Any = {"PREDICTION": tokens, "SCORE": scores}.get(kind, (tokens, {"scores": scores}))
+        made = copy.deepcopy(metric).from_model_output(examples, output, features)  # some keep what they are given
+        if isinstance(made, seqio.metrics.CollectingMetric):
+            values, seen = made.actual_compute(examples, features, "targets", targets)
+            targets = seen["targets"]
+        else:
+            values = made.compute()
+        if twice := sorted(found.keys() & values.keys()):
+            raise UserError(f"seqio {source.name}: two of its metrics give {twice[0]!r}; expected each name once")
+        found |= values
+    plain = {name: np.asarray(getattr(value, "value", value)) for name, value in found.items()}
+    return {name: float(value) for name, value in plain.items() if value.ndim == 0 and value.dtype.kind in "biuf"}
 
 
 # --------------------------------------------------------------------------------------------- seqio
 
 
 def _dataset(source: Seqio, split: str) -> Any:
-    lengths = None if source.lengths is None else dict(zip(SIDES, source.lengths, strict=True))
     endless = source.endless and split == "train"
     task = _task(source)
-    settings = {"sequence_length": lengths, "split": split, "seed": source.seed}
+    settings = {"sequence_length": source.feature_lengths, "split": split, "seed": source.seed}
     try:
         made = task.get_dataset(**settings, shuffle=False, num_epochs=None if endless else 1)
         if int(made.cardinality()) == _INFINITE and task.shuffle_buffer_size is not None:
@@ -226,10 +289,11 @@ def _task(source: Seqio) -> Any:
             f"seqio {source.name}: is a Mixture; expected a Task here; name it as a run's task, or one of "
             f"{', '.join(task.name for task in registered.tasks)}"
         )
-    features = registered.output_features
-    if set(features) != set(SIDES) or any(feature.rank != 1 for feature in features.values()):
+    features = {name: registered.output_features.get(name) for name in SIDES}
+    if any(feature is None or feature.rank != 1 or not feature.dtype.is_integer for feature in features.values()):
         raise UserError(
-            f"seqio {source.name}: has the features {', '.join(features)}; expected inputs and targets, rows of ids"
+            f"seqio {source.name}: has the features {', '.join(registered.output_features)}; expected inputs and "
+            "targets among them, rows of ids: an encoder reads the ones, a decoder writes the others"
         )
     return registered
 
