@@ -17,6 +17,7 @@ from softprompt_jax.backbone.pretrained import EMBEDDED
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.evaluate import score
 from softprompt_jax.predict import load_predictor
+from softprompt_jax.tasks.inspection import describe
 from softprompt_jax.tasks.seqio_source import Seqio, check_vocabulary, digest, is_endless, seqio_rows
 from softprompt_jax.tasks.task import Task, iterate
 from softprompt_jax.tasks.tokenizer import load_tokenizer
@@ -380,6 +381,16 @@ def test_further_features_reach_the_examples_and_lengths_may_name_them(small):
     assert max(len(example.ids[0]) for example in short) == 6
     with pytest.raises(UserError, match="found lengths of inputs; expected inputs and targets among them"):
         task("with_objects", lengths={"inputs": 6})
+
+
+@with_seqio
+def test_a_task_is_shown_with_its_own_tokens_within_the_limits(small):
+    tokenizer = load_tokenizer(small.backbone)
+    for name, limit in (("doubled", 40), ("moods", 4)):
+        (example, *_) = tasks.load(task(name, lengths=[limit, 8]), "test")
+        lines = list(describe(task(name), "test", tokenizer, 1, (limit, 8), 9))
+        pieces = " ".join(tokenizer.pieces[id_] for id_ in example.ids[0])
+        assert f"  tokens  {pieces}  ({len(example.ids[0])})" in lines
 
 
 @with_seqio

@@ -12,7 +12,7 @@ import yaml
 from softprompt_jax.config import UserError
 from softprompt_jax.tasks.packages import Package
 from softprompt_jax.tasks.sources import Hub, pin
-from softprompt_jax.tasks.task import Task, iterate, splits
+from softprompt_jax.tasks.task import Example, Task, iterate, splits, within
 from softprompt_jax.tasks.tokenizer import Tokenizer
 
 _MOST_LABELS = 10
@@ -25,7 +25,7 @@ def describe(
 
     Examples of a split without public labels are shown without a target.
     """
-    labelled = split not in task.hidden
+    labelled, task = split not in task.hidden, within(task, *limits)
     yield f"{task.name}: {_origin(task)}; splits {', '.join(splits(task)) or 'none'}" + (
         f", and without public labels {', '.join(task.hidden)}" if task.hidden else ""
     )
@@ -37,8 +37,7 @@ def describe(
         raise UserError(f"task {task.name}: split {split!r} is empty; expected at least one example; check the source")
     whole = next(source, None) is None
     yield f"{split}: {len(found):,} examples" if whole else f"{split}: the first {most:,} examples"
-    inputs = tokenizer.encode_batch([example.input for example in found])
-    targets = tokenizer.encode_batch([example.target for example in found])
+    inputs, targets = (_ids(tokenizer, found, side) for side in (0, 1))
     yield _lengths("input", inputs, limits[0], "truncated")
     if labelled:
         yield _lengths("target", targets, limits[1], "too long: a run refuses them")
@@ -73,6 +72,16 @@ def _origin(task: Task) -> str:
     if isinstance(source, Package):
         return f"package {source.package}=={source.version}"
     return f"{source.kind} {getattr(source, 'name', '')}".strip()
+
+
+def _ids(tokenizer: Tokenizer, examples: Sequence[Example], side: int) -> list[list[int]]:
+    """Return the ids of all inputs (0) or targets (1) without EOS: a seqio Task's own, else those of the texts."""
+    encoded = tokenizer.encode_batch([(example.input, example.target)[side] for example in examples])
+    own = [example.ids and example.ids[side] for example in examples]
+    return [
+        ids if mine is None else [*mine[:-1], *(id_ for id_ in mine[-1:] if id_ != tokenizer.eos_id)]
+        for ids, mine in zip(encoded, own, strict=True)
+    ]
 
 
 def _lengths(side: str, ids: Sequence[Sequence[int]], limit: int, beyond: str) -> str:
