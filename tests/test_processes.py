@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import http.server
 import importlib.util
 import json
@@ -84,23 +85,38 @@ def config(small, tmp_path_factory) -> Path:
     return write_config(tmp_path_factory.mktemp("config") / "run.yaml", small.short)
 
 
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """Return a function that gives the folder of an uninterrupted run of so many processes."""
+
+    @functools.cache
+    def made(count: int) -> Path:
+        out = tmp_path_factory.mktemp("whole") / "run"
+        succeed(config, out, count)
+        return out
+
+    return made
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", [[], ["mesh={data: 1, tensor: 2}"]])
-def test_two_processes_train_what_one_trains(config, tmp_path, mesh):
-    succeed(config, tmp_path / "one")
-    succeed(config, tmp_path / "two", 2, *mesh)
-    one, two = rows(tmp_path / "one"), rows(tmp_path / "two")
+@pytest.mark.parametrize("mesh", [None, "mesh={data: 1, tensor: 2}"])
+def test_two_processes_train_what_one_trains(config, whole, tmp_path, mesh):
+    if mesh:
+        succeed(config, tmp_path / "sharded", 2, mesh)
+    folders = [whole(1), tmp_path / "sharded" if mesh else whole(2)]
+    one, two = map(rows, folders)
     np.testing.assert_allclose(two, one, atol=1e-3 * np.abs(one).max())
-    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "two")]
+    results = [json.loads((folder / "result.json").read_text()) for folder in folders]
     assert results[0]["test"] == results[1]["test"]
-    lines = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folders[1] / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == len({(line["step"], *line) for line in lines})  # one writer
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "victim"), [(2, 0), (2, 1), (4, 2)])
-def test_when_a_process_is_killed_the_others_end_and_all_go_on_to_the_same_bits(config, tmp_path, count, victim):
-    succeed(config, tmp_path / "whole", count)
+@pytest.mark.parametrize(("count", "victim"), [(2, 0), (4, 2)])
+def test_when_a_process_is_killed_the_others_end_and_all_go_on_to_the_same_bits(
+    config, whole, tmp_path, count, victim
+):
     started = start(config, tmp_path / "killed", count)
     wait_for_step(tmp_path / "killed", 8)
     started[victim].kill()
@@ -110,25 +126,23 @@ def test_when_a_process_is_killed_the_others_end_and_all_go_on_to_the_same_bits(
     assert time.monotonic() - killed < 60
     succeed(config, tmp_path / "killed", count)
     for name in ("prompt.safetensors", "trained.safetensors"):
-        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == (whole(count) / name).read_bytes()
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes(config, tmp_path):
-    succeed(config, tmp_path / "whole")
+def test_a_run_goes_on_with_another_number_of_processes(config, whole, tmp_path):
     started = start(config, tmp_path / "moved")
     wait_for_step(tmp_path / "moved", 12)
     started[0].kill()
     finish(started)
     succeed(config, tmp_path / "moved", 2)
-    whole = rows(tmp_path / "whole")
-    np.testing.assert_allclose(rows(tmp_path / "moved"), whole, atol=1e-3 * np.abs(whole).max())
+    expected = rows(whole(1))
+    np.testing.assert_allclose(rows(tmp_path / "moved"), expected, atol=1e-3 * np.abs(expected).max())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_run_told_to_stop_saves_and_says_so_by_its_exit_code(config, tmp_path, count):
-    succeed(config, tmp_path / "whole", count)
+def test_a_run_told_to_stop_saves_and_says_so_by_its_exit_code(config, whole, tmp_path, count):
     started = start(config, tmp_path / "told", count, "steps=40")
     wait_for_step(tmp_path / "told", 4)
     started[0].send_signal(signal.SIGTERM)  # among several processes one is told, and all go
@@ -136,9 +150,8 @@ def test_a_run_told_to_stop_saves_and_says_so_by_its_exit_code(config, tmp_path,
         assert code == processes.PREEMPTED, err[-2000:]
         assert "the same command goes on" in err
     succeed(config, tmp_path / "told", count)
-    assert (tmp_path / "told" / "prompt.safetensors").read_bytes() == (
-        tmp_path / "whole" / "prompt.safetensors"
-    ).read_bytes()
+    told, expected = (folder / "prompt.safetensors" for folder in (tmp_path / "told", whole(count)))
+    assert told.read_bytes() == expected.read_bytes()
 
 
 @pytest.mark.slow
