@@ -50,6 +50,7 @@ def test_parts_of_the_adaptation_are_the_beginning_of_the_whole(tmp_path):
     assert (whole.schedule.decay, whole.schedule.warmup_steps, len(whole.task.stages)) == ("constant", 0, 1)
 
 
+@pytest.mark.slow
 def test_the_smallest_is_made_in_both_forms_with_card_and_curve(toy, tmp_path):
     span = tmp_path / "1m-span"
     make.make(make.span_run("1m", toy), "1m-span", tmp_path, tmp_path / "curves")

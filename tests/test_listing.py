@@ -25,6 +25,7 @@ def test_every_method_trains_as_much_as_it_says():
         assert set(one.not_with) < set(METHODS)
 
 
+@pytest.mark.slow
 def test_a_published_size_needs_no_weights_and_has_the_known_counts():
     found = {one.kind: one for one in listed(preset("t5-v1_1-xxl"))}
     assert found["prompt"].parameters == 100 * 4096

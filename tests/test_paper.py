@@ -156,6 +156,7 @@ def test_a_seed_counts_when_all_its_tasks_are_there_and_untrained_is_read(grid, 
     assert result["missing"] == [cells[3].label]
 
 
+@pytest.mark.slow
 def test_what_is_read_off_prompts_agrees_with_reading_them_one_by_one(grid, tmp_path, small):
     """The same two runs serve a vote, neighbours, transfers and mixed batches."""
     from softprompt_jax.predict import load_predictor

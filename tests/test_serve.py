@@ -102,6 +102,7 @@ def alone(engine, backbone, prompts) -> dict[tuple[str, str], list[int]]:
     return found
 
 
+@pytest.mark.slow
 def test_requests_of_64_prompts_are_answered_as_each_alone(engine, alone):
     """Nothing is lost or crossed, whatever joins and leaves meanwhile: threads ask in an order of their own."""
     draw, wrong, answered = random.Random(0), [], []

@@ -65,6 +65,7 @@ def padded(tokenizer, texts, eos: bool) -> np.ndarray:
     return made
 
 
+@pytest.mark.slow
 def test_a_program_with_its_prompt_answers_in_another_process(prompt_run, tmp_path, softprompt):
     code, _, err = softprompt(
         "export", prompt_run, "--format", "stablehlo", "--to", tmp_path / "out", "--max-tokens", 3

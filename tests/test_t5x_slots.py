@@ -192,6 +192,7 @@ def test_zeros_of_slots_may_have_been_left_out(shared_fixtures, tmp_path):
     np.testing.assert_array_equal(load_adafactor(folder)[1]["encoder.norm.scale"]["v"], np.zeros(64, np.float32))
 
 
+@pytest.mark.slow
 def test_model_tuning_goes_on_from_the_slots_of_its_checkpoint(flat, small, tmp_path, monkeypatch):
     monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
     slots: dict = {}
