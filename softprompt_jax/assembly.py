@@ -48,9 +48,7 @@ def assemble(run: Run, backbone: Backbone | None = None) -> Assembly:
     """
     if backbone is None:
         backbone = backbone_of(run)
-    model = with_settings(
-        backbone.model, dropout=run.dropout, attention=run.attention, remat=run.remat, unroll=run.unroll
-    )
+    model = with_settings(backbone.model, **run.of_the_backbone)
     model.dtype = run.dtype
     if run.quantize is not None and isinstance(run.backbone, Scratch):
         quantized(model, run.quantize)

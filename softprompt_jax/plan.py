@@ -166,18 +166,18 @@ def measure(run: Any, topology: Topology, utilisation: float) -> dict[str, Any]:
     from softprompt_jax import sharding
 
     devices = devices_of(topology)
-    began = time.monotonic()
+    began, limit = time.monotonic(), int(topology.chip.memory_gib * GIB)
     with jax.set_mesh(run.mesh.build(devices)):
-        step, arguments, parts = abstract_step(run)
+        step, arguments, parts = abstract_step(run, limit)
         traced = step.trace(*arguments)
         answer: dict[str, Any] = {
             "topology": topology.name,
             "devices": len(devices),
             "fits": True,
             "peak_bytes": None,
-            "limit_bytes": int(topology.chip.memory_gib * GIB),
-            "weights_bytes": local_bytes(parts.frozen),
-            "state_bytes": local_bytes(arguments[0]),
+            "limit_bytes": limit,
+            "weights_bytes": sharding.local_bytes(parts.frozen),
+            "state_bytes": sharding.local_bytes(arguments[0]),
             "temporary_bytes": None,
             "flops": product_flops(traced.jaxpr.jaxpr),
             "collectives": {},
@@ -207,7 +207,7 @@ def measure(run: Any, topology: Topology, utilisation: float) -> dict[str, Any]:
     return answer
 
 
-def abstract_step(run: Any) -> tuple[Callable, tuple, Any]:
+def abstract_step(run: Any, memory: int | None = None) -> tuple[Callable, tuple, Any]:
     """Return the jitted step of a run, its abstract arguments laid out on the mesh, and the split model."""
     import jax
     import jax.numpy as jnp
@@ -222,9 +222,7 @@ def abstract_step(run: Any) -> tuple[Callable, tuple, Any]:
     from softprompt_jax.methods import Context, leaves, split
     from softprompt_jax.train import make_step
 
-    settings = backbone_settings(run).model_copy(
-        update={"dropout": run.dropout, "attention": run.attention, "remat": run.remat, "unroll": run.unroll}
-    )
+    settings = backbone_settings(run).model_copy(update=run.of_the_backbone)
     kind = run.quantize
     if kind is None and isinstance(run.backbone, str) and stored.is_stored(run.backbone):
         kind = stored.read_about(run.backbone).quantize
@@ -263,7 +261,7 @@ def abstract_step(run: Any) -> tuple[Callable, tuple, Any]:
     batch = {name: jax.ShapeDtypeStruct((run.batch_size, length), jnp.int32) for name, length in rows.items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (sharding.described(state, layout), parts.frozen, sharding.spread_whole(batch), key)
-    return make_step(run, parts, optimizer, layout), arguments, parts
+    return make_step(run, parts, optimizer, layout, memory), arguments, parts
 
 
 def backbone_settings(run: Any) -> Any:
@@ -277,17 +275,6 @@ def backbone_settings(run: Any) -> Any:
     name = re.sub(r"^(flan-)?t5-(\w+?)(-lm-adapt)?$", r"t5-v1_1-\2", str(run.backbone).rpartition("/")[2])
     known = presets.PRESETS.get(name)
     return load_settings(run.backbone) if known is None else known
-
-
-def local_bytes(tree: Any) -> int:
-    """Return the bytes that one device holds of abstract, laid out arrays."""
-    import jax
-
-    def of(leaf: Any) -> int:
-        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-        return math.prod(shape) * leaf.dtype.itemsize
-
-    return sum(of(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def product_flops(jaxpr: Any) -> float:
@@ -362,7 +349,7 @@ def advice(run: Any, answer: dict[str, Any], devices: int) -> list[str]:
     said = []
     if run.dtype == "float32":
         said.append("dtype=bfloat16")
-    if run.remat != "full":
+    if run.remat not in ("auto", "full"):
         said.append("remat=full")
     if answer["weights_bytes"] > answer["limit_bytes"] / 2:
         if run.quantize is None:

@@ -82,7 +82,8 @@ class Run(Settings):
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     dropout: float = Field(0.1, ge=0, lt=1)
     attention: Implementation = "auto"  # plain, or flash: no scores in memory (cuDNN, Pallas); auto: flash on GPUs
-    remat: Literal["none", "dots", "full"] = "none"  # recompute activations in the backward pass
+    remat: Literal["auto", "none", "dots", "full"] = "auto"  # activations computed again for the gradient; auto: where
+    # they would not fit into a device's memory
     unroll: bool = False  # the scan over layers: compiles longer, runs about a tenth faster on a CPU
     mesh: Mesh = Mesh()  # how the devices share the work; not part of what a run is
     decoding: Decoding = Greedy()  # of predictions and evaluation: greedy, beam or sampling
@@ -136,6 +137,12 @@ class Run(Settings):
     def most_shapes(self) -> int:
         """How many shapes may be compiled: each pads less and takes seconds, which a long run earns back."""
         return self.shapes or min(max(self.steps // 250, 4), 12)
+
+    @property
+    def of_the_backbone(self) -> dict[str, Any]:
+        """The settings of T5Settings that a run has for its backbone; a step chooses `remat: auto` by its shapes."""
+        remat = "none" if self.remat == "auto" else self.remat
+        return {"dropout": self.dropout, "attention": self.attention, "remat": remat, "unroll": self.unroll}
 
     @property
     def draws_dropout(self) -> bool:

@@ -7,6 +7,7 @@ share the batch and each holds all weights: a prompt's gradient is then all that
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -133,6 +134,16 @@ def described(state: Any, layout: Any) -> Any:
     return state if layout is None else jax.tree.map(put, state, layout)
 
 
+def local_bytes(tree: Any) -> int:
+    """Return the bytes that one device holds of arrays, or of abstract ones that know where they lie."""
+
+    def of(leaf: Any) -> int:
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(of(leaf) for leaf in jax.tree.leaves(tree))
+
+
 def put(value: Any, sharding: NamedSharding) -> Any:
     """Lay an array out that every process holds whole or has its part of; say of an abstract one where it lies."""
     if isinstance(value, jax.ShapeDtypeStruct):
@@ -156,9 +167,9 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def row_shards() -> int:
-    """Return in how many parts the rows of a batch are cut."""
-    mesh = _mesh()
-    return 1 if mesh is None else int(np.prod([mesh.shape[axis] for axis in ROWS]))
+    """Return in how many parts the rows of a batch are cut; also inside `jax.jit`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
 def process_share() -> tuple[int, int]:

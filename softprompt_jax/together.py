@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from softprompt_jax import interop, optimizers, sharding
+from softprompt_jax import interop, optimizers, remat, sharding
 from softprompt_jax.assembly import Assembly, assemble
 from softprompt_jax.backbone.pretrained import Backbone
 from softprompt_jax.checkpoint import Checkpoints
@@ -76,8 +76,11 @@ class Together:
     def _mapped_step(self, states: Any, running: Any, rates: Any, frozen: Any, batches: Any, keys: Any) -> Any:
         """Take a step of each run that is still running."""
 
+        held = sharding.local_bytes(self._parts.frozen)
+        room = None if (whole := remat.room(held)) is None else whole // len(running)
+
         def one(state: Any, running: Any, rate: Any, batch: Any, key: Any) -> Any:
-            new, measured = plain_step(self.run, self._parts, self._optimizer(rate))(state, frozen, batch, key)
+            new, measured = plain_step(self.run, self._parts, self._optimizer(rate), room)(state, frozen, batch, key)
             return jax.tree.map(lambda after, before: jnp.where(running, after, before), new, state), measured["loss"]
 
         states, losses = jax.vmap(one)(states, running, rates, batches, keys)

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 import softprompt_jax
-from softprompt_jax import config, interop, optimizers, sharding
+from softprompt_jax import config, interop, optimizers, remat, sharding
 from softprompt_jax.assembly import assemble
 from softprompt_jax.blackbox import Search
 from softprompt_jax.checkpoint import Checkpoints
@@ -237,25 +237,41 @@ def first_state(optimizer: optax.GradientTransformation | Search, trainable: Any
 
 
 def make_step(
-    run: Run, parts: Split, optimizer: optax.GradientTransformation | Search, state_shardings: Any = None
+    run: Run,
+    parts: Split,
+    optimizer: optax.GradientTransformation | Search,
+    state_shardings: Any = None,
+    memory: int | None = None,
 ) -> Callable:
     """Return the jitted `step(state, frozen, batch, key) -> state, metrics`; `state` is donated.
 
-    `state_shardings` keeps the state where it lies, which XLA would be free to change.
+    `state_shardings` keeps the state where it lies, which XLA would be free to change. `memory` are the bytes of a
+    device, by default what it tells itself.
     """
-    return jax.jit(plain_step(run, parts, optimizer), donate_argnums=0, out_shardings=(state_shardings, None))
+    state = sharding.described(
+        jax.eval_shape(functools.partial(first_state, optimizer), parts.trainable), state_shardings
+    )
+    held = sharding.local_bytes(parts.frozen) + 2 * sharding.local_bytes(state)  # with gradient and updates
+    step = plain_step(run, parts, optimizer, remat.room(held, memory))
+    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 
-def plain_step(run: Run, parts: Split, optimizer: optax.GradientTransformation | Search) -> Callable:
+def plain_step(
+    run: Run, parts: Split, optimizer: optax.GradientTransformation | Search, room: int | None = None
+) -> Callable:
     """Return `step(state, frozen, batch, key) -> state, metrics`.
+
+    With `remat: auto` each shape of a batch keeps as many activations as fit into `room` bytes of a device.
 
     Only the trainable argument is differentiated, so that no weight gradient of the frozen backbone is
     ever computed. A search differentiates nothing: all its candidates are scored at once, without dropout. With
     accumulation losses and weights are summed over the parts and divided once.
     """
 
-    def summed_loss(trainable: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array | None):
+    def summed_loss(trainable: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array | None, policy=None):
         model = parts.merge(trainable, jax.lax.stop_gradient(frozen))
+        if policy is not None:
+            model.encoder.remat = model.decoder.remat = policy
         hidden = model.hidden(batch, key)
         logits = model.project(hidden)
         loss, weight = cross_entropy(logits, batch["decoder_targets"], run.z_loss, run.label_smoothing)
@@ -264,7 +280,11 @@ def plain_step(run: Run, parts: Split, optimizer: optax.GradientTransformation |
     gradient = jax.value_and_grad(summed_loss, has_aux=True)
 
     def part_gradient(trainable: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array | None):
-        (loss, weight), gradients = gradient(trainable, frozen, batch, key)
+        def kept(policy: remat.Policy) -> int:
+            return remat.kept_bytes(lambda own, some: summed_loss(own, frozen, some, key, policy)[0], trainable, batch)
+
+        policy = remat.choose(kept, room) if run.remat == "auto" and room is not None else None
+        (loss, weight), gradients = gradient(trainable, frozen, batch, key, policy)
         return loss, weight, gradients
 
     def divided(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

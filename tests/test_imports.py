@@ -27,7 +27,7 @@ LAYERS = (
     "report serve plan sweep",
     "train together task_run evaluate predict ensemble bank interpret show publishing exporting stablehlo importing "
     "transfer",
-    "assembly",
+    "assembly remat",
     "run",
     "peft",
     "checkpoint interop optimizers blackbox losses",

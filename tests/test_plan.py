@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from softprompt_jax import plan
+from softprompt_jax import plan, sharding
 from softprompt_jax.config import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -81,8 +81,8 @@ def test_products_are_those_of_the_paper_model_counted_by_hand(tmp_path):
     expected = 2 * forward + scores + 2 * lookup
     counted = plan.product_flops(step.trace(*arguments).jaxpr.jaxpr)
     assert counted == pytest.approx(expected, rel=0.02)
-    assert plan.local_bytes(parts.frozen) == 4 * 76_961_152
-    assert plan.local_bytes(parts.trainable) == 4 * P * D
+    assert sharding.local_bytes(parts.frozen) == 4 * 76_961_152
+    assert sharding.local_bytes(parts.trainable) == 4 * P * D
 
 
 def test_advice_starts_with_what_costs_least(tmp_path):

@@ -114,9 +114,7 @@ def test_two_processes_train_what_one_trains(config, whole, tmp_path, mesh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "victim"), [(2, 0), (4, 2)])
-def test_when_a_process_is_killed_the_others_end_and_all_go_on_to_the_same_bits(
-    config, whole, tmp_path, count, victim
-):
+def test_when_a_process_is_killed_the_others_end_and_all_go_on_to_the_same_bits(config, whole, tmp_path, count, victim):
     started = start(config, tmp_path / "killed", count)
     wait_for_step(tmp_path / "killed", 8)
     started[victim].kill()

@@ -1,0 +1,85 @@
+"""How many activations a step keeps: what is predicted, what the compiler allocates, and what is chosen."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import optax
+import pytest
+import tiny
+
+from softprompt_jax import remat
+from softprompt_jax.methods import split
+from softprompt_jax.run import Run
+from softprompt_jax.train import first_state, make_step
+
+TASK = {"name": "none", "source": {"kind": "files", "train": "none.jsonl"}}
+GIB = 2**30
+
+
+def lowered(memory: int | None = None, policy: str = "auto", **changes):
+    """Return the lowered step of a model whose activations outweigh its weights."""
+    batch = tiny.batch(rows=8, length=60, targets=12, prompt=4)
+    sizes = {"d_model": 64, "d_ff": 160, "d_kv": 16, "num_heads": 4, "num_layers": 4, "num_decoder_layers": 4}
+    parts = split(tiny.model(prompt=4, **sizes, remat="none" if policy == "auto" else policy))
+    settings, optimizer = Run(task=TASK, remat=policy, **changes), optax.sgd(1.0)
+    step = make_step(settings, parts, optimizer, memory=memory)
+    state = jax.eval_shape(functools.partial(first_state, optimizer), parts.trainable)
+    return step.lower(state, parts.frozen, batch, jax.random.key(0))
+
+
+def chosen(monkeypatch, memory: int, **changes) -> tuple[str, dict[str, int]]:
+    """Return the policy that a step takes on a device of so many bytes, and what each would keep."""
+    found: dict[str, int] = {}
+
+    def spy(kept, room):
+        found.update({policy: kept(policy) for policy in ("none", "dots", "full")})
+        found["room"] = room
+        return choose(kept, room)
+
+    choose = remat.choose
+    monkeypatch.setattr(remat, "choose", spy)
+    lowered(memory, **changes)
+    monkeypatch.setattr(remat, "choose", choose)
+    return choose(found.__getitem__, found["room"]), found
+
+
+def test_that_is_chosen_which_fits_and_computes_least_twice():
+    kept = {"none": 100, "dots": 30, "full": 5}
+    assert [remat.choose(kept.__getitem__, room) for room in (100, 99, 30, 29, 0)] == [
+        *["none", "dots", "dots", "full", "full"],
+    ]
+
+
+def test_a_device_that_does_not_tell_its_memory_has_room_for_all():
+    assert remat.room(held=10) is None  # a CPU
+    assert remat.room(held=10, memory=110) == 80
+    assert remat.room(held=200, memory=110) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_what_is_predicted_is_what_the_compiler_allocates(monkeypatch, dropout):
+    _, kept = chosen(monkeypatch, GIB, dropout=dropout)
+    assert kept["none"] > 2 * kept["dots"] > 4 * kept["full"] > 0
+    sizes = {
+        policy: lowered(policy=policy, dropout=dropout).compile().memory_analysis().temp_size_in_bytes
+        for policy in ("none", "full")
+    }
+    assert sizes["none"] - sizes["full"] == pytest.approx(kept["none"] - kept["full"], rel=0.25)
+
+
+@pytest.mark.slow
+def test_each_memory_has_its_policy_and_the_program_is_that_of_the_setting(monkeypatch):
+    _, kept = chosen(monkeypatch, GIB)
+    held = GIB - round(kept["room"] / remat.SHARE)
+    for policy in ("none", "dots", "full"):
+        memory = held + round(1.05 * kept[policy] / remat.SHARE)
+        assert chosen(monkeypatch, memory)[0] == policy
+        assert lowered(memory).as_text() == lowered(policy=policy).as_text()
+
+
+def test_accumulated_parts_keep_less(monkeypatch):
+    whole, part = (chosen(monkeypatch, GIB, batch_size=8, accumulate=n)[1]["none"] for n in (1, 4))
+    assert part == pytest.approx(whole / 4, rel=0.01)
