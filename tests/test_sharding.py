@@ -114,6 +114,8 @@ def test_a_mesh_that_does_not_fit_is_told_in_one_line(settings, message):
     ],
 )
 def test_a_mesh_that_does_not_divide_rows_or_heads_is_told_in_one_line(monkeypatch, sizes, message):
-    monkeypatch.setattr(sharding, "_mesh", lambda: types.SimpleNamespace(shape=sizes))
+    mesh = types.SimpleNamespace(shape=sizes, empty=False)
+    monkeypatch.setattr(sharding, "_mesh", lambda: mesh)
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
     with pytest.raises(UserError, match=message):
         sharding.check(16, 8)
