@@ -57,7 +57,7 @@ def main() -> None:
     parser.add_argument("--prompt-length", type=int, default=20)
     parser.add_argument("--answer", type=int, default=16, help="tokens at most; lengths are uniform from 1")
     parser.add_argument("--rates", type=float, nargs="+", default=[5, 20, 1000], help="requests a second")
-    parser.add_argument("--requests", type=int, default=200, help="for each rate")
+    parser.add_argument("--requests", type=int, default=150, help="for each rate")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--client", nargs=6, help=argparse.SUPPRESS)
     chosen = parser.parse_args()

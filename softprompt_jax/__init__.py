@@ -14,7 +14,10 @@ from typing import Any
 _PUBLIC = {
     "PromptBank": "bank",
     "Backbone": "backbone.pretrained",
+    "Beam": "backbone.decode",
+    "Greedy": "backbone.decode",
     "Run": "run",
+    "Sampling": "backbone.decode",
     "UserError": "config",
     "ensemble": "ensemble",
     "generate": "predict",

@@ -183,17 +183,16 @@ def predict(
     source = str(remote.local(source))
     bank = Path(source).is_dir() and not (Path(source) / "config.yaml").exists()
     how = None if decoding is None else read_decoding(decoding)
-    if bank and how is not None:
-        raise UserError(f"{source}: a bank answers greedily; expected no --decoding")
     with _output(output) as sink:
-        predictor = (
-            PromptBank.open(source, backbone)
-            if bank
-            else load_predictor(source, backbone, decoding=how, any_backbone=any_backbone)
-        )
+        if bank:
+            predictor = PromptBank.open(source, backbone)
+            answered = predictor.lines(_json_lines(input), decoding=how)
+        else:
+            predictor = load_predictor(source, backbone, decoding=how, any_backbone=any_backbone)
+            answered = predictor.lines(_json_lines(input))
         if Path(output).is_file():
             sink.truncate(0)  # only now: a command that fails earlier leaves an old file as it was
-        for line in predictor.lines(_json_lines(input)):
+        for line in answered:
             sink.write(json.dumps(line, ensure_ascii=False) + "\n")
             sink.flush()
     report_truncated(predictor)

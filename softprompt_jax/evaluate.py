@@ -49,9 +49,15 @@ class Decoder:
 
         @functools.partial(jax.jit, static_argnames="max_tokens")
         def decoded(
-            trainable: Any, frozen: Any, tokens: jax.Array, before: jax.Array, numbers: jax.Array, max_tokens: int
+            trainable: Any,
+            frozen: Any,
+            tokens: jax.Array,
+            before: jax.Array,
+            numbers: jax.Array,
+            forced: jax.Array,
+            max_tokens: int,
         ) -> tuple[jax.Array, jax.Array]:
-            return decode.answers(parts.merge(trainable, frozen), tokens, max_tokens, how, numbers, before)
+            return decode.answers(parts.merge(trainable, frozen), tokens, max_tokens, how, numbers, before, forced)
 
         @jax.jit
         def scored(
@@ -98,19 +104,24 @@ class Decoder:
         prompt_ids: PromptIds = None,
         shapes: list[Shape] | None = None,
         task: Task | None = None,
+        forced: Sequence[str] | None = None,
     ) -> list[list[Answer]]:
-        """Return all answers to every example, as `predict` does the first: the samples, or the beams from the best."""
+        """Return all answers to every example, as `predict` does the first: the samples, or the beams from the best.
+
+        Decoded ones begin with what is `forced` on their example.
+        """
         labels = (task.words or []) if task is not None and task.predict_by != "decoding" else []
         words, divisors = self._choices(labels, task is not None and task.predict_by == "likelihood_per_token")
         answers = [[Answer("", [], 0.0)]] * len(tokenized)
+        beginnings = self._tokenizer.beginnings(forced or [""] * len(tokenized), max_tokens)
         first = np.shape(prompt_ids.decoder)[-1] if isinstance(prompt_ids, Placement) else 0
         shards = sharding.row_shards()
         batch_size = -(-min(batch_size, len(tokenized)) // shards) * shards
         for batch, ids in evaluation_batches(tokenized, batch_size, prompt_ids, shapes=shapes):
             given = sharding.spread_whole((batch["encoder_tokens"], batch["decoder_inputs"][:, :first]))
             if not labels:
-                numbers = sharding.spread_whole(np.asarray(ids, np.int32))
-                rows, scores = map(sharding.collect, self._decoded(trainable, frozen, *given, numbers, max_tokens))
+                rest = sharding.spread_whole((np.asarray(ids, np.int32), beginnings[ids]))
+                rows, scores = map(sharding.collect, self._decoded(trainable, frozen, *given, *rest, max_tokens))
                 found = [list(map(self._answer, *each)) for each in zip(rows, scores.tolist(), strict=True)]
             else:
                 best, scores = map(sharding.collect, self._scored(trainable, frozen, *given, words, divisors))

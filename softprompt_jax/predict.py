@@ -60,23 +60,42 @@ def generate(
     prompt: Float[Array | np.ndarray, "P D"] | None = None,
     max_tokens: int = 32,
     decoding: Decoding | None = None,
-) -> list[str] | list[list[str]] | Int[np.ndarray, "B U"] | Int[np.ndarray, "B N U"]:
+    forced: str | Sequence[str] | Int[Array | np.ndarray, "B F"] | None = None,
+    scores: bool = False,
+) -> Any:
     """Decode: texts give texts, tokens [B, T] (0 is padding, with their EOS) give tokens [B, U].
 
     `decoding`: `Greedy()` (the default), `Beam(beams=4)` or `Sampling(top_p=0.9, samples=5)`. The latter two give N
-    answers to each text (a list, or tokens [B, N, U]), of beams the best first.
+    answers to each text (a list, or tokens [B, N, U]), of beams the best first. `forced`: what answers begin with, a
+    text for all, one for each, or tokens [B, F] (0: free). With `scores` a pair is returned, of the answers and their
+    scores in the same lists, or float32 [B] or [B, N]: log-probabilities, of beams penalised ones.
     """
-    how = decoding or Greedy()
+    how, one = decoding or Greedy(), isinstance(decoding, Greedy | None)
     model, ids = _with_prompt(backbone.model, prompt)
     if not isinstance(texts_or_tokens, np.ndarray | jax.Array):
         texts = list(texts_or_tokens)
-        if any(not isinstance(text, str) for text in texts):
-            raise UserError("generate: expected a list of texts, or an integer array [B, T] of tokens")
+        begun = [forced or ""] * len(texts) if isinstance(forced, str | None) else list(forced)
+        if any(not isinstance(text, str) for text in [*texts, *begun]):
+            raise UserError("generate: expected a list of texts, or an integer array [B, T] of tokens; forced alike")
+        if len(begun) != len(texts):
+            raise UserError(f"generate: {len(texts)} texts and {len(begun)} forced; expected one for each text")
         predictor = Predictor(model, load_tokenizer(backbone.folder), None, max_tokens=max_tokens, decoding=how)
-        return predictor.texts(texts) if isinstance(how, Greedy) else predictor.answers(texts)
-    _check_ids(texts_or_tokens, backbone.settings.vocabulary_rows)
-    found = np.asarray(_answers(model, _prepend(ids, texts_or_tokens), max_tokens, how))
-    return found[:, 0] if isinstance(how, Greedy) else found
+        made = predictor.scored(texts, begun)
+        answers, values = ([[getattr(answer, part) for answer in each] for each in made] for part in ("text", "score"))
+        found = [[each[0] for each in part] if one else part for part in (answers, values)]
+    else:
+        _check_ids(texts_or_tokens, backbone.settings.vocabulary_rows)
+        if isinstance(forced, str | list):
+            raise UserError("generate: tokens and forced as text; expected both as tokens, or both as texts")
+        if forced is not None and (len(forced) != len(texts_or_tokens) or np.shape(forced)[1] >= max_tokens):
+            raise UserError(
+                f"generate: forced tokens of shape {list(np.shape(forced))}; expected [{len(texts_or_tokens)}, F] with "
+                f"F under max_tokens, {max_tokens}"
+            )
+        forced = None if forced is None else jnp.asarray(forced, jnp.int32)
+        made = map(np.asarray, _answers(model, _prepend(ids, texts_or_tokens), max_tokens, how, forced))
+        found = [part[:, 0] if one else part for part in made]
+    return tuple(found) if scores else found[0]
 
 
 @dataclasses.dataclass
@@ -105,13 +124,18 @@ class Predictor:
 
     def answers(self, texts: Sequence[str]) -> list[list[str]]:
         """Return all answers to each text: the samples, or the beams from the best."""
-        found = self._answers([Example(text, "") for text in texts], self.task)
-        return [[answer.text for answer in answers] for answers in found]
+        return [[answer.text for answer in answers] for answers in self.scored(texts)]
+
+    def scored(self, texts: Sequence[str], forced: Sequence[str] | None = None) -> list[list[Answer]]:
+        """Return all answers to each text with tokens and scores; they begin with what is forced on each."""
+        return self._answers([Example(text, "") for text in texts], self.task, forced)
 
     def _predict(self, examples: Sequence[Example], task: Task | None) -> list[str]:
         return [answers[0].text for answers in self._answers(examples, task)]
 
-    def _answers(self, examples: Sequence[Example], task: Task | None) -> list[list[Answer]]:
+    def _answers(
+        self, examples: Sequence[Example], task: Task | None, forced: Sequence[str] | None = None
+    ) -> list[list[Answer]]:
         if not examples:
             return []
         end = [self.tokenizer.eos_id]
@@ -121,7 +145,7 @@ class Predictor:
         self.truncated += tokenized.truncated_inputs
         trainable, frozen, ids = self._parts.trainable, self._parts.frozen, prompt_ids(self.model)
         limits = self.batch_size, self.max_tokens
-        return self._decoder.answers(trainable, frozen, tokenized, *limits, ids, self._shapes, task)
+        return self._decoder.answers(trainable, frozen, tokenized, *limits, ids, self._shapes, task, forced)
 
     def _tokenized(self, examples: Sequence[Example]) -> TokenizedSet:
         rows = self.model.settings.vocabulary_rows
@@ -284,5 +308,5 @@ def _logits(model: T5, batch: dict[str, Array]) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("max_tokens", "how"))
-def _answers(model: T5, tokens: Array, max_tokens: int, how: Decoding) -> Array:
-    return decode.answers(model, tokens, max_tokens, how, jnp.arange(len(tokens)))[0]
+def _answers(model: T5, tokens: Array, max_tokens: int, how: Decoding, forced: Array | None) -> tuple[Array, Array]:
+    return decode.answers(model, tokens, max_tokens, how, jnp.arange(len(tokens)), None, forced)

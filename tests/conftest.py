@@ -7,6 +7,7 @@ import io
 import os
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,17 @@ def prompt_run(small: small_runs.Files, tmp_path_factory: pytest.TempPathFactory
 def full_run(small: small_runs.Files, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder of a finished full-tuning run, which has learnt the task; leave it as it is."""
     return _finished(small.full, tmp_path_factory.mktemp("finished") / "full")
+
+
+@pytest.fixture(scope="session")
+def engine(small: small_runs.Files) -> Iterator[Any]:
+    """Return an engine over a small bank, which answers; needs the extra `serve`."""
+    import served
+
+    made = served.engine_of(small.backbone)
+    made.start()
+    yield made
+    made.stop()
 
 
 @pytest.fixture

@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from softprompt_jax import PromptBank, load_backbone
 from softprompt_jax.serve import make_server
 from softprompt_jax.serve.engine import Engine
 from softprompt_jax.serve.limits import Limits
+
+for _package in ("fastapi", "uvicorn", "prometheus_client"):  # whoever imports this is skipped where one is missing
+    pytest.importorskip(_package, reason="needs the extra `serve`, which `dev` has")
 
 WIDTH, TOKENS = 16, 6
 PATIENCE_S = 900  # on a machine that is busy with other things

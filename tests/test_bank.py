@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from softprompt_jax import PromptBank, generate, load_backbone
+from softprompt_jax.backbone.decode import Beam, Sampling
 from softprompt_jax.config import UserError
 from softprompt_jax.interop import load_prompt, save_prompt
 
@@ -75,8 +77,8 @@ def test_prompts_that_do_not_fit_on_the_device_take_turns(backbone, prompts, alo
     pairs = 2 * list(alone)
     random.Random(1).shuffle(pairs)
     assert asked(bank, pairs) == [alone[pair] for pair in pairs]
-    held = sorted(int(row) for places in bank._places.values() for row in places)
-    assert sorted([*held, *bank._free]) == list(range(9))  # no row is lost, none is held twice
+    held = sorted(int(row) for places in bank.device._places.values() for row in places)
+    assert sorted([*held, *bank.device._free]) == list(range(9))  # no row is lost, none is held twice
 
 
 def test_a_prompt_can_be_replaced_and_removed_while_others_stay(backbone, prompts, alone):
@@ -108,14 +110,52 @@ def test_prompts_of_other_places_share_a_batch(backbone, tmp_path):
     assert asked(bank, list(expected)) == list(expected.values())
 
 
-def test_many_prompts_cost_their_own_bytes(backbone):
-    bank = PromptBank(backbone, device_rows=64)
-    for number in range(2000):
-        bank.add(str(number), rows(2, number))
-    held = sum(bank.prompt(name).rows.nbytes for name in bank.names)
-    assert held == 2000 * 2 * WIDTH * 4
-    assert bank._table_rows().nbytes == 64 * WIDTH * 4
-    assert len(asked(bank, [(TEXTS[0], str(number)) for number in range(0, 2000, 100)])) == 20
+@pytest.mark.slow
+def test_ten_thousand_prompts_cost_their_own_bytes(backbone):
+    """Beside the rows a prompt costs a few hundred bytes, however long it is; the device keeps its table."""
+    count, length = 10_000, 32
+    bank = PromptBank(backbone, device_rows=1024)
+    prompt = rows(length)
+    bank.add("first", prompt)
+    tracemalloc.start()
+    for number in range(count):
+        bank.add(str(number), prompt + number)
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    own = count * prompt.nbytes
+    assert own <= held < own + 1000 * count
+    assert bank.device.nbytes == 1024 * WIDTH * 4
+    assert len(asked(bank, [(TEXTS[0], str(number)) for number in range(0, count, 500)])) == 20
+    assert bank.device.nbytes == 1024 * WIDTH * 4
+    np.testing.assert_array_equal(bank.prompt("9999").rows, prompt + 9999)
+
+
+@pytest.mark.slow
+def test_a_bank_decodes_as_it_is_told(backbone, prompts):
+    bank, names = bank_of(backbone, prompts, batch_size=3), ["p1", "p6", "p3", "p4"]
+    for how in (Beam(beams=3), Sampling(samples=3, seed=5, temperature=3.0)):
+        found = bank.answers(TEXTS, names, 4, how)
+        assert [each[0] for each in found] == bank.generate(TEXTS, names, 4, how)
+        for number, (text, name) in enumerate(zip(TEXTS, names, strict=True)):
+            (alone,) = bank.answers([text], name, 4, how, first=number)
+            assert [answer for answer, _ in found[number]] == [answer for answer, _ in alone]
+            np.testing.assert_allclose([s for _, s in found[number]], [s for _, s in alone], rtol=1e-5, atol=1e-5)
+        expected, scores = generate(backbone, TEXTS[:1], prompts["p1"], 4, how, scores=True)
+        assert [answer for answer, _ in found[0]] == expected[0]
+        np.testing.assert_allclose([score for _, score in found[0]], scores[0], rtol=1e-5, atol=1e-5)
+
+
+def test_answers_begin_with_what_is_forced_on_each(backbone, prompts):
+    bank = bank_of(backbone, prompts)
+    for how in (None, Beam(beams=2)):
+        found = bank.generate(TEXTS[:3], ["p1", "p6", "p3"], 5, how, ["the old", "", "warm tea"])
+        assert found[0][0].startswith("the old")
+        assert found[2][0].startswith("warm tea")
+        np.testing.assert_allclose(found[1][1], bank.generate([TEXTS[1]], "p6", 5, how)[0][1], rtol=1e-5)
+    with pytest.raises(UserError, match=r"3 texts and 1 forced beginnings; expected one for each text"):
+        bank.generate(TEXTS[:3], "p1", 5, forced=["the"])
+    with pytest.raises(UserError, match=r"forced: 2 tokens; expected fewer than the answer may have, 2"):
+        bank.generate(TEXTS[:3], "p1", 2, forced="the old")
 
 
 @pytest.mark.parametrize(
@@ -156,6 +196,19 @@ def test_a_folder_of_prompts_and_runs_is_a_bank(backbone, prompt_run, tmp_path, 
     for name, own in (("run", prompt), ("other", rows(2))):
         answers = generate(backbone, TEXTS, own, max_tokens=64)
         assert [line["prediction"] for line in found if line["prompt"] == name] == answers
+
+
+@pytest.mark.slow
+def test_a_bank_on_the_command_line_decodes_as_it_is_told(prompt_run, tmp_path, softprompt):
+    (tmp_path / "bank").mkdir()
+    (tmp_path / "bank" / "run").symlink_to(prompt_run)
+    lines = [{"inputs": text, "prompt": "run", "forced": "no"} for text in TEXTS]
+    stdin = "".join(json.dumps(line) + "\n" for line in lines).encode()
+    code, out, err = softprompt("predict", tmp_path / "bank", "--decoding", "{kind: beam, beams: 2}", stdin=stdin)
+    assert code == 0, err
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [line["prediction"] for line in found] == [line["answers"][0] for line in found]
+    assert all(len(line["answers"]) == 2 and line["prediction"].startswith("no") for line in found)
 
 
 def test_an_empty_folder_is_no_bank(tmp_path: Path):

@@ -113,10 +113,10 @@ def test_decoding_stops_when_every_row_has_ended(monkeypatch):
 # ------------------------------------------------------------------------------- beams
 
 
-def beam(model, tokens, max_tokens: int, how: decode.Beam, decoder_prompt=None) -> tuple[np.ndarray, np.ndarray]:
+def beam(model, tokens, max_tokens: int, how: decode.Beam, *rest) -> tuple[np.ndarray, np.ndarray]:
     graphdef, state = nnx.split(model)
     run = jax.jit(lambda state, tokens, *rest: decode.beam(nnx.merge(graphdef, state), tokens, max_tokens, how, *rest))
-    return tuple(map(np.asarray, run(state, tokens, decoder_prompt)))
+    return tuple(map(np.asarray, run(state, tokens, *rest)))
 
 
 SEARCHES = {
@@ -165,6 +165,42 @@ def test_a_wide_search_finds_the_best_of_all_answers():
         both[decode.EOS] = -np.inf
         best = max(both.max(), log_p[0, 0, decode.EOS])
         assert scores[row, 0] == pytest.approx(best, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_forced_search_finds_the_best_of_all_answers_that_begin_so():
+    """A forced token, or two, or none, and the rest free: with 50 beams nothing can be missed."""
+    model, tokens = eager_to_end(tiny.model()), tiny.batch(rows=3)["encoder_tokens"]
+    forced = np.asarray([[7, 0], [8, 9], [0, 0]], np.int32)
+    how = decode.Beam(beams=50, length_penalty=decode.LengthPenalty(alpha=1.0))
+    found, scores = beam(model, tokens, 3, how, None, forced)
+    assert found[:, :, 0][:2].tolist() == [[7] * 50, [8] * 50]
+    assert set(found[1, :, 1]) == {9}
+    rest = np.arange(tiny.ROWS)
+    for row, first in ((0, [7]), (1, [8, 9])):
+        begun = np.tile(np.asarray([0, *first], np.int32), (tiny.ROWS, 1))
+        inputs = np.concatenate([begun, rest[:, None]], 1)[:, :3]
+        batch = {"encoder_tokens": jnp.tile(tokens[row], (tiny.ROWS, 1)), "decoder_inputs": jnp.asarray(inputs)}
+        log_p = np.asarray(jax.nn.log_softmax(tiny.forward(model, batch)))
+        if row == 1:
+            total = (log_p[0, 0, 8] + log_p[0, 1, 9] + log_p[0, 2]) / 3
+        else:
+            total = (log_p[0, 0, 7] + log_p[0, 1][:, None] + log_p[:, 2]) / 3
+            total[decode.EOS] = -np.inf  # an answer that has ended goes on no more
+            total = np.append(total, (log_p[0, 0, 7] + log_p[0, 1, decode.EOS]) / 2)
+        best = np.sort(total.ravel())[::-1][:50]
+        np.testing.assert_allclose(scores[row], best, atol=1e-4)
+    free, free_scores = beam(model, tokens[2:], 3, how)
+    np.testing.assert_array_equal(found[2:], free)
+    np.testing.assert_allclose(scores[2:], free_scores, atol=1e-5)
+
+
+def test_a_beginning_without_a_free_place_leaves_one_hypothesis():
+    model, tokens = tiny.model(), tiny.batch(rows=1)["encoder_tokens"]
+    found, scores = beam(model, tokens, 2, decode.Beam(beams=3), None, np.asarray([[7, 9]], np.int32))
+    assert found[0].tolist() == [[7, 9], [0, 0], [0, 0]]
+    assert scores[0, 0] > -100
+    assert (scores[0, 1:] == decode.NEVER).all()
 
 
 # ------------------------------------------------------------------------------- sampling
@@ -227,3 +263,20 @@ def test_answers_begin_with_what_is_forced():
     logits = tiny.forward(model, {"encoder_tokens": tokens, "decoder_inputs": jnp.asarray(inputs)})
     log_p = np.take_along_axis(np.asarray(jax.nn.log_softmax(logits)), found[..., None], -1)[..., 0]
     np.testing.assert_allclose(scores, (log_p * (found != 0)).sum(-1), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_shorter_decoder_prompt_shares_a_batch():
+    """0 on the left: such a row decodes as it does by itself, also behind a prefix with positions."""
+    from softprompt_jax.methods import Context, Prefix
+
+    model = eager_to_end(tiny.model(prompt=3))
+    Prefix(length=2, network=None, positions="before", init="vocabulary").attach(model, tiny.key(3), Context(list))
+    tokens = tiny.batch(rows=3)["encoder_tokens"]
+    first = tiny.ROWS
+    prompts = np.asarray([[0, 0, first], [first, first + 1, first + 2], [0, first + 2, first]], np.int32)
+    found, scores = greedy(model, tokens, 6, None, prompts)
+    for row, length in enumerate((1, 3, 2)):
+        alone, score = greedy(model, tokens[row : row + 1], 6, None, prompts[row : row + 1, 3 - length :])
+        np.testing.assert_array_equal(found[row : row + 1], alone)
+        np.testing.assert_allclose(scores[row : row + 1], score, atol=1e-5)

@@ -27,6 +27,7 @@ LAYERS = (
     "report serve plan sweep",
     "train together task_run evaluate predict ensemble bank interpret show publishing exporting stablehlo importing "
     "transfer",
+    "on_device",
     "assembly remat",
     "run",
     "peft",

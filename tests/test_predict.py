@@ -114,6 +114,41 @@ def test_generating_is_the_most_likely_next_token_each_time(backbone, prompt):
         assert not row[end:].any()
 
 
+def test_scores_are_log_probabilities_and_answers_begin_as_forced(backbone, prompt):
+    forced = np.asarray([[20, 0], [21, 22]], np.int32)
+    tokens, scores = generate(backbone, TOKENS, prompt, 4, forced=forced, scores=True)
+    assert tokens[0, 0] == 20
+    assert tokens[1, :2].tolist() == [21, 22]
+    decoder = np.concatenate([np.zeros((2, 1), np.int32), tokens[:, :-1]], 1)
+    log_p = jax.nn.log_softmax(logits(backbone, TOKENS, decoder, prompt))
+    log_p = np.take_along_axis(np.asarray(log_p), tokens[..., None], -1)[..., 0]
+    np.testing.assert_allclose(scores, (log_p * (tokens != 0)).sum(-1), atol=1e-5)
+    texts, text_scores = generate(backbone, TEXTS[:2], prompt, 4, forced=["warm", ""], scores=True)
+    assert texts[0].startswith("warm")
+    free, free_scores = generate(backbone, TEXTS[1:2], prompt, 4, scores=True)
+    assert texts[1:] == free
+    np.testing.assert_allclose(text_scores[1:], free_scores, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("texts", "forced", "message"),
+    [
+        (TEXTS[:2], ["warm"], "2 texts and 1 forced; expected one for each text"),
+        (TEXTS[:2], np.ones((2, 1), np.int32), "forced alike"),
+        (TOKENS, "warm", "tokens and forced as text"),
+        (
+            TOKENS,
+            np.ones((2, 4), np.int32),
+            r"forced tokens of shape \[2, 4\]; expected \[2, F\] with F under max_tokens",
+        ),
+        (TEXTS[:1], "the garden is warm", "forced: 4 tokens; expected fewer than the answer may have, 4"),
+    ],
+)
+def test_a_beginning_that_does_not_fit_is_one_line(backbone, texts, forced, message):
+    with pytest.raises(UserError, match=message):
+        generate(backbone, texts, None, 4, forced=forced)
+
+
 def test_texts_give_texts_as_their_tokens_would(backbone, prompt):
     tokenizer = load_tokenizer(backbone.folder)
     found = generate(backbone, TEXTS[:3], prompt, max_tokens=4)
@@ -304,6 +339,10 @@ def test_generate_searches_and_samples(small):
     assert softprompt_jax.generate(backbone, tokens, prompt, 3, Beam(beams=3)).shape == (1, 3, 3)
     sure = softprompt_jax.generate(backbone, texts, prompt, 3, Sampling(top_k=1))
     assert [answer for (answer,) in sure] == softprompt_jax.generate(backbone, texts, prompt, 3, Greedy())
+    beams, scores = softprompt_jax.generate(backbone, texts, prompt, 3, Beam(beams=3), "warm", scores=True)
+    assert all(answer.startswith("warm") for each in beams for answer in each)
+    assert np.shape(scores) == (2, 3)
+    assert (np.diff(scores) <= 0).all()
 
 
 def test_a_run_can_be_asked_by_beams(small, prompt_run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import queue
 import random
 import threading
@@ -9,6 +10,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import many_methods
 import numpy as np
 import pytest
 from flax import nnx
@@ -281,6 +283,42 @@ def test_cuts_by_row_are_those_of_all_rows():
     found = slots.likely(log_p, top_k, top_p)
     for row, (k, p) in enumerate(cuts):
         np.testing.assert_array_equal(found[row : row + 1], decode.likely(log_p[row : row + 1], k, p))
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    return many_methods.write(tmp_path_factory.mktemp("many"), many_methods.METHODS | many_methods.MORE)
+
+
+@pytest.mark.slow
+def test_prefixes_and_factors_share_the_slots(many):
+    """Requests of all kinds come and go; the device has room for the extras of two, so that they take turns too."""
+    bank = PromptBank(many.backbone, device_rows=12, device_extras=2)
+    for name in many.models:
+        bank.add(name, np.zeros((0, WIDTH), np.float32) if name == "nothing" else many.folder / name)
+    mixed = Engine(bank, Limits(**LIMITS))
+    mixed.start()
+    draw = random.Random(1)
+    pairs = [(text, name) for text in TEXTS for name in many.models]
+    draw.shuffle(pairs)
+    requests = [Request(inputs=text, prompt=name, max_tokens=draw.randint(2, TOKENS)) for text, name in pairs]
+    sampled = Sampling(samples=2, temperature=2.0, seed=8)
+    few = ["prefix placed, rows", "ia3 everywhere", "nothing"]
+    requests += [Request(inputs=TEXTS[0], prompt=name, decoding=sampled, words=["yes"]) for name in few]
+    told_of = [
+        answer for start in range(0, len(requests), 20) for answer in asked(mixed, *requests[start : start + 20])
+    ]
+    for request, answer in zip(requests, told_of, strict=True):
+        ids, model = bank.tokenizer.encode(request.inputs), many.models[request.prompt]
+        tokens, scores = many_methods.answered(model, ids, TOKENS, request.decoding, 0)
+        for found, row, score in zip(answer["answers"], tokens, scores, strict=True):
+            assert found["tokens"] == whole(row)[: request.max_tokens], request
+            if found["tokens"] == whole(row):
+                assert found["score"] == pytest.approx(float(score), abs=1e-4)
+    longer = dataclasses.replace(bank.prompt("prefix"), extras={"prefix encoder": np.zeros((2, 2, 9, 16), np.float32)})
+    with pytest.raises(Refused, match="prompt longer: has a prefix or factors for which this server has compiled"):
+        mixed.check_prompt("longer", longer)
+    mixed.stop()
 
 
 def test_a_stopped_engine_takes_nothing_more(backbone, prompts):

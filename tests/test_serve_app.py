@@ -18,29 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save
-
-from softprompt_jax import UserError
-
-pytest.importorskip("fastapi", reason="needs the extra `serve`, which `dev` has")
-pytest.importorskip("uvicorn", reason="needs the extra `serve`, which `dev` has")
-pytest.importorskip("prometheus_client", reason="needs the extra `serve`, which `dev` has")
-
 import served
+from safetensors.numpy import save
 from served import PATIENCE_S, ask, events, rows
 
-from softprompt_jax import serve
+from softprompt_jax import UserError, serve
 from softprompt_jax.serve.app import make_app
 
 TEXT = "the garden is warm"
-
-
-@pytest.fixture(scope="module")
-def engine(small):
-    made = served.engine_of(small.backbone)
-    made.start()
-    yield made
-    made.stop()
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +71,7 @@ def test_a_stream_tells_the_same_in_pieces(port):
 def test_prompts_are_listed_added_replaced_and_removed(port):
     found = ask(port, "GET", "/v1/prompts")[1]["prompts"]
     assert [one["name"] for one in found] == [f"p{number}" for number in range(8)]
-    assert found[1] == {"name": "p1", "rows": 2, "place": "before", "task": None, "label_words": []}
+    assert found[1] == {"name": "p1", "rows": 2, "place": "before", "extras": [], "task": None, "label_words": []}
     file = io.BytesIO()
     np.save(file, rows(2, 7))
     body = {"inputs": TEXT, "prompt": "new-1"}
@@ -99,7 +84,14 @@ def test_prompts_are_listed_added_replaced_and_removed(port):
         "place": "after",
     }
     told = ask(port, "PUT", "/v1/prompts/new-1", save({"prompt": rows(3, 8)}, settings))[1]
-    assert told == {"name": "new-1", "rows": 3, "place": "after", "task": "moods", "label_words": ["yes", "no"]}
+    assert told == {
+        "name": "new-1",
+        "rows": 3,
+        "place": "after",
+        "extras": [],
+        "task": "moods",
+        "label_words": ["yes", "no"],
+    }
     assert ask(port, "POST", "/v1/generate", body)[1]["answers"][0]["score"] != first
     assert ask(port, "DELETE", "/v1/prompts/new-1")[0] == 204
     assert ask(port, "POST", "/v1/generate", body)[0] == 404
@@ -143,6 +135,14 @@ GOOD = {"inputs": TEXT, "prompt": "p1"}
         ("POST", "/v1/generate", GOOD | {"inputs": "warm " * 1000}, {}, 413, "body: over 4000 bytes"),
         ("POST", "/v1/generate", {"inputs": TEXT}, {}, 422, "body: prompt: missing"),
         ("POST", "/v1/generate", GOOD | {"beams": 4}, {}, 422, "body: beams: unknown setting"),
+        (
+            "POST",
+            "/v1/generate",
+            GOOD | {"decoding": {"kind": "beam"}},
+            {},
+            422,
+            "body: decoding: .*beams trade hypothes",
+        ),
         ("POST", "/v1/generate", GOOD | {"max_tokens": "many"}, {}, 422, "body: max_tokens: found 'many'"),
         ("POST", "/v1/generate", b'{"inputs": "a', JSON, 400, "body: not JSON"),
         ("POST", "/v1/generate", b"[" * 3000, JSON, 400, "body: not JSON"),

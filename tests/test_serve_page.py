@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import pytest
-
-pytest.importorskip("fastapi", reason="needs the extra `serve`, which `dev` has")
-pytest.importorskip("uvicorn", reason="needs the extra `serve`, which `dev` has")
-pytest.importorskip("prometheus_client", reason="needs the extra `serve`, which `dev` has")
-
 import browser
+import pytest
 import served
 from browser import CONTROL, ENTER, SPACE, TAB
 
@@ -20,14 +15,6 @@ CARDS = """return [...document.querySelectorAll("article")].map((card) => ({
   wrong: !!card.querySelector(".wrong"),
   words: [...card.querySelectorAll("tr")].map((row) => [row.cells[0].textContent, row.cells[2].textContent]),
 }))"""
-
-
-@pytest.fixture(scope="module")
-def engine(small):
-    made = served.engine_of(small.backbone)
-    made.start()
-    yield made
-    made.stop()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -40,27 +43,60 @@ def same_segment(query_segments: Int[Array, "B T"], key_segments: Int[Array, "B 
     return visible[:, None]
 
 
-def with_prefix(prefix: tuple[Array, Array] | None, keys: Array, values: Array) -> tuple[Array, Array]:
-    """Put a prefix's keys and values [H, P, K] before those [B, H, S, K] of every row."""
+class Before(NamedTuple):
+    """Keys and values before those of the text, the same for all rows or of each row; in a stack with L in front."""
+
+    keys: Float[Array, "*LB H P K"]
+    values: Float[Array, "*LB H P K"]
+    real: Bool[Array, "*L B P"] | None = None  # which of them a row has; None: all, and all rows the same
+
+
+def with_prefix(prefix: Before | None, keys: Array, values: Array) -> tuple[Array, Array]:
+    """Put a prefix's keys and values, [H, P, K] or [B, H, P, K], before those [B, H, S, K] of every row."""
     if prefix is None:
         return keys, values
-    rows = (jnp.broadcast_to(part.astype(keys.dtype), (keys.shape[0], *part.shape)) for part in prefix)
+    rows = (
+        jnp.broadcast_to(part.astype(keys.dtype), (keys.shape[0], *part.shape[-3:]))
+        for part in (prefix.keys, prefix.values)
+    )
     joined = [jnp.concatenate(pair, 2) for pair in zip(rows, (keys, values), strict=True)]
     return joined[0], joined[1]
 
 
-def sees_prefix(visible: Bool[Array, "#B 1 #T S"], prefix: tuple[Array, Array] | None) -> Bool[Array, "#B 1 #T PS"]:
-    """Let every query see the prefix [..., P, K] that stands before its S keys."""
+def sees_prefix(visible: Bool[Array, "#B 1 #T S"], prefix: Before | None) -> Bool[Array, "#B 1 #T PS"]:
+    """Let every query see what its row has of a stack's prefix [L, ..., P, K], which stands before its S keys."""
     if prefix is None:
         return visible
-    return jnp.pad(visible, ((0, 0), (0, 0), (0, 0), (prefix[0].shape[-2], 0)), constant_values=True)
+    if prefix.real is None:
+        return jnp.pad(visible, ((0, 0), (0, 0), (0, 0), (prefix.keys.shape[-2], 0)), constant_values=True)
+    real = prefix.real[0][:, None, None]
+    before = jnp.broadcast_to(real, (len(real), 1, visible.shape[2], real.shape[-1]))
+    return jnp.concatenate([before, jnp.broadcast_to(visible, (len(real), *visible.shape[1:]))], -1)
+
+
+def bias_before(
+    bias: Callable[[Array, Array], Any],
+    text: Float[Array, "#B H U S"],
+    queries: Int[Array, "#B U"],
+    unplaced: int,
+    placed: int,
+) -> Float[Array, "#B H U PS"]:
+    """Put the bias of a prefix before that of the text: none for the keys without positions, which come first.
+
+    `queries`: positions from a row's own first token; `placed` keys count as the tokens before that.
+    """
+    if placed:
+        near = jax.vmap(lambda row: bias(row, jnp.arange(-placed, 0))[0])(queries)
+        rows = max(len(near), len(text))
+        text = jnp.concatenate([jnp.broadcast_to(part, (rows, *part.shape[1:])) for part in (near, text)], -1)
+    return jnp.pad(text, ((0, 0), (0, 0), (0, 0), (unplaced, 0))) if unplaced else text
 
 
 def attend(
     query: Float[Array, "B H T K"],
     key: Float[Array, "B #H S K"],
     value: Float[Array, "B #H S K"],
-    bias: Float[Array, "1 H T S"] | None,
+    bias: Float[Array, "#B H T S"] | None,
     visible: Bool[Array, "#B 1 #T S"],
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,

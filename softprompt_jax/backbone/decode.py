@@ -73,10 +73,11 @@ def answers(
 ) -> tuple[Int[Array, "B N U"], Float[Array, "B N"]]:
     """Return N answers to each row and their scores, the best first: one, the samples, or the beams.
 
-    `numbers` name the texts: samples follow from the seed and a text's number. Beams take no `forced` beginning.
+    `numbers` name the texts: samples follow from the seed and a text's number. Answers begin with `forced` (0: free),
+    which counts in their scores and lengths.
     """
     if isinstance(how, Beam):
-        return beam(model, encoder_tokens, max_tokens, how, decoder_prompt)
+        return beam(model, encoder_tokens, max_tokens, how, decoder_prompt, forced)
     if isinstance(how, Sampling):
         keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(how.seed)))(numbers)
         return sample(model, encoder_tokens, max_tokens, keys, how, decoder_prompt, forced)
@@ -94,8 +95,8 @@ def start(
 ) -> tuple[Read, Caches]:
     """Encode, and return the function that reads decoder tokens at a position, and empty caches.
 
-    `decoder_prompt` has been read already; positions count from after it. With `copies` each row is there so many
-    times, one after the other.
+    `decoder_prompt` has been read already (0 on the left: shorter); positions count from after it. With `copies` each
+    row is there so many times, one after the other.
     """
     tokens = encoder_tokens
     segments = (tokens != 0).astype(jnp.int32) if encoder_segments is None else encoder_segments
@@ -113,16 +114,23 @@ def start(
         cross = jax.tree.map(lambda part: jnp.repeat(part, copies, axis=1), cross)
         visible = jnp.repeat(visible, copies, axis=0)
         decoder_prompt = None if decoder_prompt is None else jnp.repeat(decoder_prompt, copies, axis=0)
+        if before is not None and before.real is not None:
+            before = jax.tree.map(lambda part: jnp.repeat(part, copies, axis=1), before)
     shape = (decoder.depth, batch * copies, settings.num_heads, first + max_tokens, settings.d_kv)
     empty = jnp.zeros(shape, encoded.dtype)
     caches = (empty, empty) if before is None else jax.vmap(with_prefix)(before, empty, empty)
     prefix_length = caches[0].shape[3] - shape[3]
     positions = jnp.arange(first + max_tokens)
+    missing = None if decoder_prompt is None or not first else decoder_prompt == 0
 
     def hidden(tokens, position, caches):
         here = position + jnp.arange(tokens.shape[1])
-        past = sees_prefix((positions <= here[:, None])[None, None], before)
-        place, biased = prefix_length + position, functools.partial(decoder.biased, queries=here, keys=positions)
+        past, own = (positions <= here[:, None])[None, None], None
+        if missing is not None:  # what a shorter prompt lacks is not seen, and its positions count from its first id
+            past = past & ~jnp.pad(missing, ((0, 0), (0, max_tokens)))[:, None, None]
+            own = here - missing.sum(-1, keepdims=True)
+        biased = functools.partial(decoder.biased, queries=here, keys=positions, own=own)
+        place, past = prefix_length + position, sees_prefix(past, before)
         return through_decoder(model, tokens, caches, place, biased, past, cross, visible)
 
     def read(tokens, position, caches):
@@ -139,7 +147,7 @@ def through_decoder(
     tokens: Int[Array, "B U"],
     caches: Caches,
     place: Any,
-    biased: Callable[[Any], Float[Array, "1 H U S"]],
+    biased: Callable[[Any], Float[Array, "#B H U S"]],
     past: Bool[Array, "#B 1 #U S"],
     cross: Caches,
     seen: Bool[Array, "B 1 1 T"],
@@ -241,15 +249,18 @@ def beam(
     max_tokens: int,
     how: Beam,
     decoder_prompt: Int[Array, "B P"] | None = None,
+    forced: Int[Array, "B F"] | None = None,
 ) -> tuple[Int[Array, "B K U"], Float[Array, "B K"]]:
     """Return the K = `how.beams` best hypotheses, the best first, and their penalised log-probabilities.
+
+    All begin with `forced` (0: free). Where there are fewer than K, the others are empty and score `NEVER`.
 
     Ends where transformers' search ends: a row is done when no running hypothesis could still beat its worst ended
     one, were it to end now; with `early_stopping` when K have ended.
     """
     K, batch = how.beams, len(encoder_tokens)
     read, caches = start(model, encoder_tokens, max_tokens, None, decoder_prompt, K)
-    penalty = how.length_penalty
+    penalty, given = how.length_penalty, _given(forced, batch, max_tokens)
 
     def pick(values, index):
         return jnp.take_along_axis(values, index.reshape(*index.shape, *[1] * (values.ndim - 2)), axis=1)
@@ -260,13 +271,16 @@ def beam(
         log_p, caches = read(last.reshape(-1, 1), position, caches)
         total = scores[:, :, None] + log_p[:, 0].reshape(batch, K, -1)
         vocabulary = total.shape[-1]
+        wanted = given[:, position, None, None]
+        total = jnp.where((wanted > 0) & (wanted != jnp.arange(vocabulary)), NEVER, total)
         # Twice as many as are kept: K of them may end here.
         best, index = jax.lax.top_k(total.reshape(batch, -1), 2 * K)
         parent, token = index // vocabulary, index % vocabulary
         longer = pick(running, parent).at[:, :, position].set(token)
         ends = (token == EOS) | (position == max_tokens - 1)
 
-        done = jnp.where(ends & (jnp.arange(2 * K) < K), best / penalty(position + 1.0), NEVER)
+        possible = best > NEVER / 2
+        done = jnp.where(ends & possible & (jnp.arange(2 * K) < K), best / penalty(position + 1.0), NEVER)
         closed = (has_ended.all(-1, keepdims=True) & how.early_stopping) | ~hopeful
         done = jnp.where(closed, NEVER, done)
         all_scores = jnp.concatenate([ended_scores, done], 1)
@@ -313,9 +327,7 @@ def _one_by_one(
 ) -> tuple[Int[Array, "B U"], Float[Array, "B"]]:
     """Append `choose(log_p, position)` to every row until all have ended."""
     batch = encoder_tokens.shape[0]
-    given = jnp.zeros((batch, max_tokens), jnp.int32)
-    if forced is not None:
-        given = given.at[:, : forced.shape[1]].set(forced[:, :max_tokens])
+    given = _given(forced, batch, max_tokens)
 
     def step(state):
         position, last, ended, caches, output, score = state
@@ -342,6 +354,12 @@ def _one_by_one(
     )
     *_, output, score = jax.lax.while_loop(unfinished, step, state)
     return output, score
+
+
+def _given(forced: Int[Array, "B F"] | None, batch: Any, max_tokens: int) -> Int[Array, "B U"]:
+    """Return the token that every row shall have at each position; 0: a free one."""
+    given = jnp.zeros((batch, max_tokens), jnp.int32)
+    return given if forced is None else given.at[:, : forced.shape[1]].set(forced[:, :max_tokens])
 
 
 def score_words(

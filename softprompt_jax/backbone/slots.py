@@ -2,6 +2,7 @@
 
 Each of S slots has a place in the caches. All slots write the token at hand to the same place of a ring of R places:
 T5 knows distances only, so that an answer may begin anywhere in the ring, and sees as far back as its own first token.
+What the methods of the answers put before their keys stands before the ring, and is written when they join.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from softprompt_jax.backbone import by_row
+from softprompt_jax.backbone.attention import bias_before, sees_prefix, with_prefix
 from softprompt_jax.backbone.decode import EOS, NEVER, through_decoder
 from softprompt_jax.backbone.t5 import T5
 
@@ -33,9 +36,11 @@ class Wanted(NamedTuple):
 class Slots(NamedTuple):
     """What is known of S answers in the making."""
 
-    caches: tuple[Array, Array]  # keys and values [L, S, H, R, K]
-    cross: tuple[Array, Array]  # those of the encodings [L, S, H, T, K]
-    seen: Bool[Array, "S T"]  # which of these are real
+    caches: tuple[Array, Array]  # keys and values [L, S, H, PR, K], of prefixes and ring
+    cross: tuple[Array, Array]  # those of the encodings, behind their prefixes [L, S, H, PT, K]
+    seen: Bool[Array, "S PT"]  # which of these are real
+    prefix: tuple[Bool[Array, "S P"], ...]  # those before the ring, without and with positions
+    factors: by_row.Rows  # of the decoder [S, L, W]
     pointer: Int[Array, ""]  # place in the ring of the token at hand
     age: Int[Array, "S"]  # keys of its own that stand before it
     count: Int[Array, "S"]  # tokens written; `limit` is where it ends
@@ -43,8 +48,11 @@ class Slots(NamedTuple):
     wanted: Wanted
 
 
-def empty(model: T5, slots: int, ring: int, length: int) -> Slots:
-    """Return so many free slots, for at most `length` encoder positions and `ring` decoder positions."""
+def empty(model: T5, slots: int, ring: int, length: int, rows: by_row.Rows) -> Slots:
+    """Return so many free slots, for at most `length` encoder positions and `ring` decoder positions.
+
+    `rows`: those of a batch, which say what answers may have of their own; only their shapes are read.
+    """
     settings, zero = model.settings, jnp.zeros((slots,), jnp.int32)
     shape = (model.decoder.depth, slots, settings.num_heads)
 
@@ -61,14 +69,18 @@ def empty(model: T5, slots: int, ring: int, length: int) -> Slots:
         jnp.zeros((slots,), jnp.int32),
         jnp.ones((slots,)),
     )
-    seen = jnp.zeros((slots, length), bool)
+    own, length = by_row.lengths(rows, "decoder"), sum(by_row.lengths(rows, "cross")) + length
+    prefix = tuple(jnp.zeros((slots, size), bool) for size in own)
+    factors = {name: jnp.ones((slots, *part.shape[1:])) for name, part in by_row.of_steps(rows).items()}
+    seen, start = jnp.zeros((slots, length), bool), jnp.array(0, jnp.int32)
     age, count, last = (jnp.zeros((slots,), jnp.int32) for _ in range(3))
-    return Slots(pair(ring), pair(length), seen, jnp.array(0, jnp.int32), age, count, last, wanted)
+    return Slots(pair(sum(own) + ring), pair(length), seen, prefix, factors, start, age, count, last, wanted)
 
 
 def join(
     model: T5,
     slots: Slots,
+    rows: by_row.Rows,
     tokens: Int[Array, "B T"],
     before: Int[Array, "B P"],
     count: Int[Array, ""],
@@ -78,34 +90,46 @@ def join(
 ) -> Slots:
     """Encode B texts, read their decoder prompts (0 on the left: shorter), and put `count` answers into slots.
 
-    Answer n is to the text `source[n]` and gets the slot `place[n]`; N - `count` of them are not there.
+    Answer n is to the text `source[n]` and gets the slot `place[n]`; N - `count` of them are not there. `rows` is what
+    the methods of the B texts have; it is put into the model.
     """
+    by_row.put(model, rows)
     segments = (tokens != 0).astype(jnp.int32)
     encoded = model.encode(tokens, segments)
-    cross = jax.lax.map(lambda layer: layer.cross.keys_values(encoded), model.decoder.layers)
-    ring, length = slots.caches[0].shape[3], before.shape[1]
-    seen = segments > 0
-    own = None
+    decoder, (before_own, before_cross) = model.decoder, model.decoder.prefixes()
+    cross = jax.lax.map(
+        lambda layer_prefix: with_prefix(layer_prefix[1], *layer_prefix[0].cross.keys_values(encoded)),
+        (decoder.layers, before_cross),
+    )
+    seen = sees_prefix((segments > 0)[:, None, None, :], before_cross)
+    first, length = sum(part.shape[1] for part in slots.prefix), before.shape[1]
+    ring, own = slots.caches[0].shape[3] - first, None
     if length:
         positions = jnp.arange(length)
-        shape = (model.decoder.depth, len(tokens), model.settings.num_heads, length, model.settings.d_kv)
+        shape = (decoder.depth, len(tokens), model.settings.num_heads, length, model.settings.d_kv)
         past = (positions <= positions[:, None]) & (before != 0)[:, None, None, :]
-        biased = functools.partial(model.decoder.biased, queries=positions, keys=positions)
+        here = positions - (before == 0).sum(-1, keepdims=True)
+        biased = functools.partial(decoder.biased, queries=positions, keys=positions, own=here)
         nothing = jnp.zeros(shape, encoded.dtype), jnp.zeros(shape, encoded.dtype)
-        _, own = through_decoder(model, before, nothing, 0, biased, past, cross, seen[:, None, None, :])
+        nothing = nothing if before_own is None else jax.vmap(with_prefix)(before_own, *nothing)
+        _, own = through_decoder(model, before, nothing, first, biased, sees_prefix(past, before_own), cross, seen)
 
     def put(n: Any, parts: Any) -> Any:
         row, slot = source[n], place[n]
         caches, crosses = parts
 
-        def into(old: Array, new: Array) -> Array:
-            return jax.lax.dynamic_update_slice(old, jax.lax.dynamic_slice_in_dim(new, row, 1, 1), (0, slot, 0, 0, 0))
+        def into(old: Array, new: Array, start: int = 0) -> Array:
+            new = jax.lax.dynamic_slice_in_dim(new.astype(old.dtype), row, 1, 1)
+            return jax.lax.dynamic_update_slice(old, new, (0, slot, 0, start, 0))
 
         crosses = tuple(into(old, new) for old, new in zip(crosses, cross, strict=True))
+        if before_own is not None:
+            prefix = before_own.keys, before_own.values
+            caches = tuple(into(old, new) for old, new in zip(caches, prefix, strict=True))
         if own is not None:  # they end just before the pointer
-            ends = [jnp.pad(new, ((0, 0), (0, 0), (0, 0), (0, ring - length), (0, 0))) for new in own]
+            ends = [jnp.pad(new[..., first:, :], [(0, 0)] * 3 + [(0, ring - length), (0, 0)]) for new in own]
             turned = [jnp.roll(new, slots.pointer - length, axis=3) for new in ends]
-            caches = tuple(into(old, new) for old, new in zip(caches, turned, strict=True))
+            caches = tuple(into(old, new, first) for old, new in zip(caches, turned, strict=True))
         return caches, crosses
 
     caches, crosses = jax.lax.fori_loop(0, count, put, (slots.caches, slots.cross))
@@ -114,11 +138,18 @@ def join(
     def given(old: Array, new: Any) -> Array:
         return old.at[where].set(new, mode="drop")
 
+    seen = seen[:, 0, 0]
     widened = jnp.pad(seen, ((0, 0), (0, slots.seen.shape[1] - seen.shape[1])))
+    prefix = slots.prefix
+    if before_own is not None and before_own.real is not None:
+        new = jnp.split(before_own.real[0], [prefix[0].shape[1]], axis=1)
+        prefix = tuple(given(old, part[source]) for old, part in zip(prefix, new, strict=True))
     return Slots(
         caches,
         crosses,
         given(slots.seen, widened[source]),
+        prefix,
+        {name: given(old, rows[name][source]) for name, old in slots.factors.items()},
         slots.pointer,
         given(slots.age, jnp.sum(before != 0, -1)[source].astype(jnp.int32)),
         given(slots.count, 0),
@@ -136,11 +167,13 @@ def leave(slots: Slots, which: Bool[Array, "S"]) -> Slots:
 def advance(
     model: T5, slots: Slots, steps: Int[Array, ""], rows: int, length: int
 ) -> tuple[Slots, Int[Array, "N S"], Float[Array, "N S"]]:
-    """Take up to `steps` steps (N = `STEPS` at most) with the first `rows` slots; they use `length` encoder positions.
+    """Take up to `steps` steps (N = `STEPS` at most) with the first `rows` slots; they use `length` encoder positions,
+    prefixes included.
 
     Return the tokens that each step wrote (-1: none) and their log-probabilities.
     """
     capacity = len(slots.age)
+    by_row.put(model, {name: part[:rows] for name, part in slots.factors.items()})
 
     def step(state: Any) -> Any:
         index, slots, tokens, scores = state
@@ -157,14 +190,19 @@ def advance(
 
 
 def _step(model: T5, slots: Slots, rows: int, length: int) -> tuple[Slots, Int[Array, "S"], Float[Array, "S"]]:
-    ring = slots.caches[0].shape[3]
+    unplaced, placed = (part.shape[1] for part in slots.prefix)
+    ring = slots.caches[0].shape[3] - unplaced - placed
     age, count, last = (part[:rows] for part in (slots.age, slots.count, slots.last))
     wanted = Wanted(*(part[:rows] for part in slots.wanted))
     behind = (slots.pointer - jnp.arange(ring)) % ring  # how long ago each place of the ring was written
-    past = (behind <= age[:, None])[:, None, None, :]
-    biased = functools.partial(model.decoder.biased, queries=jnp.zeros((1,), jnp.int32), keys=-behind)
+    past = jnp.concatenate([*(part[:rows] for part in slots.prefix), behind <= age[:, None]], 1)[:, None, None, :]
+
+    def biased(bias: Any) -> Float[Array, "#B H 1 S"]:
+        return bias_before(bias, bias(jnp.zeros((1,), jnp.int32), -behind), age[:, None], unplaced, placed)
+
+    place = unplaced + placed + slots.pointer
     seen = slots.seen[:rows, None, None, :length]
-    x, caches = through_decoder(model, last[:, None], slots.caches, slots.pointer, biased, past, slots.cross, seen)
+    x, caches = through_decoder(model, last[:, None], slots.caches, place, biased, past, slots.cross, seen)
     log_p = jax.nn.log_softmax(model.project(model.decoder.norm(x)))[:, 0]
     active = count < wanted.limit
     drawn = active & (wanted.temperature > 0)

@@ -14,7 +14,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from softprompt_jax.backbone.attention import attend, relative_buckets, same_segment, sees_prefix, with_prefix
+from softprompt_jax.backbone.attention import (
+    Before,
+    attend,
+    bias_before,
+    relative_buckets,
+    same_segment,
+    sees_prefix,
+    with_prefix,
+)
 from softprompt_jax.backbone.flash import Implementation, fused
 from softprompt_jax.config import Settings
 from softprompt_jax.sharding import constrain
@@ -131,7 +139,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         keys_values: tuple[Array, Array],
-        bias: Float[Array, "1 H T S"] | None,
+        bias: Float[Array, "#B H T S"] | None,
         visible: Bool[Array, "#B 1 #T S"],
         key: jax.Array | None = None,
         lengths: Int[Array, "B"] | None = None,
@@ -151,7 +159,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "B U D"],
         source: Float[Array, "B S D"],
-        prefix: tuple[Array, Array] | None,
+        prefix: Before | None,
         visible: Bool[Array, "B 1 #U PS"],
         key: jax.Array | None = None,
     ) -> Float[Array, "B U D"]:
@@ -280,7 +288,8 @@ class Stack(nnx.Module):
         before, before_cross = self.prefixes()
         deep, put = self.deep_rows(prompt_rows)
         visible = sees_prefix(visible, before)
-        lengths = lengths if lengths is None or before is None else lengths + before[0].shape[-2]
+        if lengths is not None and before is not None:
+            lengths = lengths + before.keys.shape[-2] if before.real is None else None  # unlike rows have gaps
         if encoded_visible is not None:
             encoded_visible = sees_prefix(encoded_visible, before_cross)
 
@@ -302,22 +311,29 @@ class Stack(nnx.Module):
         x, _ = jax.lax.scan(run, x, xs, unroll=self.unroll)
         return dropout(self.norm(x), self.dropout, last)
 
-    def prefixes(self) -> tuple[Any, Any]:
-        """Return the keys and values [L, H, P, K] before those of self and of cross attention; None where none are."""
+    def prefixes(self) -> tuple[Before | None, Before | None]:
+        """Return what stands before the keys of self and of cross attention, with L in front; None where nothing."""
         return (None, None) if self.prefix is None else self.prefix()
 
     def deep_rows(self, prompt_rows: Int[Array, "B T"] | None) -> tuple[Any, Any]:
         """Return what each layer puts at the positions of prompt rows, and the function that does; none: nothing."""
         return (None, lambda x, _: x) if self.deep is None or prompt_rows is None else self.deep(prompt_rows)
 
-    def biased(self, bias: RelativeBias, queries: Int[Array, "T"], keys: Int[Array, "S"]) -> Float[Array, "1 H T PS"]:
-        """Return the bias of positions; keys of a prefix have none, or count as the P positions before the first."""
-        prefix = self.prefix
-        if prefix is None or not prefix.self_length:
-            return bias(queries, keys)
-        if prefix.positions:
-            return bias(queries, jnp.concatenate([jnp.arange(-prefix.self_length, 0), keys]))
-        return jnp.pad(bias(queries, keys), ((0, 0), (0, 0), (0, 0), (prefix.self_length, 0)))
+    def biased(
+        self,
+        bias: RelativeBias,
+        queries: Int[Array, "T"],
+        keys: Int[Array, "S"],
+        own: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "#B H T PS"]:
+        """Return the bias of positions; keys of a prefix have none, or count as those before a row's first token.
+
+        `own`: the positions of the queries from there, where rows begin at unlike places.
+        """
+        text = bias(queries, keys)
+        if self.prefix is None:
+            return text
+        return bias_before(bias, text, queries[None] if own is None else own, self.prefix.unplaced, self.prefix.placed)
 
 
 class T5(nnx.Module):

@@ -55,6 +55,16 @@ class MethodSettings(Settings):
         """Return the settings of what is left after training, without what only training needed."""
         return self
 
+    def by_row(self, model: T5) -> Tensors:
+        """Return what it has besides prompt rows that may differ from row to row of a batch (backbone/by_row.py).
+
+        Errors: UserError where a model can have it for all rows only.
+        """
+        raise UserError(
+            f"methods: {self.kind} changes the model for every text; "  # type: ignore[attr-defined]
+            "expected a prompt, a prefix or ia3, of which each text of a batch can have its own; use the run by itself"
+        )
+
     def to_peft(self, model: T5) -> tuple[dict[str, Any], Tensors]:
         """Return the adapter_config.json and the tensors with which PEFT computes the same.
 

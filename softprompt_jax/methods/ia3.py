@@ -45,6 +45,17 @@ class IA3(MethodSettings):
                     f"methods: ia3 {side}",
                 )
 
+    def by_row(self, model: T5) -> Tensors:
+        """Return the factors behind and before every target."""
+        found: Tensors = {}
+        for path, (owner, name) in linears(model).items():
+            module = getattr(owner, name)
+            while isinstance(module, Scaled):
+                key = f"{module.side} {path}"
+                found[key] = np.asarray(module.factors[...]) * found.get(key, 1.0)
+                module = module.inner
+        return found
+
     def to_peft(self, model: T5) -> tuple[dict[str, Any], Tensors]:
         """Return the factors: [out, 1] behind a product, [1, in] before one."""
         settings, tensors = model.settings, {}

@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field, field_validator, model_validator
 
+from softprompt_jax.backbone.attention import Before
 from softprompt_jax.backbone.t5 import T5, Stack, T5Settings
 from softprompt_jax.config import UserError
 from softprompt_jax.methods.contract import Context, MethodSettings, Tensors
@@ -91,6 +92,16 @@ class Prefix(MethodSettings):
         """Return the settings of the prefix without its network."""
         return self.model_copy(update={"network": None, "init": "zero"})
 
+    def by_row(self, model: T5) -> Tensors:
+        """Return keys and values of every attention that has a prefix."""
+        name, found = "placed" if self.positions == "before" else "prefix", {}
+        for stack, sides in ((model.encoder, ("encoder", "")), (model.decoder, ("decoder", "cross"))):
+            parts = () if stack.prefix is None else (stack.prefix.attention, stack.prefix.cross)
+            for side, part in zip(sides, parts, strict=False):
+                if part is not None:  # cross attention knows no positions
+                    found[f"{'prefix' if side == 'cross' else name} {side}"] = np.stack(list(map(np.asarray, part())))
+        return found
+
     def to_peft(self, model: T5) -> tuple[dict[str, Any], Tensors]:
         """Return the decoder's keys and values in PEFT's slots, two layers to a slot where the depth is even."""
         settings = model.settings
@@ -157,17 +168,17 @@ class Prefixes(nnx.Module):
         self.attention: Any = nnx.data(None) if attention is None else attention
         self.cross: Any = nnx.data(None) if cross is None else cross
         self.heads, self.positions = heads, positions
-        self.self_length = 0 if attention is None else attention.length
+        length = 0 if attention is None else attention.length
+        self.unplaced, self.placed = (0, length) if positions else (length, 0)
 
-    def __call__(self) -> tuple[Pair | None, Pair | None]:
+    def __call__(self) -> tuple[Before | None, Before | None]:
         """Return keys and values [L, H, P, K] of both attentions."""
         return self._split(self.attention), self._split(self.cross)
 
-    def _split(self, part: KeysValues | Network | None) -> Pair | None:
+    def _split(self, part: KeysValues | Network | None) -> Before | None:
         if part is None:
             return None
-        keys, values = (x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2) for x in part())
-        return keys, values
+        return Before(*(x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2) for x in part()))
 
     def finished(self) -> Prefixes:
         """Return the same prefixes without their networks."""

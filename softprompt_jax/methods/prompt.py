@@ -140,6 +140,10 @@ class Placed(MethodSettings):
         init = self.init or (Labels() if context.label_words else Vocabulary())
         return init.rows(placement.rows(self.place, self.length), model, key, context)
 
+    def by_row(self, model: T5) -> Tensors:
+        """Return nothing: rows are read like words, so that they differ anyway; refuse rows at every layer."""
+        return {} if model.encoder.deep is None and model.decoder.deep is None else super().by_row(model)
+
     def peft_rows(self, model: T5) -> tuple[dict[str, Any], Tensors]:
         """Return the rows as PEFT saves those of all its prompts; elsewhere than before the text is a UserError."""
         if len(model.prompt.table()) > placement.rows(self.place, self.length):
@@ -171,6 +175,10 @@ class Prompt(Placed):
         placed = self.placed(model, context)
         rows = self.first_rows(model, key, context)
         model.prompt = SoftPrompt(rows, embedding_scale(model), self.place, placed)
+
+    def finished(self) -> MethodSettings:
+        """Return the settings of rows that start from nothing in particular."""
+        return self.model_copy(update={"init": Uniform()})
 
     def to_peft(self, model: T5) -> tuple[dict[str, Any], Tensors]:
         """Return P rows with one submodule; PEFT's default of two would ask for P dead ones."""

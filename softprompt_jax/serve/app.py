@@ -240,6 +240,7 @@ def _about(engine: Engine, name: str) -> dict[str, Any]:
         "name": name,
         "rows": len(stored.rows),
         "place": stored.place,
+        "extras": stored.kinds,
         "task": stored.task,
         "label_words": list(stored.label_words),
     }

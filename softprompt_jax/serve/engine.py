@@ -21,8 +21,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from softprompt_jax.backbone import decode, slots
-from softprompt_jax.bank import PromptBank, Stored, Structure
+from softprompt_jax.backbone import by_row, decode, slots
+from softprompt_jax.bank import PromptBank
+from softprompt_jax.on_device import Stored, Structure
 from softprompt_jax.serve.limits import Limits, Refused
 
 JOINED = 8  # requests that are encoded together
@@ -81,9 +82,12 @@ class Engine:
         self.decoder_rows = max([limits.max_decoder_rows, *(len(one.placed.decoder) for one in stored)])
         for name in bank.names:
             self.check_prompt(name, bank.prompt(name))
+        for name in [name for name in bank.names if bank.prompt(name).extras][:1]:
+            bank.load({name})  # now the tables are there for all
         self.ring = limits.max_tokens + self.decoder_rows
         longest = limits.max_input_tokens + limits.max_prompt_rows
         self.lengths = [length for length in (_SHORTEST * 4**n for n in range(12)) if length < longest] + [longest]
+        self._before = sum(by_row.lengths(bank.device.entries([])[0], "cross"))  # keys of prefixes
         self.tokens = 0  # written so far
         self._rows = sorted({max(1, limits.slots // 8), limits.slots})
         self._wake = threading.Condition()
@@ -159,7 +163,7 @@ class Engine:
         return len(self._working)
 
     def check_prompt(self, name: str, stored: Stored) -> None:
-        """Refuse a prompt that is too long for the compiled shapes."""
+        """Refuse a prompt that is too long for the compiled shapes, or has extras that they have no place for."""
         for side, found, limit, setting in (
             ("ids around a text", stored.encoder_length, self.limits.max_prompt_rows, "max_prompt_rows"),
             ("rows before the decoder's input", len(stored.placed.decoder), self.decoder_rows, "max_decoder_rows"),
@@ -169,6 +173,12 @@ class Engine:
                     422,
                     f"prompt {name}: {found} {side}; expected at most {limit}; start the server with more {setting}",
                 )
+        if not self.bank.device.has_room(stored.extras):
+            raise Refused(
+                422,
+                f"prompt {name}: has a prefix or factors for which this server has compiled nothing; expected prompt "
+                "rows, or what those have with which it was started; start it with this one in its folder",
+            )
 
     # ------------------------------------------------------------------------------------------- its own thread
 
@@ -222,18 +232,18 @@ class Engine:
     def _next_group(self) -> list[Job]:
         """Take the requests from the queue for which there are slots, and room on the device for their prompts."""
         group: list[Job] = []
-        rows: dict[str, int] = {}
+        wanted: dict[str, Stored] = {}
         free = len(self._free)
         with self._wake:
             while self._waiting and len(group) < JOINED:
                 job = self._waiting[0]
                 try:
-                    rows[job.prompt] = len(self.bank.prompt(job.prompt).rows)
+                    wanted[job.prompt] = self.bank.prompt(job.prompt)
                 except Exception as error:  # it was removed meanwhile
                     self._waiting.popleft()
                     job.tell(Refused(404, str(error)))
                     continue
-                if len(job.answers) > free or sum(rows.values()) > self.bank.device_rows:
+                if len(job.answers) > free or not self.bank.device.fit(list(wanted.values())):
                     break
                 free -= len(job.answers)
                 group.append(self._waiting.popleft())
@@ -265,8 +275,10 @@ class Engine:
                 if answer.key is not None:
                     wanted.key[count] = answer.key
                 count += 1
+        tables, entries = self.bank.device.entries([job.prompt for job in group])
+        entries = np.pad(entries, (0, len(tokens) - len(group)))
         arguments = tokens, before, np.asarray(count, np.int32), source, place, wanted
-        self._state = _join(*self.bank.parts, self._state, *arguments)
+        self._state = _join(*self.bank.device.parts, self._state, tables, entries, *arguments)
 
     def _advance(self) -> None:
         jobs = {id(job): job for job, _ in self._working.values()}.values()
@@ -274,7 +286,7 @@ class Engine:
         length = max(job.length for job in jobs)
         rows = next(rows for rows in self._rows if rows > max(self._working))
         steps = np.asarray(1 if watched else _STEPS, np.int32)
-        self._state, *found = _advance(*self.bank.parts, self._state, steps, rows, length)
+        self._state, *found = _advance(*self.bank.device.parts, self._state, steps, rows, self._before + length)
         tokens, scores = map(np.asarray, found)
         changed: dict[Job, bool] = {}
         for place, (job, answer) in list(self._working.items()):
@@ -308,8 +320,8 @@ class Engine:
     def _reset(self) -> None:
         self._working.clear()
         self._free = list(range(self.limits.slots))
-        self._state = jax.jit(_empty, static_argnums=(0, 3, 4, 5))(
-            *self.bank.parts, self.limits.slots, self.ring, self.lengths[-1]
+        self._state = _empty(
+            *self.bank.device.parts, self.limits.slots, self.ring, self.lengths[-1], *self.bank.device.entries([""])
         )
 
     def _warm(self) -> None:
@@ -317,10 +329,11 @@ class Engine:
         none, places, wanted = np.asarray(0, np.int32), np.zeros(size, np.int32), _nothing_wanted(size, self.ring)
         for length, count in ((length, count) for length in self.lengths for count in (1, JOINED)):
             tokens, before = np.zeros((count, length), np.int32), np.zeros((count, self.decoder_rows), np.int32)
+            tables, entries = self.bank.device.entries([""] * count)
             arguments = tokens, before, none, places, places, wanted
-            self._state = _join(*self.bank.parts, self._state, *arguments)
+            self._state = _join(*self.bank.device.parts, self._state, tables, entries, *arguments)
         for length, rows in ((length, rows) for length in self.lengths for rows in self._rows):
-            self._state, *_ = _advance(*self.bank.parts, self._state, none, rows, length)
+            self._state, *_ = _advance(*self.bank.device.parts, self._state, none, rows, self._before + length)
         self._state = _leave(self._state, np.zeros(size, bool))
         self.keys(0)
         for name in self.bank.names[:1]:
@@ -344,13 +357,24 @@ def _nothing_wanted(size: int, ring: int) -> slots.Wanted:
     )
 
 
-def _empty(structure: Structure, table: Any, frozen: Any, size: int, ring: int, length: int) -> slots.Slots:
-    return slots.empty(structure.merge(table, frozen), size, ring, length)
+@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
+def _empty(
+    structure: Structure, table: Any, frozen: Any, size: int, ring: int, length: int, tables: by_row.Rows, entries: Any
+) -> slots.Slots:
+    return slots.empty(structure.merge(table, frozen), size, ring, length, by_row.gathered(tables, entries))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _join(structure: Structure, table: Any, frozen: Any, state: slots.Slots, *arguments: Any) -> slots.Slots:
-    return slots.join(structure.merge(table, frozen), state, *arguments)
+def _join(
+    structure: Structure,
+    table: Any,
+    frozen: Any,
+    state: slots.Slots,
+    tables: by_row.Rows,
+    entries: Any,
+    *arguments: Any,
+) -> slots.Slots:
+    return slots.join(structure.merge(table, frozen), state, by_row.gathered(tables, entries), *arguments)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=3)

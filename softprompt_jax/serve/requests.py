@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from softprompt_jax.backbone.decode import EOS, Greedy, Sampling
 from softprompt_jax.config import Settings, UserError
@@ -25,6 +25,16 @@ class Request(Settings):
     words: list[str] = Field([])  # to be scored as answers
     stream: bool = False
     timeout_s: float | None = Field(None, gt=0)
+
+    @field_validator("decoding", mode="before")
+    @classmethod
+    def _one_hypothesis(cls, decoding: Any) -> Any:
+        if isinstance(decoding, dict) and decoding.get("kind") == "beam":
+            raise ValueError(
+                "beams trade hypotheses at every step, while an answer in a running batch keeps its slot; "
+                "expected greedy or sampling here, beams from `softprompt predict`"
+            )
+        return decoding
 
 
 def job(request: Request, engine: Engine, tell: Callable[[Any], object]) -> Job:

@@ -14,6 +14,9 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+from jaxtyping import Int
+
 from softprompt_jax.config import UserError
 
 BYTE_EXTRA_IDS = 125  # of ByT5, whose table has 384 rows
@@ -59,6 +62,17 @@ class Tokenizer:
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         """Return the ids of several texts, without EOS."""
         raise NotImplementedError
+
+    def beginnings(self, texts: Sequence[str], most: int) -> Int[np.ndarray, "N F"]:
+        """Return the ids of what answers of `most` tokens shall begin with, 0 on the right; few widths F."""
+        ids = [self.encode(text) if text else [] for text in texts]
+        longest = max(map(len, ids), default=0)
+        if longest and longest >= most:
+            raise UserError(f"forced: {longest} tokens; expected fewer than the answer may have, {most}")
+        made = np.zeros((len(ids), min(most, 1 << max(longest - 1, 0).bit_length())), np.int32)
+        for row, one in zip(made, ids, strict=True):
+            row[: len(one)] = one
+        return made
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text up to the first EOS; specials and ids past the last piece are skipped."""

@@ -30,7 +30,8 @@ async function list() {
   at("about").textContent = `${prompts.length} prompts over ${found.backbone}, which stays as it is.`;
   const boxes = prompts.map((prompt, index) => {
     const box = made("input", { type: "checkbox", value: prompt.name, checked: index < 4 });
-    const task = prompt.task ? ` ${prompt.task}, ${prompt.rows} rows` : ` ${prompt.rows} rows`;
+    const holds = [...(prompt.rows ? [`${prompt.rows} rows`] : []), ...prompt.extras];
+    const task = ` ${[...(prompt.task ? [prompt.task] : []), ...holds].join(", ")}`;
     return made("label", {}, box, ` ${prompt.name}`, made("span", { className: "task", textContent: task }));
   });
   at("prompts").replaceChildren(...boxes);
