@@ -1,8 +1,9 @@
 """Run by test_sharding.py in a process of its own, since the number of devices is fixed when JAX starts.
 
-    on_eight_devices.py prompt,full DATA,FSDP,TENSOR ...
+    on_eight_devices.py prompt,full 10 DATA,FSDP,TENSOR ...
 
-Prints JSON: for every method and mesh how far loss, gradient and ten steps are from one device, and how a kernel lies.
+Prints JSON: for every method and mesh how far loss, gradient and so many steps (0: none) of Adafactor are from one
+device, and how a kernel lies.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import os
 import sys
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+if sys.argv[2] == "0":  # each program runs once
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 import jax
 import numpy as np
@@ -20,7 +23,8 @@ import optax
 import tiny
 
 from softprompt_jax import sharding
-from softprompt_jax.methods import Context, Full, leaves, split
+from softprompt_jax.methods import METHODS, Context, leaves, split
+from softprompt_jax.methods.surgery import linear_of
 from softprompt_jax.optimizers import Adafactor, Schedule, build
 from softprompt_jax.run import Run
 from softprompt_jax.train import make_step
@@ -28,14 +32,20 @@ from softprompt_jax.train import make_step
 TASK = {"name": "none", "source": {"kind": "files", "train": "none.jsonl"}}
 
 
-def steps(sizes: tuple[int, ...] | None, full: bool, count: int):
+SMALL = {"length": 3, "rank": 2, "width": 3}  # where a method has such a setting
+
+
+def steps(sizes: tuple[int, ...] | None, kind: str, count: int):
     """Return the first loss and gradient, what has been trained after `count` steps, and a kernel's sharding."""
-    model = tiny.model(prompt=0 if full else 3, num_heads=8, d_ff=32)
-    if full:
-        Full().attach(model, jax.random.key(0), Context(list))
+    model, full = tiny.model(prompt=3 if kind == "prompt" else 0, num_heads=8, d_ff=32), kind == "full"
+    if kind != "prompt":
+        small = {name: value for name, value in SMALL.items() if name in METHODS[kind].model_fields}
+        context = Context(lambda text: [5 + len(word) for word in text.split()], frozenset({0, 1}))
+        METHODS[kind](**small).attach(model, jax.random.key(0), context)
     # Dropout is on: its masks must not depend on the mesh either.
     run = Run(**{"task": TASK, "dropout": 0.1, "z_loss": 1e-4, "batch_size": 16, "accumulate": 1})
-    batch = jax.tree.map(np.asarray, tiny.batch(rows=16, prompt=0 if full else 3))
+    rows = 0 if model.prompt is None else len(model.prompt.table())
+    batch = jax.tree.map(np.asarray, tiny.batch(rows=16, prompt=rows))
     with contextlib.ExitStack() as opened:
         if sizes is not None:
             mesh = sharding.Mesh(**dict(zip(sharding.AXES, sizes, strict=True))).build()
@@ -52,7 +62,7 @@ def steps(sizes: tuple[int, ...] | None, full: bool, count: int):
                 ),
                 count,
             ),
-        ):
+        )[: 2 if count else 1]:
 
             def begin(trainable, optimizer=optimizer):
                 return {
@@ -73,26 +83,27 @@ def steps(sizes: tuple[int, ...] | None, full: bool, count: int):
             found.append((losses[0], jax.tree.map(sharding.collect, state["trainable"])))
         start = jax.tree.map(sharding.collect, parts.trainable)
         gradient = jax.tree.map(lambda a, b: a - b, start, found[0][1])
-        kernel = model.encoder.layers.attention.query.kernel[...]
-        return found[0][0], gradient, found[1][1], list(getattr(kernel.sharding, "spec", []))
+        kernel = linear_of(model.encoder.layers.attention.query).kernel[...]
+        return found[0][0], gradient, found[-1][1], list(getattr(kernel.sharding, "spec", []))
 
 
-def apart(one, other) -> float:
-    """Return the largest difference, relative to the largest value of each array."""
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    return max(float(np.abs(a - b).max() / max(1e-9, np.abs(a).max())) for a, b in pairs)
+def apart(one, other, together: bool = False) -> float:
+    """Return the largest difference, relative to the largest value of each array, or of all `together`."""
+    pairs = list(zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+    largest = max(float(np.abs(a).max()) for a, _ in pairs)  # some gradients are 0, such as that of a bias of keys
+    return max(float(np.abs(a - b).max() / (largest if together else max(1e-9, np.abs(a).max()))) for a, b in pairs)
 
 
 def main() -> None:
     answer = {}
-    for method in sys.argv[1].split(","):
-        full = method == "full"
-        single = steps(None, full, 10)
-        for text in sys.argv[2:]:
-            loss, gradient, trained, cut = steps(tuple(map(int, text.split(","))), full, 10)
-            answer[f"{method} {text}"] = {
+    for kind in sys.argv[1].split(","):
+        count = int(sys.argv[2])
+        single = steps(None, kind, count)
+        for text in sys.argv[3:]:
+            loss, gradient, trained, cut = steps(tuple(map(int, text.split(","))), kind, count)
+            answer[f"{kind} {text}"] = {
                 "loss": abs(loss - single[0]) / single[0],
-                "gradient": apart(single[1], gradient),
+                "gradient": apart(single[1], gradient, together=count == 0),
                 "trained": apart(single[2], trained),
                 "cut": cut,
             }

@@ -16,6 +16,7 @@ import numpy as np
 import operations
 import optax
 import pytest
+import test_sharding
 import tiny
 from flax import nnx
 
@@ -285,6 +286,19 @@ def test_a_mixed_batch_gives_each_task_its_own_prompt_or_it_says_why_not(kind):
     mixed, first, second = encoded([0, 1]), encoded([0, 0]), encoded([1, 1])
     np.testing.assert_allclose(mixed, np.stack([first[0], second[1]]), atol=1e-5)
     assert np.abs(mixed[0] - mixed[1]).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def on_eight_devices():
+    """Return how far loss and gradient of each method on a mesh of 8 devices are from those on one."""
+    return test_sharding.on_eight_devices(list(METHODS), ["2,2,2"], steps=0)
+
+
+@pytest.mark.slow
+def test_on_eight_devices_it_computes_what_it_does_on_one(kind, on_eight_devices):
+    apart = on_eight_devices[f"{kind} 2,2,2"]
+    assert apart["loss"] < 1e-5
+    assert apart["gradient"] < 1e-5
 
 
 def test_what_is_saved_is_loaded_to_the_bit(kind, case, tmp_path):

@@ -22,9 +22,9 @@ HERE = Path(__file__).parent
 EVERY = ["8,1,1", "1,8,1", "1,1,8", "2,2,2", "4,2,1", "4,1,2", "1,2,4", "1,4,2", "2,4,1", "2,1,4"]
 
 
-def on_eight_devices(methods: list[str], meshes: list[str]) -> dict:
+def on_eight_devices(methods: list[str], meshes: list[str], steps: int = 10) -> dict:
     environment = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
-    command = [sys.executable, str(HERE / "on_eight_devices.py"), ",".join(methods), *meshes]
+    command = [sys.executable, str(HERE / "on_eight_devices.py"), ",".join(methods), str(steps), *meshes]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
