@@ -5,6 +5,7 @@
 Trains `configs/methods/*.yaml` on the task that they name with the embedded backbone, each run in a process of its own
 (so that its memory is its own), all of a seed before the next. What is done is kept, a killed run goes on. Then writes
 `results/methods.json`, the plot `results/methods.svg` and the table in `methods.md`. Needs the extra `report`.
+A row is of runs of as many steps as asked for; others in the same folder are left out.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ def main() -> None:
                 measure(name, seed, arguments.steps, arguments.runs)
     rows = [row for name in names if (row := summary(name, arguments.runs, arguments.seeds, arguments.steps))]
     rows.sort(key=lambda row: -row["accuracy_mean"])
-    RESULTS.write_text(json.dumps({"about": machine.describe(), "steps": arguments.steps, "rows": rows}, indent=1))
+    about = {"about": machine.describe(), "steps": arguments.steps, "rows": rows}
+    RESULTS.write_text(json.dumps(about, indent=1) + "\n")
     draw(rows)
     before, _, after = PAGE.read_text().split(BETWEEN)
     PAGE.write_text(BETWEEN.join([before, "\n" + table(rows) + "\n", after]))
@@ -74,17 +76,22 @@ def sources(name: str) -> list[str]:
     return [Path(method["source"]).name for method in methods if "source" in method]
 
 
+def place(runs: Path, name: str, steps: int, seed: int) -> Path:
+    """Return the folder of a run."""
+    return runs / name / str(min(steps, load(name)["steps"])) / str(seed)
+
+
 def measure(name: str, seed: int, steps: int, runs: Path) -> None:
     """Train a config in a process of its own, unless that is done."""
-    folder = runs / name / str(seed)
+    steps = min(steps, load(name)["steps"])
+    folder = place(runs, name, steps, seed)
     if (folder / "measured.json").exists():
         return
-    steps = min(steps, load(name)["steps"])
     changes = [f"seed={seed}", f"steps={steps}", f"evaluate_every={steps}", f"checkpoint_every={steps}"]
-    changes += [f"log_every={min(INTERVAL, steps)}"]
+    changes += [f"log_every={min(INTERVAL, steps)}", "evaluation_examples=64"]  # one checkpoint: nothing to select
     if "warmup_steps" in load(name).get("schedule", {}):
         changes += [f"schedule.warmup_steps={steps // 10}"]
-    changes += [f"methods.0.source={runs / source / str(seed)}" for source in sources(name)]
+    changes += [f"methods.0.source={place(runs, source, steps, seed)}" for source in sources(name)]
     command = [sys.executable, __file__, "--worker", str(CONFIGS / f"{name}.yaml"), str(folder), *changes]
     done = subprocess.run(command, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str((runs / "compiled").absolute())})
     print(
@@ -126,7 +133,7 @@ def work(config: str, folder: str, *changes: str) -> None:
 
 def summary(name: str, runs: Path, seeds: int, steps: int) -> dict[str, Any] | None:
     """Return a method's row over the seeds that are done; none for a mixture, whose tasks are others."""
-    found = [runs / name / str(seed) / "measured.json" for seed in range(seeds)]
+    found = [place(runs, name, steps, seed) / "measured.json" for seed in range(seeds)]
     measured = [json.loads(path.read_text()) for path in found if path.exists()]
     if not measured or isinstance(measured[0]["majority"], dict):
         return None
@@ -150,38 +157,52 @@ def summary(name: str, runs: Path, seeds: int, steps: int) -> dict[str, Any] | N
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the rows as Markdown."""
     lines = [
-        "| config | test accuracy | before | trainable | CPU s a step | peak GiB | KB on disk |",
-        "|---|---|---|---|---|---|---|",
+        "| config | test accuracy | seeds | steps | before | trainable | CPU s a step | peak GiB | KB on disk |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         sd = "" if row["accuracy_sd"] is None else f" ± {row['accuracy_sd']}"
-        few = "" if row["seeds"] > 1 else " (1 seed)"
         step = "-" if row["step_cpu_s"] is None else f"{row['step_cpu_s']:.2f}"
         lines.append(
-            f"| {row['method']} | {row['accuracy_mean']}{sd}{few} | {row['untrained']} | {row['trainable']:,} "
+            f"| {row['method']} | {row['accuracy_mean']}{sd} | {row['seeds']} | {row['steps']} | {row['untrained']} "
+            f"| {row['trainable']:,} "
             f"| {step} | {row['peak_gib']:.2f} | {row['bytes'] / 1000:,.1f} |"
         )
     return "\n".join(lines)
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    """Draw accuracy over the number of trainable parameters."""
+    """Draw what the table says: a line for each method, a panel for each column."""
     import matplotlib
 
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "methods"  # equal numbers give equal files
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(9, 5.5))
-    for row in rows:
-        spot = max(1, row["trainable"]), row["accuracy_mean"]
-        axes.errorbar(*spot, yerr=row["accuracy_sd"] or 0, fmt="o", markersize=4, capsize=2)
-        axes.annotate(row["method"], spot, xytext=(5, 3), textcoords="offset points", fontsize=7)
-    axes.axhline(rows[0]["majority"], linewidth=0.8, linestyle=":", color="grey", label="majority class")
-    axes.set(xscale="log", xlabel="trainable parameters", ylabel="test accuracy (mean and sd over seeds)")
-    axes.legend(loc="lower right", fontsize=7)
+    columns = {
+        "accuracy_mean": "test accuracy, mean and sd",
+        "trainable": "trainable parameters",
+        "step_cpu_s": "CPU s a step",
+        "peak_gib": "peak memory, GiB",
+        "bytes": "bytes on disk",
+    }
+    sizes = {"width_ratios": [2, 1, 1, 1, 1]}
+    figure, panels = pyplot.subplots(1, 5, figsize=(13, 1 + 0.27 * len(rows)), sharey=True, gridspec_kw=sizes)
+    for panel, (column, label) in zip(panels, columns.items(), strict=True):
+        for place, row in enumerate(reversed(rows)):
+            if row[column] is not None:
+                spread = row["accuracy_sd"] if column == "accuracy_mean" else None
+                panel.errorbar(row[column], place, xerr=spread, fmt="o", color="#1b6ca8", capsize=2, markersize=4)
+        panel.set_xlabel(label)
+        panel.grid(axis="both", linewidth=0.4)
+        if column in ("trainable", "step_cpu_s", "bytes"):
+            panel.set_xscale("log")
+    panels[0].axvline(rows[0]["majority"], linewidth=1, linestyle=":", color="grey")
+    panels[0].set_title("dotted: the majority class", fontsize=8, color="grey", loc="left")
+    panels[0].set_yticks(range(len(rows)), [row["method"] for row in reversed(rows)])
     figure.tight_layout()
     figure.savefig(PLOT, metadata={"Date": None})
+    PLOT.write_text("\n".join(line.rstrip() for line in PLOT.read_text().splitlines()) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Methods differ here only in what they say of themselves (`methods/contract.py`);
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -25,6 +26,7 @@ from softprompt_jax.backbone.decode import greedy
 from softprompt_jax.backbone.pretrained import flatten, load_backbone, save_backbone
 from softprompt_jax.backbone.quantized import quantized
 from softprompt_jax.backbone.t5 import T5
+from softprompt_jax.checkpoint import Checkpoints
 from softprompt_jax.config import UserError, parse, to_yaml
 from softprompt_jax.interop import load_trained, save_trained
 from softprompt_jax.losses import cross_entropy
@@ -154,9 +156,9 @@ def _plain_logits() -> np.ndarray:
 def test_gradients_of_all_that_trains_are_finite_and_those_of_finite_differences(kind, case):
     made = case(kind)
     assert jax.tree.structure(made.gradient) == jax.tree.structure(made.parts.trainable)
-    for path, slope in flatten(made.gradient):
-        assert np.isfinite(slope).all(), path
-        assert np.any(slope != 0), path
+    slopes = {path: np.abs(slope).max() for path, slope in flatten(made.gradient)}
+    assert np.isfinite(list(slopes.values())).all(), slopes
+    assert min(slopes.values()) > 1e-5 * max(slopes.values()), slopes  # of what has no effect, rounding is left
     draw = np.random.default_rng(0)
     direction = jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape), jnp.float32), made.parts.trainable)
     size, step = float(optax.tree.norm(direction)), 2e-3
@@ -213,18 +215,21 @@ def test_it_stands_over_a_quantised_backbone_or_says_why_not(kind, bits):
     if reason:
         assert re.fullmatch(r"methods: .*; expected .*; .*", reason)
         return
-    parts, rows = split(model), batch(model)
+    if bits == "nf4":  # traced only
+        parts, rows = split(model), batch(model)
 
-    def loss(trainable):
-        return cross_entropy(parts.merge(trainable, parts.frozen)(rows), rows["decoder_targets"])[0]
+        def loss(trainable):
+            return cross_entropy(parts.merge(trainable, parts.frozen)(rows), rows["decoder_targets"])[0]
 
-    gradient = (jax.grad if bits == "int8" else lambda f: functools.partial(jax.eval_shape, jax.grad(f)))(loss)(
-        parts.trainable
-    )
-    assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, split(attached(kind)).trainable)
-    if bits == "int8":  # the other is traced only
-        assert all(np.isfinite(slope).all() for slope in jax.tree.leaves(gradient))
-        assert any(np.any(slope != 0) for slope in jax.tree.leaves(gradient))
+        gradient = jax.eval_shape(jax.grad(loss), parts.trainable)
+        assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, split(attached(kind)).trainable)
+        return
+    plain = merged(quantized(tiny.model(), bits))  # float kernels, those that the stored numbers stand for
+    settings(kind).attach(plain, tiny.key(0), CONTEXT)
+    found, expected = (tiny.loss_logits_gradient(split(move(each)), batch(each)) for each in (model, plain))
+    np.testing.assert_allclose(real_logits(found[1], batch(model)), real_logits(expected[1], batch(model)), atol=1e-4)
+    scale = max(float(np.abs(slope).max()) for slope in jax.tree.leaves(expected[2]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * scale), found[2], expected[2])
 
 
 def start(parts: Split, optimizer: optax.GradientTransformation) -> dict[str, Any]:
@@ -232,15 +237,52 @@ def start(parts: Split, optimizer: optax.GradientTransformation) -> dict[str, An
     return {"trainable": trainable, "optimizer": optimizer.init(trainable), "step": jnp.zeros((), jnp.int32)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What 30 steps of an unrolled and rematerialised model say, on one batch and without dropout."""
+
+    go_on: Any  # takes a state a step further
+    states: list[Any]  # before the first step and after each, in NumPy; the optimizer's first is the gradient
+    losses: list[float]
+    frozen: tuple[Any, Any]  # before and after
+
+
+@pytest.fixture(scope="module")
+def trained():
+    @functools.cache
+    def made(kind: str) -> Trained:
+        model = attached(kind, moved=True, unroll=True, remat="full")
+        parts, rows = split(model), batch(model)
+        run = Run(task="sentiment_movie", methods=[settings(kind)], dropout=0.0, z_loss=0.0, loss="mean")  # type: ignore
+        kept = optax.GradientTransformation(lambda new: jax.tree.map(jnp.zeros_like, new), lambda g, *_: (g, g))
+        optimizer = optax.chain(kept, build(AdamW(learning_rate=0.01), optax.constant_schedule(0.01), leaves(model)))
+        step, state, losses = make_step(run, parts, optimizer), start(parts, optimizer), []
+        go_on = lambda state: step(state, parts.frozen, rows, tiny.key(0))  # noqa: E731
+        before, states = jax.tree.map(np.array, parts.frozen), [jax.tree.map(np.array, state)]
+        for _ in range(30):
+            state, measured = go_on(state)
+            states.append(jax.tree.map(np.array, state))
+            losses.append(float(measured["loss"]))
+        return Trained(go_on, states, losses, (before, parts.frozen))
+
+    return made
+
+
 @pytest.mark.slow
-def test_unrolled_and_rematerialised_it_computes_the_same(kind, case):
-    made = case(kind)
-    other = attached(kind, moved=True, unroll=True, remat="full")
-    loss, logits, gradient = tiny.loss_logits_gradient(split(other), made.batch)
-    assert loss == pytest.approx(made.loss, rel=1e-5)
-    np.testing.assert_allclose(logits, made.logits, atol=1e-4)
+def test_unrolled_and_rematerialised_it_computes_the_same(kind, case, trained):
+    made, found = case(kind), trained(kind)
+    hidden, logits = jnp.zeros((3, U, 16)), jnp.zeros((3, U, tiny.ROWS))
+
+    def penalty(trainable):  # with its default settings no method looks at hidden states or logits
+        model = made.parts.merge(trainable, made.parts.frozen)
+        return jnp.asarray(settings(kind).penalty(model, made.batch, hidden, logits), jnp.float32)
+
+    added, slopes = jax.value_and_grad(penalty)(made.parts.trainable)
+    words = int((made.batch["decoder_targets"] != 0).sum())
+    assert found.losses[0] == pytest.approx((made.loss + float(added)) / words, rel=1e-5)
     scale = max(float(np.abs(slope).max()) for slope in jax.tree.leaves(made.gradient))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * scale), gradient, made.gradient)
+    same = functools.partial(np.testing.assert_allclose, atol=1e-5 * scale)
+    jax.tree.map(lambda a, b, c: same(words * a, b + c), found.states[1]["optimizer"][0], made.gradient, slopes)
 
 
 def test_it_packs_or_says_why_not(kind, case):
@@ -344,19 +386,24 @@ def test_peft_gets_it_and_gives_it_back_or_it_says_why_not(kind, case, tmp_path)
 
 
 @pytest.mark.slow
-def test_it_learns_a_batch_and_leaves_frozen_weights_as_they_are(kind, case):
-    made = case(kind)
-    before = jax.tree.map(np.array, made.parts.frozen)
-    run = Run(task="sentiment_movie", methods=[settings(kind)], dropout=0.0, loss="mean")  # type: ignore
-    optimizer = build(AdamW(learning_rate=0.01), optax.constant_schedule(0.01), leaves(made.model))
-    step, state, losses = make_step(run, made.parts, optimizer), start(made.parts, optimizer), []
-    for _ in range(30):
-        state, measured = step(state, made.parts.frozen, made.batch, tiny.key(0))
-        losses.append(float(measured["loss"]))
-    assert losses[-1] < losses[0] - 0.02
-    jax.tree.map(np.testing.assert_array_equal, made.parts.frozen, before)
-    changed = jax.tree.map(lambda a, b: bool(np.any(np.asarray(a) != b)), state["trainable"], made.parts.trainable)
-    assert all(jax.tree.leaves(changed))
+def test_it_learns_a_batch_and_leaves_frozen_weights_as_they_are(kind, trained):
+    found = trained(kind)
+    assert found.losses[-1] < found.losses[0] - 0.02
+    jax.tree.map(np.testing.assert_array_equal, *found.frozen)
+    first, last = (found.states[index]["trainable"] for index in (0, -1))
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool(np.any(a != b)), first, last)))
+
+
+@pytest.mark.slow
+def test_from_a_checkpoint_it_goes_on_to_the_same_bits(kind, trained, tmp_path):
+    found = trained(kind)
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(3, jax.tree.map(jnp.asarray, found.states[3]))
+        checkpoints.wait()
+        state = checkpoints.restore(3, jax.tree.map(jnp.asarray, found.states[0]))
+    for _ in range(2):
+        state, _ = found.go_on(state)
+    jax.tree.map(np.testing.assert_array_equal, state, found.states[5])
 
 
 @pytest.mark.slow
@@ -367,8 +414,11 @@ def test_greedy_decoding_with_its_caches_follows_the_logits(kind, case):
     found, _ = jax.jit(greedy, static_argnums=2)(model, rows["encoder_tokens"], steps, decoder_prompt=ids)
     found = np.asarray(found)
     inputs = np.concatenate([np.tile(np.asarray([*prompt, 0], np.int32), (3, 1)), found[:, :-1]], 1)
-    inputs = {"encoder_tokens": rows["encoder_tokens"], "decoder_inputs": jnp.asarray(inputs)}
-    best = tiny.forward(model, inputs)[:, len(prompt) :].argmax(-1)
+    inputs = np.pad(inputs, ((0, 0), (0, U - inputs.shape[1])))  # so that the program of the other tests computes it
+    segments = np.tile(np.arange(1, 4, dtype=np.int32)[:, None], (1, U))
+    again = rows | {"decoder_inputs": jnp.asarray(inputs), "decoder_segments": jnp.asarray(segments)}
+    logits = tiny.loss_logits_gradient(case(kind).parts, again)[1]
+    best = logits[:, len(prompt) : len(prompt) + steps].argmax(-1)
     for row, expected in zip(found, best, strict=True):
         real = [*row, 1].index(1) + 1
         np.testing.assert_array_equal(row[:real], expected[:real])

@@ -15,7 +15,7 @@ from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.importing import import_source
 from softprompt_jax.interop import load_prompt
-from softprompt_jax.methods import Context, Full, split
+from softprompt_jax.methods import Context, Full, LoRA, put_trained, split
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.methods.surgery import merged
 from softprompt_jax.run import Run
@@ -117,6 +117,24 @@ def test_the_backward_pass_keeps_no_unpacked_weights():
     layer = 4 * (4 * 128 * 128 + 3 * 128 * 512)  # bytes of one encoder layer's kernels in float32
     for kind in KINDS:  # one layer's conversions at a time, not those of all six
         assert temporary(kind) < temporary(None) + 2 * layer
+
+
+@pytest.mark.slow
+def test_qlora_computes_what_lora_does_over_the_unpacked_weights_and_merges_into_them():
+    method, batch = LoRA(rank=2, targets=["*"]), tiny.batch()
+    small, plain = quantized(tiny.model(), "nf4"), merged(quantized(tiny.model(), "nf4"))
+    parts = []
+    for model in (small, plain):
+        method.attach(model, tiny.key(0), Context(list))
+        moved = jax.tree.map(lambda x: x + 0.1 * draw(*x.shape), split(model).trainable)
+        put_trained(model, moved, "test")
+        parts.append(split(model))
+    assert sum(leaf.dtype == jnp.uint8 for leaf in jax.tree.leaves(parts[0].frozen)) == 7 + 11  # none is left whole
+    (_, logits, gradient), (_, expected, slopes) = (tiny.loss_logits_gradient(each, batch) for each in parts)
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+    scale = max(float(jnp.abs(slope).max()) for slope in jax.tree.leaves(slopes))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * scale), gradient, slopes)
+    np.testing.assert_allclose(tiny.forward(merged(small), batch), expected, atol=1e-4)
 
 
 def test_quantised_weights_refuse_to_train_and_to_be_quantised_again():

@@ -1,6 +1,8 @@
 """Bias tuning, as BitFit (Ben Zaken et al., 2022) would be on a T5, which has no biases but those of positions.
 
-What trains: a vector added to the output of every product, 0 at the start, and the relative position biases.
+What trains: a vector added to the output of every product but that of the keys, 0 at the start, and the relative
+position biases. A vector added to all keys changes every score of a query alike, which the softmax takes out again: its
+gradient is 0 (Cordonnier et al., 2020), in BitFit too.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ class Bias(MethodSettings):
     identity_at_start: ClassVar[bool] = True
     default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "adamw", "learning_rate": 5e-3}
     kind: Literal["bias"] = "bias"
-    targets: list[str] = Field(default=["*"])  # patterns over paths of the backbone
+    targets: list[str] = Field(default=["query", "value", "output", "feed_forward.*"])  # patterns over paths
     positions: bool = True
     learning_rate_scale: float = Field(default=1.0, gt=0)  # times the run's, for use beside a prompt
 
