@@ -195,7 +195,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
                 panel.errorbar(row[column], place, xerr=spread, fmt="o", color="#1b6ca8", capsize=2, markersize=4)
         panel.set_xlabel(label)
         panel.grid(axis="both", linewidth=0.4)
-        if column in ("trainable", "step_cpu_s", "bytes"):
+        if column in ("trainable", "bytes"):
             panel.set_xscale("log")
     panels[0].axvline(rows[0]["majority"], linewidth=1, linestyle=":", color="grey")
     panels[0].set_title("dotted: the majority class", fontsize=8, color="grey", loc="left")

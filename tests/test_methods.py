@@ -39,7 +39,7 @@ from softprompt_jax.run import Run, load_run
 from softprompt_jax.train import make_step
 
 pytestmark = pytest.mark.parametrize("kind", METHODS)
-SMALL = {"length": 3, "rank": 2, "width": 3}  # where a method has such a setting; all else is its default
+SMALL = {"length": 3, "rank": 2, "width": 3, "hidden": 4}  # where a method has such a setting; all else is its default
 CONTEXT = Context(lambda text: [5 + len(word) for word in text.split()], frozenset({0, 1}))
 T, U = 24, 20  # of every batch here, so that all share a program
 
