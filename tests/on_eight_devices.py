@@ -32,7 +32,7 @@ from softprompt_jax.train import make_step
 TASK = {"name": "none", "source": {"kind": "files", "train": "none.jsonl"}}
 
 
-SMALL = {"length": 3, "rank": 2, "width": 3, "hidden": 4}  # where a method has such a setting
+SMALL = {"length": 3, "rank": 2, "width": 3, "hidden": 4, "layers": 1}  # where a method has such a setting
 
 
 def steps(sizes: tuple[int, ...] | None, kind: str, count: int):
