@@ -95,11 +95,15 @@ def likelihoods(predictor):
 def test_likelihood_chooses_the_best_label_word(predictor, likelihoods, predict_by):
     texts, table, lengths = likelihoods
     task = predictor.task.model_copy(update={"label_words": WORDS, "predict_by": predict_by})
-    found = dataclasses.replace(predictor, task=task).texts(texts)
+    answers = dataclasses.replace(predictor, task=task)._answers([Example(text, "") for text in texts], task)
+    found = [answer.text for (answer,) in answers]
     scores = table if predict_by == "likelihood" else table / lengths[:, None]
     assert lengths.tolist() == [2, 2, 5, 3]
     assert found == [WORDS[i] for i in np.argmax(scores, 0)]
     assert {"yes", "no"} <= set(found)  # the run has learnt the task
+    log_p = [table[WORDS.index(answer.text), number] for number, (answer,) in enumerate(answers)]
+    np.testing.assert_allclose([answer.score for (answer,) in answers], log_p, rtol=1e-4)
+    assert [answer.ids for (answer,) in answers] == [[*predictor.tokenizer.encode(word), 1] for word in found]
 
 
 def test_likelihood_needs_label_words_and_leaves_nothing_illegal(prompt_run):

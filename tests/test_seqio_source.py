@@ -368,6 +368,10 @@ def test_metrics_are_what_seqios_own_evaluator_makes_of_the_same_answers(prompt_
         assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-4)
     with pytest.raises(UserError, match="its metrics want log-probabilities; expected an evaluation of one prompt"):
         score(mine, [answer.text for answer in answers], examples)
+    texts = task("endless", label_words=["yes", "no"])  # whose metrics want no more than these
+    assert score(texts, [answer.text for answer in answers], examples)["right"] == pytest.approx(
+        100 * np.mean([answer.text == example.target for answer, example in zip(answers, examples, strict=True)])
+    )
     plain = task("moods", metrics=["accuracy"], label_words=["yes", "no"])
     assert score(plain, [answer.text for answer in answers], examples)["count"] == 16
 
