@@ -150,6 +150,7 @@ for name, steps, vocabulary, functions in [
     ("with_layers", [*TOKENS, END], OWN, []),
     ("twice", [*TOKENS, END], OWN, [right, right]),
     ("one_sided", [*TOKENS, END], OWN, []),
+    ("cached", [*TOKENS, seqio.CacheDatasetPlaceholder(required=True), END], OWN, []),
 ]:
     seqio.TaskRegistry.add(
         name,
@@ -388,6 +389,29 @@ def test_further_features_reach_the_examples_and_lengths_may_name_them(small):
 
 
 @with_seqio
+def test_a_task_that_wants_seqios_own_cache_is_read_from_there(module):
+    import seqio
+    import tensorflow as tf
+
+    assert "does not exist in any of the task cache directories" in error_of(tasks.load, task("cached"), "train")
+    rows = [{"inputs": [5, 6, 7], "targets": [8], "words": 3}, {"inputs": [9], "targets": [8, 4], "words": 1}]
+    types = {"inputs": ("int32", [None]), "targets": ("int32", [None]), "words": ("int32", [])}
+    folder = module / "seqio_cache" / "cached"
+    folder.mkdir(parents=True)
+    with tf.io.TFRecordWriter(str(folder / "train.tfrecord-00000-of-00001")) as writer:
+        for row in rows:
+            arrays = {name: np.asarray(value, np.int32) for name, value in row.items()}
+            writer.write(seqio.utils.dict_to_tfexample(arrays).SerializeToString())
+    about = {name: {"dtype": kind, "shape": shape} for name, (kind, shape) in types.items()}
+    (folder / "info.train.json").write_text(json.dumps({"num_shards": 1, "features": about, "seqio_version": "0.0.20"}))
+    (folder / "stats.train.json").write_text(json.dumps({"examples": 2}))
+    (folder / "COMPLETED").touch()
+    seqio.add_global_cache_dirs([str(module / "seqio_cache")])
+    found = tasks.load(task("cached"), "train")
+    assert [example.ids for example in found] == [([5, 6, 7, 1], [8, 1]), ([9, 1], [8, 4, 1])]
+
+
+@with_seqio
 def test_a_task_is_shown_with_its_own_tokens_within_the_limits(small):
     tokenizer = load_tokenizer(small.backbone)
     for name, limit in (("doubled", 40), ("moods", 4)):
@@ -421,7 +445,7 @@ def test_a_change_in_any_module_that_the_tasks_module_imports_makes_another_dige
         ),
         ("one_sided", "has the features targets; expected inputs and targets among them"),
         ("both", "is a Mixture; expected a Task here; name it as a run's task, or one of doubled, moods"),
-        ("mods", f"no such Task or Mixture after importing '{NAME}'; expected one of both, broken, doubled"),
+        ("mods", f"no such Task or Mixture after importing '{NAME}'; expected one of both, broken, cached, doubled"),
     ],
 )
 def test_what_cannot_be_read_is_one_line(name, message):

@@ -270,6 +270,7 @@ def _dataset(source: Seqio, split: str) -> Any:
     endless = source.endless and split == "train"
     task = _task(source)
     settings = {"sequence_length": source.feature_lengths, "split": split, "seed": source.seed}
+    settings["use_cached"] = task.requires_caching  # others need no cache of seqio's: the token cache has their ids
     try:
         made = task.get_dataset(**settings, shuffle=False, num_epochs=None if endless else 1)
         if int(made.cardinality()) == _INFINITE and task.shuffle_buffer_size is not None:
