@@ -249,6 +249,18 @@ def test_cuts_leave_the_most_likely(top_k, top_p, kept):
     assert left.tolist() == [i in [1, 3, 2, 0][:kept] for i in range(4)]
 
 
+def test_the_last_token_that_is_kept_is_not_lost_to_rounding():
+    """Of many random rows, each keeps exactly the fewest that have the probability together."""
+    log_p = jnp.asarray(np.random.default_rng(0).normal(size=(2000, 40)), jnp.float32)
+    ordered = np.sort(np.asarray(log_p, np.float64))[:, ::-1]
+    shares = np.exp(ordered) / np.exp(ordered).sum(-1, keepdims=True)
+    before = shares.cumsum(-1) - shares
+    clear = (np.abs(before - 0.7) > 1e-5).all(-1)
+    kept = np.asarray(decode.likely(log_p, None, 0.7) > -1e8).sum(-1)
+    np.testing.assert_array_equal(kept[clear], (before < 0.7).sum(-1)[clear])
+    assert clear.sum() > 1900
+
+
 def test_answers_begin_with_what_is_forced():
     model, tokens = eager_to_end(tiny.model()), tiny.batch(rows=3)["encoder_tokens"]
     forced = np.asarray([[7, 9], [8, 0], [0, 0]], np.int32)

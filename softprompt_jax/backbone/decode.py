@@ -230,17 +230,25 @@ def sample(
     return output.reshape(-1, how.samples, max_tokens), score.reshape(-1, how.samples)
 
 
-def likely(log_p: Float[Array, "B V"], top_k: int | None, top_p: float | None) -> Float[Array, "B V"]:
-    """Leave the `top_k` most likely tokens, then the fewest that have probability `top_p` together."""
-    if top_k is not None and top_k < log_p.shape[-1]:
-        least = jax.lax.top_k(log_p, top_k)[0][:, -1:]
-        log_p = jnp.where(log_p < least, NEVER, log_p)
-    if top_p is not None and top_p < 1:
-        ordered = jnp.sort(jax.nn.log_softmax(log_p), descending=True)
-        before = jnp.cumsum(jnp.exp(ordered), -1) - jnp.exp(ordered)  # of all that are more likely
-        last = jnp.sum(before < top_p, -1, keepdims=True) - 1
-        log_p = jnp.where(jax.nn.log_softmax(log_p) < jnp.take_along_axis(ordered, last, -1), NEVER, log_p)
-    return log_p
+def likely(
+    log_p: Float[Array, "B V"], top_k: int | Int[Array, "B"] | None, top_p: float | Float[Array, "B"] | None
+) -> Float[Array, "B V"]:
+    """Leave the `top_k` most likely tokens, then the fewest that have probability `top_p` together.
+
+    None, or of one row a `top_k` of 0 and a `top_p` of 1: no cut.
+    """
+    if top_k is None and top_p is None:
+        return log_p
+    rows, vocabulary = log_p.shape
+    most = jnp.broadcast_to(jnp.asarray(0 if top_k is None else top_k), (rows,))[:, None]
+    share = jnp.broadcast_to(jnp.asarray(1.0 if top_p is None else top_p), (rows,))[:, None]
+    order = jnp.argsort(log_p, descending=True)
+    numbers = jnp.arange(vocabulary)
+    kept = (most == 0) | (numbers < most)
+    shares = jax.nn.softmax(jnp.where(kept, jnp.take_along_axis(log_p, order, -1), NEVER))
+    kept = kept & ((jnp.cumsum(shares, -1) - shares < share) | (share >= 1))  # the share of all that are more likely
+    # By rank and not by comparing numbers: XLA may compute them twice, and the last one kept round to less than itself.
+    return jnp.where(jnp.zeros_like(kept).at[jnp.arange(rows)[:, None], order].set(kept), log_p, NEVER)
 
 
 def beam(

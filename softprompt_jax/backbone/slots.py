@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from softprompt_jax.backbone import by_row
 from softprompt_jax.backbone.attention import bias_before, sees_prefix, with_prefix
-from softprompt_jax.backbone.decode import EOS, NEVER, through_decoder
+from softprompt_jax.backbone.decode import EOS, likely, through_decoder
 from softprompt_jax.backbone.t5 import T5
 
 STEPS = 8  # that `advance` takes at most
@@ -233,17 +233,3 @@ def _draw(log_p: Float[Array, "S V"], wanted: Wanted, count: Int[Array, "S"]) ->
         return jax.random.categorical(jax.random.fold_in(jax.random.wrap_key_data(key), number), row)
 
     return jax.vmap(draw)(wanted.key, count, kept).astype(jnp.int32)
-
-
-def likely(log_p: Float[Array, "S V"], top_k: Int[Array, "S"], top_p: Float[Array, "S"]) -> Float[Array, "S V"]:
-    """Leave each row's `top_k` most likely tokens (0: all), then the fewest that have probability `top_p` together."""
-    vocabulary = log_p.shape[-1]
-    ordered = jnp.sort(log_p, descending=True)
-    kept = jnp.where((top_k > 0) & (top_k < vocabulary), top_k, vocabulary)[:, None]
-    least = jnp.take_along_axis(ordered, kept - 1, -1)
-    log_p = jnp.where(log_p < least, NEVER, log_p)
-    ordered = jax.nn.log_softmax(jnp.where(ordered < least, NEVER, ordered))
-    before = jnp.cumsum(jnp.exp(ordered), -1) - jnp.exp(ordered)  # of all that are more likely
-    last = jnp.sum(before < top_p[:, None], -1, keepdims=True) - 1
-    cut = jax.nn.log_softmax(log_p) < jnp.take_along_axis(ordered, last, -1)
-    return jnp.where((top_p < 1)[:, None] & cut, NEVER, log_p)
