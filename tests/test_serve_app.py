@@ -316,8 +316,10 @@ def test_sigterm_lets_requests_finish_and_takes_no_more(small, tmp_path):
         clients = [threading.Thread(target=client, args=(number,)) for number in wanted]
         for thread in clients:
             thread.start()
-        while not ask(port, "GET", "/health")[1]["waiting"]:
-            assert not statuses, "all was answered before any had to wait; expected longer answers"
+        here = {}
+        while (here.get("waiting"), here.get("working")) != (4, 2):  # all six have come
+            here = ask(port, "GET", "/health")[1]
+            assert not statuses, "some were answered before all had come; expected longer answers"
         process.send_signal(signal.SIGTERM)
         for thread in clients:
             thread.join()
