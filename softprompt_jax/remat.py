@@ -21,7 +21,8 @@ SHARE = 0.8  # of what weights and state leave free; the rest is for a layer's o
 
 def choose(kept: Callable[[Policy], int], room: int) -> Policy:
     """Return the policy that computes least twice among those whose `kept` bytes fit into `room`."""
-    return next((policy for policy in ("none", "dots") if kept(policy) <= room), "full")
+    policies: tuple[Policy, ...] = ("none", "dots")
+    return next((policy for policy in policies if kept(policy) <= room), "full")
 
 
 def kept_bytes(loss: Callable[[Any, Any], jax.Array], weights: Any, batch: dict[str, Any]) -> int:
