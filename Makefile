@@ -56,8 +56,8 @@ test-torch:  ## compare with PyTorch and PEFT, in an environment of its own (.ve
 	$(MAKE) install VENV=.venv-torch EXTRAS=dev,torch
 	.venv-torch/bin/python -m pytest -m "torch and not slow" $(PYTEST_ARGS)
 
-test-libtpu:  ## compile for TPUs without one, in an environment of its own (.venv-tpu)
-	$(MAKE) install VENV=.venv-tpu EXTRAS=dev,tpu
+test-libtpu:  ## compile for TPUs without one, in the environment of a TPU VM (.venv-tpu)
+	$(MAKE) install VENV=.venv-tpu EXTRAS=dev,tpu,cloud
 	.venv-tpu/bin/python -m pytest -m libtpu $(PYTEST_ARGS)
 
 test-network: install  ## run the tests that download
@@ -68,10 +68,10 @@ test-seqio:  ## compare with T5's preprocessors and metrics, run a seqio Task, i
 	.venv-seqio/bin/python -m pip install -qq --disable-pip-version-check --no-deps -c constraints.txt t5 gin-config babel
 	.venv-seqio/bin/python -m pytest -m seqio $(PYTEST_ARGS)
 
-test-cloud:  ## run on gs:// and s3:// against stand-ins, in an environment of its own (.venv-cloud)
-	$(MAKE) install VENV=.venv-cloud EXTRAS=dev,cloud
-	.venv-cloud/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt gcp-storage-emulator 'moto[server]'
-	.venv-cloud/bin/python -m pytest -m cloud $(PYTEST_ARGS)
+test-cloud:  ## run on gs:// and s3:// against stand-ins, in the environment of a TPU VM (.venv-tpu)
+	$(MAKE) install VENV=.venv-tpu EXTRAS=dev,tpu,cloud
+	.venv-tpu/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt gcp-storage-emulator 'moto[server]'
+	.venv-tpu/bin/python -m pytest -m cloud $(PYTEST_ARGS)
 
 benchmark:  ## time a training step beside PEFT's (in .venv-torch), see benchmarks/README.md
 	$(MAKE) install VENV=.venv-torch EXTRAS=dev,torch
@@ -97,4 +97,4 @@ format: install  ## format and mend what ruff can mend
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove environments and caches, keep runs
-	rm -rf .venv .venv-torch .venv-seqio .venv-tpu .venv-cloud .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-torch .venv-seqio .venv-tpu .pytest_cache .ruff_cache build dist *.egg-info

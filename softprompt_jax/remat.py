@@ -21,8 +21,9 @@ SHARE = 0.8  # of what weights and state leave free; the rest is for a layer's o
 
 def choose(kept: Callable[[Policy], int], room: int) -> Policy:
     """Return the policy that computes least twice among those whose `kept` bytes fit into `room`."""
-    policies: tuple[Policy, ...] = ("none", "dots")
-    return next((policy for policy in policies if kept(policy) <= room), "full")
+    if kept("none") <= room:
+        return "none"
+    return "dots" if kept("dots") <= room else "full"
 
 
 def kept_bytes(loss: Callable[[Any, Any], jax.Array], weights: Any, batch: dict[str, Any]) -> int:
