@@ -118,35 +118,41 @@ def test_bad_settings_are_told_before_anything_is_compiled(tmp_path):
 
 # ------------------------------------------------------------------------------------------- libtpu
 
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Have libtpu try less hard: a fifth of the time, and a peak of memory that is one percent higher."""
+    monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.setenv("JAX_EXEC_TIME_OPTIMIZATION_EFFORT", "-1.0")
+
+
 needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra `tpu`")
 
 
 @needs_libtpu
 @pytest.mark.libtpu
-def test_a_shallow_model_of_xxl_width_on_three_topologies(tmp_path, monkeypatch):
-    monkeypatch.delenv("XLA_FLAGS")
+def test_a_shallow_model_of_xxl_width_on_three_topologies(tmp_path, quick):
     settings = XXL_WIDTH | {"num_layers": 2, "num_decoder_layers": 2}
     config = write(
         tmp_path / "run.yaml", backbone={"settings": settings}, batch_size=8, max_input_tokens=412, max_target_tokens=32
     )
-    changes = ["dtype=bfloat16", "remat=full"]
-    one, eight, v5p = plan.plan(config, changes, ["v5e:1x1", "v5e:2x4", "v5p:2x2x1"])
+    changes = ["dtype=bfloat16", "remat=full", "dropout=0"]
+    one, four = plan.plan(config, changes, ["v5e:1x1", "v5p:2x2x1"])
+    (cut,) = plan.plan(config, [*changes, "mesh={data: 1, fsdp: -1}"], ["v5e:2x4"])
     assert one["fits"]
     assert one["weights_bytes"] < one["peak_bytes"] < one["limit_bytes"]
-    assert eight["flops"] == one["flops"] == v5p["flops"]
-    assert eight["temporary_bytes"] < one["temporary_bytes"]
+    assert one["flops"] == four["flops"] == cut["flops"]
+    assert four["temporary_bytes"] < one["temporary_bytes"]
     # Replicated weights: only the prompt's gradient and scalars travel.
-    assert set(eight["collectives"]) == {"all-reduce"}
-    assert 4 * 100 * 4096 <= eight["collectives"]["all-reduce"] < 3 * 4 * 100 * 4096
-    (cut,) = plan.plan(config, [*changes, "mesh={data: 1, fsdp: -1}"], ["v5e:2x4"])
+    assert set(four["collectives"]) == {"all-reduce"}
+    assert 4 * 100 * 4096 <= four["collectives"]["all-reduce"] < 3 * 4 * 100 * 4096
     assert cut["weights_bytes"] < one["weights_bytes"] / 6
     assert "all-gather" in cut["collectives"]
 
 
 @needs_libtpu
 @pytest.mark.libtpu
-def test_what_does_not_fit_is_said_with_advice_and_exit_code_3(tmp_path, capsys, monkeypatch):
-    monkeypatch.delenv("XLA_FLAGS")
+def test_what_does_not_fit_is_said_with_advice_and_exit_code_3(tmp_path, quick, capsys):
     from softprompt_jax.cli import app
 
     settings = XXL_WIDTH | {"num_layers": 24, "num_decoder_layers": 24}
@@ -165,8 +171,7 @@ def test_what_does_not_fit_is_said_with_advice_and_exit_code_3(tmp_path, capsys,
 
 @needs_libtpu
 @pytest.mark.libtpu
-def test_the_kernel_compiles_for_a_tpu_and_holds_no_scores(tmp_path, monkeypatch):
-    monkeypatch.delenv("XLA_FLAGS")
+def test_the_kernel_compiles_for_a_tpu_and_holds_no_scores(tmp_path, quick):
     config = write(tmp_path / "run.yaml", batch_size=16, max_input_tokens=412, dropout=0, dtype="bfloat16")
     (plain,), (flash,) = (plan.plan(config, [f"attention={how}"], ["v5e:1x1"]) for how in ("plain", "flash"))
     assert flash["flops"] == plain["flops"]
