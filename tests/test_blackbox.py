@@ -84,6 +84,7 @@ def test_the_default_constants_are_those_of_the_tutorial():
     assert found.rank_one == pytest.approx(2 / (11.3**2 + 3.167), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_alternating_moves_one_layer_a_step_and_the_others_stay():
     model = tiny.model()
     parse(BlackBox, {"length": 3, "dimensions": 4, "deep": True}, "test").attach(model, tiny.key(0), CONTEXT)
@@ -290,6 +291,7 @@ def test_a_run_without_gradients_is_a_run_like_any_other(small, tmp_path, method
         np.testing.assert_array_equal(rows, predictor.model.prompt.table())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("each", [SEARCHED[0], pytest.param(SEARCHED[2], marks=pytest.mark.slow)], ids=["cma", "words"])
 def test_an_interrupted_search_goes_on_to_the_same_bits(small, tmp_path, monkeypatch, each):

@@ -42,6 +42,7 @@ def combined(small, tmp_path_factory):
         return run_of(small, folder / "run", {"kind": "prompt", "length": 3}, LORA, {"kind": "ia3"})
 
 
+@pytest.mark.slow
 def test_all_of_them_train_and_the_predictor_has_them_all(combined):
     trained = dict(flatten(load_trained(combined / "trained.safetensors")[0]))
     predictor = load_predictor(combined)

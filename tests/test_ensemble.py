@@ -39,6 +39,7 @@ def found(joined):
     return joined.answers(load(joined.task, "test"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("own_cache")
 def test_one_pass_gives_the_answers_of_each_prompt_alone(prompts, joined, found):
     texts = [example.input for example in load(joined.task, "test")]

@@ -55,6 +55,7 @@ def test_padded_last_batch_counts_every_example_once(predictor, batch_size):
     assert scores["count"] == 64
 
 
+@pytest.mark.slow
 def test_mean_loss_weighs_tokens_not_batches(predictor, tokenized):
     parts = split(predictor.model)
     batches = [batch for batch, _ in evaluation_batches(tokenized, 24)]  # the last has 16 real rows

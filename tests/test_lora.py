@@ -58,6 +58,7 @@ def test_merged_is_the_same_function_and_leaves_the_model_as_it_was(method):
     np.testing.assert_array_equal(tiny.forward(model, batch), logits)
 
 
+@pytest.mark.slow
 def test_dora_turns_the_gradient_of_the_lengths_off_as_the_paper_does():
     model, batch = adapted(LoRA(rank=2, dora=True, targets=["encoder.*.value"])), tiny.batch()
     parts = split(model)

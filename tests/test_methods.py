@@ -38,7 +38,10 @@ from softprompt_jax.placement import Placement
 from softprompt_jax.run import Run, load_run
 from softprompt_jax.train import make_step
 
-pytestmark = pytest.mark.parametrize("kind", METHODS)
+QUICK = ("prompt", "lora")  # the others are slow: two dozen programs each
+pytestmark = pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in METHODS]
+)
 SMALL = {"length": 3, "rank": 2, "width": 3, "hidden": 4, "layers": 1}  # where a method has such a setting
 CONTEXT = Context(lambda text: [5 + len(word) for word in text.split()], frozenset({0, 1}))
 T, U = 24, 20  # of every batch here, so that all share a program

@@ -197,6 +197,7 @@ def test_a_mixture_resumes_to_the_bit(small, mixture, own_run, tmp_path, monkeyp
         assert (tmp_path / "run" / name).read_bytes() == (own_run / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_one_shared_prompt_is_an_ordinary_prompt(small, mixture, tmp_path):
     rates = {"kind": "temperature", "temperature": 2}
     settings = small.short | {

@@ -34,6 +34,7 @@ def deep(seed: int = 0, context: Context = CONTEXT, drawn: bool = True, **settin
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["replace", pytest.param("add", marks=pytest.mark.slow)])
 def test_every_layer_reads_its_rows_where_the_prompt_stands(mode):
     model = deep(mode=mode)

@@ -211,6 +211,7 @@ def test_loss_and_prompt_gradient_equal_those_of_unpacked_rows(shape):
     )
 
 
+@pytest.mark.slow
 def test_mean_loss_of_a_packed_batch_weighs_every_target_token_alike():
     import test_step
 

@@ -149,6 +149,7 @@ def test_a_beginning_that_does_not_fit_is_one_line(backbone, texts, forced, mess
         generate(backbone, texts, None, 4, forced=forced)
 
 
+@pytest.mark.slow
 def test_texts_give_texts_as_their_tokens_would(backbone, prompt):
     tokenizer = load_tokenizer(backbone.folder)
     found = generate(backbone, TEXTS[:3], prompt, max_tokens=4)
@@ -310,6 +311,7 @@ def test_prompt_file_whose_settings_are_broken_is_one_line(prompt_run, tmp_path)
             load_predictor(tmp_path / "p.safetensors")
 
 
+@pytest.mark.slow
 def test_backbone_that_moved_can_be_given(small, tmp_path, monkeypatch):
     settings = small.full | {"backbone": "backbone", "steps": 2}
     with monkeypatch.context() as patch:

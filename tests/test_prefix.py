@@ -80,6 +80,7 @@ def test_keys_and_values_of_tokens_before_a_one_layer_encoder_are_those_tokens_t
     np.testing.assert_allclose(tiny.encode(model, tokens)[real], zero_bias[real], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_cross_prefix_is_an_encoding_that_is_longer_by_its_source():
     model, batch = tiny.model(num_decoder_layers=1), tiny.batch()
     more = jnp.asarray(np.random.default_rng(3).normal(size=(3, 16)), jnp.float32)

@@ -36,6 +36,7 @@ def test_nf4_levels_are_the_published_ones():
     assert len(NF4_LEVELS) == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(128, 24), (3, 96, 8), (2, 20, 5)])
 def test_a_kernel_comes_back_within_half_a_step(kind, shape):
@@ -66,6 +67,7 @@ def test_zero_columns_stay_zero():
         np.testing.assert_array_equal(unpack(*pack(jnp.zeros((16, 3)), kind), kind, jnp.float32), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_product_and_its_gradient_are_those_of_the_unpacked_kernel(kind):
     model = quantized(tiny.model(), kind)
@@ -153,6 +155,7 @@ def test_merging_gives_plain_weights_with_the_same_function():
     assert not isinstance(whole.encoder.layers.attention.query, QuantizedLinear)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_loading_quantises_on_the_way_in(small, kind):
     loaded = load_backbone(small.backbone, quantize=kind).model

@@ -134,6 +134,7 @@ def test_requests_of_64_prompts_are_answered_as_each_alone(engine, alone):
     assert sorted(engine._free) == list(range(LIMITS["slots"]))
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_a_forward_pass(engine, backbone, prompts):
     text, words = TEXTS[1], ["yes", "no", "the garden"]
     (found,) = asked(engine, Request(inputs=text, prompt="p5", words=words))

@@ -86,6 +86,7 @@ def test_a_program_with_its_prompt_answers_in_another_process(prompt_run, tmp_pa
     assert about["platforms"] == ["cpu", "cuda", "tpu"]
 
 
+@pytest.mark.slow
 def test_a_prompt_can_go_in_with_the_text(prompt_run, tmp_path):
     export(prompt_run, "stablehlo", tmp_path / "out", 3, prompt_input=True)
     tokenizer, own = load_tokenizer(tmp_path / "out"), load_prompt(prompt_run)

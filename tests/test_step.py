@@ -188,6 +188,7 @@ def test_a_batch_of_padding_changes_nothing(plain):
     assert not slope(parts, trained).any()
 
 
+@pytest.mark.slow
 def test_dropout_differs_from_step_to_step_and_is_a_function_of_key_and_step():
     parts, batch = split(tiny.model(prompt=P, dropout=0.2)), tiny.batch(prompt=P)
     optimizer = optax.sgd(0.0)
@@ -200,6 +201,7 @@ def test_dropout_differs_from_step_to_step_and_is_a_function_of_key_and_step():
     assert len({loss(0, 5), loss(0, 6), loss(1, 5)}) == 3
 
 
+@pytest.mark.slow
 def test_parts_of_an_accumulated_batch_have_dropout_of_their_own(monkeypatch):
     parts = split(tiny.model(prompt=P, dropout=0.2))
     twice = jax.tree.map(lambda x: jnp.concatenate([x[:2], x[:2]]), tiny.batch(prompt=P))
@@ -215,6 +217,7 @@ def test_parts_of_an_accumulated_batch_have_dropout_of_their_own(monkeypatch):
     assert len(seen) == len(set(seen)) == 2
 
 
+@pytest.mark.slow
 def test_settings_of_the_loss_reach_it(plain):
     parts, batch, _, _ = plain
     settings = run(z_loss=0.1, label_smoothing=0.2)
@@ -224,6 +227,7 @@ def test_settings_of_the_loss_reach_it(plain):
     np.testing.assert_allclose(slope(parts, trained), gradient["prompt"]["rows"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_full_tuning_learns_the_batch():
     parts, batch = fully(), tiny.batch()
     optimizer = optax.adam(3e-3)
@@ -235,6 +239,7 @@ def test_full_tuning_learns_the_batch():
     assert losses[-1] < 0.2 * losses[0]
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_a_float32_prompt_near_the_float32_one(plain):
     _, batch, loss, gradient = plain
     model = tiny.model(dtype="bfloat16", remat="full")

@@ -37,6 +37,7 @@ def test_merging_gives_the_model_that_was_split_also_under_jit():
     np.testing.assert_allclose(merged, tiny.forward(model, batch), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_full_tuning_trains_float32_copies_of_all_weights_and_keeps_the_function():
     model, batch = tiny.model(dtype="bfloat16"), tiny.batch()
     before = tiny.forward(model, batch)

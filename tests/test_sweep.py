@@ -63,6 +63,7 @@ def assert_equal(folder, alone, name):
         assert results[0][key] == results[1][key]
 
 
+@pytest.mark.slow
 def test_prompt_of_a_sweep_is_the_prompt_of_its_own_run(swept, config, tmp_path):
     softprompt_jax.train(load_run(config, ["seed=1", "optimizer.learning_rate=0.1"]), tmp_path / "alone")
     assert_equal(swept[0], tmp_path / "alone", "seed=1,learning_rate=0.1")

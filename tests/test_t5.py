@@ -31,6 +31,7 @@ def test_logits_and_encoding_equal_t5x(shared_fixtures):
     np.testing.assert_allclose(encoded[text], golden["short/plain/encoded"][text], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_cross_attention_of_short_targets_needs_no_keys_and_values(monkeypatch):
     """2 U <= K: the query meets the encoding itself; loss and gradients are those of the keys and values."""
     batch, key = tiny.batch(targets=3, prompt=4), jax.random.key(3)
@@ -212,6 +213,7 @@ def packed(batch: dict[str, jax.Array], order: list[list[int]], lengths: tuple[i
     return made, places
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"bias_in_every_layer": True, "d_kv": 20}], ids=["shared bias", "bias in every layer, wide heads"]
 )
@@ -240,6 +242,7 @@ def test_a_packed_row_equals_its_examples_by_themselves(changes):
 # --------------------------------------------------------------------------------- how it is computed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [{"remat": "dots"}, {"remat": "full", "unroll": True}],

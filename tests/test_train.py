@@ -160,6 +160,7 @@ def test_best_checkpoint_is_the_result_the_earliest_of_equal_ones(small, tmp_pat
     np.testing.assert_array_equal(found["prompt"]["rows"], expected["prompt"]["rows"])
 
 
+@pytest.mark.slow
 def test_pretraining_is_a_run_too(small, tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join(f"{row['text']} ." for row in rows()), encoding="utf-8")
     task = {
@@ -247,6 +248,7 @@ def test_folder_of_a_kill_before_the_first_file_is_a_new_run(small, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
+@pytest.mark.slow
 def test_loss_that_is_no_number_is_one_line_and_keeps_what_there_is(small, tmp_path):
     run = run_of(small.full, optimizer={"kind": "adamw", "learning_rate": 1e30})
     with pytest.raises(UserError, match=r"^step 10: the loss is (nan|inf); expected a finite number; lower the"):

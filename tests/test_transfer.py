@@ -60,6 +60,7 @@ def test_pieces_in_common_are_pieces_and_no_special_ones(small, wide):
     assert set(pairs[:, 0]) == set(range(tokenizer.size)) - tokenizer.special_ids
 
 
+@pytest.mark.slow
 def test_a_prompt_follows_the_map_between_the_vocabularies(small, wide):
     source = load_backbone(small.backbone)
     matrix = np.random.default_rng(3).normal(size=(16, 24)).astype(np.float32)

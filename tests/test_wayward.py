@@ -31,6 +31,7 @@ def test_rows_start_at_their_words_and_the_distance_is_relative():
     assert not hasattr(finish(model).prompt, "words")
 
 
+@pytest.mark.slow
 def test_a_step_pays_for_the_distance_of_every_target_token():
     model, batch = held(init="vocabulary"), tiny.batch(prompt=3)
     parts, words = split(model), np.asarray(model.prompt.words[...])
