@@ -46,10 +46,10 @@ demo: install  ## prompt-tune the embedded T5 on movie sentences, then answer th
 		| $(VENV)/bin/softprompt predict runs/demo --input - --output -
 
 test: install  ## run the default tests (no torch, no network, under 5 minutes)
-	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8 $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 test-slow: install  ## run the long tests
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile $(PYTEST_ARGS) \
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal $(PYTEST_ARGS) \
 		-m "slow and not network and not torch and not seqio and not cloud and not tpu and not libtpu and not gpu"
 
 test-torch:  ## compare with PyTorch and PEFT, in an environment of its own (.venv-torch)
