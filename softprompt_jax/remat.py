@@ -43,8 +43,11 @@ def kept_bytes(loss: Callable[[Any, Any], jax.Array], weights: Any, batch: dict[
     return (given(2) - given(1)) * rows // shards**2
 
 
-def room(held: int, memory: int | None = None) -> int | None:
-    """Return the bytes for activations on a device that holds so many; None where it does not tell its memory."""
-    if memory is None:
-        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return None if memory is None else max(0, int(SHARE * (memory - held)))
+def memory() -> int | None:
+    """Return the bytes of a device; None where it does not tell, as a CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def room(held: int, memory: int) -> int:
+    """Return the bytes for activations on a device of so many that holds others already."""
+    return max(0, int(SHARE * (memory - held)))

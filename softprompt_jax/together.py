@@ -76,8 +76,8 @@ class Together:
     def _mapped_step(self, states: Any, running: Any, rates: Any, frozen: Any, batches: Any, keys: Any) -> Any:
         """Take a step of each run that is still running."""
 
-        held = sharding.local_bytes(self._parts.frozen)
-        room = None if (whole := remat.room(held)) is None else whole // len(running)
+        memory, held = remat.memory(), sharding.local_bytes(self._parts.frozen)  # beside which prompts are nothing
+        room = None if memory is None else remat.room(held, memory) // len(running)
 
         def one(state: Any, running: Any, rate: Any, batch: Any, key: Any) -> Any:
             new, measured = plain_step(self.run, self._parts, self._optimizer(rate), room)(state, frozen, batch, key)

@@ -248,11 +248,13 @@ def make_step(
     `state_shardings` keeps the state where it lies, which XLA would be free to change. `memory` are the bytes of a
     device, by default what it tells itself.
     """
-    state = sharding.described(
-        jax.eval_shape(functools.partial(first_state, optimizer), parts.trainable), state_shardings
-    )
-    held = sharding.local_bytes(parts.frozen) + 2 * sharding.local_bytes(state)  # with gradient and updates
-    step = plain_step(run, parts, optimizer, remat.room(held, memory))
+    memory, room = memory or remat.memory(), None
+    if run.remat == "auto" and memory is not None:
+        state = jax.eval_shape(functools.partial(first_state, optimizer), parts.trainable)
+        state = sharding.described(state, state_shardings)
+        held = sharding.local_bytes(parts.frozen) + 2 * sharding.local_bytes(state)  # with gradient and updates
+        room = remat.room(held, memory)
+    step = plain_step(run, parts, optimizer, room)
     return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
 
 

@@ -9,7 +9,7 @@ import optax
 import pytest
 import tiny
 
-from softprompt_jax import remat
+from softprompt_jax import remat, sharding
 from softprompt_jax.methods import split
 from softprompt_jax.run import Run
 from softprompt_jax.train import first_state, make_step
@@ -53,7 +53,7 @@ def test_that_is_chosen_which_fits_and_computes_least_twice():
 
 
 def test_a_device_that_does_not_tell_its_memory_has_room_for_all():
-    assert remat.room(held=10) is None  # a CPU
+    assert remat.memory() is None  # a CPU
     assert remat.room(held=10, memory=110) == 80
     assert remat.room(held=200, memory=110) == 0
 
@@ -83,3 +83,13 @@ def test_each_memory_has_its_policy_and_the_program_is_that_of_the_setting(monke
 def test_accumulated_parts_keep_less(monkeypatch):
     whole, part = (chosen(monkeypatch, GIB, batch_size=8, accumulate=n)[1]["none"] for n in (1, 4))
     assert part == pytest.approx(whole / 4, rel=0.01)
+
+
+def test_devices_share_what_is_kept():
+    def loss(weights, batch):
+        return (jax.numpy.sin(batch["x"] * weights) ** 2).sum()
+
+    batch = {"x": jax.ShapeDtypeStruct((16, 5), "float32")}
+    alone = remat.kept_bytes(loss, jax.numpy.ones(5), batch)
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 4, 1), sharding.AXES)):
+        assert alone == 8 * remat.kept_bytes(loss, jax.numpy.ones(5), batch) > 0

@@ -29,7 +29,7 @@ BLOCK = 64  # inputs that share a scale in nf4
 def _levels() -> np.ndarray:
     """Return the 16 levels of NF4: quantiles of a normal distribution scaled to [-1, 1], with an exact 0."""
     edge = 0.9677083  # so that the outermost quantiles are finite and the levels symmetric in probability
-    quantile = statistics.NormalDist().inv_cdf  # not scipy's, whose import takes longer than the rest of this library's
+    quantile = statistics.NormalDist().inv_cdf  # not scipy's, whose import takes most of a second
     positive = [quantile(p) for p in np.linspace(edge, 0.5, 9)[:-1]]
     negative = [-quantile(p) for p in np.linspace(edge, 0.5, 8)[:-1]]
     levels = np.sort([*positive, *negative, 0.0])
