@@ -9,6 +9,7 @@ PYTEST_ARGS ?=
 BENCHMARK_ARGS ?=
 NAME ?=
 LADDER_ARGS ?=
+TWO := --numprocesses 2 --dist worksteal  # pytest in two processes: each needs gigabytes
 
 # The first interpreter that really starts, is 3.11 or newer and can make environments (a name on the PATH proves nothing).
 PROBE = import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
@@ -16,6 +17,7 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 	$$python -c '$(PROBE)' >/dev/null 2>&1 && echo $$python && break; done)
 
 comma := ,
+PIP = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile --constraint constraints.txt
 STAMP = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 # pip compiles no bytecode (a minute, most of it never used); Python does so at the first import, if it may.
@@ -34,7 +36,8 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "PYTHON: found none that works; expected 3.11 or newer with venv; install one, or say make PYTHON=/path/to/python3" >&2; exit 2; }
 	@$(VENV)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "installing into $(VENV) with $$($(VENV)/bin/python --version), extras: $(EXTRAS)"
-	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-compile --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@$(PIP) --upgrade pip  # the one that comes with Python 3.11 takes 20 s longer
+	@$(PIP) --editable '.[$(EXTRAS)]'
 	@touch $@
 
 demo: install  ## prompt-tune the embedded T5 on movie sentences, then answer three
@@ -49,24 +52,24 @@ test: install  ## run the default tests (no torch, no network, under 5 minutes)
 	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 test-slow: install  ## run the long tests
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist worksteal $(PYTEST_ARGS) \
+	$(VENV)/bin/python -m pytest $(TWO) $(PYTEST_ARGS) \
 		-m "slow and not network and not torch and not seqio and not cloud and not tpu and not libtpu and not gpu"
 
 test-torch:  ## compare with PyTorch and PEFT, in an environment of its own (.venv-torch)
 	$(MAKE) install VENV=.venv-torch EXTRAS=dev,torch
-	.venv-torch/bin/python -m pytest -m "torch and not slow" $(PYTEST_ARGS)
+	.venv-torch/bin/python -m pytest $(TWO) -m "torch and not slow" $(PYTEST_ARGS)
 
 test-libtpu:  ## compile for TPUs without one, in the environment of a TPU VM (.venv-tpu)
 	$(MAKE) install VENV=.venv-tpu EXTRAS=dev,tpu,cloud
 	.venv-tpu/bin/python -m pytest -m libtpu $(PYTEST_ARGS)
 
 test-network: install  ## run the tests that download
-	HF_HUB_OFFLINE=0 $(VENV)/bin/python -m pytest -m "network and not torch and not slow" $(PYTEST_ARGS)
+	HF_HUB_OFFLINE=0 $(VENV)/bin/python -m pytest $(TWO) -m "network and not torch and not slow" $(PYTEST_ARGS)
 
 test-seqio:  ## compare with T5's preprocessors and metrics, run a seqio Task, in an environment of its own (.venv-seqio)
 	$(MAKE) install VENV=.venv-seqio EXTRAS=dev,seqio
 	.venv-seqio/bin/python -m pip install -qq --disable-pip-version-check --no-deps -c constraints.txt t5 gin-config babel
-	.venv-seqio/bin/python -m pytest -m seqio $(PYTEST_ARGS)
+	.venv-seqio/bin/python -m pytest $(TWO) -m seqio $(PYTEST_ARGS)
 
 test-cloud:  ## run on gs:// and s3:// against stand-ins, in the environment of a TPU VM (.venv-tpu)
 	$(MAKE) install VENV=.venv-tpu EXTRAS=dev,tpu,cloud
@@ -80,7 +83,7 @@ benchmark:  ## time a training step beside PEFT's (in .venv-torch), see benchmar
 paper: install  ## run a miniature of the paper's experiments: make paper NAME=length
 	$(VENV)/bin/softprompt paper $(NAME) --to benchmarks/results/paper/$(NAME).json
 
-ladder: install  ## pre-train the four sizes in two forms (a GPU is advised; see docs/pretraining.md)
+ladder: install  ## pre-train backbones of four sizes in three forms (hours; see docs/pretraining.md)
 	$(VENV)/bin/python configs/pretrain/ladder/make.py $(LADDER_ARGS)
 
 docs: install  ## write the pages and tables that come from configs, methods and results

@@ -27,6 +27,7 @@ CONFIGS = ROOT / "configs" / "methods"
 HERE = Path(__file__).resolve().parent
 RESULTS, PLOT, PAGE = HERE / "results" / "methods.json", HERE / "results" / "methods.svg", HERE / "methods.md"
 BETWEEN = "<!-- made by methods.py -->"
+TASK = "sentiment_movie"
 INTERVAL = 10  # steps, over which time is measured
 
 
@@ -70,10 +71,15 @@ def load(name: str) -> dict[str, Any]:
     return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
 
 
-def sources(name: str) -> list[str]:
-    """Return the configs whose runs a config starts from."""
-    methods = load(name)["methods"]
-    return [Path(method["source"]).name for method in methods if "source" in method]
+def sources(name: str) -> dict[str, str]:
+    """Return the configs whose runs a config starts from, by the setting that names them."""
+    found = {}
+    for number, method in enumerate(load(name)["methods"]):
+        if "source" in method:
+            found[f"methods.{number}.source"] = Path(method["source"]).name
+        elif isinstance(method.get("init"), dict) and "path" in method["init"]:
+            found[f"methods.{number}.init.path"] = Path(method["init"]["path"]).name
+    return found
 
 
 def place(runs: Path, name: str, steps: int, seed: int) -> Path:
@@ -91,7 +97,7 @@ def measure(name: str, seed: int, steps: int, runs: Path) -> None:
     changes += [f"log_every={min(INTERVAL, steps)}", "evaluation_examples=64"]  # one checkpoint: nothing to select
     if "warmup_steps" in load(name).get("schedule", {}):
         changes += [f"schedule.warmup_steps={steps // 10}"]
-    changes += [f"methods.0.source={place(runs, source, steps, seed)}" for source in sources(name)]
+    changes += [f"{setting}={place(runs, source, steps, seed)}" for setting, source in sources(name).items()]
     command = [sys.executable, __file__, "--worker", str(CONFIGS / f"{name}.yaml"), str(folder), *changes]
     done = subprocess.run(command, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str((runs / "compiled").absolute())})
     print(
@@ -132,10 +138,11 @@ def work(config: str, folder: str, *changes: str) -> None:
 
 
 def summary(name: str, runs: Path, seeds: int, steps: int) -> dict[str, Any] | None:
-    """Return a method's row over the seeds that are done; none for a mixture, whose tasks are others."""
+    """Return a method's row over the seeds that are done; none for a first stage, whose tasks are others."""
     found = [place(runs, name, steps, seed) / "measured.json" for seed in range(seeds)]
     measured = [json.loads(path.read_text()) for path in found if path.exists()]
-    if not measured or isinstance(measured[0]["majority"], dict):
+    task = load(name)["task"]
+    if not measured or (task if isinstance(task, str) else task.get("name")) != TASK:
         return None
     scores = [one["accuracy"] for one in measured]
     timed = [one["step_cpu_s"] for one in measured if one["step_cpu_s"] is not None]
@@ -195,7 +202,7 @@ def draw(rows: list[dict[str, Any]]) -> None:
                 panel.errorbar(row[column], place, xerr=spread, fmt="o", color="#1b6ca8", capsize=2, markersize=4)
         panel.set_xlabel(label)
         panel.grid(axis="both", linewidth=0.4)
-        if column in ("trainable", "bytes"):
+        if column in ("trainable", "step_cpu_s", "bytes"):
             panel.set_xscale("log")
     panels[0].axvline(rows[0]["majority"], linewidth=1, linestyle=":", color="grey")
     panels[0].set_title("dotted: the majority class", fontsize=8, color="grey", loc="left")

@@ -21,15 +21,16 @@ from softprompt_jax.train import make_step
 
 
 class Ours:
-    """`variant`: scan (the default settings) or unroll."""
+    """`variant`: scan (the default settings), unroll, or halves: unrolled, a batch in two parts (`accumulate: 2`)."""
 
     def __init__(self, folder: str, dtype: str, variant: str, threads: int):
-        model = with_settings(load_backbone(folder, dtype).model, unroll=variant == "unroll")
+        model = with_settings(load_backbone(folder, dtype).model, unroll=variant != "scan")
         self.workload = Workload.read(folder)
         attach_rows(model, self.workload.prompt(model.settings.d_model))
         self.prompt_ids = np.asarray(prompt_ids(model).before, np.int32)
         run = Run(
             task="sentiment_movie", dtype=dtype, dropout=0.0, z_loss=0.0, loss="mean", batch_size=BATCH_SIZE,
+            accumulate=2 if variant == "halves" else 1,
             optimizer=optimizers.AdamW(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY),
         )  # fmt: skip
         parts = split(model)

@@ -210,10 +210,12 @@ def main() -> None:
     parser.add_argument(
         "--variants",
         default="ours:scan,ours:unroll,peft:eager,peft:sdpa",
-        help="who competes, at least one of each side; also peft:compile (a minute to compile)",
+        help="who competes, at least one of each side; also peft:compile (a minute to compile), ours:halves",
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    if {name.partition(":")[0] for name in arguments.variants.split(",")} != {"ours", "peft"}:
+        parser.error(f"--variants {arguments.variants}: expected at least one ours:... and one peft:...")
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     about = machine.describe()
     print(json.dumps(about))

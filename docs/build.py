@@ -21,7 +21,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
-from plot import plot  # noqa: E402
+from plot import curves, plot  # noqa: E402
 
 from softprompt_jax import paper  # noqa: E402
 
@@ -62,7 +62,7 @@ def all_pages() -> Iterator[tuple[Path, str]]:
             }
             comparable = result["metric"] == "accuracy" and experiment.miniature.measure == "score"
             majority = result["majority"] if comparable else None
-            y = result["metric"] + ", %"
+            y = metric_of(experiment, result) + ", %"
             picture = plot(experiment.title, lines, experiment.plot, y, majority, experiment.x)
             yield ROOT / "docs" / "experiments" / f"{name}.svg", picture
     methods = dict(method_pages())
@@ -76,7 +76,13 @@ def all_pages() -> Iterator[tuple[Path, str]]:
     listed = ", ".join(f"[{kind}](methods/{kind}.md)" for kind in methods)
     yield _filled(ROOT / "docs" / "README.md", {"experiments": index, "methods": listed})
     yield ROOT / "docs" / "tutorial.ipynb", notebook((ROOT / "docs" / "tutorial.md").read_text("utf-8"))
-    yield _filled(ROOT / "docs" / "pretraining.md", {"ladder": ladder_table()})
+    shown = [ladder_table()]
+    for form, title in (("span", "Span corruption"), ("lm", "LM adaptation"), ("mixture", "Mixture with instructions")):
+        title += ": loss on held-out text"
+        if found := {size: curve["held_out"] for (size, made), curve in ladder_curves().items() if made == form}:
+            yield ROOT / "docs" / f"ladder_{form}.svg", curves(title, found)
+            shown.append(f"![{title}](ladder_{form}.svg)")
+    yield _filled(ROOT / "docs" / "pretraining.md", {"ladder": "\n\n".join(shown)})
     yield _filled(ROOT / "README.md", {"embedded": embedded_table(), "paper": paper_table(experiments)})
 
 
@@ -126,6 +132,11 @@ def finished(result: dict[str, Any] | None, seeds: int) -> str:
     return (f"{result['cells']} of {total} runs" if result["missing"] else f"all {total} runs") + fewer
 
 
+def metric_of(experiment: paper.Experiment, result: dict[str, Any]) -> str:
+    """Name what the numbers of a miniature are."""
+    return "share of words or rows" if experiment.miniature.measure == "neighbours" else result["metric"]
+
+
 def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, Any] | None) -> str:
     """Return the page of an experiment."""
     miniature, published = experiment.miniature, experiment.published
@@ -135,7 +146,10 @@ def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, A
     if result is None:
         parts.append("Not run yet: there is no result to show.")
     else:
-        parts += [paper.table(result), f"{result['metric']} in percent, mean ± standard deviation over seeds"]
+        parts += [
+            paper.table(result),
+            f"{metric_of(experiment, result)} in percent, mean ± standard deviation over seeds",
+        ]
         level = ", ".join(f"{task} {value:.1f}" for task, value in result["majority"].items())
         parts[-1] += (
             f" ({finished(result, miniature.seeds)}). Accuracy of always saying the most frequent label: {level}."
@@ -150,7 +164,8 @@ def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, A
     parts += [" ".join(experiment.found)] if experiment.found else []
     parts += ["## Published setting", f"    softprompt paper {name} --form published --configs runs/{name}"]
     parts.append(
-        f"writes every run as a config for `softprompt plan` and `softprompt train` on a TPU. {_form(published)}; "
+        "writes every run as a config for `softprompt train` on a TPU; with `--topology v5p:2x2x1` instead, it says "
+        f"what each distinct step would take there (a minute or two of compiling each). {_form(published)}; "
         f"{published.seeds} seeds. Cost: {published.cost}. Tests build each of these runs abstractly; none was trained."
     )
     return (
@@ -198,21 +213,20 @@ def embedded_table() -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def ladder_curves() -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the loss curves of the ladder's backbones by size and form, in their order."""
+    sizes = list(yaml.safe_load((ROOT / "configs" / "pretrain" / "ladder" / "sizes.yaml").read_text("utf-8")))
+    forms = ["span", "lm-10", "lm-50", "lm", "mixture"]
+    paths = {(size, form): RESULTS / "ladder" / f"{size}-{form}.json" for size in sizes for form in forms}
+    return {key: json.loads(path.read_text()) for key, path in paths.items() if path.exists()}
+
+
 def ladder_table() -> str:
-    """Return what each size of the ladder takes, as it was measured."""
-    path = RESULTS / "ladder" / "cost.jsonl"
-    if not path.exists():
-        return "Not measured yet."
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    lines = [
-        "| size | parameters | tokens per CPU second | CPU hours of the span-corruption run |",
-        "|---|---|---|---|",
-    ]
-    lines += [
-        f"| {row['size']} | {row['parameters']:,} | {row['tokens_per_cpu_s']:,.0f} "
-        f"| {row['cpu_hours_of_the_span_run']:g} |"
-        for row in rows
-    ]
+    """Return what each backbone of the ladder saw and what it came to."""
+    lines = ["| backbone | parameters | tokens | held-out loss at the start | at the end |", "|---" * 5 + "|"]
+    for curve in ladder_curves().values():
+        first, last = (curve["held_out"][i]["loss"] for i in (0, -1))
+        lines.append(f"| {curve['name']} | {curve['parameters']:,} | {curve['tokens']:,} | {first:.2f} | {last:.2f} |")
     return "\n".join(lines)
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from html import escape
 from typing import Any
 
 COLOURS = ("#1d5fbf", "#c2410c", "#1a7f37", "#7c3aed", "#57606a", "#b4690e")
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 360, 56, 20, 44, 64
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 384, 56, 20, 44, 88
+LINE, LETTER = 15, 7  # the height of a line of text, the width of most letters
 STYLE = (
     "text { font-family: system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; "
     "font-size: 13px; fill: #24292f } .head { font-size: 15px; font-weight: 600 } .mid { text-anchor: middle } "
@@ -19,28 +21,23 @@ Lines = dict[str, dict[str, dict[str, Any]]]  # line, column, {"mean": percent, 
 def plot(title: str, lines: Lines, kind: str, y: str, majority: dict[str, float] | None = None, x: str = "") -> str:
     """Return an SVG of means with bars of one standard deviation: columns along x, a colour for each line.
 
-    With one column the lines themselves stand along x. `majority` is drawn as dashed levels.
+    With one column the lines themselves stand along x, as bars. Bars begin at 0. `majority` is drawn as dashed levels.
     """
     columns = list(dict.fromkeys(column for values in lines.values() for column in values))
     if len(columns) == 1:
         lines, columns = {columns[0]: {line: values[columns[0]] for line, values in lines.items()}}, list(lines)
+        kind, x = "bars", ""
     found = [value for values in lines.values() for value in values.values()]
     ends = [value["mean"] + sign * (value["sd"] or 0) for value in found for sign in (-1, 1)]
     levels = {name: level for name, level in (majority or {}).items() if level > min(ends) - 30}
-    low = max(0, 10 * ((min([*ends, *levels.values()]) - 3) // 10))
+    low = 0 if kind == "bars" else max(0, 10 * ((min([*ends, *levels.values()]) - 3) // 10))
     high = min(100, 10 * ((max([*ends, *levels.values()]) + 3) // 10 + 1))
     step = (WIDTH - LEFT - RIGHT) / len(columns)
 
     def at(value: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - low) / (high - low))
 
-    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}"'
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
-        f"<style>{STYLE}</style>",
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
-        f'<text class="head" x="{LEFT}" y="20">{escape(title)}</text>',
-    ]
+    parts = _frame(title)
     for tick in range(int(low), int(high) + 1, 10):
         parts.append(f'<path d="M{LEFT} {at(tick):.1f}H{WIDTH - RIGHT}" stroke="#d0d7de"/>')
         parts.append(f'<text class="end" x="{LEFT - 8}" y="{at(tick) + 4:.1f}">{tick}</text>')
@@ -53,21 +50,61 @@ def plot(title: str, lines: Lines, kind: str, y: str, majority: dict[str, float]
             f'<text class="end" x="{WIDTH - RIGHT}" y="{at(level) - 4:.1f}">majority class, {escape(name)}</text>'
         )
     for number, column in enumerate(columns):
-        parts.append(
-            f'<text class="mid" x="{LEFT + step * (number + 0.5):.1f}" y="{HEIGHT - 42}">{escape(column)}</text>'
-        )
+        for row, text in enumerate(textwrap.wrap(column, int(step / LETTER), max_lines=3)):
+            y_text = HEIGHT - BOTTOM + 18 + LINE * row
+            parts.append(f'<text class="mid" x="{LEFT + step * (number + 0.5):.1f}" y="{y_text}">{escape(text)}</text>')
     parts.append(f'<text class="end" x="{WIDTH - RIGHT}" y="20">{escape(f"x: {x}" if x else "")}</text>')
     parts += _lines(lines, columns, step, at) if kind == "lines" else _bars(lines, columns, step, at)
     if len(lines) > 1:
-        for number, name in enumerate(lines):
-            x = LEFT + number * (WIDTH - LEFT - RIGHT) / len(lines)
-            parts.append(f'<rect x="{x:.1f}" y="{HEIGHT - 24}" width="12" height="12" fill="{COLOURS[number]}"/>')
-            parts.append(f'<text x="{x + 18:.1f}" y="{HEIGHT - 13}">{escape(name)}</text>')
+        parts += _legend(list(lines))
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
+def curves(title: str, lines: dict[str, list[dict[str, float]]]) -> str:
+    """Return an SVG of losses by step, a line for each list of {"step", "loss"}."""
+    points = [point for line in lines.values() for point in line]
+    last, top = (max(point[key] for point in points) for key in ("step", "loss"))
+    wide = (WIDTH - LEFT - RIGHT - 40) / last
+    high = int(top) + 1
+
+    def at(value: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - value / high)
+
+    parts = _frame(title)
+    for tick in range(high + 1):
+        parts.append(f'<path d="M{LEFT} {at(tick):.1f}H{WIDTH - RIGHT}" stroke="#d0d7de"/>')
+        parts.append(f'<text class="end" x="{LEFT - 8}" y="{at(tick) + 4:.1f}">{tick}</text>')
+    parts.append(f'<text class="end" x="{WIDTH - RIGHT}" y="20">nats per target token</text>')
+    for step in (0, last / 4, last / 2, 3 * last / 4, last):
+        x, y = LEFT + 8 + step * wide, HEIGHT - BOTTOM + 18
+        parts.append(f'<text class="mid" x="{x:.1f}" y="{y}">{step:,.0f}</text>')
+    parts.append(f'<text class="end" x="{WIDTH - RIGHT}" y="{HEIGHT - BOTTOM + 40}">step</text>')
+    for number, line in enumerate(lines.values()):
+        path = " ".join(f"{LEFT + 8 + point['step'] * wide:.1f},{at(point['loss']):.1f}" for point in line)
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[number]}" stroke-width="2"/>')
+    return "\n".join([*parts, *_legend(list(lines)), "</svg>"]) + "\n"
+
+
+def _frame(title: str) -> list[str]:
+    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}"'
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
+        f"<style>{STYLE}</style>",
+        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
+        f'<text class="head" x="{LEFT}" y="20">{escape(title)}</text>',
+    ]
+
+
+def _legend(names: list[str]) -> Iterator[str]:
+    for number, name in enumerate(names):
+        left = LEFT + number * (WIDTH - LEFT - RIGHT) / len(names)
+        yield f'<rect x="{left:.1f}" y="{HEIGHT - 24}" width="12" height="12" fill="{COLOURS[number]}"/>'
+        yield f'<text x="{left + 18:.1f}" y="{HEIGHT - 13}">{escape(name)}</text>'
+
+
 def _spread(x: float, value: dict[str, Any], at: Any) -> str:
-    low, high = (at(value["mean"] + sign * (value["sd"] or 0)) for sign in (-1, 1))
+    ends = (at(value["mean"] + sign * (value["sd"] or 0)) for sign in (-1, 1))
+    low, high = (min(max(end, TOP), HEIGHT - BOTTOM) for end in ends)
     return f'<path d="M{x:.1f} {low:.1f}V{high:.1f}" stroke="#24292f" stroke-width="1.4"/>' if value["sd"] else ""
 
 

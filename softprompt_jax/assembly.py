@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -15,7 +16,7 @@ from softprompt_jax.backbone.pretrained import Backbone, find_folder, load_backb
 from softprompt_jax.backbone.quantized import kind_of, quantized
 from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.config import UserError
-from softprompt_jax.interop import load_prompt, read_trained
+from softprompt_jax.interop import check_backbone, read_prompt, read_trained
 from softprompt_jax.placement import Placement
 from softprompt_jax.run import Run, Scratch
 from softprompt_jax.tasks.tokenizer import Tokenizer, load_tokenizer
@@ -53,7 +54,7 @@ def assemble(run: Run, backbone: Backbone | None = None) -> Assembly:
     if run.quantize is not None and isinstance(run.backbone, Scratch):
         quantized(model, run.quantize)
     tokenizer = load_tokenizer(backbone.folder)
-    methods.attach(run.methods, model, jax.random.key(run.seed), context(run, tokenizer))
+    methods.attach(run.methods, model, jax.random.key(run.seed), context(run, tokenizer, backbone))
     check_own_prompts(run, model)
     return Assembly(model, tokenizer, backbone.identity, backbone.folder)
 
@@ -82,8 +83,20 @@ def with_settings(model: T5, **changes) -> T5:
     return nnx.merge(nnx.graphdef(nnx.eval_shape(build)), nnx.state(model))
 
 
-def context(run: Run, tokenizer: Tokenizer) -> methods.Context:
-    """Collect what prompt initialisations look at."""
+def context(run: Run, tokenizer: Tokenizer, backbone: Backbone) -> methods.Context:
+    """Collect what prompt initialisations look at; what others have trained must be of the same backbone."""
+    hint = "carry a prompt over with softprompt recycle, or give bare rows (.npy)"
+
+    def prompt_rows(source: str) -> np.ndarray:
+        rows, metadata = read_prompt(source)
+        check_backbone(metadata, backbone.model, source, backbone.identity, hint)
+        return rows
+
+    def trained(source: str) -> dict[str, Any]:
+        values, metadata = read_trained(source)
+        check_backbone(metadata, backbone.model, source, backbone.identity, hint)
+        return values
+
     each = tuple(tuple(task.words or ()) for task in run.tasks)
     words = tuple(dict.fromkeys(itertools.chain.from_iterable(each)))
     return methods.Context(
@@ -91,9 +104,9 @@ def context(run: Run, tokenizer: Tokenizer) -> methods.Context:
         frozenset(tokenizer.special_ids),
         words,
         [i for i, piece in enumerate(tokenizer.pieces) if piece.startswith("▁") and piece[1:].isalpha()],
-        load_prompt,
+        prompt_rows,
         each if run.own_prompts else (),
-        read_trained,
+        trained,
     )
 
 

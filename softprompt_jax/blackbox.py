@@ -110,7 +110,8 @@ class CMAES(Scored):
         if dimensions > LARGEST:
             raise UserError(
                 f"optimizer: cma_es over {dimensions:,} numbers keeps a matrix of their square; expected at most "
-                f"{LARGEST:,}; use the method black_box, whose prompt moves in a small subspace"
+                f"{LARGEST:,}; use the method black_box, whose prompt moves in a small subspace, with fewer dimensions "
+                "or, if it is deep, with alternate: true"
             )
         return Evolution(self.population, self.deviation, blocks, dimensions)
 
@@ -329,10 +330,13 @@ def tune_rows(
 
     `score(rows, batch)` gets all candidates, float32 [N, P, D], and returns N numbers, higher being better. One batch
     is one generation. The prompt is `start` plus a random projection of `dimensions` numbers, whose entries have a
-    deviation of `scale` times the root mean square of `start`.
-    Errors: UserError where `score` returns something else, or there is no batch.
+    deviation of `scale` times the root mean square of `start`. A generation that `settings.max_calls` does not cover is
+    not begun.
+    Errors: UserError where `score` returns something else or not a number, or there is no batch.
     """
     settings = settings or CMAES()
+    if settings.alternate:
+        raise UserError("tune_rows: alternate is for the layers of a deep prompt; expected one prompt; leave it out")
     start = np.asarray(start, np.float32)
     directions = projection(jax.random.key(seed), dimensions, jnp.asarray(start), scale)
     search = Evolution(settings.population, settings.deviation, 1, dimensions)
@@ -340,6 +344,8 @@ def tune_rows(
     state, calls, last = search.init(found), 0, float("nan")
     propose, choose = jax.jit(lambda s, z, key: search.propose(s, z, None, key)), jax.jit(search.choose)
     for step, batch in enumerate(batches):
+        if settings.max_calls is not None and calls + settings.population > settings.max_calls:
+            break
         candidates, drawn = propose(state, found, jax.random.fold_in(jax.random.key(seed + 1), step))
         rows = start + np.einsum("nd,dpw->npw", np.asarray(candidates), directions)
         scores = np.asarray(score(rows, batch), np.float32)
@@ -348,10 +354,14 @@ def tune_rows(
                 f"score(rows, batch): returned shape {list(scores.shape)}; expected [{settings.population}], a number "
                 "for each of the candidates rows[n]"
             )
+        _check_numbers("score(rows, batch)", scores)
         calls, last = calls + len(scores), float(scores.max())
         found, state = choose(state, found, drawn, -jnp.asarray(scores))
     if not calls:
-        raise UserError("tune_rows: no batch; expected at least one")
+        raise UserError(
+            f"tune_rows: max_calls {settings.max_calls} and the batches allow no generation of {settings.population} "
+            "calls; expected a batch and at least as many calls"
+        )
     return Found(start + np.einsum("d,dpw->pw", np.asarray(found), directions), last, calls)
 
 
@@ -367,8 +377,9 @@ def search_words(
     """Search the words of a template for a model that takes text only, one word after another, keeping the best.
 
     `score(text, batch)` gets a template with its `{text}` left in, and returns a number, higher being better. Every
-    call counts; none is made once `max_calls` are spent, and a round that they do not cover is not begun.
-    Errors: UserError for a template without words or without `{text}`, or where there is no batch.
+    call counts; none is made once `max_calls` are spent, and a round that they do not cover is not begun. A word may
+    be a phrase.
+    Errors: UserError for a template without words or without `{text}`, a score that is not a number, or no batch.
     """
     parts = words_of(template)
     places = [index for index, part in enumerate(parts) if part != TEXT]
@@ -382,12 +393,17 @@ def search_words(
             break
         scores = [float(score(text, batch)) for text in texts]
         calls += len(texts)
+        _check_numbers("score(text, batch)", scores)
         chosen = int(np.argmax(scores))
-        best = scores[chosen]
-        parts = texts[chosen].split(" ")
+        best, parts[place] = scores[chosen], tried[chosen]
     if not calls:
         raise UserError(
             f"search_words: max_calls {max_calls} and the batches allow no round of {candidates + 1} calls; expected "
             "a batch and at least as many calls"
         )
     return Found(" ".join(parts), best, calls)
+
+
+def _check_numbers(what: str, scores: Any) -> None:
+    if np.isnan(scores).any():
+        raise UserError(f"{what}: returned a number that is none (nan); expected the higher the better; mend the score")

@@ -21,14 +21,21 @@ _SCORE, _STEP = "score", "step"
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Leave it to the training loop: JAX's sync point knows one count, and a thread here asks with old steps."""
+        return False
+
+
 class Checkpoints:
     """A run's `checkpoints/` folder, here or on gs://. A step is complete or absent, whatever kills a write."""
 
     def __init__(self, folder: str | Path, read_only: bool = False):
         def rank(metrics: Any) -> Any:  # the highest score; of equal ones the earliest step
-            score = metrics[_SCORE]
+            score = self._scores.get(metrics[_STEP], metrics[_SCORE])
             return -float("inf") if score is None else score, -metrics[_STEP]
 
+        self._scores: dict[int, float] = {}
         self._folder = str(folder if remote.is_remote(folder) else Path(folder).absolute())
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True, best_fn=rank, best_mode="max")
@@ -44,13 +51,17 @@ class Checkpoints:
                 create=True,
             )
         with self._writing():
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+            self._manager = _Manager(self._folder, options=options)
 
     def save(self, step: int, state: Any, score: float | None = None) -> None:
         """Start writing the state after `step` steps; returns once it has been copied off the device."""
         with self._writing():
             metrics = {_SCORE: score, _STEP: step}
             self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, force=True)
+
+    def score(self, step: int, score: float) -> None:
+        """Score a step that was saved without; this object remembers it, no checkpoint."""
+        self._scores[step] = score
 
     def latest(self) -> int | None:
         """Return the last complete step, or None."""

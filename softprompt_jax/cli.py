@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Annotated, Any, NoReturn
@@ -60,6 +61,7 @@ app = typer.Typer(
     epilog="Start: softprompt train configs/quickstart.yaml --out runs/first",
 )
 INTERRUPTED = 130
+EXIT_SECONDS = 30  # for a save under way when interrupted
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
@@ -106,21 +108,19 @@ def train(
     The same command goes on where a killed one stopped, and prints the result of a finished one. RUN gets
     config.yaml, metrics.jsonl, tensorboard/, checkpoints/, trained.safetensors, prompt.safetensors and result.json.
     """
-    from softprompt_jax.processes import PREEMPTED, Preempted, connect, is_first
-    from softprompt_jax.progress import Reporter
-    from softprompt_jax.run import load_run
-    from softprompt_jax.train import train as train_run
+    with run_commands.preemptible():
+        from softprompt_jax.processes import connect, is_first
+        from softprompt_jax.progress import Reporter
+        from softprompt_jax.run import load_run
+        from softprompt_jax.train import train as train_run
 
-    run = load_run(config, overrides or [])
-    connect(coordinator, processes, process)
-    reporter = Reporter(quiet)
-    try:
-        result = train_run(run, out, reporter)
-    except Preempted as told:
-        print(f"softprompt: {told}", file=sys.stderr)
-        raise typer.Exit(PREEMPTED) from None
-    finally:
-        reporter.stop()  # a bar hides the cursor
+        run = load_run(config, overrides or [])
+        connect(coordinator, processes, process)
+        reporter = Reporter(quiet)
+        try:
+            result = train_run(run, out, reporter)
+        finally:
+            reporter.stop()  # a bar hides the cursor
     if not is_first():
         return
     print(json.dumps(result, indent=JSON_INDENT))
@@ -334,7 +334,15 @@ def main() -> None:
         )
     if code == INTERRUPTED:
         print("softprompt: interrupted; a run goes on with the same command", file=sys.stderr)
+        threading.Thread(target=_give_up, daemon=True).start()
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _give_up() -> None:
+    """End the process where its threads do not: Orbax waits ten minutes for the rest of an interrupted save."""
+    threading.main_thread().join()  # who calls main as a function lives on
+    time.sleep(EXIT_SECONDS)
+    os._exit(INTERRUPTED)
 
 
 def _fail(message: str) -> NoReturn:

@@ -18,6 +18,10 @@ from omegaconf.errors import OmegaConfBaseException
 S = TypeVar("S", bound=pydantic.BaseModel)
 
 
+class Preempted(Exception):
+    """A run has saved its state and ended before its last step, because the machine is being taken away."""
+
+
 class UserError(Exception):
     """Bad input, told in one line: *where: what was found; what was expected; what to do.*
 

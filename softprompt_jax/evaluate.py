@@ -19,6 +19,7 @@ from softprompt_jax.config import UserError
 from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import Split
 from softprompt_jax.placement import Placement
+from softprompt_jax.processes import go_if_told
 from softprompt_jax.run import Run, load_run
 from softprompt_jax.tasks import metrics
 from softprompt_jax.tasks.buckets import Shape
@@ -118,6 +119,7 @@ class Decoder:
         shards = sharding.row_shards()
         batch_size = -(-min(batch_size, len(tokenized)) // shards) * shards
         for batch, ids in evaluation_batches(tokenized, batch_size, prompt_ids, shapes=shapes):
+            go_if_told()
             given = sharding.spread_whole((batch["encoder_tokens"], batch["decoder_inputs"][:, :first]))
             if not labels:
                 rest = sharding.spread_whole((np.asarray(ids, np.int32), beginnings[ids]))
@@ -143,6 +145,7 @@ class Decoder:
         shards = sharding.row_shards()
         batch_size = -(-min(batch_size, len(tokenized)) // shards) * shards
         for batch, ids in evaluation_batches(tokenized, batch_size, prompt_ids):
+            go_if_told()
             values = sharding.collect(self._likely(trainable, frozen, sharding.spread_whole(batch)))
             found[ids[ids >= 0]] = values[ids >= 0]
         return found
@@ -233,7 +236,10 @@ def mean_loss(parts: Split, batches: Sequence[dict[str, np.ndarray]]):
         return cross_entropy(parts.merge(trainable, frozen)(batch), batch["decoder_targets"])
 
     def mean(trainable: Any, frozen: Any) -> float:
-        sums = [summed(trainable, frozen, sharding.spread_whole(batch)) for batch in batches]
+        sums = []
+        for batch in batches:
+            go_if_told()
+            sums.append(summed(trainable, frozen, sharding.spread_whole(batch)))
         return float(sum(loss for loss, _ in sums) / sum(weight for _, weight in sums))
 
     return mean

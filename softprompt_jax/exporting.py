@@ -75,6 +75,11 @@ def _export(source: Path, format: str, to: Path, checkpoints: str) -> None:
             shutil.copy(trained, to)
             return
         rows, metadata = interop.read_prompt(source)
+        if format == "npy" and (place := metadata.get("place", "before")) != "before":
+            raise UserError(
+                f"{source}: its rows do not all stand before the text ({place}), which .npy cannot say; "
+                "expected a format that can; export it as safetensors"
+            )
         to.parent.mkdir(parents=True, exist_ok=True)
         if format == "npy":
             with to.open("wb") as file:  # given a name, NumPy would change it

@@ -39,10 +39,10 @@ def load_trained(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return unflatten({name: jnp.asarray(value) for name, value in arrays.items()}), metadata
 
 
-def read_trained(source: str | Path) -> dict[str, Any]:
-    """Return what a finished run has trained, by its folder or the file in it, as a nested dictionary."""
+def read_trained(source: str | Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return what a finished run has trained, by its folder or the file in it, as `load_trained` does."""
     path = Path(source)
-    return load_trained(path / TRAINED_FILE if path.is_dir() else path)[0]
+    return load_trained(path / TRAINED_FILE if path.is_dir() else path)
 
 
 def save_prompt(rows: Float[np.ndarray, "P D"], path: Path, metadata: dict[str, str]) -> None:
@@ -101,13 +101,19 @@ def read_prompt(source: str | Path) -> tuple[Float[np.ndarray, "P D"], dict[str,
     return np.asarray(rows, np.float32), metadata
 
 
-def check_backbone(metadata: dict[str, str], model: T5, where: str, backbone: str) -> None:
+def check_backbone(
+    metadata: dict[str, str],
+    model: T5,
+    where: str,
+    backbone: str,
+    hint: str = "give the one it was trained on, or say --any-backbone",
+) -> None:
     """Refuse a prompt or adapter that was trained on another backbone."""
     known, found = metadata.get("fingerprint"), fingerprint(model)
     if known is not None and known != found:
         raise UserError(
             f"{where}: trained on backbone {metadata.get('backbone', '?')} ({known}), used on {backbone} ({found}); "
-            "expected the same backbone; give the one it was trained on, or say --any-backbone"
+            f"expected the same backbone; {hint}"
         )
 
 

@@ -8,12 +8,13 @@ packages. Runs are filed by the hash of their settings, so that experiments shar
 from __future__ import annotations
 
 import collections
+import hashlib
 import itertools
 import json
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -162,6 +163,64 @@ def write_configs(name: str, form_name: Forms, to: Path, seeds: int | None = Non
             file.write_text(f"# {experiment.title}: {cell.label}\n{config.to_yaml(cell.run)}", encoding="utf-8")
         written[file] = None
     return list(written)
+
+
+def distinct_steps(cells: Iterator[Cell], of_one_size: bool = False) -> dict[str, list[Cell]]:
+    """Group runs by what their compiled steps depend on: not on seeds, texts, losses and numbers of steps.
+
+    `of_one_size`: by what their memory and time depend on, which weights, rates and initial values do not change.
+    """
+    from softprompt_jax.plan import backbone_settings, kept_as
+
+    found: dict[str, list[Cell]] = {}
+    for cell in cells:
+        settings = cell.run.model_dump(mode="json", exclude={"seed", "task", "loss", "steps"})
+        if of_one_size:
+            settings["backbone"] = backbone_settings(cell.run).model_dump(mode="json")
+            settings["quantize"] = kept_as(cell.run)
+            settings["methods"] = [method | {"init": None} for method in settings["methods"]]
+            settings["optimizer"] |= dict.fromkeys(("learning_rate", "weight_decay", "step_origin"))
+            settings |= dict.fromkeys(("schedule", "target_sentinel"))
+        key = json.dumps([settings, len(cell.run.tasks)], sort_keys=True)
+        found.setdefault(hashlib.sha256(key.encode()).hexdigest()[:16], []).append(cell)
+    return found
+
+
+def plan_experiment(
+    name: str,
+    form_name: Forms,
+    runs: Path,
+    topologies: Sequence[str],
+    seeds: int | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+) -> list[dict[str, Any]]:
+    """Compile each step of an experiment that differs in size for each topology, ahead of time (`plan.plan`).
+
+    Returns for each step its `lines` and `points`, the number of runs (`runs`), and `plans`: what `plan.plan` says, by
+    topology. What has been compiled is kept in `runs`/plans, whichever experiment asked for it.
+    """
+    from softprompt_jax.plan import plan
+
+    experiment, path = load(name)
+    steps = distinct_steps(cells(experiment.form(form_name), path, seeds), of_one_size=True)
+    (runs / "plans").mkdir(parents=True, exist_ok=True)
+    answers = []
+    for number, (key, shared) in enumerate(steps.items(), 1):
+        plans = {}
+        for topology in topologies:
+            kept = runs / "plans" / f"{key}-{topology.replace(':', '-')}.json"
+            if not kept.exists():
+                tell(f"{number}/{len(steps)} {shared[0].label}: compiling for {topology}")
+                settings = kept.with_suffix(".yaml")
+                settings.write_text(config.to_yaml(shared[0].run), encoding="utf-8")
+                interop.dump(plan(str(settings), [], [topology])[0], kept)
+            plans[topology] = json.loads(kept.read_text())
+        names = {
+            "lines": list(dict.fromkeys(cell.line for cell in shared)),
+            "points": list(dict.fromkeys(cell.point for cell in shared if cell.point)),
+        }
+        answers.append(names | {"runs": len({cell.key for cell in shared}), "plans": plans})
+    return answers
 
 
 def run_experiment(

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from softprompt_jax.config import UserError
+from softprompt_jax.run_commands import preemptible
 
 
 class Form(enum.StrEnum):
@@ -34,6 +35,14 @@ def paper(
         Path | None,
         typer.Option(metavar="FILE", help="JSON to write. \\[default: DIR/EXPERIMENT-FORM.json]", show_default=False),
     ] = None,
+    topology: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="CHIP:SHAPE",
+            help="Only say what every distinct step would take on v5e:2x4, v5p:2x2x1, ... (softprompt plan); "
+            "repeat it for several.",
+        ),
+    ] = None,
     configs: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Only write every run as a config, to plan or train it elsewhere."),
@@ -43,6 +52,7 @@ def paper(
 
     The same command goes on where a killed one stopped, and prints what is finished. Experiments share runs.
     """
+    from softprompt_jax import interop
     from softprompt_jax import paper as engine
 
     if experiment is None:
@@ -54,14 +64,28 @@ def paper(
         files = engine.write_configs(experiment, form.value, configs, seeds)
         print(f"wrote {len(files)} configs to {configs}", file=sys.stderr)
         return
-    to = to or runs / f"{name}-{form.value}.json"
+    to = to or runs / f"{name}-{form.value}{'-plan' if topology else ''}.json"
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
         runs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be made ({error.strerror}); expected a writable folder") from None
-    result = engine.run_experiment(
-        experiment, form.value, runs, to, seeds, lambda text: print(text, file=sys.stderr, flush=True)
-    )
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    if topology:
+        from softprompt_jax import plan
+
+        steps = engine.plan_experiment(experiment, form.value, runs, topology, seeds, tell)
+        interop.dump(steps, to)
+        for step in steps:
+            print(f"{' / '.join(step['lines'])}: {', '.join(step['points']) or 'all'} ({step['runs']} runs)")
+            for answer in step["plans"].values():
+                print(plan.describe(answer))
+        fits = all(answer["fits"] for step in steps for answer in step["plans"].values())
+        raise typer.Exit(0 if fits else plan.DOES_NOT_FIT)
+    with preemptible():
+        result = engine.run_experiment(experiment, form.value, runs, to, seeds, tell)
     print(engine.table(result))
     print(f"wrote {to}", file=sys.stderr)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from softprompt_jax.config import UserError, nearest
 
@@ -81,7 +81,8 @@ def plan(config: str, overrides: Sequence[str], topologies: Sequence[str], utili
     Keys: `topology`, `fits`, `peak_bytes` (of a device; None if it does not fit and the compiler does not say),
     `limit_bytes`, `weights_bytes`, `state_bytes`, `temporary_bytes` (activations and what is moved), `flops` (of all
     devices in a step, products only), `collectives` (bytes a device sends or receives in a step, by kind),
-    `examples_per_s` (at the `utilisation` of the chips' peak that is assumed), `advice`, `estimated`, `compile_s`.
+    `examples_per_s` (at the `utilisation` of the chips' peak that is assumed), `advice`, `packed` (planned as if no two
+    examples shared a row), `estimated`, `compile_s`.
     """
     from softprompt_jax.run import load_run
 
@@ -182,6 +183,7 @@ def measure(run: Any, topology: Topology, utilisation: float) -> dict[str, Any]:
             "flops": product_flops(traced.jaxpr.jaxpr),
             "collectives": {},
             "rows_per_device": run.batch_size // run.accumulate // sharding.row_shards(),
+            "packed": run.packing is not None,
             "estimated": not topology.is_tpu,
         }
         try:
@@ -215,7 +217,6 @@ def abstract_step(run: Any, memory: int | None = None) -> tuple[Callable, tuple,
     from flax import nnx
 
     from softprompt_jax import methods, optimizers, sharding
-    from softprompt_jax.backbone import stored
     from softprompt_jax.backbone.quantized import quantized
     from softprompt_jax.backbone.t5 import T5
     from softprompt_jax.interop import load_prompt
@@ -223,9 +224,7 @@ def abstract_step(run: Any, memory: int | None = None) -> tuple[Callable, tuple,
     from softprompt_jax.train import make_step
 
     settings = backbone_settings(run).model_copy(update=run.of_the_backbone)
-    kind = run.quantize
-    if kind is None and isinstance(run.backbone, str) and stored.is_stored(run.backbone):
-        kind = stored.read_about(run.backbone).quantize
+    kind = kept_as(run)
     words = tuple(dict.fromkeys(word for task in run.tasks for word in task.words or ()))
 
     def build() -> T5:
@@ -258,10 +257,23 @@ def abstract_step(run: Any, memory: int | None = None) -> tuple[Callable, tuple,
         "decoder_inputs": decoder,
         "decoder_targets": decoder,
     }
+    if run.packing is not None:
+        wide, long = run.packing.length or rows["encoder_tokens"], run.packing.target_length or decoder
+        rows = {"encoder_tokens": wide, "decoder_inputs": long, "decoder_targets": long}
+        rows |= {"encoder_segments": wide, "decoder_segments": long}
     batch = {name: jax.ShapeDtypeStruct((run.batch_size, length), jnp.int32) for name, length in rows.items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (sharding.described(state, layout), parts.frozen, sharding.spread_whole(batch), key)
     return make_step(run, parts, optimizer, layout, memory), arguments, parts
+
+
+def kept_as(run: Any) -> Literal["int8", "nf4"] | None:
+    """Return how a run's frozen layers are kept, int8 or nf4, by its settings or in the folder that it reads."""
+    from softprompt_jax.backbone import stored
+
+    if run.quantize is None and isinstance(run.backbone, str) and stored.is_stored(run.backbone):
+        return stored.read_about(run.backbone).quantize
+    return run.quantize
 
 
 def backbone_settings(run: Any) -> Any:
@@ -352,7 +364,7 @@ def advice(run: Any, answer: dict[str, Any], devices: int) -> list[str]:
     if run.remat not in ("auto", "full"):
         said.append("remat=full")
     if answer["weights_bytes"] > answer["limit_bytes"] / 2:
-        if run.quantize is None:
+        if kept_as(run) is None:
             said.append("quantize=int8")
         if devices > 1 and run.mesh.fsdp == 1:
             said.append("mesh={data: 1, fsdp: -1}")
@@ -372,13 +384,14 @@ def describe(answer: dict[str, Any]) -> str:
         return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.3g} MiB"
 
     verdict = "fits" if answer["fits"] else "does not fit"
-    estimate = " (estimated with XLA's CPU compiler)" if answer["estimated"] else ""
+    estimate = " (estimated with XLA's CPU compiler and plain attention)" if answer["estimated"] else ""
     lines = [
         f"{answer['topology']}: {verdict}; peak {gib(answer['peak_bytes'])} of {gib(answer['limit_bytes'])} "
         f"on each of {answer['devices']} device(s){estimate}",
         f"  weights {gib(answer['weights_bytes'])}, state {gib(answer['state_bytes'])}, "
         f"activations and buffers {gib(answer['temporary_bytes'])}; "
-        f"{answer['rows_per_device']} row(s) a device at a time",
+        f"{answer['rows_per_device']} row(s) a device at a time"
+        + (" at most, as if no two examples shared one" if answer["packed"] else ""),
         f"  {answer['flops'] / 1e12:.3g} TFLOP a step; "
         + (", ".join(f"{kind} {gib(size)}" for kind, size in answer["collectives"].items()) or "no collectives"),
     ]

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from softprompt_jax import config, interop, remote
 from softprompt_jax.assembly import assemble, prompt_ids
-from softprompt_jax.backbone import decode
+from softprompt_jax.backbone import decode, stored
 from softprompt_jax.backbone.decode import Decoding, Greedy
 from softprompt_jax.backbone.pretrained import Backbone, load_backbone
 from softprompt_jax.backbone.t5 import T5
@@ -262,7 +262,8 @@ def _from_prompt(path: Path, run: Run | None, backbone: str | None, any_backbone
     if not isinstance(source, str):
         raise UserError(f"{path}: says no backbone; expected one; add --backbone with a folder or hub name")
     rows, metadata = interop.read_prompt(path)
-    loaded = load_backbone(source, run.dtype if run is not None else "float32")
+    dtype, quantize = ("float32", None) if run is None else (run.dtype, run.quantize)
+    loaded = load_backbone(source, dtype, quantize=None if stored.is_stored(source) else quantize)
     if not any_backbone:
         interop.check_backbone(metadata, loaded.model, str(path), source)
     tokenizer = load_tokenizer(loaded.folder)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.util
 import os
 import signal
-import socket
+import sys
+import threading
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -16,12 +20,12 @@ import jax
 from softprompt_jax.config import UserError
 
 HEARTBEAT_S = 20  # a process that has been silent for so long is taken for dead, and all others end
-PREEMPTED = 75  # exit code of a run that was told to go and has saved: start it again (EX_TEMPFAIL)
+_SILENT_S = 15  # of waiting for the others, before a line says so
 T = TypeVar("T")
 
 
 def connect(
-    coordinator: str | None = None, count: int | None = None, index: int | None = None, timeout_s: int = 300
+    coordinator: str | None = None, count: int | None = None, index: int | None = None, timeout_s: int = 600
 ) -> None:
     """Join the other processes of this job, before anything touches a device.
 
@@ -43,19 +47,27 @@ def connect(
         host, _, port = coordinator.rpartition(":")
         if not host or not port.isdigit():
             raise UserError(f"processes: found coordinator {coordinator!r}; expected HOST:PORT")
-        if index > 0:
-            _await_coordinator(host, int(port), timeout_s)
     elif not (_in_a_job(os.environ) or _tpu_workers() > 1):
         return
-    jax.distributed.initialize(
-        coordinator, count, index, initialization_timeout=timeout_s, heartbeat_timeout_seconds=HEARTBEAT_S
-    )
+    came = threading.Event()
+    threading.Thread(target=_watch, args=(came, timeout_s, coordinator), daemon=True).start()
+    try:
+        jax.distributed.initialize(
+            coordinator, count, index, initialization_timeout=timeout_s + 60, heartbeat_timeout_seconds=HEARTBEAT_S
+        )
+    except RuntimeError as error:
+        raise UserError(
+            f"processes: not all came together in {timeout_s} s ({' '.join(str(error).split())[:200]}); "
+            "expected every process of the job to start; look at the others, and at the coordinator's port"
+        ) from None
+    finally:
+        came.set()
     try:
         jax.local_devices()
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
+        which = "this one" if index is None else f"process {index}"
         raise UserError(
-            f"processes: process {jax.process_index() if count is None else index} has no device ({reason}); "
+            f"processes: {which} has no device ({' '.join(str(error).split())[:200]}); "
             "expected one at least for each; start no more processes on a machine than it has devices"
         ) from None
 
@@ -85,6 +97,31 @@ def on_first(action: Callable[[], T], name: str) -> T | None:
     return value
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path, wait_s: float = 60) -> Iterator[None]:
+    """Keep other processes out of a folder until this one leaves it or ends; wait so long for one that is there.
+
+    Holds among the processes that the file system lets see each other's locks. Raises UserError after the wait.
+    """
+    lock, until = os.open(folder, os.O_RDONLY), time.monotonic() + wait_s
+    try:
+        with contextlib.suppress(OSError):  # such as a file system without locks
+            while True:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > until:
+                        raise UserError(
+                            f"{folder}: another process trains in it; expected one at a time; "
+                            "wait for it, or use another --out"
+                        ) from None
+                    time.sleep(min(1, wait_s))
+        yield
+    finally:
+        os.close(lock)
+
+
 def agreed(name: str, value: str) -> None:
     """Fail unless every process has the same value, such as versions or settings."""
     if jax.process_count() == 1:
@@ -101,13 +138,22 @@ def agreed(name: str, value: str) -> None:
 
 
 class Preemption:
-    """Notices that the machine wants to be left: SIGTERM in one process, JAX's sync point among several."""
+    """Notices that the machine wants to be left: SIGTERM in one process, JAX's sync point among several.
+
+    A notice that comes after a run's last look, while it ends, is for the run that follows.
+    """
+
+    _current: Preemption | None = None
+    _late = False
 
     def __init__(self) -> None:
         self._told = False
+        self._asked = 0
         self._before: Any = None
 
     def __enter__(self) -> Preemption:
+        Preemption._current = self
+        self._told, Preemption._late = Preemption._late, False
         if jax.process_count() == 1:
             try:
                 self._before = signal.signal(signal.SIGTERM, self._note)
@@ -115,31 +161,41 @@ class Preemption:
                 self._before = None
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        Preemption._current = None
+        Preemption._late = self._told and error is None
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
 
     def _note(self, *_: object) -> None:
         self._told = True
 
-    def reached(self, step: int) -> bool:
-        """Is it time to save and go? All processes agree on the step."""
-        if jax.process_count() == 1:
-            return self._told
-        from jax.experimental import multihost_utils
+    def reached(self) -> bool:
+        """Is it time to save and go? All processes ask equally often and get the same answers."""
+        self._asked += 1
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
 
-        return multihost_utils.reached_preemption_sync_point(step)
+            self._told |= multihost_utils.reached_preemption_sync_point(self._asked)
+        return self._told
 
 
-class Preempted(Exception):
-    """The run has saved its state and ended before its last step, because the machine is being taken away."""
+class CutShort(Exception):
+    """A validation ends because it is time to go; the training loop saves and raises Preempted."""
+
+
+def go_if_told() -> None:
+    """Raise CutShort if it is time to save and go: asked between the batches of a validation, in a run."""
+    if Preemption._current is not None and Preemption._current.reached():
+        raise CutShort
 
 
 def _in_a_job(environment: Any) -> bool:
     """Does the environment speak of several processes? JAX then finds the rest out by itself."""
     slurm = int(environment.get("SLURM_NTASKS", "1") or 1) > 1 and "SLURM_PROCID" in environment
     pod = "," in environment.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in environment
-    kubernetes = "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
+    alone = environment.get("TPU_WORKER_HOSTNAMES") and not pod  # GKE names a slice's only host too
+    kubernetes = "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment and not alone
     if kubernetes and not (slurm or pod) and importlib.util.find_spec("kubernetes") is None:
         raise UserError(
             "processes: found a Kubernetes job but not the package `kubernetes`, which finds the others; expected it, "
@@ -163,17 +219,17 @@ def _tpu_workers() -> int:
         return 1
 
 
-def _await_coordinator(host: str, port: int, timeout_s: int) -> None:
-    """Wait until process 0 listens; JAX's own wait ends in an abort with a trace."""
-    until = time.monotonic() + timeout_s
-    while True:
-        try:
-            with socket.create_connection((host, port), timeout=5):
-                return
-        except OSError as error:
-            if time.monotonic() > until:
-                raise UserError(
-                    f"processes: coordinator {host}:{port} not reached in {timeout_s} s ({error.strerror or error}); "
-                    "expected process 0 to listen there; start it first, or check the address"
-                ) from None
-            time.sleep(0.5)
+def _watch(came: threading.Event, timeout_s: int, coordinator: str | None) -> None:
+    """Say what is waited for, and at the limit end this process in one line: JAX's own wait ends in an abort."""
+    where = f"process 0 at {coordinator}" if coordinator else "process 0"
+    silent_s = min(_SILENT_S, timeout_s)
+    if not came.wait(silent_s) and timeout_s > silent_s:
+        print(f"waiting up to {timeout_s} s for the other processes and {where}", file=sys.stderr, flush=True)
+    if not came.wait(timeout_s - silent_s):
+        print(
+            f"softprompt: processes: not all came together in {timeout_s} s; expected every process of the job to "
+            f"start and to reach {where}; start the missing ones, or check the address",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(2)

@@ -124,6 +124,8 @@ class Run(Settings):
             raise ValueError("optimizer.restore with random weights; expected a T5X checkpoint as the backbone")
         if self.target_sentinel and any(t.predict_by != "decoding" or t.source.kind == "seqio" for t in self.tasks):
             raise ValueError("target_sentinel with predict_by likelihood or a seqio task: expected decoding and text")
+        if len(self.methods) > 1 and any(getattr(method, "teachers", None) for method in self.methods):
+            raise ValueError("teachers beside another method, which would change them too: expected multitask alone")
         for method in self.methods:
             if self.packing is not None and (reason := method.refuses_packing):
                 raise ValueError(f"packing with the method {method.kind}: {reason}")
@@ -132,6 +134,10 @@ class Run(Settings):
                 raise ValueError(f"optimizer {self.optimizer.kind} has no gradients; expected no clip_norm or schedule")
             self.optimizer.check(self.steps)
         return self
+
+    def evaluates(self, step: int) -> bool:
+        """Tell whether the run is validated after so many steps."""
+        return step % self.evaluate_every == 0 or step == self.steps
 
     @property
     def most_shapes(self) -> int:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import sys
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
-from softprompt_jax.config import UserError
+from softprompt_jax.config import Preempted, UserError
 from softprompt_jax.task_commands import JSON_INDENT, AnyBackbone, Backbone
 
 Over = Annotated[
@@ -19,6 +23,29 @@ Over = Annotated[
         show_default=False,
     ),
 ]
+
+PREEMPTED = 75  # exit code of a run that was told to go and has saved: start it again (EX_TEMPFAIL)
+
+
+@contextlib.contextmanager
+def preemptible() -> Iterator[None]:
+    """Let SIGTERM end a command that trains with PREEMPTED: at once while nothing is unsaved, else once it is saved."""
+
+    def leave(*_: object) -> None:  # by no exception: one that meets a callback of the garbage collector is lost
+        os.write(2, b"softprompt: told to stop while nothing was unsaved; the same command goes on\n")
+        os._exit(PREEMPTED)
+
+    before = None
+    with contextlib.suppress(ValueError):  # not the main thread: whoever owns it decides
+        before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    except Preempted as told:
+        print(f"softprompt: {told}", file=sys.stderr)
+        raise typer.Exit(PREEMPTED) from None
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
 
 
 def plan(
@@ -69,23 +96,20 @@ def sweep(
     Runs that train only prompts and differ in seed, task, learning rate or init go together; all others one after
     another. Each leaves the folder that train would leave, DIR/NAME. The same command goes on where it was killed.
     """
-    from softprompt_jax.processes import PREEMPTED, Preempted
-    from softprompt_jax.progress import Reporter
-    from softprompt_jax.sweep import describe
-    from softprompt_jax.sweep import sweep as train_sweep
-
     if not over:
         raise UserError("sweep: no --over; expected settings to go over; add --over seed=0..4")
     if not out:
         raise UserError("sweep: no --out; expected a folder for the runs; add --out runs/sweep")
-    reporter = Reporter(quiet)
-    try:
-        result = train_sweep(config, over, out, overrides or [], together, stop_after, reporter)
-    except Preempted as told:
-        print(f"softprompt: {told}", file=sys.stderr)
-        raise typer.Exit(PREEMPTED) from None
-    finally:
-        reporter.stop()  # a bar hides the cursor
+    with preemptible():
+        from softprompt_jax.progress import Reporter
+        from softprompt_jax.sweep import describe
+        from softprompt_jax.sweep import sweep as train_sweep
+
+        reporter = Reporter(quiet)
+        try:
+            result = train_sweep(config, over, out, overrides or [], together, stop_after, reporter)
+        finally:
+            reporter.stop()  # a bar hides the cursor
     print(json.dumps(result, indent=JSON_INDENT))
     if not quiet:
         for line in describe(result):

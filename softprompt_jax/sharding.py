@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from pydantic import Field, model_validator
 
@@ -53,7 +54,30 @@ class Mesh(Settings):
     def build(self, devices: Sequence[Any] | None = None) -> jax.sharding.Mesh:
         """Lay the devices (default: all of all processes) out as a mesh."""
         devices = jax.devices() if devices is None else list(devices)
-        return jax.make_mesh(self.sizes(len(devices)), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+        return jax.sharding.Mesh(
+            arranged(self.sizes(len(devices)), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+        )
+
+
+def arranged(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+    """Return the devices in the shape `sizes`, neighbours by the chips' own links, slices apart on the first axes.
+
+    Any size is laid out: where no arrangement follows the links, the devices stand in their order.
+    """
+    slices, across = len({getattr(device, "slice_index", 0) for device in devices}), []
+    for size in sizes:  # between slices the network is slow: rows of the batch are shared over it first
+        across.append(math.gcd(size, slices // math.prod(across)))
+    within = tuple(size // apart for size, apart in zip(sizes, across, strict=True))
+    try:
+        if slices == 1:
+            return mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
+        if math.prod(across) == slices:
+            return mesh_utils.create_hybrid_device_mesh(
+                within, tuple(across), devices, allow_split_physical_axes=True, should_sort_granules_by_key=True
+            )
+    except NotImplementedError:  # no arrangement that follows the links
+        pass
+    return np.asarray(devices, object).reshape(sizes)
 
 
 def weight_spec(sizes: Mapping[str, int], axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:

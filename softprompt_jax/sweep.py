@@ -20,6 +20,7 @@ from softprompt_jax.assembly import backbone_of
 from softprompt_jax.blackbox import Scored
 from softprompt_jax.config import UserError
 from softprompt_jax.evaluate import headline
+from softprompt_jax.processes import alone_in
 from softprompt_jax.progress import Reporter
 from softprompt_jax.remote import is_remote
 from softprompt_jax.report import summarise
@@ -75,8 +76,9 @@ def sweep(
         prepare_folder(member.run, folder / member.name)
     reporter.line(f"{folder}: {len(found)} runs, {sum(_done(folder / m.name) for m in found)} of them finished")
     programs: dict[str, Together] = {}
-    for group in _open_groups(found, folder, together):
-        _train_group(group, folder, reporter, stop_after, programs)
+    with alone_in(folder):
+        for group in _open_groups(found, folder, together):
+            _train_group(group, folder, reporter, stop_after, programs)
     with contextlib.suppress(OSError):  # it is not there, or holds a group that was not asked for
         (folder / _GROUPS).rmdir()
     result = summary(found, folder)

@@ -22,10 +22,10 @@ from softprompt_jax import interop, optimizers, remat, sharding
 from softprompt_jax.assembly import Assembly, assemble
 from softprompt_jax.backbone.pretrained import Backbone
 from softprompt_jax.checkpoint import Checkpoints
-from softprompt_jax.config import UserError
+from softprompt_jax.config import Preempted, UserError
 from softprompt_jax.evaluate import Decoder
 from softprompt_jax.methods import Split, leaves, split
-from softprompt_jax.processes import Preempted, Preemption
+from softprompt_jax.processes import CutShort, Preemption
 from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import Run
 from softprompt_jax.task_run import TaskData, TaskRun
@@ -143,6 +143,7 @@ class _Training:
             "best_step": np.zeros(count, np.int32),
             "stopped_at": np.zeros(count, np.int32),  # 0: it runs
             "failed_at": np.zeros(count, np.int32),  # 0: it has not
+            "validated": np.zeros((), np.int32),  # the last step that was
         }
         self.checkpoints = opened.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints")))
         self.first = 0
@@ -151,7 +152,9 @@ class _Training:
             self.marks = {name: np.array(value) for name, value in marks.items()}
             self.first = latest
             reporter.line(f"resumed at step {latest}")
-        self.logs = [opened.enter_context(contextlib.closing(Log(path, self.first))) for path in self.folders]
+        self.validated = int(self.marks["validated"]) == self.first or not self.run.evaluates(self.first)
+        logs = [Log(path, self.first, self.validated) for path in self.folders]
+        self.logs = [opened.enter_context(contextlib.closing(log)) for log in logs]
         self.preemption = opened.enter_context(Preemption())
 
     @property
@@ -182,6 +185,8 @@ class _Training:
             for log, data in zip(self.logs, self.data, strict=True):
                 log.write({"step": 0, "data": data.measures()})
             self.evaluate(0)
+        elif not self.validated:  # it was cut short
+            self.evaluate(self.first)
         batches = [data.batches(self.first) for data in unlike]
         recent: list[tuple[Any, Any, Any, int]] = []
         clock = time.monotonic()
@@ -195,8 +200,8 @@ class _Training:
             self.state, losses = self.shared._step(self.state, running, rates, self.frozen, spread, keys)
             real, examples = np.array([_real(batch) for batch in own]), np.array([examples_in(batch) for batch in own])
             recent.append((losses, real[source], examples[source], _size(joined)))
-            evaluated = step % run.evaluate_every == 0 or step == run.steps
-            leaving = self.preemption.reached(step) and step < run.steps
+            evaluated = run.evaluates(step)
+            leaving = self.preemption.reached() and step < run.steps
             saved = evaluated or leaving or step % run.checkpoint_every == 0
             if step % run.log_every == 0 or saved:
                 found = np.stack([np.asarray(each) for each, *_ in recent]).mean(0)
@@ -216,8 +221,11 @@ class _Training:
                 raise Preempted(f"told to stop, saved at step {step}; the same command goes on")
         self.reporter.stop()
         self.checkpoints.wait()
-        for index in range(count):
-            self.leave(index)
+        try:
+            for index in range(count):
+                self.leave(index)
+        except CutShort:
+            raise Preempted("told to stop while results were measured; the same command goes on") from None
 
     def log(self, step: int, losses: Float[np.ndarray, " N"], schedules: list, recent: list, seconds: float) -> None:
         """Write a line for each running run; one whose loss is no number has failed."""
@@ -243,8 +251,16 @@ class _Training:
     def evaluate(self, step: int) -> None:
         """Score each running run on its validation split, keep the best, and stop those that no longer improve."""
         improved = np.zeros(len(self.runs), bool)
-        for index in np.flatnonzero(self.running).tolist():
-            scores, score = self.data[index].validate(self.one(self.state["trainable"], index), self.frozen)
+        running = np.flatnonzero(self.running).tolist()
+        try:
+            found = [self.data[i].validate(self.one(self.state["trainable"], i), self.frozen) for i in running]
+        except CutShort:
+            if step > self.first:
+                self.checkpoints.save(step, [self.state, self.best, self.marks])
+                self.checkpoints.wait()
+            raise Preempted(f"told to stop while step {step} was validated; the same command goes on") from None
+        self.marks["validated"][...] = step
+        for index, (scores, score) in zip(running, found, strict=True):
             self.logs[index].write({"step": step, "validation": scores})
             told = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
             self.reporter.line(f"{self.folders[index].name}: step {step}: validation {told}")

@@ -20,10 +20,11 @@ from softprompt_jax import config, interop, optimizers, remat, sharding
 from softprompt_jax.assembly import assemble
 from softprompt_jax.blackbox import Search
 from softprompt_jax.checkpoint import Checkpoints
-from softprompt_jax.config import UserError, differences, settings_hash, to_yaml
+from softprompt_jax.config import Preempted, UserError, differences, settings_hash, to_yaml
+from softprompt_jax.evaluate import headline
 from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import Split, finish, leaves, split
-from softprompt_jax.processes import Preempted, Preemption, agreed, is_first, on_first
+from softprompt_jax.processes import CutShort, Preemption, agreed, alone_in, is_first, on_first
 from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.remote import RunFolder
 from softprompt_jax.run import MACHINE, Run
@@ -57,7 +58,9 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
 
     with home.opened(), contextlib.ExitStack() as opened:
         on_first(prepare, home.place)
-        if not is_first():
+        if is_first():
+            opened.enter_context(alone_in(home.path))
+        else:
             home.fetch()
         if (finished := home.path / "result.json").exists():
             reporter.line(f"{home.place}: finished already; delete the folder to run it again")
@@ -110,22 +113,38 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
     if (latest := checkpoints.latest()) is not None:
         state, first = checkpoints.restore(latest, state), latest
         reporter.line(f"resumed at step {first}")
+    scored = {step: score for step, score in scores_in(folder, run).items() if step <= first}
+    for step, score in scored.items():
+        checkpoints.score(step, score)
     log = opened.enter_context(contextlib.closing(Log(folder, first)))
     key = jax.random.fold_in(jax.random.key(run.seed), 2)
 
     def evaluate(step: int, state: State) -> float:
-        scores, scored = data.validate(state["trainable"], parts.frozen)
+        try:
+            scores, score = data.validate(state["trainable"], parts.frozen)
+        except CutShort:
+            if step > first:
+                checkpoints.save(step, state)
+                checkpoints.wait()
+            if is_first():
+                home.send()
+            told = f"told to stop while step {step} was validated; the same command goes on"
+            raise Preempted(f"{home.place}: {told}") from None
         log.write({"step": step, "validation": scores})
         reporter.line(f"step {step}: validation " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
-        return scored
+        return score
 
     # ---- the loop
+    preemption = opened.enter_context(Preemption())
     reporter.start("train", first, run.steps)
     if first == 0:
         log.write({"step": 0, "data": data.measures()})
         evaluate(0, state)  # the start; also shows at once whether evaluation works
+    elif run.evaluates(first) and first not in scored:  # its validation was cut short
+        checkpoints.score(first, evaluate(first, state))
+        if is_first():
+            home.send()
     batches = data.batches(first)
-    preemption = opened.enter_context(Preemption())
     recent: list[tuple[Any, int, int, int]] = []
     clock = time.monotonic()
     for step in range(first + 1, run.steps + 1):
@@ -134,8 +153,8 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
         real, padded = sum(int(np.count_nonzero(side)) for side in tokens), sum(side.size for side in tokens)
         state, measured = step_function(state, parts.frozen, sharding.spread(batch), key)
         recent.append((measured, shares * real, shares * examples_in(batch), shares * padded))
-        evaluated = step % run.evaluate_every == 0 or step == run.steps
-        leaving = preemption.reached(step) and step < run.steps
+        evaluated = run.evaluates(step)
+        leaving = preemption.reached() and step < run.steps
         saved = evaluated or leaving or step % run.checkpoint_every == 0
         if step % run.log_every == 0 or saved:  # so that no mean reaches back past a checkpoint
             loss = float(np.mean([float(measured["loss"]) for measured, *_ in recent]))
@@ -174,7 +193,11 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
     best = checkpoints.best() if data.select_best else run.steps
     assert best is not None
     chosen = state if best == run.steps else checkpoints.restore(best, state)
-    result = data.result(chosen["trainable"], parts) | {
+    try:
+        measured = data.result(chosen["trainable"], parts)
+    except CutShort:
+        raise Preempted(f"{home.place}: told to stop while its result was measured; the same command goes on") from None
+    result = measured | {
         "steps": run.steps,
         "best_step": best,
         "trainable_parameters": trained,
@@ -334,13 +357,25 @@ def plain_step(
     return step
 
 
+def scores_in(folder: Path, run: Run) -> dict[int, float]:
+    """Return the score of each validation in a run's `metrics.jsonl`, by step."""
+    path, found = folder / "metrics.jsonl", {}
+    for text in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):  # the last line of a killed run
+            line = json.loads(text)
+            if "validation" in line:
+                found[line["step"]] = headline(run, line["validation"])
+    return found
+
+
 class Log:
     """`metrics.jsonl` and TensorBoard events; what a killed run wrote past its checkpoint is dropped.
 
     Only the first process writes.
     """
 
-    def __init__(self, folder: Path, first: int):
+    def __init__(self, folder: Path, first: int, validated: bool = True):
+        """Go on after step `first`; unless that is `validated`, its validation is written anew."""
         from tensorboardX import SummaryWriter
 
         self._path = folder / "metrics.jsonl"
@@ -355,7 +390,7 @@ class Log:
                     line = json.loads(text)
                 except ValueError:  # the last line of a killed run
                     continue
-                if line["step"] <= first and first > 0:
+                if line["step"] <= first and first > 0 and (validated or line["step"] < first or "loss" in line):
                     kept.append(text)
                     self._before = line.get("seconds", self._before)
             partial = self._path.with_suffix(".partial")

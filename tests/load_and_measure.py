@@ -2,8 +2,9 @@
 
     load_and_measure.py FOLDER DTYPE [PROCESSES PROCESS PORT]
 
-With several processes the weights are cut over all of them. Prints JSON: bytes requested of the files, the bytes that
-this process's parts of the weights have, the growth of its anonymous memory at its peak, and a checksum.
+DTYPE may be bfloat16+int8: quantised on the way in. With several processes the weights are cut over all of them. Prints
+JSON: bytes requested of the files, the bytes that this process's parts of the weights have, the growth of its anonymous
+memory at its peak, and a checksum.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def main(folder: str, dtype: str, processes: str = "1", process: str = "0", port
     watcher = threading.Thread(target=watch)
     watcher.start()
     where = None if mesh is None else lambda variable: sharding.variable_sharding(mesh, variable)
-    model = pretrained.load_backbone(folder, dtype, where).model
+    dtype, _, quantize = dtype.partition("+")
+    model = pretrained.load_backbone(folder, dtype, where, quantize or None).model
     leaves = jax.tree.leaves(nnx.state(model))
     jax.block_until_ready(leaves)
     done.set()

@@ -2,8 +2,8 @@
 
     on_eight_devices.py prompt,full 10 DATA,FSDP,TENSOR ...
 
-Prints JSON: for every method and mesh how far loss, gradient and so many steps (0: none) of Adafactor are from one
-device, and how a kernel lies.
+A kind may also be int8 or nf4: a prompt over such a backbone. Prints JSON: for every method and mesh how far loss,
+gradient and so many steps (0: none) of Adafactor are from one device, and how a kernel lies.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ import json
 import os
 import sys
 
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
-if sys.argv[2] == "0":  # each program runs once
-    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
+# Most of the time goes into compiling, and each program runs ten times at most: optimise little.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+# A program of several CPU devices that comes from the cache can wait for itself for ever (full tuning on 1,2,4 did).
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import tiny
 
 from softprompt_jax import sharding
+from softprompt_jax.backbone.quantized import quantized
 from softprompt_jax.methods import METHODS, Context, leaves, split
 from softprompt_jax.methods.surgery import linear_of
 from softprompt_jax.optimizers import Adafactor, Schedule, build
@@ -38,7 +41,9 @@ SMALL = {"length": 3, "rank": 2, "width": 3, "hidden": 4, "layers": 1}  # where 
 def steps(sizes: tuple[int, ...] | None, kind: str, count: int):
     """Return the first loss and gradient, what has been trained after `count` steps, and a kernel's sharding."""
     model, full = tiny.model(prompt=3 if kind == "prompt" else 0, num_heads=8, d_ff=32), kind == "full"
-    if kind != "prompt":
+    if kind in ("int8", "nf4"):  # a prompt over a quantised backbone
+        model = quantized(tiny.model(prompt=3, num_heads=8, d_ff=32), kind)
+    elif kind != "prompt":
         small = {name: value for name, value in SMALL.items() if name in METHODS[kind].model_fields}
         context = Context(lambda text: [5 + len(word) for word in text.split()], frozenset({0, 1}))
         METHODS[kind](**small).attach(model, jax.random.key(0), context)
@@ -53,38 +58,25 @@ def steps(sizes: tuple[int, ...] | None, kind: str, count: int):
         sharding.check(16, 8)
         model = sharding.place(model)
         parts, about = split(model), leaves(model)
+        rate = 0.01 if full else 0.3
+        kept = optax.GradientTransformation(lambda new: jax.tree.map(jnp.zeros_like, new), lambda g, *_: (g, g))
+        adafactor = build(Adafactor(learning_rate=rate), Schedule().build(rate, 1), about)
+        optimizer = optax.chain(kept, adafactor if count else optax.sgd(rate))  # less to compile
+
+        def begin(trainable):
+            return {"trainable": trainable, "optimizer": optimizer.init(trainable), "step": jnp.zeros((), int)}
+
+        layout = sharding.layout(jax.eval_shape(begin, parts.trainable), parts.trainable)
+        state = jax.jit(lambda t: begin(jax.tree.map(jnp.copy, t)), out_shardings=layout)(parts.trainable)
+        step = make_step(run, parts, optimizer, layout)
         found = []
-        for optimizer, number in (
-            (optax.sgd(1.0), 1),
-            (
-                build(
-                    Adafactor(learning_rate=0.01 if full else 0.3), Schedule().build(0.01 if full else 0.3, 1), about
-                ),
-                count,
-            ),
-        )[: 2 if count else 1]:
-
-            def begin(trainable, optimizer=optimizer):
-                return {
-                    "trainable": trainable,
-                    "optimizer": optimizer.init(trainable),
-                    "step": jax.numpy.zeros((), int),
-                }
-
-            layout = sharding.layout(jax.eval_shape(begin, parts.trainable), parts.trainable)
-            state = jax.jit(lambda t, begin=begin: begin(jax.tree.map(jax.numpy.copy, t)), out_shardings=layout)(
-                parts.trainable
-            )
-            step = make_step(run, parts, optimizer, layout)
-            losses = []
-            for _ in range(number):
-                state, measured = step(state, parts.frozen, sharding.spread(batch), jax.random.key(7))
-                losses.append(float(measured["loss"]))
-            found.append((losses[0], jax.tree.map(sharding.collect, state["trainable"])))
-        start = jax.tree.map(sharding.collect, parts.trainable)
-        gradient = jax.tree.map(lambda a, b: a - b, start, found[0][1])
-        kernel = linear_of(model.encoder.layers.attention.query).kernel[...]
-        return found[0][0], gradient, found[-1][1], list(getattr(kernel.sharding, "spec", []))
+        for _ in range(max(1, count)):
+            state, measured = step(state, parts.frozen, sharding.spread(batch), jax.random.key(7))
+            if not found:
+                found = [float(measured["loss"]), jax.tree.map(sharding.collect, state["optimizer"][0])]
+        trained = jax.tree.map(sharding.collect, state["trainable"])
+        query = linear_of(model.encoder.layers.attention.query)
+        return *found, trained, list(getattr(query.kernel[...].sharding, "spec", []))
 
 
 def apart(one, other, together: bool = False) -> float:

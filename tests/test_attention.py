@@ -9,7 +9,7 @@ import pytest
 import tiny
 from scipy import special
 
-from softprompt_jax.backbone import flash
+from softprompt_jax.backbone import flash, flash_tpu
 from softprompt_jax.backbone.attention import attend, relative_buckets, same_segment
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.methods import split
@@ -123,21 +123,21 @@ def values_and_gradients(attention, arrays, *rest):
 
 
 def test_the_kernel_gives_the_values_and_gradients_of_the_plain_way(arrays, monkeypatch):
-    monkeypatch.setattr(flash, "INTERPRET", True)
+    monkeypatch.setattr(flash_tpu, "INTERPRET", True)
     lengths = jnp.asarray([7, 3])
     inputs = [jnp.asarray(arrays[name]) for name in ("query", "key", "value", "bias")]
     visible = (jnp.arange(7) < lengths[:, None])[:, None, None]
     expected = values_and_gradients(attend, inputs, visible)
-    found = values_and_gradients(flash.kernel, inputs, lengths)
+    found = values_and_gradients(flash_tpu.kernel, inputs, lengths)
     for one, other in zip(expected, found, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(one).max())
 
 
 @pytest.mark.slow
 def test_a_model_with_the_kernel_has_the_plain_ones_logits_and_prompt_gradient(monkeypatch):
-    monkeypatch.setattr(flash, "INTERPRET", True)
+    monkeypatch.setattr(flash_tpu, "INTERPRET", True)
     calls = []
-    monkeypatch.setattr(flash, "kernel", lambda *inputs, run=flash.kernel: calls.append(1) or run(*inputs))
+    monkeypatch.setattr(flash_tpu, "kernel", lambda *inputs, run=flash_tpu.kernel: calls.append(1) or run(*inputs))
     batch = tiny.batch(prompt=3)  # rows of unlike lengths
     expected, found = (
         tiny.loss_logits_gradient(split(tiny.model(prompt=3, attention=how)), batch) for how in ("plain", "flash")
@@ -158,6 +158,16 @@ def test_what_the_fused_ways_cannot_do_is_done_plainly(arrays):
     assert flash.fused("flash", long, long, long, bias, lengths) is None
     plainly = flash.fused("flash", query, key, value, bias, lengths)
     np.testing.assert_array_equal(jax.jit(lambda: plainly(lambda: value[:, :, :5]))(), value[:, :, :5])  # no TPU here
+
+
+def test_cudnn_gets_even_lengths_only(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def taken(length: int, others: int) -> bool:
+        query, key = jnp.zeros((1, 2, length, 64), jnp.bfloat16), jnp.zeros((1, 2, others, 64), jnp.bfloat16)
+        return flash.fused("auto", query, key, key, None, jnp.asarray([1])) is not None
+
+    assert [taken(64, 64), taken(65, 65), taken(64, 69), taken(69, 64)] == [True, False, False, False]
 
 
 def test_flash_with_dropout_is_refused():

@@ -26,6 +26,7 @@ CONTEXT = Context(lambda text: [5 + len(word) for word in text.split()], frozens
 # ---------------------------------------------------------------------------------------------- CMA-ES
 
 
+@pytest.mark.slow
 def test_generations_are_those_of_the_package_cma():
     cma = pytest.importorskip("cma", reason="the extra dev has it")
     n, population = 6, 8
@@ -165,6 +166,7 @@ def test_the_subspace_has_the_size_of_the_words_and_becomes_plain_rows():
     np.testing.assert_array_equal(finish(model).prompt.rows[...], moved)
 
 
+@pytest.mark.slow
 def test_a_deep_one_becomes_the_rows_of_p_tuning_v2():
     method = BlackBox(length=3, dimensions=5, deep=True)
     model = tiny.model()
@@ -219,8 +221,13 @@ def test_rows_are_tuned_through_scores_of_a_model_nobody_sees():
     np.testing.assert_array_equal(found.best, again.best)
     with pytest.raises(UserError, match=r"returned shape \[2, 4\]; expected \[20\], a number for each"):
         tune_rows(lambda rows, batch: rows[0], start, [0])
-    with pytest.raises(UserError, match="no batch; expected at least one"):
+    with pytest.raises(UserError, match="max_calls None and the batches allow no generation of 20"):
         tune_rows(score, start, [])
+    assert tune_rows(score, start, range(60), CMAES(population=10, max_calls=35), dimensions=16).calls == 30
+    with pytest.raises(UserError, match="alternate is for the layers of a deep prompt"):
+        tune_rows(score, start, [0], CMAES(alternate=True))
+    with pytest.raises(UserError, match=r"score\(rows, batch\): returned a number that is none"):
+        tune_rows(lambda rows, batch: np.full(len(rows), np.nan), start, [0])
 
 
 def test_words_are_searched_with_counted_calls_and_a_cap():
@@ -242,6 +249,11 @@ def test_words_are_searched_with_counted_calls_and_a_cap():
         search_words(score, "x {text}", words, range(20), candidates=6, max_calls=3)
     with pytest.raises(UserError, match=r"expected words and \{text\} once"):
         search_words(score, "x y", words, [0])
+    phrases = search_words(score, "x {text} y z", ["it is good", "tea"], range(9), candidates=2)
+    assert "{text}" in phrases.best
+    assert phrases.score == 3.0
+    with pytest.raises(UserError, match=r"score\(text, batch\): returned a number that is none"):
+        search_words(lambda text, batch: float("nan"), "x {text}", words, [0])
     assert words_of("a {text} b") == ["a", "{text}", "b"]
 
 

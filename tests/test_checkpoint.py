@@ -54,6 +54,21 @@ def test_latest_and_best_stay(tmp_path, scores, best, kept):
     reopened.close()
 
 
+def test_a_step_that_is_scored_later_is_the_best_from_then_on(tmp_path):
+    checkpoints = saved(tmp_path, {1: 0.1, 2: None})
+    assert checkpoints.best() == 1
+    checkpoints.score(2, 0.5)
+    assert checkpoints.best() == 2
+    checkpoints.close()
+    reopened = Checkpoints(tmp_path)
+    reopened.score(2, 0.5)
+    reopened.save(3, state(3), 0.2)
+    reopened.wait()
+    assert (reopened.best(), reopened.latest()) == (2, 3)
+    reopened.close()
+    assert steps(tmp_path) == {"2", "3"}
+
+
 def test_nothing_saved_is_no_step(tmp_path):
     checkpoints = Checkpoints(tmp_path / "new")
     assert checkpoints.latest() is None

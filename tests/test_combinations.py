@@ -81,6 +81,14 @@ def test_methods_on_weights_merge_together_into_a_hugging_face_model(small, tmp_
     assert np.abs(plain - found).max() > 0.01
 
 
+@pytest.mark.slow
+def test_a_prefix_and_adapters_train_together(small, tmp_path):
+    folder = run_of(small, tmp_path / "run", {"kind": "prefix", "length": 3, "network": 4}, {"kind": "adapter"})
+    trained = dict(flatten(load_trained(folder / "trained.safetensors")[0]))
+    assert {path.rpartition(".")[2] for path in trained} >= {"keys", "values", "down", "up"}
+    assert len(load_predictor(folder).texts(TEXTS)) == len(TEXTS)
+
+
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize(
     ("changes", "expected"),
@@ -100,6 +108,10 @@ def test_methods_on_weights_merge_together_into_a_hugging_face_model(small, tmp_
         (
             {"methods": [{"kind": "prompt", "length": 2}, {"kind": "hard"}]},
             "two methods want the prompt; expected one; remove the other",
+        ),
+        (
+            {"methods": [{"kind": "multitask", "teachers": ["a"]}, {"kind": "lora"}]},
+            "teachers beside another method, which would change them too: expected multitask alone",
         ),
         ({"methods": [{"kind": "full"}], "quantize": "int8"}, "is quantised and cannot train; expected float weights;"),
     ],

@@ -218,6 +218,7 @@ def sample(model, tokens, max_tokens: int, how: decode.Sampling, numbers=None):
     return tuple(map(np.asarray, run(state, tokens, numbers)))
 
 
+@pytest.mark.slow
 def test_samples_follow_the_models_probabilities():
     model, tokens = tiny.model(), tiny.batch(rows=1)["encoder_tokens"]
     how = decode.Sampling(samples=4000, temperature=1.5, top_k=6)

@@ -11,7 +11,7 @@ from small_runs import rows
 
 from softprompt_jax import UserError, generate, load_backbone, load_predictor, load_prompt
 from softprompt_jax.exporting import export
-from softprompt_jax.interop import load_trained, read_prompt
+from softprompt_jax.interop import load_trained, read_prompt, save_prompt
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 TEXTS = [row["text"] for row in rows()[:8]]
@@ -21,6 +21,13 @@ def test_rows_survive_as_npy_under_the_name_given(prompt_run, tmp_path):
     export(prompt_run, "npy", tmp_path / "new" / "v1.0.npy")
     np.testing.assert_array_equal(np.load(tmp_path / "new" / "v1.0.npy"), load_prompt(prompt_run))
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["v1.0.npy"]
+
+
+def test_rows_that_stand_elsewhere_are_not_written_without_their_place(tmp_path):
+    save_prompt(np.zeros((2, 4), np.float32), tmp_path / "p.safetensors", {"place": "after"})
+    with pytest.raises(UserError, match=r"do not all stand before the text \(after\), which .npy cannot say"):
+        export(tmp_path / "p.safetensors", "npy", tmp_path / "p.npy")
+    assert not (tmp_path / "p.npy").exists()
 
 
 def test_rows_survive_as_safetensors_with_their_metadata(prompt_run, tmp_path):

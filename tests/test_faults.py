@@ -70,6 +70,7 @@ def check_same(folder: Path, uninterrupted: Path) -> None:
     assert len(list((folder / "checkpoints").iterdir())) <= 2
 
 
+@pytest.mark.slow
 def test_run_killed_while_it_saves_and_while_it_validates(start, small, prompt_run, tmp_path):
     config, run = write_config(tmp_path / "a.yaml", small.short), tmp_path / "run"
     assert ended(start(run, config, "save", 3)) == -signal.SIGKILL  # at step 15, after a validation at 10
@@ -153,3 +154,12 @@ def test_interrupt_is_one_line_and_loses_nothing(small, tmp_path):
     assert any(path.name.isdigit() for path in complete)
     cut_off = set((run / "checkpoints").iterdir()) - set(complete)  # in the middle of a save; the next start removes it
     assert all("tmp" in path.name for path in cut_off)
+
+
+def test_an_interrupted_process_ends_though_a_thread_does_not_but_its_caller_lives_on():
+    code = "import threading, time; from softprompt_jax import cli; cli.EXIT_SECONDS = 0.5\n"
+    code += "cli.app = lambda **_: threading.Thread(target=time.sleep, args=(600,)).start() or cli.INTERRUPTED\n"
+    code += "try: cli.main()\nexcept SystemExit as end: time.sleep(3); print('lives'); raise end"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stdout) == (130, "lives\n")
+    assert done.stderr == "softprompt: interrupted; a run goes on with the same command\n"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -62,7 +64,7 @@ with (folder / "calls.jsonl").open("a") as file:
 known = [name for name in options if text.startswith(name)]
 if not known:
     sys.exit(f"no such command: {{text}}")
-own = called[: next((i for i, word in enumerate(called) if word in ("job", ".venv/bin/softprompt")), None)]
+own = called[: next((i for i, word in enumerate(called) if word in ("job", "task")), None)]
 for word in own:
     if word.startswith("--") and word[2:].partition("=")[0] not in options[known[0]].split():
         sys.exit(f"unrecognized option {{word}} of {{known[0]}}")
@@ -164,6 +166,21 @@ def test_all_goes_from_no_tpu_to_a_finished_run_and_gives_it_back(place):
     assert not any(name.startswith((".venv", "runs")) for name in names)
 
 
+def test_a_checkout_with_spaces_and_deleted_files_is_copied(place):
+    checkout = place.folder / "my checkout"
+    shutil.copytree(ROOT / "tpu", checkout / "tpu")
+    for command in (["init", "-q"], ["add", "."]):
+        subprocess.run(["git", *command], cwd=checkout, check=True)
+    (checkout / "tpu" / "README.md").unlink()
+    (checkout / "tpu" / "my own.yaml").touch()
+    done = place.run(str(checkout / "tpu" / "tpu.sh"), "install")
+    assert done.returncode == 0, done.stderr
+    bundle = place.folder / "mine.tar.gz"
+    names = subprocess.run(["tar", "-tzf", bundle], capture_output=True, text=True).stdout.splitlines()
+    assert {"tpu/worker.sh", "tpu/my own.yaml"} <= {*names}
+    assert "tpu/README.md" not in names
+
+
 def test_a_preempted_tpu_is_replaced_and_the_run_goes_on(place):
     again = [SUSPENDED, SUSPENDED, ACTIVE, READY, ACTIVE, READY, outcome("0")]
     done = place.run("tpu.sh", "watch", answers=[ACTIVE, READY, outcome("running"), *again])
@@ -188,6 +205,13 @@ def test_a_lost_connection_ends_nothing(place):
     assert done.returncode == 0, done.stderr
     assert place.verbs().count("ssh 0 outcome") == 3
     assert "delete" not in place.verbs()
+
+
+def test_what_a_connection_said_before_it_broke_is_not_believed(place):
+    cut = ["worker.sh outcome", "running\n", 255]
+    done = place.run("tpu.sh", "watch", answers=[ACTIVE, READY, cut, ACTIVE, READY, outcome("0")])
+    assert done.returncode == 0, done.stderr
+    assert place.verbs().count("ssh 0 outcome") == 2
 
 
 def test_a_run_that_was_never_started_there_is_started(place):
@@ -257,6 +281,7 @@ def test_gke_gets_a_cluster_and_a_workload_that_restarts(place):
         if command == "run":
             (call,) = place.calls()
             assert "--restart-on-exit-codes=1,75" in call
+            assert "--max-restarts=10" in call  # of defects too, which bill while they are tried
             assert "--num-slices=2" in call
             assert next(word for word in call if word.startswith("--command=")).startswith(
                 "--command=softprompt train configs/quickstart.yaml"
@@ -265,16 +290,40 @@ def test_gke_gets_a_cluster_and_a_workload_that_restarts(place):
     assert "a container's disk ends with it" in place.run("gke.sh", "run").stderr
 
 
-def test_the_jobset_restarts_all_but_bad_input_and_names_every_process(place):
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [("image", "docker"), ("logs", "kubectl"), *(("run", it) for it in ("xpk", "gcloud", "kubectl"))],
+)
+def test_gke_names_the_program_that_is_missing(place, command, missing):
+    (place.folder / "bin" / missing).unlink()
+    for name in ("bash", "dirname", "basename"):
+        (place.folder / "bin" / name).symlink_to(shutil.which(name))
+    done = place.run("gke.sh", command, PATH=str(place.folder / "bin"))
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"gke.sh: {missing}: not found; expected it on the PATH;")
+    assert done.stderr.count("\n") == 1
+    assert place.calls() == []
+
+
+def test_the_jobset_restarts_the_preempted_for_ever_and_failures_five_times_and_names_every_process(place):
     done = place.run("gpu/kubernetes.sh", "run")
     assert done.returncode == 0, done.stderr
     jobset = yaml.safe_load((place.folder / "stdin").read_text())
     job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
     assert (job["completions"], job["parallelism"], job["backoffLimit"]) == (2, 2, 0)
-    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2]
-    assert jobset["spec"]["failurePolicy"]["rules"] == [
-        {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
-    ]
+    bad_input, told_to_go, taken_away = job["podFailurePolicy"]["rules"]
+    assert [rule["onExitCodes"]["values"] for rule in (bad_input, told_to_go)] == [[2], [75]]
+    assert taken_away["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert {rule["action"] for rule in (bad_input, told_to_go, taken_away)} == {"FailJob"}
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 5  # what no rule names
+    final, endless = jobset["spec"]["failurePolicy"]["rules"]
+    assert (final["action"], endless["action"]) == ("FailJobSet", "RestartJobSetAndIgnoreMaxRestarts")
+    assert {*final["onJobFailureReasons"], *endless["onJobFailureReasons"]} == {"PodFailurePolicy"}
+    (pattern,) = final["onJobFailureMessagePatterns"]
+    told = "Container train for pod default/mine-nodes-0-1 failed with exit code {} matching FailJob rule at index {}"
+    assert re.search(pattern, told.format(2, 0))
+    assert not re.search(pattern, told.format(75, 1))
+    assert "onJobFailureMessagePatterns" not in endless
     (container,) = job["template"]["spec"]["containers"]
     assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
     assert container["command"] + container["args"] == [
@@ -296,11 +345,61 @@ def test_slurm_queues_a_preempted_job_again(place, code, queued_again):
     assert {"--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--requeue", "--signal=TERM@120"} <= {*call}
     (place.folder / "answers.json").write_text(json.dumps([["srun", "", code]]))
     (place.folder / "calls.jsonl").write_text("")
-    job = subprocess.run(["bash", *call[script:]], env=place.environment() | {"SLURM_JOB_ID": "7"}, timeout=60)
-    assert job.returncode == code
+    assert slurm(place, *call[script:]).returncode == code
     started, *rest = place.calls()
-    assert started[2:] == [".venv/bin/softprompt", "train", *call[script + 2 :]]
+    assert started[2:] == ["bash", "tpu/gpu/slurm.sh", "task", *call[script + 2 :]]
     assert rest == ([["scontrol", "requeue", "7"]] if queued_again else [])
+
+
+def slurm(place: Place, *command: str) -> subprocess.CompletedProcess:
+    """Run a part of a job in a checkout whose programs are the stand-ins, as Slurm would."""
+    for name, target in (("tpu", ROOT / "tpu"), (".venv", place.folder)):
+        if not (place.folder / name).exists():
+            (place.folder / name).symlink_to(target)
+    environment = place.environment() | {"SLURM_JOB_ID": "7"}
+    return subprocess.run(
+        ["bash", *command], cwd=place.folder, env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def stand_in(place: Place, name: str, script: str) -> None:
+    (place.folder / "bin" / name).write_text(f"#!/bin/sh\n{script}\n")
+    (place.folder / "bin" / name).chmod(0o755)
+
+
+@pytest.mark.parametrize("others", [0, 1, 137, 143])
+def test_slurm_queues_a_job_again_whose_first_task_has_saved_whatever_becomes_of_the_others(place, others):
+    stand_in(place, "softprompt", "exit 75")
+    stand_in(place, "srun", f'shift; "$@" || exit 9; exit {others}')  # one task; then the highest code of the others
+    (place.folder / "answers.json").write_text("[]")
+    for _ in range(2):  # the mark of the first time is gone by the second
+        job = slurm(place, "tpu/gpu/slurm.sh", "job", "mine.yaml", "--out", "/shared/mine")
+        assert job.returncode == 75, job.stderr
+        assert place.calls() == [["scontrol", "requeue", "7"]]
+        assert not list((place.folder / "runs").iterdir())
+        (place.folder / "calls.jsonl").unlink()
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 134])
+def test_a_task_under_slurm_ends_as_its_run_did_and_leaves_no_mark(place, code):
+    stand_in(place, "softprompt", f'[ "$*" = "train mine.yaml a=\'b c\'" ] && exit {code}; exit 99')
+    assert slurm(place, "tpu/gpu/slurm.sh", "task", "mine.yaml", "a='b c'").returncode == code
+    assert not (place.folder / "runs").exists()
+
+
+def test_a_task_under_slurm_waits_for_a_run_that_saves(place):
+    stand_in(place, "softprompt", "trap 'sleep 0.3; exit 75' TERM; kill -TERM $PPID $$; sleep 5")
+    assert slurm(place, "tpu/gpu/slurm.sh", "task", "mine.yaml").returncode == 0
+    assert (place.folder / "runs" / "saved-7").exists()
+
+
+def test_the_image_leaves_out_what_git_ignores_and_brings_what_kubernetes_needs():
+    ignored = (ROOT / "tpu" / "Dockerfile.dockerignore").read_text().split()
+    assert {".git", ".venv*", "runs", ".pytest_cache", "**/__pycache__"} <= {*ignored}
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "kubernetes]" in (ROOT / "tpu" / "Dockerfile").read_text()
+    assert [re.match(r"[\w-]+", wanted)[0] for wanted in extras["kubernetes"]] == ["kubernetes"]
+    assert re.search(r"^kubernetes==\d", (ROOT / "constraints.txt").read_text(), re.M)
 
 
 def test_skypilots_file_restarts_what_was_preempted_and_its_command_is_whole(tmp_path):

@@ -208,6 +208,19 @@ def test_it_attaches_to_every_family_in_bfloat16_with_dropout_and_rematerialisat
     assert (logits.shape, logits.dtype) == ((3, U, tiny.ROWS), jnp.float32)
 
 
+@pytest.mark.slow
+def test_in_bfloat16_it_computes_nearly_the_same(kind, case):
+    made = case(kind)
+    loss, logits, gradient = tiny.loss_logits_gradient(split(attached(kind, moved=True, dtype="bfloat16")), made.batch)
+    assert float(loss) == pytest.approx(made.loss, rel=2e-2)
+    expected = real_logits(made.logits, made.batch)
+    np.testing.assert_allclose(real_logits(logits, made.batch), expected, atol=5e-2 * np.abs(expected).max())
+    one, other = (
+        np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(each)]) for each in (made.gradient, gradient)
+    )
+    assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) > 0.99
+
+
 @pytest.mark.parametrize("bits", [pytest.param("int8", marks=pytest.mark.slow), "nf4"])
 def test_it_stands_over_a_quantised_backbone_or_says_why_not(kind, bits):
     model, reason = quantized(tiny.model(), bits), ""

@@ -128,6 +128,7 @@ def own_run(small, mixture, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_each_task_has_its_own_prompt_file_that_scores_as_the_result_says(own_run):
     result = json.loads((own_run / "result.json").read_text())
     assert set(result["validation"]) == {"mean", "tasks"}
@@ -175,6 +176,7 @@ def test_a_folder_with_several_prompts_is_told_in_one_line(own_run):
         load_prompt(own_run)
 
 
+@pytest.mark.slow
 def test_a_mixture_resumes_to_the_bit(small, mixture, own_run, tmp_path, monkeypatch):
     settings = small.short | {"task": mixture | {"prompts": "own"}, "steps": 20, "packing": {"length": 32}}
     run = run_of(settings)

@@ -237,7 +237,7 @@ def test_both_stages_run_from_settings(small, prompt_run, own_cache, tmp_path):
     first = {"kind": "multitask", "length": 3, "teachers": [str(prompt_run), str(prompt_run)]}
     settings = small.short | {"steps": 10, "task": mixture, "methods": [first]}
     train(parse(Run, settings, "test"), tmp_path / "first")
-    trained = read_trained(tmp_path / "first")["prompt"]
+    trained = read_trained(tmp_path / "first")[0]["prompt"]
     assert {name: value.shape for name, value in trained.items()} == {
         **{"shared": (3, 16), "columns": (2, 3, 1), "rows": (2, 1, 16)},
     }

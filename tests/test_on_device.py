@@ -53,6 +53,7 @@ def check(many: many_methods.Many, bank: PromptBank, pairs: list[tuple[str, str]
     assert len(seen) == len(pairs), "methods that answer alike show nothing"
 
 
+@pytest.mark.slow
 def test_a_batch_of_methods_answers_as_each_by_itself(many):
     check(many, bank_of(many), [(TEXTS[number % 3], name) for number, name in enumerate(many.models)], Greedy())
 

@@ -216,6 +216,7 @@ def as_slots(state) -> dict[str, dict[str, np.ndarray]]:
     }
 
 
+@pytest.mark.slow
 def test_restored_slots_go_on_where_they_were_left():
     settings = Adafactor(step_origin=0, learning_rate=0.01, weight_decay=0.0)
     params = {"layers": {"kernel": draw(3, 130, 140), "scale": draw(3, 8)}, "table": draw(130, 200)}

@@ -58,21 +58,6 @@ def test_every_run_of_every_miniature_is_valid(name):
     assert all(isinstance(cell.run, Run) and cell.run.seed == 0 for cell in cells)
 
 
-def shapes(cell: paper_measures.Cell) -> str:
-    """What an abstract run depends on."""
-    return json.dumps(cell.run.model_dump(mode="json", exclude={"seed", "task", "loss", "steps"}), sort_keys=True)
-
-
-def distinct(names) -> dict[str, paper_measures.Cell]:
-    """Return a run of every kind that the published forms have."""
-    found = {}
-    for name in names:
-        experiment, path = paper.load(name)
-        for cell in paper.cells(experiment.published, path, seeds=1):
-            found.setdefault(shapes(cell), cell)
-    return found
-
-
 def build(cell: paper_measures.Cell) -> int:
     """Build a run's step abstractly and return how many numbers train."""
     import jax
@@ -98,8 +83,49 @@ def test_a_published_run_is_built_without_weights():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_published_run_is_built_without_weights(name):
-    for cell in distinct([name]).values():
-        assert build(cell) > 0
+    experiment, path = paper.load(name)
+    for same in paper.distinct_steps(paper.cells(experiment.published, path, seeds=1)).values():
+        assert build(same[0]) > 0
+
+
+def test_steps_of_one_size_are_planned_once_whatever_they_begin_with():
+    for name, stated, sizes in (("initialisation", 15, 5), ("optimizer", 5, 1), ("length", 25, 25)):
+        experiment, path = paper.load(name)
+        found = [paper.distinct_steps(paper.cells(experiment.published, path, 1), alike) for alike in (False, True)]
+        assert [len(steps) for steps in found] == [stated, sizes]
+
+
+@pytest.mark.slow
+def test_each_distinct_step_is_planned_once(softprompt, tmp_path, monkeypatch):
+    asked = []
+
+    def fake(config, overrides, topologies):
+        settings = yaml.safe_load(Path(config).read_text())
+        asked.append((settings["backbone"], settings["methods"][0]["length"], *topologies))
+        fits = settings["methods"][0]["length"] < 150
+        return [{
+            "topology": topologies[0], "devices": 4, "fits": fits, "peak_bytes": 2**30, "limit_bytes": 2**34,
+            "weights_bytes": 5, "state_bytes": 5, "temporary_bytes": 5, "flops": 1e12, "rows_per_device": 8,
+            "collectives": {}, "estimated": False, "examples_per_s": 7.0, "utilisation": 0.4, "advice": [],
+            "packed": False,
+        }]  # fmt: skip
+
+    monkeypatch.setattr(plan, "plan", fake)
+    wanted = ["paper", "length", "--form", "published", "--topology", "v5p:2x2x1", "--runs", tmp_path]
+    code, out, _ = softprompt(*wanted)
+    sizes, lengths = ("small", "base", "large", "xl", "xxl"), (1, 5, 20, 100, 150)
+    assert asked == [(f"google/t5-{size}-lm-adapt", length, "v5p:2x2x1") for size in sizes for length in lengths]
+    assert code == plan.DOES_NOT_FIT
+    assert "small: 1 (24 runs)\nv5p:2x2x1: fits; peak 1.00 GiB of 16.00 GiB on each of 4 device(s)\n" in out
+    assert out.count("does not fit") == 5
+    (first, *rest) = json.loads((tmp_path / "length-published-plan.json").read_text())
+    assert (first["lines"], first["points"], first["runs"], len(rest)) == (["small"], ["1"], 24, 24)
+    assert "small: 1 (8 runs)\n" in softprompt(*wanted, "--seeds", 1)[1]
+    asked.clear()
+    assert softprompt("paper", "initialisation", *wanted[2:])[0] == 0
+    assert not asked  # its rows begin with something else, but are as many
+    assert softprompt(*wanted)[0] == plan.DOES_NOT_FIT
+    assert not asked
 
 
 def test_a_grid_is_trained_once_and_goes_on(grid, tmp_path, monkeypatch):
@@ -229,6 +255,7 @@ def test_unknown_experiment_names_the_nearest(refused):
         paper.load("nothing")
 
 
+@pytest.mark.slow
 def test_all_experiments_are_listed_with_their_cost(softprompt):
     code, out, _ = softprompt("paper")
     assert code == 0

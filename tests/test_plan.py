@@ -97,6 +97,17 @@ def test_advice_starts_with_what_costs_least(tmp_path):
     assert plan.advice(done, answer, 8) == ["more devices, or a shorter max_input_tokens"]
 
 
+def test_packed_rows_are_planned_with_their_segments(tmp_path):
+    from softprompt_jax.run import load_run
+
+    config = write(tmp_path / "run.yaml", batch_size=4)
+    _, (_, _, batch, _), _ = plan.abstract_step(load_run(config, ["packing={length: 256, target_length: 32}"]))
+    wide, long = dict.fromkeys(("encoder_tokens", "encoder_segments"), (4, 256)), (4, 32)
+    assert {name: rows.shape for name, rows in batch.items()} == wide | dict.fromkeys(
+        ("decoder_inputs", "decoder_targets", "decoder_segments"), long
+    )
+
+
 @pytest.mark.slow
 def test_a_gpu_is_estimated_and_says_so(tmp_path):
     config = write(tmp_path / "run.yaml", batch_size=4, max_input_tokens=12)

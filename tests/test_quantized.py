@@ -18,7 +18,10 @@ from softprompt_jax.interop import load_prompt
 from softprompt_jax.methods import Context, Full, LoRA, put_trained, split
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.methods.surgery import merged
+from softprompt_jax.plan import kept_as
+from softprompt_jax.predict import load_predictor
 from softprompt_jax.run import Run
+from softprompt_jax.tasks import resolve
 from softprompt_jax.train import train
 
 KINDS = ("int8", "nf4")
@@ -180,6 +183,7 @@ def test_a_quantised_folder_gives_the_same_bits_as_quantising_again(small, kind,
     assert nnx.graphdef(stored.model) == nnx.graphdef(again.model)
     assert stored.fingerprint() == again.fingerprint() == load_backbone(small.backbone).fingerprint()
     assert nnx.graphdef(load_backbone(tmp_path / "q", quantize=kind).model) == nnx.graphdef(stored.model)
+    assert kept_as(parse(Run, small.short | {"backbone": str(tmp_path / "q")}, "test")) == kind
     half = load_backbone(tmp_path / "q", "bfloat16").model
     assert half.embedding[...].dtype == jnp.bfloat16
     assert half.encoder.layers.attention.query.scale[...].dtype == jnp.float32
@@ -213,3 +217,11 @@ def test_a_run_on_a_quantised_folder_trains_what_quantising_while_loading_trains
         train(run, tmp_path / name)
         results.append(load_prompt(tmp_path / name))
     np.testing.assert_array_equal(*results)
+
+
+@pytest.mark.slow
+def test_what_was_trained_over_a_quantised_backbone_is_scored_over_it(small, tmp_path, own_cache):
+    result = train(parse(Run, small.short | {"quantize": "nf4"}, "test"), tmp_path / "run")
+    predictor = load_predictor(tmp_path / "run")
+    assert isinstance(predictor.model.encoder.layers.attention.query, QuantizedLinear)
+    assert predictor.evaluate(resolve(small.short["task"]), "test") == result["test"]

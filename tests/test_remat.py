@@ -18,11 +18,11 @@ TASK = {"name": "none", "source": {"kind": "files", "train": "none.jsonl"}}
 GIB = 2**30
 
 
-def lowered(memory: int | None = None, policy: str = "auto", **changes):
+def lowered(memory: int | None = None, policy: str = "auto", unroll: bool = False, **changes):
     """Return the lowered step of a model whose activations outweigh its weights."""
     batch = tiny.batch(rows=8, length=60, targets=12, prompt=4)
     sizes = {"d_model": 64, "d_ff": 160, "d_kv": 16, "num_heads": 4, "num_layers": 4, "num_decoder_layers": 4}
-    parts = split(tiny.model(prompt=4, **sizes, remat="none" if policy == "auto" else policy))
+    parts = split(tiny.model(prompt=4, **sizes, unroll=unroll, remat="none" if policy == "auto" else policy))
     settings, optimizer = Run(task=TASK, remat=policy, **changes), optax.sgd(1.0)
     step = make_step(settings, parts, optimizer, memory=memory)
     state = jax.eval_shape(functools.partial(first_state, optimizer), parts.trainable)
@@ -50,6 +50,13 @@ def test_that_is_chosen_which_fits_and_computes_least_twice():
     assert [remat.choose(kept.__getitem__, room) for room in (100, 99, 30, 29, 0)] == [
         *["none", "dots", "dots", "full", "full"],
     ]
+
+
+@pytest.mark.parametrize("policy", ["dots", "full"])
+def test_layers_that_are_no_loop_are_computed_again_too(policy):
+    """Without a barrier the compiler finds that both computations are the same, and keeps the first."""
+    assert "optimization_barrier" in lowered(policy=policy, unroll=True).as_text()
+    assert "optimization_barrier" not in lowered(policy="none", unroll=True).as_text()
 
 
 def test_a_device_that_does_not_tell_its_memory_has_room_for_all():
@@ -80,6 +87,7 @@ def test_each_memory_has_its_policy_and_the_program_is_that_of_the_setting(monke
         assert lowered(memory).as_text() == lowered(policy=policy).as_text()
 
 
+@pytest.mark.slow
 def test_accumulated_parts_keep_less(monkeypatch):
     whole, part = (chosen(monkeypatch, GIB, batch_size=8, accumulate=n)[1]["none"] for n in (1, 4))
     assert part == pytest.approx(whole / 4, rel=0.01)

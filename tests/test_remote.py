@@ -152,6 +152,33 @@ def test_what_a_cloud_refuses_is_one_line(memory, monkeypatch):
 # ------------------------------------------------------------------------------- stand-ins for the clouds
 
 
+def with_generations(objects, monkeypatch):
+    """Let reads tell an object's generation and let writes heed `ifGenerationMatch`, as the service does.
+
+    Without it TensorStore, which changes a manifest only as it read it, fails once two of its writers meet.
+    """
+    download, upload = objects.download, objects._media_upload
+
+    def telling(request, response, storage, *args, **kwargs):
+        download(request, response, storage, *args, **kwargs)
+        if response.status < 300:
+            found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
+            response["x-goog-generation"] = found["generation"]
+
+    def heeding(request, response, storage):
+        expected = request.query.get("ifGenerationMatch")
+        bucket, name = request.params["bucket_name"], request.query["name"][0]
+        present = storage.objects.get(bucket, {}).get(name, {"generation": "0"})["generation"]
+        if expected and expected[0] != present:
+            response.status = objects.HTTPStatus.PRECONDITION_FAILED
+            response.json({"error": {"code": 412, "message": "conditionNotMet"}})
+        else:
+            upload(request, response, storage)
+
+    monkeypatch.setattr(objects, "download", telling)
+    monkeypatch.setattr(objects, "_media_upload", heeding)
+
+
 @pytest.fixture
 def google(monkeypatch):
     """Start a stand-in for Google Cloud Storage with an empty bucket named `bucket`."""
@@ -160,6 +187,7 @@ def google(monkeypatch):
     logging.disable(logging.CRITICAL)
     # Orbax opens more connections at once than the five that wait by default; the sixth would be refused.
     monkeypatch.setattr(server.server.HTTPServer, "request_queue_size", 256)
+    with_generations(server.objects, monkeypatch)
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]

@@ -35,7 +35,7 @@ def error_of(call, *arguments) -> str:
     return str(error.value)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # a process imports it once
 def module(tmp_path_factory, small):
     pytest.importorskip("seqio")
     folder = tmp_path_factory.mktemp("seqio")

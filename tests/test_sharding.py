@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
 import subprocess
 import sys
@@ -30,23 +32,22 @@ def on_eight_devices(methods: list[str], meshes: list[str], steps: int = 10) -> 
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def check(answers: dict) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "meshes"), [("prompt", EVERY), ("full", ["2,2,2", "1,8,1", "1,2,4", "2,1,4"])])
+def test_every_mesh_gives_the_numbers_of_one_device(kind, meshes):
+    answers = on_eight_devices([kind], meshes)
+    assert len(answers) == len(meshes)
     for name, found in answers.items():
         assert found["loss"] < 1e-5, (name, found)
         assert found["gradient"] < 1e-5, (name, found)
         assert found["trained"] < 1e-3, (name, found)
+    assert answers[f"{kind} 2,2,2"]["cut"] == [None, "fsdp", "tensor"]
 
 
 @pytest.mark.slow
-def test_every_axis_gives_the_numbers_of_one_device():
-    answers = on_eight_devices(["prompt"], ["2,2,2"])
-    check(answers)
-    assert answers["prompt 2,2,2"]["cut"] == [None, "fsdp", "tensor"]
-
-
-@pytest.mark.slow
-def test_every_mesh_gives_the_numbers_of_one_device():
-    check(on_eight_devices(["prompt", "full"], EVERY))
+def test_a_quantised_backbone_on_a_mesh_gives_the_numbers_of_one_device():
+    for name, found in on_eight_devices(["int8", "nf4"], ["2,2,2"], steps=0).items():
+        assert max(found["loss"], found["gradient"]) < 1e-5, (name, found)
 
 
 @pytest.mark.parametrize(
@@ -72,6 +73,66 @@ def test_every_weight_of_a_model_names_its_axes():
     for variable in variables:
         axes = variable.get_metadata()["axes"]
         assert variable[...].ndim - len(axes) in (0, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What JAX tells of a TPU's device, as far as meshes look at it."""
+
+    id: int
+    coords: tuple[int, ...]
+    slice_index: int = 0
+    core_on_chip: int = 0
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+
+
+def chips(*shape: int, slices: int = 1, kind: str = "TPU v5") -> list[Chip]:
+    places = [place for _ in range(slices) for place in np.ndindex(*reversed(shape))]
+    each = math.prod(shape)
+    return [Chip(i, (*place[::-1], 0)[:3], i // each, device_kind=kind) for i, place in enumerate(places)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "sizes"),
+    [
+        ((4, 4, 4), "TPU v5", (64, 1, 1)),
+        ((4, 4, 4), "TPU v5", (2, 32, 1)),
+        ((4, 4, 4), "TPU v4", (8, 8, 1)),
+        ((4, 4), "TPU v6 lite", (2, 8, 1)),
+        ((4, 4), "TPU v5 lite", (1, 2, 8)),
+        ((2, 4), "TPU v5 lite", (8, 1, 1)),
+    ],
+)
+def test_every_mesh_of_a_slice_is_laid_out(shape, kind, sizes):
+    devices = chips(*shape, kind=kind)
+    found = sharding.arranged(sizes, devices)
+    assert found.shape == sizes
+    assert sorted(chip.id for chip in found.flat) == list(range(len(devices)))
+
+
+def test_neighbours_on_an_axis_are_near_each_other():
+    def farthest(mesh: np.ndarray) -> int:
+        pairs = zip(mesh[..., :-1].flat, mesh[..., 1:].flat, strict=True)
+        return max(int(np.abs(np.subtract(one.coords, other.coords)).sum()) for one, other in pairs)
+
+    devices = chips(4, 4, kind="TPU v5 lite")
+    assert farthest(sharding.arranged((1, 2, 8), devices)) == 2
+    assert farthest(np.asarray(devices, object).reshape(1, 2, 8)) == 4  # in their order
+
+
+@pytest.mark.parametrize(
+    ("sizes", "alike"),
+    [((16, 1, 1), None), ((2, 8, 1), (1, 2)), ((4, 1, 4), (1, 2)), ((1, 16, 1), None), ((1, 2, 8), (2,))],
+)
+def test_slices_share_rows_before_weights(sizes, alike):
+    found = sharding.arranged(sizes, chips(2, 4, slices=2, kind="TPU v5 lite"))
+    assert sorted(chip.id for chip in found.flat) == list(range(16))
+    slices = np.vectorize(lambda chip: chip.slice_index)(found)
+    assert (np.diff(slices.reshape(-1)) != 0).sum() == 1  # one half each
+    if alike:  # along these axes all chips are of one slice
+        assert (slices == slices.min(axis=alike, keepdims=True)).all()
 
 
 def test_one_device_needs_no_mesh():

@@ -181,3 +181,13 @@ def test_three_billion_parameters_load_in_little_more_than_their_own_memory(tmp_
     assert found["own"] == size
     assert size <= found["requested"] < 1.01 * size
     assert found["peak"] < size + 1.5e9
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_backbone_is_never_whole_while_it_is_quantised(tmp_path):
+    size = write_sparse(tmp_path, preset("t5-v1_1-large"), 2 << 30)  # bfloat16
+    found = answer(measured(str(tmp_path), "bfloat16+int8"))
+    print(f"weights {found['own'] / 1e9:.2f} GB of {size / 1e9:.2f}, at its peak {found['peak'] / 1e9:.2f} GB")
+    assert found["own"] < 0.56 * size
+    assert found["peak"] < found["own"] + 0.7e9 < size  # some stacks of 138 MB, and what XLA compiles

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,11 +15,12 @@ from small_runs import ROWS, rows
 from tensorboardX.proto.event_pb2 import Event
 
 import softprompt_jax
-from softprompt_jax import Run, load_run
-from softprompt_jax.config import UserError, parse, settings_hash
+from softprompt_jax import Run, load_run, processes
+from softprompt_jax.config import Preempted, UserError, parse, settings_hash
 from softprompt_jax.interop import load_trained, read_prompt
 from softprompt_jax.progress import Reporter
 from softprompt_jax.run import MACHINE
+from softprompt_jax.task_run import TaskRun
 
 TRAIN = importlib.import_module("softprompt_jax.train")  # the module; the package's `train` is the function
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -275,3 +280,30 @@ def test_long_inputs_are_cut_counted_and_reported(small, tmp_path, capsys, monke
     text = capsys.readouterr().err
     assert "task moods: train 64, validation 16, test 16; shapes 11/2;" in text
     assert "96 inputs truncated to 5 tokens" in text
+
+
+def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(small, prompt_run, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_bytes((prompt_run / "config.yaml").read_bytes())
+    before = sorted((tmp_path / "run").iterdir())
+    code = "import sys, time; from pathlib import Path; from softprompt_jax.processes import alone_in\n"
+    code += "with alone_in(Path(sys.argv[1])): print('in', flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "in\n"
+        monkeypatch.setattr(TRAIN, "alone_in", functools.partial(processes.alone_in, wait_s=0.1))
+        with pytest.raises(UserError, match="another process trains in it; expected one at a time"):
+            softprompt_jax.train(run_of(small.short), tmp_path / "run")
+        assert sorted((tmp_path / "run").iterdir()) == before
+        other.kill()
+    softprompt_jax.train(run_of(small.short), tmp_path / "run")
+    assert (tmp_path / "run" / "prompt.safetensors").read_bytes() == (prompt_run / "prompt.safetensors").read_bytes()
+
+
+def test_a_notice_after_a_run_has_looked_for_the_last_time_stops_the_next(small, tmp_path, monkeypatch):
+    found = TaskRun.result
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskRun, "result", lambda *words: (found(*words), signal.raise_signal(signal.SIGTERM))[0])
+        softprompt_jax.train(run_of(small.short, steps=1), tmp_path / "one")
+    with pytest.raises(Preempted, match="told to stop"):
+        softprompt_jax.train(run_of(small.short, steps=1), tmp_path / "two")
+    softprompt_jax.train(run_of(small.short, steps=1), tmp_path / "two")

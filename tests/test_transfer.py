@@ -103,3 +103,13 @@ def test_what_cannot_be_carried_over_is_refused_in_a_line(small, wide, tmp_path,
     monkeypatch.setattr("softprompt_jax.transfer.shared_pieces", lambda *_: np.zeros((3, 2), np.int64))
     with pytest.raises(UserError, match="have 3 pieces in common; expected 16 or more"):
         recycle(rows(0), source, wide)
+
+
+def test_a_start_from_another_backbone_is_refused(refused, small, tmp_path, own_cache):
+    values = np.zeros((4, 16), np.float32)
+    interop.save_prompt(values, tmp_path / "p.safetensors", {"backbone": "other", "fingerprint": "0" * 16})
+    method = {"kind": "prompt", "length": 4, "init": {"kind": "file", "path": str(tmp_path / "p.safetensors")}}
+    config = small_runs.write_config(tmp_path / "a.yaml", small.short | {"methods": [method]})
+    said = refused("train", config, "--out", tmp_path / "run", "--quiet")
+    assert "p.safetensors: trained on backbone other (0000000000000000), used on" in said
+    assert "expected the same backbone; carry a prompt over with softprompt recycle, or give bare rows" in said

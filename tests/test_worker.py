@@ -27,11 +27,14 @@ class Worker:
         (self.folder / "bin" / "curl.new").chmod(0o755)
         (self.folder / "bin" / "curl.new").replace(self.folder / "bin" / "curl")
 
-    def call(self, *arguments: str) -> str:
+    def process(self, *arguments: str, **told: str) -> subprocess.CompletedProcess:
         path = f"{self.folder / 'bin'}{os.pathsep}{os.environ['PATH']}"
-        environment = os.environ | {"PATH": path, "SOFTPROMPT_WORKER": str(self.folder), "WAIT_S": "0.1"}
+        environment = os.environ | {"PATH": path, "SOFTPROMPT_WORKER": str(self.folder), "WAIT_S": "0.1"} | told
         command = ["bash", str(ROOT / "tpu" / "worker.sh"), *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+
+    def call(self, *arguments: str) -> str:
+        done = self.process(*arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
@@ -89,6 +92,16 @@ def test_a_run_outlives_the_connection_and_is_not_started_twice(worker):
     assert worker.outcome() == "0"
     assert "finished" in worker.call("tail")
     assert worker.starts() == 1
+
+
+def test_a_start_that_comes_to_nothing_is_told_in_one_line(worker):
+    (worker.folder / "bin" / "setsid").write_text("#!/bin/sh\nexit 1\n")
+    (worker.folder / "bin" / "setsid").chmod(0o755)
+    done = worker.process("start", "true", START_S="1")
+    assert done.returncode == 1
+    assert done.stderr.startswith("worker.sh: nothing runs after 1 s; expected a run that holds")
+    assert done.stderr.count("\n") == 1
+    assert worker.call("outcome") == "absent"
 
 
 def test_stop_lets_the_run_save_and_starts_it_no_more(worker):

@@ -17,7 +17,7 @@ while [ $# -gt 0 ]; do
   esac
   shift
 done
-set -- "${arguments[@]}"
+set -- ${arguments[@]+"${arguments[@]}"} # bash 3.2, as on macOS, takes an empty list for an unset one
 exec 3>&1 # where commands are shown while standard output is read by someone
 
 # One line, exit code 2: where: what was found; what was expected; what to do.

@@ -16,7 +16,7 @@
 # --dry-run prints every command and runs none.
 # shellcheck source=common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh" "$@"
-set -- "${arguments[@]}"
+set -- ${arguments[@]+"${arguments[@]}"}
 
 here='cd softprompt && bash tpu/worker.sh'
 tries=10
@@ -92,9 +92,10 @@ patiently() {
 install() {
   local bundle
   bundle="${TMPDIR:-/tmp}/$NAME.tar.gz"
-  # Committed or not, but nothing that git ignores: environments, runs.
+  # Committed or not, but nothing that git ignores (environments, runs) and nothing that was deleted.
   run bash -c "cd $(quoted "$root") && git ls-files -z --cached --others --exclude-standard | \
-    tar --null --ignore-failed-read -T - -czf $(quoted "$bundle")"
+    while IFS= read -r -d '' file; do [ ! -f \"\$file\" ] || printf '%s\\0' \"\$file\"; done | \
+    tar --null -T - -czf $(quoted "$bundle")"
   patiently tpus tpu-vm scp "$bundle" "$NAME:softprompt.tar.gz" --worker=all --quiet
   patiently on all "mkdir -p softprompt && tar -xzf softprompt.tar.gz -C softprompt && $here install"
 }
@@ -103,11 +104,14 @@ start() { patiently on all "$here start $(quoted .venv/bin/softprompt train "${T
 
 # The run's exit code, "running", or "unreachable".
 outcome() {
+  local found
   if [ "$dry_run" = yes ]; then
     on 0 "$here outcome"
     echo 0
   else
-    on 0 "$here outcome" 2>/dev/null || echo unreachable
+    # What a connection printed before it broke says nothing.
+    found="$(on 0 "$here outcome" 2>/dev/null)" || found=unreachable
+    echo "${found:-unreachable}"
   fi
 }
 

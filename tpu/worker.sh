@@ -8,6 +8,7 @@ set -euo pipefail
 
 folder="${SOFTPROMPT_WORKER:-$HOME/softprompt-run}" # log, exit code, lock
 wait_s="${WAIT_S:-10}"
+start_s="${START_S:-60}"
 failures_allowed=5
 metadata=http://metadata.google.internal/computeMetadata/v1/instance
 mkdir -p "$folder"
@@ -75,7 +76,13 @@ case "${1-}" in
     else
       rm -f "$folder/exit_code"
       setsid nohup bash "$0" keep "$@" >>"$folder/log" 2>&1 </dev/null &
-      until running || [ -f "$folder/exit_code" ]; do sleep 0.1; done
+      until running || [ -f "$folder/exit_code" ]; do
+        if [ "$SECONDS" -ge "$start_s" ]; then
+          echo "worker.sh: nothing runs after $start_s s; expected a run that holds $folder/lock; see $folder/log" >&2
+          exit 1
+        fi
+        sleep 0.1
+      done
       echo "$(hostname): started"
     fi
     ;;

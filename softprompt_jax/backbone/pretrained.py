@@ -99,7 +99,9 @@ def load_backbone(
     for path, variable in flatten(nnx.to_pure_dict(state, extract_fn=lambda variable: variable)):
         loaded[path] = load(path, variable)
         if quantize is not None and is_stacked(path) and path.endswith(".kernel"):
-            loaded[path], loaded[f"{path.removesuffix('.kernel')}.scale"] = pack_layers(loaded[path], quantize)
+            # Reading must not run ahead of packing: the floats of many stacks would wait in memory.
+            packed = jax.block_until_ready(pack_layers(loaded[path], quantize))
+            loaded[path], loaded[f"{path.removesuffix('.kernel')}.scale"] = packed
     if quantize is not None:
         graphdef, state = nnx.split(nnx.eval_shape(lambda: quantized(T5(settings, jax.random.key(0), dtype), quantize)))
     nnx.replace_by_pure_dict(state, unflatten(loaded))

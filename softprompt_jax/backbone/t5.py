@@ -305,7 +305,7 @@ class Stack(nnx.Module):
 
         if self.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
-            run = jax.checkpoint(run, policy=policy, prevent_cse=False)
+            run = jax.checkpoint(run, policy=policy, prevent_cse=self.unroll)  # a loop prevents it by itself
         x = constrain(dropout(x, self.dropout, first), "rows", None, None)
         xs = (self.layers, keys, before, before_cross, deep)
         x, _ = jax.lax.scan(run, x, xs, unroll=self.unroll)

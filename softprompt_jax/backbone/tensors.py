@@ -89,12 +89,23 @@ def read_stacked(parts: Sequence[Tensor], shape: tuple[int, ...], index: Index |
     """Read an index of the array [len(parts), ...], or of the only part if `shape` has its axes, as `dtype`."""
     index = whole(shape) if index is None else index
     index = tuple(slice(*where.indices(length)[:2]) for where, length in zip(index, shape, strict=True))
-    if len(shape) == len(parts[0].shape):
-        return parts[0].read(index).astype(dtype, order="C")
     values = np.empty([where.stop - where.start for where in index], dtype)
+    if len(shape) == len(parts[0].shape):
+        _fill(values, parts[0].read(index))
+        return values
     for position, part in enumerate(parts[index[0]]):
-        values[position] = part.read(index[1:])  # converts on the way
+        _fill(values[position], part.read(index[1:]))
     return values
+
+
+def _fill(target: np.ndarray, values: np.ndarray) -> None:
+    """Copy and convert; a transposed view 16 columns at a time, since whole ones miss the cache at every number."""
+    if values.ndim < 2 or not values.flags.f_contiguous:
+        target[...] = values
+        return
+    values = values.astype(target.dtype, copy=False)
+    for start in range(0, values.shape[1], 16):
+        target[:, start : start + 16] = values[:, start : start + 16]
 
 
 def same(first: Tensor, second: Tensor) -> bool:

@@ -122,6 +122,7 @@ def digest(source: Seqio, split: str) -> str:
     The source is that of all modules that it imports, directly or not, but for the standard library and installed
     packages; what these change far into the split is not seen.
     """
+    _task(source)  # imports the module: before that its files are not known
     seqio = importlib.import_module("seqio")
     made = hashlib.sha256(f"{source!r} {split} {getattr(seqio, '__version__', '')}".encode())
     for path in sorted(_own_files(source.module)):

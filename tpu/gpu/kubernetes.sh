@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# GPUs in a Kubernetes cluster that has JobSet (https://jobset.sigs.k8s.io): one process a node.
+# GPUs in a Kubernetes cluster that has JobSet 0.10 or newer (https://jobset.sigs.k8s.io): one process a node.
 #
 #   tpu/gpu/kubernetes.sh [--dry-run] [--settings FILE] run | status | logs | stop
 #
 # --dry-run prints the JobSet and every command and runs none.
 # shellcheck source=../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh" "$@"
-set -- "${arguments[@]}"
+set -- ${arguments[@]+"${arguments[@]}"}
 
 # A list of arguments as YAML: strings in double quotes, where JSON's escapes hold.
 as_yaml() {
@@ -18,7 +18,9 @@ as_yaml() {
   (IFS=,; printf '[%s]' "${listed[*]}")
 }
 
-# Any process that ends in an error ends all, and all start again from the last checkpoint; 2, bad input, is final.
+# Any process that ends in an error ends all, and all start again from the last checkpoint: without end after 75 (told to
+# go, saved) and where Kubernetes took a pod away, five times after other failures, never after 2 (bad input).
+# JobSet learns of exit codes only through the message of the Job's failure, which names the rule that matched.
 jobset() {
   # shellcheck disable=SC2016 # Kubernetes fills it in
   local index='$(JOB_COMPLETION_INDEX)'
@@ -29,9 +31,12 @@ metadata:
   name: $NAME
 spec:
   failurePolicy:
-    maxRestarts: 1000
+    maxRestarts: 5
     rules:
       - action: FailJobSet
+        onJobFailureReasons: [PodFailurePolicy]
+        onJobFailureMessagePatterns: ["rule at index 0$"]
+      - action: RestartJobSetAndIgnoreMaxRestarts
         onJobFailureReasons: [PodFailurePolicy]
   replicatedJobs:
     - name: nodes
@@ -46,6 +51,10 @@ spec:
             rules:
               - action: FailJob
                 onExitCodes: {containerName: train, operator: In, values: [2]}
+              - action: FailJob
+                onExitCodes: {containerName: train, operator: In, values: [75]}
+              - action: FailJob
+                onPodConditions: [{type: DisruptionTarget, status: "True"}]
           template:
             spec:
               restartPolicy: Never

@@ -4,19 +4,31 @@
 #   tpu/gpu/slurm.sh [--dry-run] [--settings FILE] run | status | logs | stop
 #
 # Submits itself; OUT must be a folder that all nodes see. --dry-run prints every command and runs none.
-if [ -n "${SLURM_JOB_ID-}" ] && [ "${1-}" = job ]; then
+if [ -n "${SLURM_JOB_ID-}" ] && [[ "${1-}" =~ ^(job|task)$ ]]; then
   set -uo pipefail
+  part="$1" code=0 saved="runs/saved-$SLURM_JOB_ID" # in the checkout, which all nodes see
   shift
-  code=0
-  srun --kill-on-bad-exit=1 .venv/bin/softprompt train "$@" || code=$?
-  if [ "$code" = 75 ]; then # told to go, and saved
+  if [ "$part" = task ]; then
+    trap : TERM # Slurm tells the run itself; this waits for its end
+    .venv/bin/softprompt train "$@" || code=$?
+    [ "$code" = 75 ] || exit "$code"
+    # Told to go, and saved. As an error it would let srun kill those that still save, whose code would hide it.
+    mkdir -p runs && touch "$saved" && exit 0
+    exit "$code"
+  fi
+  rm -f "$saved"
+  # No trap here: `scancel` ends this shell, and what was stopped by hand is not queued again.
+  srun --kill-on-bad-exit=1 bash tpu/gpu/slurm.sh task "$@" || code=$?
+  if [ -f "$saved" ] || [ "$code" = 75 ]; then
+    rm -f "$saved"
+    code=75
     scontrol requeue "$SLURM_JOB_ID"
   fi
   exit "$code"
 fi
 # shellcheck source=../common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/../common.sh" "$@"
-set -- "${arguments[@]}"
+set -- ${arguments[@]+"${arguments[@]}"}
 
 submit() {
   local options=("--job-name=$NAME" "--nodes=$NODES" "--ntasks-per-node=$GPUS_PER_NODE" "--gpus-per-node=$GPUS_PER_NODE")

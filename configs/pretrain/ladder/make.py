@@ -1,24 +1,24 @@
-"""Pre-train the ladder: every size of sizes.yaml, with span corruption and then LM-adapted, exported with a card.
+"""Pre-train the ladder: every size of sizes.yaml in three forms, exported with a card.
 
-    python configs/pretrain/ladder/make.py [--sizes 1m 4m] [--to runs/ladder] [SETTING=VALUE ...]
-    python configs/pretrain/ladder/make.py --measure 50      tokens a CPU second of each size, as JSON lines
+    python configs/pretrain/ladder/make.py [--sizes 1m 3m] [--forms span lm] [--longer 10] [SETTING=VALUE ...]
 
-A killed one goes on. `TO/SIZE-span` and `TO/SIZE-lm` are backbones in Hugging Face layout; of 4m the states after a
-tenth and half of the adaptation are kept too (`4m-lm-10`, `4m-lm-50`). Curves: benchmarks/results/ladder/NAME.json.
+`span` fills in spans; `lm` goes on from it with prefix language modelling; `mixture` is the embedded backbone's recipe
+(configs/pretrain/embedded.yaml), and of 3m, which has its shape, the embedded backbone itself. A killed one goes on.
+`TO/SIZE-FORM` are backbones in Hugging Face layout; of 3m the states after a tenth and half of the adaptation are kept
+too (`3m-lm-10`, `3m-lm-50`). Curves: benchmarks/results/ladder/NAME.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import shutil
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 from softprompt_jax import config, load_run, train
+from softprompt_jax.backbone.pretrained import EMBEDDED
 from softprompt_jax.exporting import export
 from softprompt_jax.interop import dump
 from softprompt_jax.progress import Reporter
@@ -26,7 +26,8 @@ from softprompt_jax.run import Run
 
 HERE = Path(__file__).resolve().parent
 CURVES = HERE.parents[2] / "benchmarks" / "results" / "ladder"
-KEPT = {"4m": {"lm-10": 0.1, "lm-50": 0.5}}  # states of the adaptation that are kept, as a share of its steps
+FORMS = ("span", "lm", "mixture")
+KEPT = {"3m": {"lm-10": 0.1, "lm-50": 0.5}}  # states of the adaptation that are kept, as a share of its steps
 
 
 def sizes() -> dict[str, dict[str, int]]:
@@ -36,15 +37,26 @@ def sizes() -> dict[str, dict[str, int]]:
 
 def span_run(size: str, overrides: list[str]) -> Run:
     """Return the span-corruption run of a size."""
-    return load_run(
-        HERE / "span.yaml", [f"backbone.settings.{key}={value}" for key, value in sizes()[size].items()] + overrides
-    )
+    return load_run(HERE / "span.yaml", _shape(size) + overrides)
 
 
-def lm_run(backbone: Path, share: float, overrides: list[str]) -> Run:
-    """Return the LM adaptation of a backbone, or its first part."""
-    run = load_run(HERE / "lm.yaml", [f"backbone={backbone}", *overrides])
-    return run.model_copy(update={"steps": max(1, round(run.steps * share))})
+def mixture_run(size: str, overrides: list[str]) -> Run:
+    """Return the run of a size by the embedded backbone's recipe."""
+    return load_run(HERE.parent / "embedded.yaml", _shape(size) + overrides)
+
+
+def lm_run(backbone: Path, overrides: list[str]) -> Run:
+    """Return the LM adaptation of a backbone."""
+    return load_run(HERE / "lm.yaml", [f"backbone={backbone}", *overrides])
+
+
+def lasting(run: Run, factor: float) -> Run:
+    """Return a run with `factor` times as many steps."""
+    return run.model_copy(update={"steps": max(1, round(run.steps * factor))})
+
+
+def _shape(size: str) -> list[str]:
+    return [f"backbone.settings.{key}={value}" for key, value in sizes()[size].items()]
 
 
 def make(run: Run, name: str, to: Path, curves: Path) -> None:
@@ -54,11 +66,16 @@ def make(run: Run, name: str, to: Path, curves: Path) -> None:
     if not (backbone / "config.json").exists():
         export(folder, "hf", backbone)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    curve = [{"step": line["step"], "loss": line["loss"]} for line in lines if "loss" in line]
+    logged = [line for line in lines if "loss" in line]
+    curve = [{"step": line["step"], "loss": round(line["loss"], 4)} for line in logged]
     held_out = [{"step": line["step"], "loss": line["validation"]["loss"]} for line in lines if "validation" in line]
     (backbone / "README.md").write_text(card(run, name, held_out, result), encoding="utf-8")
+    steps = [line["step"] for line in logged]
+    examples = [run.batch_size * (step - before) for before, step in zip([0, *steps], steps, strict=False)]
+    tokens = sum(n * line["tokens_per_s"] / line["examples_per_s"] for n, line in zip(examples, logged, strict=True))
+    facts = {"name": name, "parameters": result["trainable_parameters"], "tokens": round(tokens)}
     curves.mkdir(parents=True, exist_ok=True)
-    dump({"name": name, "seconds": result["seconds"], "train": curve, "held_out": held_out}, curves / f"{name}.json")
+    dump(facts | {"seconds": result["seconds"], "train": curve, "held_out": held_out}, curves / f"{name}.json")
 
 
 def card(run: Run, name: str, held_out: list[dict[str, float]], result: dict[str, Any]) -> str:
@@ -76,58 +93,40 @@ def card(run: Run, name: str, held_out: list[dict[str, float]], result: dict[str
         f"{run.batch_size} examples, {result['seconds']:,.0f} seconds.\n\n"
         f"Loss on held-out text, in nats per target token: {losses}.\n\n"
         f"Text, licensed as the packages that carry it say (see softprompt_jax/embedded/README.md):\n\n{texts}\n"
+        + ("\nWords are labelled by the polarity lexicons that card names.\n" if data.lexicon else "")
     )
 
 
-def measure(size: str, steps: int, overrides: list[str]) -> dict[str, Any]:
-    """Train a few steps of a size and return its tokens a CPU second, compilation left out."""
-    run = span_run(size, [f"steps={steps}", "log_every=1", *overrides])
-    with tempfile.TemporaryDirectory() as folder:
-        marks = []
-
-        class Watch(Reporter):
-            def update(self, *args: Any, **kwargs: Any) -> None:
-                marks.append((time.process_time(), time.monotonic()))
-
-        train(run, Path(folder) / "run", Watch(quiet=True))
-        lines = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert not isinstance(run.backbone, str)
-    logged = [line for line in lines if "loss" in line]
-    # A step that compiles its shape takes many times the median: the faster half stands for all.
-    cpu = [after[0] - before[0] for before, after in itertools.pairwise(marks)]
-    tokens = [line["tokens_per_s"] * (b[1] - a[1]) for line, a, b in zip(logged[1:], marks, marks[1:], strict=False)]
-    typical = sorted(cpu)[len(cpu) // 2]
-    kept = [i for i, seconds in enumerate(cpu) if seconds < 2 * typical]
-    rate = sum(tokens[i] for i in kept) / sum(cpu[i] for i in kept)
-    full = span_run(size, overrides)
-    per_step = sum(tokens) / len(tokens)
-    return {
-        "size": size,
-        "parameters": run.backbone.settings.parameters(),
-        "steps_measured": len(kept),
-        "tokens_per_cpu_s": round(rate, 1),
-        "tokens_per_step": round(per_step),
-        "cpu_hours_of_the_span_run": round(full.steps * per_step / rate / 3600, 1),
-    }
+def make_size(size: str, forms: list[str], longer: float, to: Path, curves: Path, overrides: list[str]) -> None:
+    """Make the forms of a size that are asked for and not there yet; `lm` needs `span`."""
+    span = to / f"{size}-span"
+    if "span" in forms:
+        make(lasting(span_run(size, overrides), longer), span.name, to, curves)
+    if "lm" in forms:
+        if not (span / "config.json").exists():
+            raise config.UserError(
+                f"{span}: no backbone; expected the span form of {size}; make it too: --forms span lm"
+            )
+        for form, share in ({"lm": 1.0} | KEPT.get(size, {})).items():
+            make(lasting(lm_run(span, overrides), share * longer), f"{size}-{form}", to, curves)
+    if "mixture" in forms and size == "3m":
+        shutil.copytree(EMBEDDED, to / "3m-mixture", dirs_exist_ok=True)
+    elif "mixture" in forms:
+        make(lasting(mixture_run(size, overrides), longer), f"{size}-mixture", to, curves)
 
 
 def main() -> None:
-    """Make the ladder, or measure what it would take."""
+    """Make the ladder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", default=list(sizes()), choices=list(sizes()))
+    parser.add_argument("--sizes", nargs="+", default=["350k", "1m", "3m", "11m"], choices=list(sizes()))
+    parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
+    parser.add_argument("--longer", type=float, default=1.0, metavar="FACTOR", help="times as many steps of all runs")
     parser.add_argument("--to", type=Path, default=Path("runs/ladder"))
     parser.add_argument("--curves", type=Path, default=CURVES)
-    parser.add_argument("--measure", type=int, metavar="STEPS")
     parser.add_argument("overrides", nargs="*", metavar="SETTING=VALUE")
     arguments = parser.parse_intermixed_args()
     for size in arguments.sizes:
-        if arguments.measure:
-            print(json.dumps(measure(size, arguments.measure, arguments.overrides)), flush=True)
-            continue
-        span = arguments.to / f"{size}-span"
-        make(span_run(size, arguments.overrides), span.name, arguments.to, arguments.curves)
-        for form, share in ({"lm": 1.0} | KEPT.get(size, {})).items():
-            make(lm_run(span, share, arguments.overrides), f"{size}-{form}", arguments.to, arguments.curves)
+        make_size(size, arguments.forms, arguments.longer, arguments.to, arguments.curves, arguments.overrides)
 
 
 if __name__ == "__main__":
