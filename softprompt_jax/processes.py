@@ -140,11 +140,10 @@ def agreed(name: str, value: str) -> None:
 class Preemption:
     """Notices that the machine wants to be left: SIGTERM in one process, JAX's sync point among several.
 
-    A notice that comes after a run's last look, while it ends, is for the run that follows.
+    A notice that comes after a run's last look, while it ends, goes to whoever had SIGTERM before the run.
     """
 
     _current: Preemption | None = None
-    _late = False
 
     def __init__(self) -> None:
         self._told = False
@@ -153,7 +152,6 @@ class Preemption:
 
     def __enter__(self) -> Preemption:
         Preemption._current = self
-        self._told, Preemption._late = Preemption._late, False
         if jax.process_count() == 1:
             try:
                 self._before = signal.signal(signal.SIGTERM, self._note)
@@ -163,9 +161,10 @@ class Preemption:
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         Preemption._current = None
-        Preemption._late = self._told and error is None
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
+            if self._told and error is None:
+                signal.raise_signal(signal.SIGTERM)
 
     def _note(self, *_: object) -> None:
         self._told = True

@@ -145,6 +145,7 @@ class _Training:
             "failed_at": np.zeros(count, np.int32),  # 0: it has not
             "validated": np.zeros((), np.int32),  # the last step that was
         }
+        self.preemption = opened.enter_context(Preemption())  # left last: it may end the process
         self.checkpoints = opened.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints")))
         self.first = 0
         if (latest := self.checkpoints.latest()) is not None:
@@ -155,7 +156,6 @@ class _Training:
         self.validated = int(self.marks["validated"]) == self.first or not self.run.evaluates(self.first)
         logs = [Log(path, self.first, self.validated) for path in self.folders]
         self.logs = [opened.enter_context(contextlib.closing(log)) for log in logs]
-        self.preemption = opened.enter_context(Preemption())
 
     @property
     def running(self) -> Bool[np.ndarray, " N"]:

@@ -108,6 +108,7 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
     reporter.line(data.describe())
 
     # ---- resume: state, then everything that is derived from it
+    preemption = opened.enter_context(Preemption())  # left last: it may end the process
     checkpoints = opened.enter_context(contextlib.closing(Checkpoints(home.checkpoints)))
     first = 0
     if (latest := checkpoints.latest()) is not None:
@@ -135,7 +136,6 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
         return score
 
     # ---- the loop
-    preemption = opened.enter_context(Preemption())
     reporter.start("train", first, run.steps)
     if first == 0:
         log.write({"step": 0, "data": data.measures()})

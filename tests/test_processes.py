@@ -206,8 +206,8 @@ def told_at(monkeypatch, owner: type, name: str, call: int) -> None:
 
 def lines_of(out: Path) -> list[tuple]:
     """What metrics.jsonl says, without what the clock says."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line.get("loss"), line.get("validation"), line.get("data")) for line in lines]
+    lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+    return [(line["step"], *map(line.get, ("loss", "validation", "data"))) for line in lines]
 
 
 @pytest.mark.parametrize(
@@ -415,15 +415,6 @@ def test_a_tpu_vm_learns_of_its_slice_from_the_metadata_server(monkeypatch, endp
         monkeypatch.delenv("TPU_SKIP_MDS_QUERY")
         assert processes._tpu_workers() == workers
         server.shutdown()
-
-
-def test_leaving_is_noticed_and_the_old_answer_to_sigterm_comes_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with processes.Preemption() as preemption:
-        assert not preemption.reached()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.reached()
-    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_process_without_a_device_is_told_in_one_line(monkeypatch):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -299,11 +301,24 @@ def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(sma
     assert (tmp_path / "run" / "prompt.safetensors").read_bytes() == (prompt_run / "prompt.safetensors").read_bytes()
 
 
-def test_a_notice_after_a_run_has_looked_for_the_last_time_stops_the_next(small, tmp_path, monkeypatch):
-    found = TaskRun.result
-    with monkeypatch.context() as patch:
-        patch.setattr(TaskRun, "result", lambda *words: (found(*words), signal.raise_signal(signal.SIGTERM))[0])
-        softprompt_jax.train(run_of(small.short, steps=1), tmp_path / "one")
-    with pytest.raises(Preempted, match="told to stop"):
-        softprompt_jax.train(run_of(small.short, steps=1), tmp_path / "two")
-    softprompt_jax.train(run_of(small.short, steps=1), tmp_path / "two")
+def test_leaving_is_noticed_and_the_old_answer_to_sigterm_comes_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with contextlib.suppress(Preempted), processes.Preemption() as preemption:
+        assert not preemption.reached()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.reached()
+        raise Preempted
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_notice_after_a_run_has_looked_for_the_last_time_goes_to_whoever_had_sigterm_before(
+    small, tmp_path, monkeypatch
+):
+    found, told = TaskRun.result, []
+    monkeypatch.setattr(TaskRun, "result", lambda *words: (found(*words), signal.raise_signal(signal.SIGTERM))[0])
+    before = signal.signal(signal.SIGTERM, lambda *_: told.append((tmp_path / "run" / "result.json").exists()))
+    try:
+        softprompt_jax.train(run_of(small.short, steps=1), tmp_path / "run")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert told == [True]
