@@ -145,6 +145,7 @@ def test_a_bank_decodes_as_it_is_told(backbone, prompts):
         np.testing.assert_allclose([score for _, score in found[0]], scores[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_answers_begin_with_what_is_forced_on_each(backbone, prompts):
     bank = bank_of(backbone, prompts)
     for how in (None, Beam(beams=2)):

@@ -64,6 +64,7 @@ def test_all_of_them_train_and_the_predictor_has_them_all(combined):
         ("npy", "it trained no prompt|no prompt.safetensors"),
     ],
 )
+@pytest.mark.slow
 def test_what_other_formats_cannot_hold_is_refused(combined, tmp_path, format, expected):
     with pytest.raises(UserError, match=expected):
         export(combined, format, tmp_path / "out.npy")

@@ -28,7 +28,14 @@ def test_tokens_equal_t5x(shared_fixtures):
     np.testing.assert_array_equal(tokens, golden["short/prompted/greedy_tokens"][:, 0])
 
 
-@pytest.mark.parametrize("name", ["T5V10_PLAIN", "T5V11_LONG", "UMT5_PLAIN", "PROMPT_TUNING", "PROMPT_TUNING_UMT5"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "T5V10_PLAIN",
+        "PROMPT_TUNING_UMT5",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("T5V11_LONG", "UMT5_PLAIN", "PROMPT_TUNING")),
+    ],
+)
 def test_tokens_equal_transformers_and_peft(shared_fixtures, name):
     model, batch = peft_fixture.model(shared_fixtures, name), peft_fixture.batch(shared_fixtures, name)
     expected = peft_fixture.golden(shared_fixtures, name)["greedy/sequences"]
@@ -126,7 +133,9 @@ SEARCHES = {
 
 
 @pytest.mark.parametrize("search", SEARCHES)
-@pytest.mark.parametrize("name", ["T5V10_PLAIN", "PROMPT_TUNING", "UMT5_PLAIN"])
+@pytest.mark.parametrize(
+    "name", ["PROMPT_TUNING", *(pytest.param(name, marks=pytest.mark.slow) for name in ("T5V10_PLAIN", "UMT5_PLAIN"))]
+)
 def test_hypotheses_and_scores_equal_transformers(shared_fixtures, name, search):
     model, batch = peft_fixture.model(shared_fixtures, name), peft_fixture.batch(shared_fixtures, name)
     golden = peft_fixture.golden(shared_fixtures, name)

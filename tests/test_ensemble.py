@@ -49,6 +49,7 @@ def test_one_pass_gives_the_answers_of_each_prompt_alone(prompts, joined, found)
     assert found.of(2) == alone[1]  # the short one, which is filled with padding
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_those_of_each_prompt_alone(prompts, joined, found):
     assert found.log_probabilities.shape == (16, 3, 2)
     assert found.candidates == [["yes", "no"]] * 16

@@ -26,6 +26,7 @@ def test_the_gradient_of_the_embedding_table_equals_t5x(shared_fixtures):
     np.testing.assert_allclose(gradient["prompt"]["rows"], golden["short/prompted/grad_prompt_sum_z1e-4"], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_gradient_of_every_weight_equals_finite_differences():
     model = tiny.model(tied=True, scale_output=True, num_layers=1, num_decoder_layers=1)
     Full().attach(model, jax.random.key(0), Context(list))

@@ -79,6 +79,7 @@ def test_extras_that_do_not_fit_on_the_device_take_turns(more):
     assert len(bank.device._entries) == len(set(bank.device._entries.values())) == 2
 
 
+@pytest.mark.slow
 def test_the_device_holds_what_it_says(many):
     bank = bank_of(many, ["prefix", "ia3"], device_rows=64, device_extras=3)
     assert bank.device.nbytes == 64 * 16 * 4  # extras have nothing before the first is used

@@ -40,7 +40,10 @@ CONTEXT = Context(list)
 _SAVED_NAME = {"prompt_encoder.embedding.weight": "prompt_embeddings"}
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("PROMPT_TUNING", "LORA") else pytest.param(name, marks=pytest.mark.slow) for name in ADAPTERS],
+)
 def test_their_adapter_gives_their_logits_loss_and_gradient(shared_fixtures, name, tmp_path):
     golden, folder = peft_fixture.golden(shared_fixtures, name), shared_fixtures / "peft" / name
     model, batch = load_backbone(folder / "backbone").model, peft_fixture.batch(shared_fixtures, name)
@@ -84,6 +87,7 @@ def test_their_adapter_written_again_is_the_same_adapter(shared_fixtures, name, 
         assert value.dtype == np.float32
 
 
+@pytest.mark.slow
 def test_a_run_leaves_an_adapter(prompt_run, tmp_path):
     export(prompt_run, "peft", tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())

@@ -149,6 +149,7 @@ def test_scores_are_those_of_a_forward_pass(engine, backbone, prompts):
     assert (only["prediction"], only["answers"]) == (best, [])
 
 
+@pytest.mark.slow
 def test_samples_are_those_of_predict(engine, backbone, prompts):
     how = Sampling(temperature=1.3, top_k=12, top_p=0.9, samples=3, seed=4)
     company = [Request(inputs=text, prompt=f"p{number}") for number, text in enumerate(TEXTS)]

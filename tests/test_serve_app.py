@@ -43,6 +43,7 @@ def alive(port, engine):
     assert ask(port, "GET", "/health")[1] == {"status": "ok", "waiting": 0, "working": 0}
 
 
+@pytest.mark.slow
 def test_an_answer_equals_the_banks(port, engine):
     status, answer, headers = ask(
         port, "POST", "/v1/generate", {"inputs": TEXT, "prompt": "p4", "words": ["yes", "no"]}

@@ -89,7 +89,7 @@ SCANNED = {
 
 @pytest.mark.parametrize(
     ("axis", "heads", "width"),
-    [(1, None, 128), (1, 4, 128), (0, 4, 160)],
+    [(1, None, 128), *(pytest.param(*shape, marks=pytest.mark.slow) for shape in [(1, 4, 128), (0, 4, 160)])],
     ids=["joined", "heads apart", "narrow, first"],
 )
 def test_factored_slots_of_scanned_layers_are_those_of_our_own_step(tmp_path, axis, heads, width):
