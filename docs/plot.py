@@ -23,7 +23,8 @@ def plot(title: str, lines: Lines, kind: str, y: str, majority: dict[str, float]
 
     With one column the lines themselves stand along x, as bars. Bars begin at 0. `majority` is drawn as dashed levels.
     """
-    columns = list(dict.fromkeys(column for values in lines.values() for column in values))
+    fullest = sorted(lines.values(), key=len, reverse=True)  # has the columns in their order
+    columns = list(dict.fromkeys(column for values in fullest for column in values))
     if len(columns) == 1:
         lines, columns = {columns[0]: {line: values[columns[0]] for line, values in lines.items()}}, list(lines)
         kind, x = "bars", ""

@@ -356,7 +356,8 @@ def _majority(finished: list[Cell], results: list[dict[str, Any]]) -> dict[str, 
 
 def table(result: dict[str, Any]) -> str:
     """Write a result as a Markdown table: a row for each line, mean ± sd over the seeds."""
-    columns = list(dict.fromkeys(column for line in result["lines"].values() for column in line))
+    fullest = sorted(result["lines"].values(), key=len, reverse=True)  # has the columns in their order
+    columns = list(dict.fromkeys(column for line in fullest for column in line))
     if not columns:
         return "(no result yet)"
     rows = [["", *columns]]
