@@ -54,7 +54,8 @@ def all_pages() -> Iterator[tuple[Path, str]]:
     experiments = {name: paper.load(name)[0] for name in paper.experiments()}
     for name, experiment in experiments.items():
         result = _result(name)
-        yield ROOT / "docs" / "experiments" / f"{name}.md", HEAD + experiment_page(name, experiment, result)
+        page = experiment_page(name, experiment, result, _result(f"{name}-published-plan"))
+        yield ROOT / "docs" / "experiments" / f"{name}.md", HEAD + page
         if result is not None and result["lines"]:
             lines = {
                 line: {column: v for column, v in values.items() if column not in ("cosine", "same answers")}
@@ -118,7 +119,7 @@ def notebook(text: str) -> str:
 # --------------------------------------------------------------------------------------------- experiments
 
 
-def _result(name: str) -> dict[str, Any] | None:
+def _result(name: str) -> Any:
     path = RESULTS / "paper" / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
 
@@ -137,8 +138,8 @@ def metric_of(experiment: paper.Experiment, result: dict[str, Any]) -> str:
     return "share of words or rows" if experiment.miniature.measure == "neighbours" else result["metric"]
 
 
-def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, Any] | None) -> str:
-    """Return the page of an experiment."""
+def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, Any] | None, plan: Any = None) -> str:
+    """Return the page of an experiment with its miniature's result and the plan of its published runs."""
     miniature, published = experiment.miniature, experiment.published
     parts = [f"# {experiment.title}", f"{experiment.source}. {experiment.question}", "## Miniature"]
     parts.append(f"    softprompt paper {name}")
@@ -168,10 +169,27 @@ def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, A
         f"what each distinct step would take there (a minute or two of compiling each). {_form(published)}; "
         f"{published.seeds} seeds. Cost: {published.cost}. Tests build each of these runs abstractly; none was trained."
     )
+    parts += [plan_table(plan)] if plan else []
     return (
         "\n\n".join([*parts, f"Both are stated in [configs/paper/{name}.yaml](../../configs/paper/{name}.yaml)."])
         + "\n"
     )
+
+
+def plan_table(steps: list[dict[str, Any]]) -> str:
+    """Return what `softprompt paper --topology` said of each distinct step of an experiment's published runs."""
+    lines = ["| compiled for | | runs | fits | peak of GiB a chip | TFLOP a step | examples/s |", "|---" * 7 + "|"]
+    for step in steps:
+        what = f"{', '.join(step['lines'])}{': ' if step['points'] else ''}{', '.join(step['points'])}"
+        for topology, plan in step["plans"].items():
+            peak = "?" if plan["peak_bytes"] is None else f"{plan['peak_bytes'] / 2**30:.1f}"
+            rate = "" if plan["examples_per_s"] is None else f"{plan['examples_per_s']:,.0f}"
+            lines.append(
+                f"| {topology} | {what} | {step['runs']} | {'yes' if plan['fits'] else 'no'} | {peak} of "
+                f"{plan['limit_bytes'] / 2**30:.0f} | {plan['flops'] / 1e12:,.3g} | {rate} |"
+            )
+    share = next(iter(steps[0]["plans"].values()))["utilisation"]
+    return "\n".join(lines) + f"\n\nExamples/s are estimated: if the chips reach {share:.0%} of their peak."
 
 
 def _pieces(rows: list[list[str]]) -> str:

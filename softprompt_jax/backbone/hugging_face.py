@@ -99,12 +99,12 @@ def write_settings(settings: T5Settings, dtype: str) -> dict[str, Any]:
     }
 
 
+def _block(stack: str, depth: int, name: str) -> list[str]:
+    return [f"{stack}.block.{i}.layer.{name}.weight" for i in range(depth)]
+
+
 def names(settings: T5Settings) -> dict[str, tuple[list[str], bool]]:
     """Map each weight of ours to its Hugging Face tensors (one a layer if stacked) and "is transposed"."""
-
-    def block(stack: str, depth: int, name: str) -> list[str]:
-        return [f"{stack}.block.{i}.layer.{name}.weight" for i in range(depth)]
-
     table: dict[str, tuple[list[str], bool]] = {"embedding": ([EMBEDDING_ALIASES[0]], False)}
     if not settings.tied:
         table["head.kernel"] = ([HEAD], True)
@@ -112,21 +112,21 @@ def names(settings: T5Settings) -> dict[str, tuple[list[str], bool]]:
     for stack, depth in depths.items():
         table[f"{stack}.norm.scale"] = ([f"{stack}.final_layer_norm.weight"], False)
         own_bias = settings.bias_in_every_layer
-        bias = block(stack, depth if own_bias else 1, "0.SelfAttention.relative_attention_bias")
+        bias = _block(stack, depth if own_bias else 1, "0.SelfAttention.relative_attention_bias")
         table[f"{stack}.layers.bias.table" if own_bias else f"{stack}.bias.table"] = (bias, False)
         attentions = [("attention", "0.SelfAttention", "0")]
         if stack == "decoder":
             attentions.append(("cross", "1.EncDecAttention", "1"))
         for ours, theirs, index in attentions:
             for part, letter in (("query", "q"), ("key", "k"), ("value", "v"), ("output", "o")):
-                table[f"{stack}.layers.{ours}.{part}.kernel"] = (block(stack, depth, f"{theirs}.{letter}"), True)
-            table[f"{stack}.layers.{ours}_norm.scale"] = (block(stack, depth, f"{index}.layer_norm"), False)
+                table[f"{stack}.layers.{ours}.{part}.kernel"] = (_block(stack, depth, f"{theirs}.{letter}"), True)
+            table[f"{stack}.layers.{ours}_norm.scale"] = (_block(stack, depth, f"{index}.layer_norm"), False)
         last = len(attentions)
         parts = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if settings.gated else {"gate": "wi", "down": "wo"}
         for ours, theirs in parts.items():
-            kernel = block(stack, depth, f"{last}.DenseReluDense.{theirs}")
+            kernel = _block(stack, depth, f"{last}.DenseReluDense.{theirs}")
             table[f"{stack}.layers.feed_forward.{ours}.kernel"] = (kernel, True)
-        table[f"{stack}.layers.feed_forward_norm.scale"] = (block(stack, depth, f"{last}.layer_norm"), False)
+        table[f"{stack}.layers.feed_forward_norm.scale"] = (_block(stack, depth, f"{last}.layer_norm"), False)
     return table
 
 

@@ -414,4 +414,9 @@ class T5(nnx.Module):
 
 def abstract(settings: T5Settings, dtype: str = "float32") -> T5:
     """Build the model as shapes and dtypes only; nothing is allocated."""
-    return nnx.eval_shape(lambda: T5(settings, jax.random.key(0), dtype))
+    return nnx.merge(*_abstract(settings, dtype, jax.sharding.get_abstract_mesh()), copy=True)
+
+
+@functools.lru_cache(maxsize=16)  # tracing takes a tenth of a second, and a run needs it several times
+def _abstract(settings: T5Settings, dtype: str, mesh: Any) -> tuple[Any, Any]:
+    return nnx.split(nnx.eval_shape(lambda: T5(settings, jax.random.key(0), dtype)))

@@ -6,6 +6,7 @@ A checkpoint is a folder, local or `gs://`, with the file `checkpoint` (msgpack;
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable
@@ -263,16 +264,17 @@ class Checkpoint:
         except (KeyError, TypeError, AttributeError, ValueError):
             raise UserError(f"{self.root}: {name} has no shape and path; expected a tensorstore spec") from None
         store = {**self._store, "path": f"{self._store['path']}{folder}/"}
-        opened: list[Any] = []
+        return Tensor(name, shape, functools.partial(self._part, [], store, name, shape))
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
-            if not opened:
-                opened.append(self._open(store).result())
-                if opened[0].shape != shape:
-                    raise UserError(f"tensor {name}: has shape {list(opened[0].shape)}; expected {list(shape)}")
-            return np.asarray(opened[0][index].read().result())
-
-        return Tensor(name, shape, part)
+    def _part(
+        self, opened: list[Any], store: dict[str, Any], name: str, shape: tuple[int, ...], index: tuple[slice, ...]
+    ) -> np.ndarray:
+        """Read a part of an array, which stays open from the first time on."""
+        if not opened:
+            opened.append(self._open(store).result())
+            if opened[0].shape != shape:
+                raise UserError(f"tensor {name}: has shape {list(opened[0].shape)}; expected {list(shape)}")
+        return np.asarray(opened[0][index].read().result())
 
     def _open(self, store: dict[str, Any]) -> Any:
         # A chunk that is missing reads as zeros: right for slots, whose zeros may have been left out, not for weights.

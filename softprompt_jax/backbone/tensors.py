@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -176,20 +177,22 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not a complete safetensors file ({error}); download it again") from None
 
-    def tensor(name: str) -> Tensor:
+    found = {}
+    for name in opened.keys():  # noqa: SIM118
         shape = tuple(opened.get_slice(name).get_shape())
+        read = functools.partial(_read, opened, name, shape, known.get(name))
+        found[name] = Tensor(name, shape, read, name in known)
+    return found
 
-        def part(index: Index) -> np.ndarray:
-            values = opened.get_slice(name)[index] if shape else opened.get_tensor(name)
-            if name in known and values.shape[1:] == shape[1:]:
-                sums = known[name]  # a number in files of before there were blocks
-                start = index[0].start or 0 if shape else 0
-                _compare(values, start, shape, sums if isinstance(sums, list) else [shape[0] if shape else 1, sums])
-            return values
 
-        return Tensor(name, shape, part, name in known)
-
-    return {name: tensor(name) for name in opened.keys()}  # noqa: SIM118
+def _read(opened: Any, name: str, shape: tuple[int, ...], sums: Any, index: Index) -> np.ndarray:
+    """Read a part of a tensor and compare it with its checksums, one for each block of rows, if there are any."""
+    values = opened.get_slice(name)[index] if shape else opened.get_tensor(name)
+    if sums is not None and values.shape[1:] == shape[1:]:
+        start = index[0].start or 0 if shape else 0
+        # In files of before there were blocks: a number.
+        _compare(values, start, shape, sums if isinstance(sums, list) else [shape[0] if shape else 1, sums])
+    return values
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
