@@ -31,8 +31,10 @@ def pytest_configure() -> None:
     # Each checkout has its own cache: programs compiled for one machine's CPU may not run on another's.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
-    # A third of the time to compile; nearly every program here runs once or twice.
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    # A sixth of the time to compile; nearly every program here runs once or twice.
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    quick += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ.setdefault("XLA_FLAGS", quick)
     gc.set_threshold(50_000, 20, 50)  # thousands of programs stay alive: going through them was a tenth of the time
 
 

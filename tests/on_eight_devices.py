@@ -13,8 +13,7 @@ import json
 import os
 import sys
 
-# Most of the time goes into compiling, and each program runs ten times at most: optimise little.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 # A program of several CPU devices that comes from the cache can wait for itself for ever (full tuning on 1,2,4 did).
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 

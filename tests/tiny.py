@@ -15,7 +15,6 @@ from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods.prompt import attach_rows
 
 ROWS = 50  # V: rows of the embedding table
-QUICK = {"xla_backend_optimization_level": 0}  # a third of the time to compile; these programs run once or twice
 
 # Every setting of a T5 at least once with another value; in combinations, because each is a compilation.
 SHAPES = {
@@ -76,7 +75,7 @@ def batch(rows: int = 4, length: int = 9, targets: int = 5, prompt: int = 0, see
     }
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def _forward(graphdef, state, batch, key):
     return nnx.merge(graphdef, state)(batch, key)
 
@@ -87,7 +86,7 @@ def forward(model: T5, batch: dict[str, jax.Array], key: jax.Array | None = None
     return np.asarray(_forward(graphdef, state, batch, key))
 
 
-@functools.partial(jax.jit, static_argnums=0, compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=0)
 def _encode(graphdef, state, tokens):
     return nnx.merge(graphdef, state).encode(tokens)
 
@@ -97,7 +96,7 @@ def encode(model: T5, tokens) -> np.ndarray:
     return np.asarray(_encode(graphdef, state, tokens))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5), compiler_options=QUICK)
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def _gradient(graphdef, trainable, frozen, batch, z_loss, label_smoothing):
     def loss(trainable):
         logits = nnx.merge(graphdef, trainable, jax.lax.stop_gradient(frozen))(batch)
