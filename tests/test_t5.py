@@ -51,9 +51,7 @@ def test_cross_attention_of_short_targets_needs_no_keys_and_values(monkeypatch):
     long = gradients()
     flops = [lowered.cost_analysis()["flops"] for lowered in (short, long)]
     assert flops[0] < flops[1]
-    (loss, gradient), (expected_loss, expected) = (
-        lowered.compile()(nnx.split(made)[1]) for lowered in (short, long)
-    )
+    (loss, gradient), (expected_loss, expected) = (lowered.compile()(nnx.split(made)[1]) for lowered in (short, long))
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     for (path, found), (_, wanted) in zip(
         flatten(nnx.to_pure_dict(gradient)), flatten(nnx.to_pure_dict(expected)), strict=True
