@@ -414,7 +414,9 @@ class T5(nnx.Module):
 
 def abstract(settings: T5Settings, dtype: str = "float32") -> T5:
     """Build the model as shapes and dtypes only; nothing is allocated."""
-    return nnx.merge(*_abstract(settings, dtype, jax.sharding.get_abstract_mesh()), copy=True)
+    mesh = jax.sharding.get_abstract_mesh()
+    made = _abstract(settings, dtype, mesh)  # pyright: ignore[reportArgumentType]  # settings are frozen
+    return nnx.merge(*made, copy=True)
 
 
 @functools.lru_cache(maxsize=16)  # tracing takes a tenth of a second, and a run needs it several times
