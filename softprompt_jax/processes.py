@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import fcntl
 import importlib.util
@@ -144,9 +145,11 @@ class Preemption:
     """
 
     _current: Preemption | None = None
+    _AHEAD = 2  # steps; JAX would queue up to 32, which may take longer than the grace after a notice
 
     def __init__(self) -> None:
         self._told = False
+        self._queued: collections.deque[Any] = collections.deque()
         self._asked = 0
         self._before: Any = None
 
@@ -169,9 +172,15 @@ class Preemption:
     def _note(self, *_: object) -> None:
         self._told = True
 
-    def reached(self) -> bool:
-        """Is it time to save and go? All processes ask equally often and get the same answers."""
+    def reached(self, measured: Any = None) -> bool:
+        """Is it time to save and go? All processes ask equally often and get the same answers.
+
+        `measured`: what the step just begun returns; the step two before it is waited for.
+        """
         self._asked += 1
+        self._queued.append(measured)
+        if len(self._queued) > self._AHEAD:
+            jax.block_until_ready(self._queued.popleft())
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 

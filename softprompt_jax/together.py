@@ -201,7 +201,7 @@ class _Training:
             real, examples = np.array([_real(batch) for batch in own]), np.array([examples_in(batch) for batch in own])
             recent.append((losses, real[source], examples[source], _size(joined)))
             evaluated = run.evaluates(step)
-            leaving = self.preemption.reached() and step < run.steps
+            leaving = self.preemption.reached(losses) and step < run.steps
             saved = evaluated or leaving or step % run.checkpoint_every == 0
             if step % run.log_every == 0 or saved:
                 found = np.stack([np.asarray(each) for each, *_ in recent]).mean(0)

@@ -154,7 +154,7 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
         state, measured = step_function(state, parts.frozen, sharding.spread(batch), key)
         recent.append((measured, shares * real, shares * examples_in(batch), shares * padded))
         evaluated = run.evaluates(step)
-        leaving = preemption.reached() and step < run.steps
+        leaving = preemption.reached(measured) and step < run.steps
         saved = evaluated or leaving or step % run.checkpoint_every == 0
         if step % run.log_every == 0 or saved:  # so that no mean reaches back past a checkpoint
             loss = float(np.mean([float(measured["loss"]) for measured, *_ in recent]))

@@ -311,6 +311,41 @@ def test_leaving_is_noticed_and_the_old_answer_to_sigterm_comes_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+class Pending:
+    """The loss of a step that has begun; it is there when somebody waits for it."""
+
+    def __init__(self, loss):
+        self.loss, self.waited = loss, False
+
+    def block_until_ready(self):
+        self.waited = True
+        return self
+
+    def __float__(self):
+        self.waited = True
+        return float(self.loss)
+
+
+def test_no_more_than_three_steps_are_queued_so_that_a_notice_is_heeded_soon(small, tmp_path, monkeypatch):
+    made, begun, queued = TRAIN.make_step, [], []
+
+    def make_step(*arguments):
+        step = made(*arguments)
+
+        def pending(*given):
+            state, measured = step(*given)
+            begun.append(Pending(measured["loss"]))
+            queued.append(sum(not each.waited for each in begun))
+            return state, measured | {"loss": begun[-1]}
+
+        return pending
+
+    monkeypatch.setattr(TRAIN, "make_step", make_step)
+    every = dict.fromkeys(("steps", "log_every", "evaluate_every", "checkpoint_every"), 8)
+    softprompt_jax.train(run_of(small.short, **every), tmp_path / "run")
+    assert queued == [1, 2, 3, 3, 3, 3, 3, 3]
+
+
 def test_a_notice_after_a_run_has_looked_for_the_last_time_goes_to_whoever_had_sigterm_before(
     small, tmp_path, monkeypatch
 ):
