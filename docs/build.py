@@ -9,6 +9,7 @@ They come from the configs, the methods' own statements and the committed JSON, 
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import re
 import sys
@@ -156,7 +157,9 @@ def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, A
             f" ({finished(result, miniature.seeds)}). Accuracy of always saying the most frequent label: {level}."
         )
         if missing := result["missing"]:
-            parts.append(f"Not run yet: {'; '.join(missing)}.")
+            seeds = collections.Counter(label.rpartition(", seed ")[0] for label in missing)
+            listed = "; ".join(f"{what} ({count})" for what, count in seeds.items())
+            parts.append(f"Not run yet, with the number of seeds: {listed}.")
         parts.append(f"![{experiment.title}: the table as a plot]({name}.svg)")
         if "nearest" in result:
             parts += [f"{line}: {_pieces(rows)}" for line, rows in result["nearest"].items()]
