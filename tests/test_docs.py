@@ -51,6 +51,16 @@ def test_a_plot_shows_every_mean():
         assert picture.count('stroke-width="1.4"') == 2  # of those that have a deviation
 
 
+def test_a_plan_is_a_row_for_each_step_and_topology():
+    fits = {"fits": True, "peak_bytes": 3 << 30, "limit_bytes": 16 << 30, "flops": 2.5e12, "examples_per_s": 1234.5}
+    other = fits | {"fits": False, "peak_bytes": None, "examples_per_s": None}
+    plans = {"v5e:2x2": fits | {"utilisation": 0.4}, "v5e:1x1": other}
+    table = build.plan_table([{"lines": ["small", "base"], "points": ["20"], "runs": 6, "plans": plans}])
+    assert "| v5e:2x2 | small, base: 20 | 6 | yes | 3.0 of 16 | 2.5 | 1,234 |" in table
+    assert "| v5e:1x1 | small, base: 20 | 6 | no | ? of 16 | 2.5 |  |" in table
+    assert table.endswith("if the chips reach 40% of their peak.")
+
+
 def tutorial_cells() -> list[str]:
     """Return what the tutorial's notebook runs, with few steps."""
     cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text(encoding="utf-8"))["cells"]
