@@ -172,10 +172,10 @@ class Preemption:
     def _note(self, *_: object) -> None:
         self._told = True
 
-    def reached(self, measured: Any = None) -> bool:
+    def reached(self, measured: Any) -> bool:
         """Is it time to save and go? All processes ask equally often and get the same answers.
 
-        `measured`: what the step just begun returns; the step two before it is waited for.
+        `measured`: what the step just begun returns, or None between steps; the one two before it is waited for.
         """
         self._asked += 1
         self._queued.append(measured)
@@ -194,7 +194,7 @@ class CutShort(Exception):
 
 def go_if_told() -> None:
     """Raise CutShort if it is time to save and go: asked between the batches of a validation, in a run."""
-    if Preemption._current is not None and Preemption._current.reached():
+    if Preemption._current is not None and Preemption._current.reached(None):
         raise CutShort
 
 

@@ -304,9 +304,9 @@ def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(sma
 def test_leaving_is_noticed_and_the_old_answer_to_sigterm_comes_back():
     before = signal.getsignal(signal.SIGTERM)
     with contextlib.suppress(Preempted), processes.Preemption() as preemption:
-        assert not preemption.reached()
+        assert not preemption.reached(None)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.reached()
+        assert preemption.reached(None)
         raise Preempted
     assert signal.getsignal(signal.SIGTERM) is before
 
