@@ -262,6 +262,22 @@ def test_changing_settings_shares_the_weights():
     assert other.embedding[...] is model.embedding[...]
 
 
+def test_abstract_models_of_one_shape_share_nothing():
+    first = t5.abstract(tiny.settings())
+    first.embedding.set_metadata("axes", ("changed",))
+    nnx.update(first, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1,), leaf.dtype), nnx.state(first)))
+    first.decoder.layers.cross = None
+    second, fresh = (
+        t5.abstract(tiny.settings()),
+        nnx.eval_shape(lambda: T5(tiny.settings(), jax.random.key(0), "float32")),
+    )
+    assert nnx.split(second)[0] == nnx.split(fresh)[0]
+    assert jax.tree.map(lambda leaf: leaf.shape, nnx.state(second)) == jax.tree.map(
+        lambda leaf: leaf.shape, nnx.state(fresh)
+    )
+    assert second.embedding.get_metadata()["axes"] == ("vocab", "embed")
+
+
 def test_the_scan_over_layers_equals_a_loop():
     model, batch = tiny.model(num_layers=3), tiny.batch()
     stack, tokens = model.encoder, batch["encoder_tokens"]
