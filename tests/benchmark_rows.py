@@ -30,6 +30,12 @@ WSC = {
     "label": 1,
 }
 WSC_INPUT = "wsc: Anna thanked the old baker , because *she* had kept a loaf ."
+DPR = {
+    "sentence": "The oven heats slowly, so she asked the baker to light it. She let it burn.",
+    "candidates": ["the oven", "the baker"],
+    "label": 0,
+}
+DPR_INPUT = "wsc: The oven heats slowly, so she asked the baker to light *it*. She let it burn."
 SQUAD = {
     "id": "a1",
     "title": "Kilns",
@@ -112,6 +118,8 @@ GOLDEN: list[Golden] = [
     ("wsc", "train", WSC, [(WSC_INPUT, "the old baker", ("True",), None)]),
     ("wsc", "train", WSC | {"label": 0}, []),
     ("wsc", "validation", WSC | {"label": 0}, [(WSC_INPUT, "the old baker", ("False",), None)]),
+    ("dpr", "train", DPR | {"pronoun": "it"}, [(DPR_INPUT, "the oven", (), None)]),
+    ("dpr", "train", DPR | {"pronoun": "The oven"}, [("wsc: " + DPR["sentence"], "the oven", (), None)]),
     (
         "axb",
         "test",

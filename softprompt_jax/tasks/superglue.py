@@ -2,7 +2,9 @@
 
 Rows come from the hub's conversion of aps/super_glue to parquet, whose schema its card gives
 (huggingface.co/datasets/aps/super_glue): label 0, 1, ... in the order of the words below, -1 in the
-test splits, whose labels are not public.
+test splits, whose labels are not public. Beside them stands definite pronoun resolution (Rahman and Ng, 2012), which T5 reads
+as WSC and trains on with the eight tasks (its mixture super_glue_v102_proportional): huggingface.co/datasets/
+community-datasets/definite_pronoun_resolution, where it has no validation split, so that its test split is ours.
 """
 
 from __future__ import annotations
@@ -55,6 +57,14 @@ def prepare_wsc(row: Row, split: str) -> list[dict[str, Any]]:
     label = row.get("label", -1)
     answers = [] if label == -1 else [_NO_YES[label]]
     return [{**row, "text": text, "target": row["span1_text"], "answers": answers}]
+
+
+@preparation("dpr")
+def prepare_dpr(row: Row, split: str) -> list[dict[str, Any]]:
+    """Put asterisks around the first pronoun that follows a space; the target is the candidate it stands for."""
+    pronoun = re.compile(f" ({re.escape(row['pronoun'])})([ .,])")
+    text = pronoun.sub(r" *\1*\2", row["sentence"], count=1)
+    return [{**row, "text": text, "target": row["candidates"][row["label"]] if "label" in row else ""}]
 
 
 @preparation("axg")
@@ -146,6 +156,15 @@ TASKS = {
             prepare="wsc",
             postprocess="wsc",
             answers_field="answers",
+        ),
+        Task(
+            name="dpr",
+            source=Hub(
+                name="community-datasets/definite_pronoun_resolution", splits={"train": "train", "validation": "test"}
+            ),
+            prefix="wsc: ",
+            target="{target}",
+            prepare="dpr",
         ),
         # The diagnostic sets are read as RTE; a prompt trained on rte is scored on them.
         _task(
