@@ -2,9 +2,10 @@
 
 Rows come from the hub's conversion of aps/super_glue to parquet, whose schema its card gives
 (huggingface.co/datasets/aps/super_glue): label 0, 1, ... in the order of the words below, -1 in the
-test splits, whose labels are not public. Beside them stands definite pronoun resolution (Rahman and Ng, 2012), which T5 reads
-as WSC and trains on with the eight tasks (its mixture super_glue_v102_proportional): huggingface.co/datasets/
-community-datasets/definite_pronoun_resolution, where it has no validation split, so that its test split is ours.
+test splits, whose labels are not public. Beside them stands definite pronoun resolution (Rahman and Ng, 2012),
+which T5 reads as WSC and trains on with the eight (its mixture super_glue_v102_proportional):
+huggingface.co/datasets/community-datasets/definite_pronoun_resolution, whose test split is our validation split,
+there being no other.
 """
 
 from __future__ import annotations
