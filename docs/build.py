@@ -62,9 +62,9 @@ def all_pages() -> Iterator[tuple[Path, str]]:
                 line: {column: v for column, v in values.items() if column not in ("cosine", "same answers")}
                 for line, values in result["lines"].items()
             }
-            comparable = result["metric"] == "accuracy" and experiment.miniature.measure == "score"
-            majority = result["majority"] if comparable else None
-            y = metric_of(experiment, result) + ", %"
+            neighbours = experiment.miniature.measure == "neighbours"
+            y = f"{'share' if neighbours else 'metric' if ';' in result['metric'] else result['metric']}, %"
+            majority = None if neighbours else result["majority"]
             picture = plot(experiment.title, lines, experiment.plot, y, majority, experiment.x)
             yield ROOT / "docs" / "experiments" / f"{name}.svg", picture
     methods = dict(method_pages())
@@ -81,8 +81,10 @@ def all_pages() -> Iterator[tuple[Path, str]]:
     shown = [ladder_table()]
     for form, title in (("span", "Span corruption"), ("lm", "LM adaptation"), ("mixture", "Mixture with instructions")):
         title += ": loss on held-out text"
-        if found := {size: curve["held_out"] for (size, made), curve in ladder_curves().items() if made == form}:
-            yield ROOT / "docs" / f"ladder_{form}.svg", curves(title, found)
+        found = {size: curve["held_out"] for (size, made), curve in ladder_curves().items() if made == form}
+        if found:
+            every = {size: found.get(size, []) for size, _ in ladder_curves()}  # so that a size has one colour
+            yield ROOT / "docs" / f"ladder_{form}.svg", curves(title, every)
             shown.append(f"![{title}](ladder_{form}.svg)")
     yield _filled(ROOT / "docs" / "pretraining.md", {"ladder": "\n\n".join(shown)})
     yield _filled(ROOT / "README.md", {"embedded": embedded_table(), "paper": paper_table(experiments)})
@@ -135,8 +137,11 @@ def finished(result: dict[str, Any] | None, seeds: int) -> str:
 
 
 def metric_of(experiment: paper.Experiment, result: dict[str, Any]) -> str:
-    """Name what the numbers of a miniature are."""
-    return "share of words or rows" if experiment.miniature.measure == "neighbours" else result["metric"]
+    """Say what the numbers of a miniature are."""
+    spread = "mean ± standard deviation over seeds"
+    if experiment.miniature.measure == "neighbours":
+        return f"Shares of label words and of rows, and the cosine to the nearest piece, all times 100, {spread}"
+    return f"In percent, {spread}. Metric: {result['metric']}"
 
 
 def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, Any] | None, plan: Any = None) -> str:
@@ -144,18 +149,14 @@ def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, A
     miniature, published = experiment.miniature, experiment.published
     parts = [f"# {experiment.title}", f"{experiment.source}. {experiment.question}", "## Miniature"]
     parts.append(f"    softprompt paper {name}")
-    parts.append(f"{_form(miniature)}; {miniature.seeds} seeds; {miniature.cost}.")
+    parts.append(f"{_form(miniature)}. {miniature.seeds} seeds; {miniature.cost}.")
     if result is None:
         parts.append("Not run yet: there is no result to show.")
     else:
-        parts += [
-            paper.table(result),
-            f"{metric_of(experiment, result)} in percent, mean ± standard deviation over seeds",
-        ]
-        level = ", ".join(f"{task} {value:.1f}" for task, value in result["majority"].items())
-        parts[-1] += (
-            f" ({finished(result, miniature.seeds)}). Accuracy of always saying the most frequent label: {level}."
-        )
+        parts += [paper.table(result), f"{metric_of(experiment, result)} ({finished(result, miniature.seeds)})."]
+        if miniature.measure != "neighbours":
+            level = ", ".join(f"{task} {value:.1f}" for task, value in result["majority"].items())
+            parts[-1] += f" Always saying the most frequent label comes to {level} in the same metric."
         if missing := result["missing"]:
             seeds = collections.Counter(label.rpartition(", seed ")[0] for label in missing)
             listed = "; ".join(f"{what} ({count})" for what, count in seeds.items())
@@ -166,11 +167,16 @@ def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, A
         parts.append(f"Numbers: [{name}.json](../../benchmarks/results/paper/{name}.json), {result['date']}, jax "
                      f"{result['versions']['jax']}.")  # fmt: skip
     parts += [" ".join(experiment.found)] if experiment.found else []
-    parts += ["## Published setting", f"    softprompt paper {name} --form published --configs runs/{name}"]
+    parts += ["## Published setting", f"    softprompt paper {name} --form published"]
     parts.append(
-        "writes every run as a config for `softprompt train` on a TPU; with `--topology v5p:2x2x1` instead, it says "
-        f"what each distinct step would take there (a minute or two of compiling each). {_form(published)}; "
-        f"{published.seeds} seeds. Cost: {published.cost}. Tests build each of these runs abstractly; none was trained."
+        "trains what is missing, one run after another, and writes the same table. To share the runs among "
+        "machines, `--configs FOLDER` writes each as `FOLDER/KEY.yaml` instead; `softprompt train FOLDER/KEY.yaml "
+        "--out runs/paper/KEY` trains it, and the command above, where all of `runs/paper` is, gathers them. With "
+        "`--topology v5p:2x2x1` it says what each distinct step would take there (a minute of compiling each)."
+    )
+    parts.append(
+        f"{_form(published)}. {published.seeds} seeds. Cost: {published.cost}. Tests build one run of each distinct "
+        "step abstractly; none was trained."
     )
     parts += [plan_table(plan)] if plan else []
     return (
@@ -187,23 +193,25 @@ def plan_table(steps: list[dict[str, Any]]) -> str:
         for topology, plan in step["plans"].items():
             peak = "?" if plan["peak_bytes"] is None else f"{plan['peak_bytes'] / 2**30:.1f}"
             rate = "" if plan["examples_per_s"] is None else f"{plan['examples_per_s']:,.0f}"
+            work = float(f"{plan['flops'] / 1e12:.3g}")
             lines.append(
                 f"| {topology} | {what} | {step['runs']} | {'yes' if plan['fits'] else 'no'} | {peak} of "
-                f"{plan['limit_bytes'] / 2**30:.0f} | {plan['flops'] / 1e12:,.3g} | {rate} |"
+                f"{plan['limit_bytes'] / 2**30:.0f} | {work:,.10g} | {rate} |"
             )
     share = next(iter(steps[0]["plans"].values()))["utilisation"]
     return "\n".join(lines) + f"\n\nExamples/s are estimated: if the chips reach {share:.0%} of their peak."
 
 
 def _pieces(rows: list[list[str]]) -> str:
-    return "nearest pieces of the first rows: " + "; ".join(" ".join(f"`{piece}`" for piece in row) for row in rows)
+    said = "; ".join(" ".join(f"`{piece}`" for piece in row) for row in rows)
+    return f"nearest pieces of each of the first rows, seed 0, a semicolon after each row: {said}"
 
 
 def _form(form: paper.Form) -> str:
-    parts = [f"Lines: {', '.join(form.lines)}"]
-    parts += [f"points: {', '.join(form.points)}"] if list(form.points) != [""] else []
-    parts += [f"tasks: {', '.join(form.tasks)}"] if form.tasks else []
-    return "; ".join(parts)
+    parts = [f"Lines: {'; '.join(form.lines)}"]
+    parts += [f"Points: {'; '.join(form.points)}"] if list(form.points) != [""] else []
+    parts += [f"Tasks: {'; '.join(form.tasks)}"] if form.tasks else []
+    return ". ".join(parts)
 
 
 def paper_table(experiments: dict[str, paper.Experiment]) -> str:
@@ -254,6 +262,18 @@ def ladder_table() -> str:
 # ------------------------------------------------------------------------------------------------- methods
 
 
+def method_result(row: dict[str, Any]) -> str:
+    """Say what `benchmarks/methods.py` measured of a config."""
+    spread = "" if row["accuracy_sd"] is None else f" ± {row['accuracy_sd']}"
+    step = "" if row["step_cpu_s"] is None else f"; {row['step_cpu_s']:.2f} CPU seconds a step"
+    return (
+        f"Measured on the movie sentences (majority class {row['majority']}): test accuracy {row['accuracy_mean']}"
+        f"{spread} after {row['steps']} step{'s' if row['steps'] > 1 else ''}, {row['seeds']} seeds{step}; "
+        f"{row['trainable']:,} numbers trained, {row['bytes'] / 1000:,.1f} KB. "
+        "[All methods in one table](../../benchmarks/methods.md)."
+    )
+
+
 def method_pages() -> Iterator[tuple[str, str]]:
     """Yield the page of each kind of method."""
     from softprompt_jax.backbone.presets import preset
@@ -263,6 +283,7 @@ def method_pages() -> Iterator[tuple[str, str]]:
     sizes = preset("t5-v1_1-base")
     configs = {path: path.read_text("utf-8") for path in sorted((ROOT / "configs").glob("*.yaml"))}
     configs |= {path: path.read_text("utf-8") for path in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}
+    measured = {row["method"]: method_result(row) for row in json.loads((RESULTS / "methods.json").read_text())["rows"]}
     for kind, method in METHODS.items():
         settings = method()
         trained = parameters(sizes, settings)
@@ -270,6 +291,7 @@ def method_pages() -> Iterator[tuple[str, str]]:
         parts = [f"# {kind}", said, f"Paper: {method.paper}."]
         share = trained / sizes.parameters()
         facts = [f"trains {trained:,} numbers of a T5 1.1 base with default settings ({share:.3%})"]
+        facts.append(f"optimizer, if a run states none: {(method.default_optimizer or {'kind': 'adafactor'})['kind']}")
         facts.append(f"PEFT: {method.peft_type}" if method.peft_type else "not in PEFT")
         facts.append(
             "leaves every output as it was at the start" if method.identity_at_start else "changes outputs at once"
@@ -282,8 +304,11 @@ def method_pages() -> Iterator[tuple[str, str]]:
             if any(each.get("kind") == kind for each in yaml.safe_load(text).get("methods", [])):
                 where = path.relative_to(ROOT)
                 words = " ".join(line.lstrip("# ").rstrip() for line in text.splitlines() if line.startswith("#"))
-                out = path.stem.replace("_", "-")
-                parts.append(f"[{where}](../../{where}): {words}\n\n    softprompt train {where} --out runs/{out}")
+                parts.append(
+                    f"[{where}](../../{where}): {words}\n\n    softprompt train {where} --out runs/{path.stem}"
+                )
+                if path.parent.name == "methods" and path.stem in measured:
+                    parts.append(measured[path.stem])
         yield kind, "\n\n".join(parts) + "\n"
 
 

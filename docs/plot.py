@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 from collections.abc import Iterator
 from html import escape
@@ -9,7 +10,10 @@ from typing import Any
 
 COLOURS = ("#1d5fbf", "#c2410c", "#1a7f37", "#7c3aed", "#57606a", "#b4690e")
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 384, 56, 20, 44, 88
+LEGEND = 20  # the height of a row of the legend
 LINE, LETTER = 15, 7  # the height of a line of text, the width of most letters
+DASHES = 'stroke="#24292f" stroke-width="1.5" stroke-dasharray="5 4"'
+DODGE = 8  # between the points of neighbouring lines, so that equal ones are both seen
 STYLE = (
     "text { font-family: system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; "
     "font-size: 13px; fill: #24292f } .head { font-size: 15px; font-weight: 600 } .mid { text-anchor: middle } "
@@ -21,7 +25,8 @@ Lines = dict[str, dict[str, dict[str, Any]]]  # line, column, {"mean": percent, 
 def plot(title: str, lines: Lines, kind: str, y: str, majority: dict[str, float] | None = None, x: str = "") -> str:
     """Return an SVG of means with bars of one standard deviation: columns along x, a colour for each line.
 
-    With one column the lines themselves stand along x, as bars. Bars begin at 0. `majority` is drawn as dashed levels.
+    With one column the lines themselves stand along x, as bars. Bars begin at 0. `majority` is drawn as dashed levels:
+    under the column of that name, or across all of them.
     """
     fullest = sorted(lines.values(), key=len, reverse=True)  # has the columns in their order
     columns = list(dict.fromkeys(column for values in fullest for column in values))
@@ -38,41 +43,47 @@ def plot(title: str, lines: Lines, kind: str, y: str, majority: dict[str, float]
     def at(value: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - low) / (high - low))
 
-    parts = _frame(title)
+    of = ", ".join(f"{name} {level:.1f}" for name, level in levels.items() if name not in columns)
+    legend = _legend(list(lines) if len(lines) > 1 else [], dashed=f"majority class {of}".strip() if levels else None)
+    parts = _frame(title, len(legend))
     for tick in range(int(low), int(high) + 1, 10):
         parts.append(f'<path d="M{LEFT} {at(tick):.1f}H{WIDTH - RIGHT}" stroke="#d0d7de"/>')
         parts.append(f'<text class="end" x="{LEFT - 8}" y="{at(tick) + 4:.1f}">{tick}</text>')
     parts.append(
         f'<text transform="rotate(-90 14 {HEIGHT / 2})" class="mid" x="14" y="{HEIGHT / 2}">{escape(y)}</text>'
     )
-    for name, level in levels.items():
-        parts.append(
-            f'<path d="M{LEFT} {at(level):.1f}H{WIDTH - RIGHT}" stroke="#57606a" stroke-dasharray="5 4"/>'
-            f'<text class="end" x="{WIDTH - RIGHT}" y="{at(level) - 4:.1f}">majority class, {escape(name)}</text>'
-        )
     for number, column in enumerate(columns):
         for row, text in enumerate(textwrap.wrap(column, int(step / LETTER), max_lines=3)):
             y_text = HEIGHT - BOTTOM + 18 + LINE * row
             parts.append(f'<text class="mid" x="{LEFT + step * (number + 0.5):.1f}" y="{y_text}">{escape(text)}</text>')
     parts.append(f'<text class="end" x="{WIDTH - RIGHT}" y="20">{escape(f"x: {x}" if x else "")}</text>')
     parts += _lines(lines, columns, step, at) if kind == "lines" else _bars(lines, columns, step, at)
-    if len(lines) > 1:
-        parts += _legend(list(lines))
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    for name, level in levels.items():
+        left, right = LEFT, WIDTH - RIGHT
+        if name in columns:
+            left = LEFT + step * columns.index(name)
+            right = left + step
+        parts.append(f'<path d="M{left:.1f} {at(level):.1f}H{right:.1f}" {DASHES}/>')
+    return "\n".join([*parts, *itertools.chain(*legend), "</svg>"]) + "\n"
 
 
 def curves(title: str, lines: dict[str, list[dict[str, float]]]) -> str:
-    """Return an SVG of losses by step, a line for each list of {"step", "loss"}."""
+    """Return an SVG of losses by step, a line for each list of {"step", "loss"}.
+
+    What was measured before the first step is left out. A name keeps its colour though other lines are empty.
+    """
+    lines = {name: [point for point in line if point["step"] > 0] for name, line in lines.items()}
     points = [point for line in lines.values() for point in line]
-    last, top = (max(point[key] for point in points) for key in ("step", "loss"))
+    last = max(point["step"] for point in points)
     wide = (WIDTH - LEFT - RIGHT - 40) / last
-    high = int(top) + 1
+    low, high = int(min(point["loss"] for point in points)), int(max(point["loss"] for point in points)) + 1
 
     def at(value: float) -> float:
-        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - value / high)
+        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - low) / (high - low))
 
-    parts = _frame(title)
-    for tick in range(high + 1):
+    legend = _legend(list(lines), [name for name, line in lines.items() if line])
+    parts = _frame(title, len(legend))
+    for tick in range(low, high + 1):
         parts.append(f'<path d="M{LEFT} {at(tick):.1f}H{WIDTH - RIGHT}" stroke="#d0d7de"/>')
         parts.append(f'<text class="end" x="{LEFT - 8}" y="{at(tick) + 4:.1f}">{tick}</text>')
     parts.append(f'<text class="end" x="{WIDTH - RIGHT}" y="20">nats per target token</text>')
@@ -81,26 +92,41 @@ def curves(title: str, lines: dict[str, list[dict[str, float]]]) -> str:
         parts.append(f'<text class="mid" x="{x:.1f}" y="{y}">{step:,.0f}</text>')
     parts.append(f'<text class="end" x="{WIDTH - RIGHT}" y="{HEIGHT - BOTTOM + 40}">step</text>')
     for number, line in enumerate(lines.values()):
+        if not line:
+            continue
         path = " ".join(f"{LEFT + 8 + point['step'] * wide:.1f},{at(point['loss']):.1f}" for point in line)
         parts.append(f'<polyline points="{path}" fill="none" stroke="{COLOURS[number]}" stroke-width="2"/>')
-    return "\n".join([*parts, *_legend(list(lines)), "</svg>"]) + "\n"
+    return "\n".join([*parts, *itertools.chain(*legend), "</svg>"]) + "\n"
 
 
-def _frame(title: str) -> list[str]:
-    size = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}"'
+def _frame(title: str, rows: int) -> list[str]:
+    """Begin a picture with room for so many rows of legend."""
+    height = HEIGHT + LEGEND * max(0, rows - 1)
+    size = f'viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}"'
     return [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
         f"<style>{STYLE}</style>",
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#fff"/>',
+        f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
         f'<text class="head" x="{LEFT}" y="20">{escape(title)}</text>',
     ]
 
 
-def _legend(names: list[str]) -> Iterator[str]:
-    for number, name in enumerate(names):
-        left = LEFT + number * (WIDTH - LEFT - RIGHT) / len(names)
-        yield f'<rect x="{left:.1f}" y="{HEIGHT - 24}" width="12" height="12" fill="{COLOURS[number]}"/>'
-        yield f'<text x="{left + 18:.1f}" y="{HEIGHT - 13}">{escape(name)}</text>'
+def _legend(names: list[str], shown: list[str] | None = None, dashed: str | None = None) -> list[list[str]]:
+    """Return the legend's rows, as many as the names need, with the colour that each name has."""
+    rows: list[list[str]] = [[]]
+    left = LEFT
+    entries = [(name, f'fill="{COLOURS[i]}"') for i, name in enumerate(names) if shown is None or name in shown]
+    for name, fill in entries + ([(dashed, "")] if dashed else []):
+        wide = 18 + LETTER * len(name) + 24
+        if rows[-1] and left + wide > WIDTH:
+            rows.append([])
+            left = LEFT
+        y = HEIGHT - 24 + LEGEND * (len(rows) - 1)
+        mark = f'<rect x="{left}" y="{y}" width="12" height="12" {fill}/>'
+        rows[-1].append(mark if fill else f'<path d="M{left - 2} {y + 6}h16" {DASHES}/>')
+        rows[-1].append(f'<text x="{left + 18}" y="{y + 11}">{escape(name)}</text>')
+        left += wide
+    return rows
 
 
 def _spread(x: float, value: dict[str, Any], at: Any) -> str:
@@ -111,7 +137,8 @@ def _spread(x: float, value: dict[str, Any], at: Any) -> str:
 
 def _lines(lines: Lines, columns: list[str], step: float, at: Any) -> Iterator[str]:
     for number, values in enumerate(lines.values()):
-        points = [(LEFT + step * (i + 0.5), values[column]) for i, column in enumerate(columns) if column in values]
+        middle = LEFT + DODGE * (number - (len(lines) - 1) / 2) + step / 2
+        points = [(middle + step * i, values[column]) for i, column in enumerate(columns) if column in values]
         path = " ".join(f"{x:.1f},{at(value['mean']):.1f}" for x, value in points)
         yield f'<polyline points="{path}" fill="none" stroke="{COLOURS[number]}" stroke-width="2"/>'
         for x, value in points:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -26,6 +26,9 @@ from softprompt_jax import config, interop, paper_measures
 from softprompt_jax.config import Settings, UserError, nearest
 from softprompt_jax.paper_measures import Cell
 from softprompt_jax.run import load_run
+
+if TYPE_CHECKING:
+    from softprompt_jax.tasks.task import Task
 
 Forms = Literal["miniature", "published"]
 Changes = dict[str, Any]  # dotted settings, as on the command line
@@ -273,7 +276,7 @@ def collect(name: str, form_name: Forms, experiment: Experiment, grid: list[Cell
         "lines": {
             line: {column: summary(found) for column, found in columns.items()} for line, columns in values.items()
         },
-        "majority": _majority(finished, results),
+        "majority": _majority(finished, form),
         **extra,
         "seconds_per_run": round(statistics.mean(r["seconds"] for r in results), 1) if results else None,
         "date": time.strftime("%Y-%m-%d"),
@@ -327,8 +330,7 @@ def _transfers(cell: Cell, form: Form, runs: Path) -> Iterator[tuple[str, float]
             predictor = predictor or load_predictor(runs / cell.key)
             known[target] = predictor.evaluate(task, "test" if "test" in splits(task) else "validation")
             interop.dump(known, kept)
-        column = target if len(form.tasks) < 2 else f"{cell.task} to {target}"
-        yield column, _mean(task.metrics[:1], known[target])
+        yield _column(form, cell.task, target), _mean(task.metrics[:1], known[target])
 
 
 def _mean(names: list[str], scores: dict[str, float]) -> float:
@@ -336,22 +338,47 @@ def _mean(names: list[str], scores: dict[str, float]) -> float:
 
 
 def _metric(grid: list[Cell], form: Form) -> str:
-    """Say what is averaged: the mean of a task's metrics, or of a target's first one."""
+    """Say what is averaged: the mean of a task's metrics, or a target's first one."""
     if form.measure == "transfer":
-        from softprompt_jax.tasks import resolve
+        return " and ".join(dict.fromkeys(task.metrics[0] for task in _targets(form).values()))
+    said = {task.name: " and ".join(task.metrics) for cell in grid for task in cell.run.tasks}
+    said = {name: f"mean of {metrics}" if " and " in metrics else metrics for name, metrics in said.items()}
+    if len(set(said.values())) == 1:
+        return next(iter(said.values()))
+    return "; ".join(f"{name}: {metrics}" for name, metrics in said.items())
 
-        return " and ".join(dict.fromkeys(resolve(task).metrics[0] for on in form.score_on.values() for task in on))
-    names = dict.fromkeys(name for cell in grid for task in cell.run.tasks for name in task.metrics)
-    return f"mean of {', '.join(names)}" if len(names) > 1 else next(iter(names))
+
+def _targets(form: Form) -> dict[str, Task]:
+    """Return the tasks of `score_on` by the column that they have in the table."""
+    from softprompt_jax.tasks import resolve
+
+    return {_column(form, of, target): resolve(target) for of, on in form.score_on.items() for target in on}
 
 
-def _majority(finished: list[Cell], results: list[dict[str, Any]]) -> dict[str, float]:
-    """The accuracy of always saying the most frequent label, for each task."""
+def _column(form: Form, trained_on: str, target: str) -> str:
+    return target if len(form.tasks) < 2 else f"{trained_on} to {target}"
+
+
+def _majority(finished: list[Cell], form: Form) -> dict[str, float]:
+    """The score of always giving the most frequent label of the train split, in percent, in the table's metric.
+
+    By task, or by column where runs are scored on several; without those whose targets are no label words.
+    """
+    from softprompt_jax.evaluate import score
+    from softprompt_jax.tasks import load, splits
+
     found: dict[str, float] = {}
-    for cell, result in zip(finished, results, strict=True):
-        said = result["baselines"]["majority"]
-        found |= said if isinstance(said, dict) else {cell.run.task_name: said}
-    return {name: round(100 * value, 2) for name, value in found.items()}
+    scored = _targets(form) if form.measure == "transfer" else {}
+    scored = scored or {task.name: task for cell in finished for task in cell.run.tasks}
+    for name, task in scored.items() if finished else ():
+        known = splits(task)
+        if task.words is None or "train" not in known:
+            continue
+        examples = load(task, "test" if "test" in known and "test" not in task.hidden else "validation")
+        label, _ = collections.Counter(example.target for example in load(task, "train")).most_common(1)[0]
+        metrics = task.metrics[:1] if form.measure == "transfer" else task.metrics
+        found[name] = round(100 * _mean(metrics, score(task, [label] * len(examples), examples)), 2)
+    return found
 
 
 def table(result: dict[str, Any]) -> str:

@@ -124,7 +124,8 @@ def mixed(finished: Sequence[Cell], grid: Sequence[Cell], runs: Path) -> tuple[V
             cells = [cell for cell in members if cell.seed == seed]
             if len(cells) < sum(cell.line == line and cell.seed == seed for cell in grid):
                 continue
-            bank = PromptBank(str(cells[0].run.backbone), dtype=cells[0].run.dtype)
+            first = cells[0].run
+            bank = PromptBank(str(first.backbone), max_input_tokens=first.max_input_tokens, dtype=first.dtype)
             sets, longest = {}, 0
             for cell in cells:
                 bank.add(cell.task, runs / cell.key)

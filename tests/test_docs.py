@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -12,6 +13,8 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
+
+from softprompt_jax import paper
 
 ROOT = Path(__file__).resolve().parents[1]
 _spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
@@ -46,7 +49,7 @@ def test_a_plot_shows_every_mean():
         picture = build.plot("A title & more", lines, kind, "accuracy, %", {"task": 55.0})
         xml.etree.ElementTree.fromstring(picture)
         assert "A title &amp; more" in picture
-        assert "majority class, task" in picture
+        assert "majority class task 55.0" in picture
         assert picture.count(mark) >= 3
         assert picture.count('stroke-width="1.4"') == 2  # of those that have a deviation
 
@@ -98,3 +101,22 @@ def test_every_command_of_the_tutorial_runs(tmp_path):
     answers = [json.loads(line) for line in said if '"prediction"' in line]
     assert [answer["prompt"] for answer in answers] == ["movie", "spam", "mail"] * 2  # predicted, and served
     assert all(isinstance(answer["prediction"], str) for answer in answers)
+
+
+def test_numbers_that_experiments_found_are_in_their_results():
+    """A number with a decimal is a mean, a deviation, a seed's value, the majority class, or a difference of these."""
+    for name, path in paper.experiments().items():
+        experiment, result = paper.load(str(path))[0], build.RESULTS / "paper" / f"{name}.json"
+        if not result.exists():
+            continue
+        result = json.loads(result.read_text())
+        cells = [cell for line in result["lines"].values() for cell in line.values()]
+        levels = [cell["mean"] for cell in cells] + list(result["majority"].values())
+        known = levels + [cell["sd"] for cell in cells if cell["sd"] is not None]
+        known += [value for cell in cells for value in cell["values"]]
+        known += [abs(one - other) for one, other in itertools.combinations(levels, 2)]
+        known += [value / 100 for value in known] if experiment.miniature.measure == "neighbours" else []
+        names = " ".join([*experiment.miniature.lines, *experiment.miniature.points])
+        for number in re.findall(r"\d+\.\d+(?! million)", " ".join(experiment.found)):
+            half = 0.51 * 10.0 ** -len(number.partition(".")[2])
+            assert number in names or any(abs(float(number) - value) <= half for value in known), (name, number)

@@ -14,7 +14,7 @@ from softprompt_jax.config import UserError
 from softprompt_jax.methods import METHODS, Context, MethodSettings
 from softprompt_jax.methods.surgery import Trainable
 
-_CONTEXT = Context(encode=lambda text: [0])
+_CONTEXT = Context(encode=lambda text: [0] * len(text.split()))  # a piece for each word
 _SMALL = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1}
 
 
