@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,10 @@ def main() -> None:
         }
         taken: dict[str, list[float]] = {side: [] for side in sides}
         agreed = []
+        busy, clock = machine.busy_seconds(), time.perf_counter()
         for number, ids in enumerate(batches):
+            if number == 1:  # the first compiles, or fills caches
+                busy, clock = machine.busy_seconds(), time.perf_counter()
             said: dict[str, Any] = {}
             for side, process in sides.items():
                 assert process.stdin is not None
@@ -134,9 +138,11 @@ def main() -> None:
                 process.stdin.write(json.dumps(ids.tolist()) + "\n")
                 process.stdin.flush()
                 said[side] = json.loads(process.stdout.readline())
-                if number:  # the first compiles, or fills caches
+                if number:
                     taken[side].append(said[side]["cpu_s"])
             agreed.append(same(said["ours"]["tokens"], said["peft"]["tokens"]))
+        used = machine.busy_seconds() - busy - sum(map(sum, taken.values()))
+        others = max(0.0, used) / ((time.perf_counter() - clock) * about["machine"]["cores"])
         for process in sides.values():
             assert process.stdin is not None
             process.stdin.close()
@@ -151,7 +157,7 @@ def main() -> None:
                 "side": side, "size": arguments.size, "batch": arguments.batch, "prompt": PROMPT_LENGTH,
                 "input_tokens": int(batches[0].shape[1]), "tokens": arguments.tokens, "dtype": "float32",
                 "cpu_s_per_batch": round(statistics.median(seconds), 4), "rounds": [round(s, 4) for s in seconds],
-                "rows_that_agree": round(statistics.mean(agreed), 3),
+                "rows_that_agree": round(statistics.mean(agreed), 3), "others": round(others, 3),
                 "times_peft": round(peft / statistics.median(seconds), 2),
             }  # fmt: skip
             file.write(json.dumps(line) + "\n")

@@ -22,6 +22,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
+import speed  # noqa: E402
 from plot import curves, plot  # noqa: E402
 
 from softprompt_jax import paper  # noqa: E402
@@ -87,6 +88,9 @@ def all_pages() -> Iterator[tuple[Path, str]]:
             yield ROOT / "docs" / f"ladder_{form}.svg", curves(title, every)
             shown.append(f"![{title}](ladder_{form}.svg)")
     yield _filled(ROOT / "docs" / "pretraining.md", {"ladder": "\n\n".join(shown)})
+    compared = speed.speeds(RESULTS)
+    yield ROOT / "docs" / "speed.svg", speed.picture("Times as fast as PEFT's best, in CPU seconds", compared)
+    yield _filled(ROOT / "benchmarks" / "README.md", {"speed": speed.table(compared)})
     yield _filled(ROOT / "README.md", {"embedded": embedded_table(), "paper": paper_table(experiments)})
 
 

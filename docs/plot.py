@@ -45,7 +45,7 @@ def plot(title: str, lines: Lines, kind: str, y: str, majority: dict[str, float]
 
     of = ", ".join(f"{name} {level:.1f}" for name, level in levels.items() if name not in columns)
     legend = _legend(list(lines) if len(lines) > 1 else [], dashed=f"majority class {of}".strip() if levels else None)
-    parts = _frame(title, len(legend))
+    parts = frame(title, HEIGHT + LEGEND * max(0, len(legend) - 1))
     for tick in range(int(low), int(high) + 1, 10):
         parts.append(f'<path d="M{LEFT} {at(tick):.1f}H{WIDTH - RIGHT}" stroke="#d0d7de"/>')
         parts.append(f'<text class="end" x="{LEFT - 8}" y="{at(tick) + 4:.1f}">{tick}</text>')
@@ -82,7 +82,7 @@ def curves(title: str, lines: dict[str, list[dict[str, float]]]) -> str:
         return TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - low) / (high - low))
 
     legend = _legend(list(lines), [name for name, line in lines.items() if line])
-    parts = _frame(title, len(legend))
+    parts = frame(title, HEIGHT + LEGEND * max(0, len(legend) - 1))
     for tick in range(low, high + 1):
         parts.append(f'<path d="M{LEFT} {at(tick):.1f}H{WIDTH - RIGHT}" stroke="#d0d7de"/>')
         parts.append(f'<text class="end" x="{LEFT - 8}" y="{at(tick) + 4:.1f}">{tick}</text>')
@@ -99,9 +99,8 @@ def curves(title: str, lines: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join([*parts, *itertools.chain(*legend), "</svg>"]) + "\n"
 
 
-def _frame(title: str, rows: int) -> list[str]:
-    """Begin a picture with room for so many rows of legend."""
-    height = HEIGHT + LEGEND * max(0, rows - 1)
+def frame(title: str, height: int) -> list[str]:
+    """Begin a picture with its title."""
     size = f'viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}"'
     return [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
