@@ -1,0 +1,66 @@
+"""The scripts of benchmarks/ run as their README says, at sizes that try them and measure nothing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+PARTS = {"machine", "make_backbone", "side_ours", "side_peft", "worker", "workload"}  # of the scripts
+SCRIPTS = sorted(path.stem for path in BENCHMARKS.glob("*.py") if path.stem not in PARTS)
+
+
+def run(script, *arguments):
+    """Run a script; return what it printed."""
+    command = [sys.executable, str(BENCHMARKS / f"{script}.py"), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=BENCHMARKS.parent)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_is_in_the_readme_and_says_what_it_does(script):
+    text = (BENCHMARKS / "README.md").read_text() + (BENCHMARKS / "methods.md").read_text()
+    assert f"{script}.py" in text
+    assert "usage:" in run(script, "--help")
+
+
+@pytest.mark.slow
+def test_checkpoints_are_timed(tmp_path):
+    run("checkpoint", "--rounds", 1, "--results", tmp_path / "lines")
+    assert all(line["bytes"] > 0 and line["cpu_s"] > 0 for line in lines(tmp_path / "lines"))
+
+
+@pytest.mark.torch
+def test_a_step_is_timed_beside_peft(tmp_path):
+    tiny = ["--size", "tiny", "--dtypes", "float32", "--cores", 1, "--rounds", 1, "--steps", 1, "--sample", 0]
+    run("training_step", *tiny, "--variants", "ours:unroll,peft:sdpa", "--results", tmp_path / "lines")
+    ours, peft = lines(tmp_path / "lines")
+    assert (ours["side"], peft["side"]) == ("ours", "peft")
+    assert ours["losses_apart"] < 1e-3
+    assert ours["times_best_peft"] == pytest.approx(peft["cpu_s_per_step"] / ours["cpu_s_per_step"], abs=0.01)
+
+
+@pytest.mark.torch
+def test_decoding_is_timed_beside_peft(tmp_path):
+    run("decoding", "--size", "tiny", "--rounds", 1, "--tokens", 8, "--results", tmp_path / "lines")
+    ours, peft = lines(tmp_path / "lines")
+    assert ours["rows_that_agree"] == 1
+    assert ours["times_peft"] == pytest.approx(peft["cpu_s_per_batch"] / ours["cpu_s_per_batch"], abs=0.01)
+
+
+@pytest.mark.torch
+def test_mixed_prompts_are_timed_beside_peft(tmp_path):
+    run("mixed_prompts", "--rounds", 1, "--batch", 4, "--answer", 2, "--results", tmp_path / "lines")
+    (line,) = lines(tmp_path / "lines")
+    assert line["answers_that_agree"] == 1
+    assert line["times_peft"]["peft, a prompt each"] > 0
