@@ -21,7 +21,7 @@ from softprompt_jax.train import make_step
 
 
 class Ours:
-    """`variant`: scan (the default settings), unroll, or halves: unrolled, a batch in two parts (`accumulate: 2`)."""
+    """`variant`: scan (the default settings), unroll, halves or quarters: unrolled, in parts (`accumulate`)."""
 
     def __init__(self, folder: str, dtype: str, variant: str, threads: int):
         model = with_settings(load_backbone(folder, dtype).model, unroll=variant != "scan")
@@ -30,7 +30,7 @@ class Ours:
         self.prompt_ids = np.asarray(prompt_ids(model).before, np.int32)
         run = Run(
             task="sentiment_movie", dtype=dtype, dropout=0.0, z_loss=0.0, loss="mean", batch_size=BATCH_SIZE,
-            accumulate=2 if variant == "halves" else 1,
+            accumulate={"halves": 2, "quarters": 4}.get(variant, 1),
             optimizer=optimizers.AdamW(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY),
         )  # fmt: skip
         parts = split(model)

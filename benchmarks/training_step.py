@@ -210,7 +210,8 @@ def main() -> None:
     parser.add_argument(
         "--variants",
         default="ours:scan,ours:unroll,peft:eager,peft:sdpa",
-        help="who competes, at least one of each side; also peft:compile (a minute to compile), ours:halves",
+        help="who competes, at least one of each side; also peft:compile (a minute to compile), ours:halves, "
+        "ours:quarters",
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()

@@ -12,7 +12,7 @@ from plot import COLOURS, DASHES, LEFT, RIGHT, TOP, WIDTH, frame
 
 QUIET = 0.1  # the share of the machine that others may use before seconds are inflated
 TICKS = (0.5, 1, 2, 5, 10, 20)
-ROW, NAMES = 26, 300  # the height of a bar, the width of what stands before it
+ROW, NAMES = 26, 310  # the height of a bar, the width of what stands before it
 
 
 class Speed(NamedTuple):
@@ -48,7 +48,8 @@ def _training(lines: list[dict[str, Any]]) -> list[Speed]:
             min((line for line in chosen if line["side"] == side), key=lambda line: line["cpu_s_per_step"])
             for side in ("ours", "peft")
         )
-        what = f"a step, {size}, {dtype}, {'fixed' if fixed else 'real'} lengths"
+        parts = {"halves": ", in 2 parts", "quarters": ", in 4 parts"}.get(ours["variant"], "")
+        what = f"a step, {size}, {dtype}, {'fixed' if fixed else 'real'} lengths{parts}"
         rounds = min(len(line["cpu_s_rounds"]) for line in (ours, peft))
         found.append(Speed(what, ours["cpu_s_per_step"], peft["cpu_s_per_step"], rounds, bool(quiet)))
     return sorted(found, key=lambda speed: "float32" not in speed.what)
