@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from small_runs import write_rows
 
 import softprompt_jax.train  # noqa: F401 - so that it can be replaced below
 from softprompt_jax import paper, paper_measures, plan
@@ -182,8 +183,25 @@ def test_a_seed_counts_when_all_its_tasks_are_there_and_untrained_is_read(grid, 
     assert result["missing"] == [cells[3].label]
 
 
+def test_the_majority_class_is_scored_as_the_table_is(grid, tmp_path, small):
+    """One of four is "yes": always "no" is right three times, with an F1 of 6 / 7 for "no" and 0 for "yes"."""
+    rows = [{"text": f"tea {i}", "label": "yes" if i % 4 == 0 else "no"} for i in range(8)]
+    source = {"kind": "files", **dict.fromkeys(("train", "validation"), str(write_rows(tmp_path / "rows.jsonl", rows)))}
+    file = grid(change={"task": small.task | {"source": source, "metrics": ["accuracy", "f1_macro"]}})
+    experiment, path = paper.load(str(file))
+    cells = list(paper.cells(experiment.miniature, path))
+    (cell, *_) = cells
+    (tmp_path / cell.key).mkdir()
+    scores = {"accuracy": 1.0, "f1_macro": 0.5}
+    found = {"validation": scores, "baselines": {"split": "validation", "untrained": scores}, "seconds": 1.0}
+    (tmp_path / cell.key / "result.json").write_text(json.dumps(found))
+    result = paper.collect("x", "miniature", experiment, cells, tmp_path)
+    assert result["metric"] == "mean of accuracy and f1_macro"
+    assert result["majority"] == {"moods": pytest.approx(100 * (3 / 4 + (6 / 7) / 2) / 2, abs=0.01)}
+
+
 @pytest.mark.slow
-def test_what_is_read_off_prompts_agrees_with_reading_them_one_by_one(grid, tmp_path, small):
+def test_what_is_read_off_prompts_agrees_with_reading_them_one_by_one(grid, tmp_path, small, monkeypatch):
     """The same two runs serve a vote, neighbours, transfers and mixed batches."""
     from softprompt_jax.predict import load_predictor
     from softprompt_jax.tasks import load, resolve
@@ -210,6 +228,14 @@ def test_what_is_read_off_prompts_agrees_with_reading_them_one_by_one(grid, tmp_
     mixed = paper.run_experiment(str(grid(measure="mixed", tasks=tasks, lines=lines)), "miniature", runs, to)
     assert mixed["lines"]["few"]["same answers"]["values"] == [100, 100]
     assert mixed["lines"]["few"]["moods"]["values"] == voted["average"]["values"]
+
+    known = {"moods": resolve(small.task), "moods too": resolve(small.task | {"metrics": ["f1_macro", "accuracy"]})}
+    monkeypatch.setattr("softprompt_jax.tasks.resolve", lambda task: known.get(task) or resolve(task))
+    moved = {"measure": "transfer", "tasks": tasks, "score_on": {"moods": list(known)}}
+    moved = paper.run_experiment(str(grid(**moved, lines=lines)), "miniature", runs, to)
+    assert moved["metric"] == "accuracy and f1_macro"
+    assert moved["lines"]["few"]["moods"]["values"] == voted["average"]["values"]
+    assert moved["majority"] == {"moods": 50.0, "moods too": pytest.approx(100 / 3, abs=0.01)}
 
 
 def test_names_stand_for_line_and_point(grid):
