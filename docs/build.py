@@ -219,10 +219,10 @@ def _form(form: paper.Form) -> str:
 
 
 def paper_table(experiments: dict[str, paper.Experiment]) -> str:
-    """Return the README's list of experiments with what was found."""
+    """Return the README's list of experiments with the first of what was found."""
     rows = []
     for name, experiment in experiments.items():
-        said = " ".join(experiment.found) if _result(name) else ""
+        said = experiment.found[0] if _result(name) else ""
         run = finished(_result(name), experiment.miniature.seeds)
         rows.append(f"| [{experiment.title}](docs/experiments/{name}.md) | {run} | {said} |")
     return "| `softprompt paper` | miniature | |\n|---|---|---|\n" + "\n".join(rows)

@@ -88,7 +88,7 @@ class Experiment(Settings):
     x: str = ""  # what the points are
     published: Form
     miniature: Form
-    found: list[str] = Field(default=[])  # what the miniature's result says, by hand
+    found: list[str] = Field(default=[])  # what the result says, by hand; the README has the first
 
     @field_validator("found")
     @classmethod
