@@ -159,7 +159,8 @@ def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, A
     else:
         parts += [paper.table(result), f"{metric_of(experiment, result)} ({finished(result, miniature.seeds)})."]
         if miniature.measure != "neighbours":
-            level = ", ".join(f"{task} {value:.1f}" for task, value in result["majority"].items())
+            levels = {column.rpartition(" to ")[2]: value for column, value in result["majority"].items()}
+            level = ", ".join(f"{task} {value:.1f}" for task, value in levels.items())
             parts[-1] += f" Always saying the most frequent label comes to {level} in the same metric."
         if missing := result["missing"]:
             seeds = collections.Counter(label.rpartition(", seed ")[0] for label in missing)

@@ -10,87 +10,98 @@ from typing import Any, NamedTuple
 
 from plot import COLOURS, DASHES, LEFT, RIGHT, TOP, WIDTH, frame
 
-QUIET = 0.1  # the share of the machine that others may use before seconds are inflated
+QUIET = 0.1  # the share of the machine that others may use at most
 TICKS = (0.5, 1, 2, 5, 10, 20)
-ROW, NAMES = 26, 310  # the height of a bar, the width of what stands before it
+ROW, NAMES = 26, 360  # the height of a bar, the width of what stands before it
+VARIANTS = {"scan": "", "unroll": ", unrolled", "halves": ", unrolled, 2 parts", "quarters": ", unrolled, 4 parts"}
+CASES = {"fixed": "fixed lengths", "bucketed": "real lengths, 12 shapes", "bucketed-4": "real lengths, 4 shapes"}
+RENAMED = "2026-11-21T11:28"  # before, these two cases had other names
+Line = dict[str, Any]
 
 
 class Speed(NamedTuple):
-    """What was timed, in CPU seconds, of us and of PEFT's best."""
+    """What was timed, in CPU seconds, of us and of PEFT's best in the same run."""
 
     what: str
     ours: float
     peft: float
     rounds: int
-    quiet: bool | None  # None: not recorded
+    quiet: bool
 
 
 def speeds(results: Path) -> list[Speed]:
-    """Return the latest comparison of each kind that was made on a quiet machine, or else the latest."""
+    """Return of each kind the latest comparison that was made on a quiet machine, or else the latest."""
     return [*_training(_lines(results / "training_step.jsonl")), *_decoding(results), *_mixed(results)]
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
+def _lines(path: Path) -> list[Line]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _training(lines: list[dict[str, Any]]) -> list[Speed]:
-    runs: dict[tuple[str, str, bool], dict[str, list[dict[str, Any]]]] = {}
+def _latest(lines: list[Line]) -> Line:
+    """Return the last of the lines on a quiet machine, or of all."""
+    return max([line for line in lines if _quiet(line)] or lines, key=lambda line: line["date"])
+
+
+def _quiet(line: Line) -> bool:
+    return line.get("others", 1.0) < QUIET
+
+
+def _training(lines: list[Line]) -> list[Speed]:
+    kinds: dict[tuple[str, str, str, str], list[Line]] = {}
     for line in lines:
-        if line["size"] != "tiny":
-            kind = line["size"], line["dtype"], line["case"] == "fixed"
-            runs.setdefault(kind, {}).setdefault(line["date"], []).append(line)
+        named = line["case"] == "fixed" or (line["case"] in CASES and line["date"] > RENAMED)
+        if named and line["size"] != "tiny" and line["cores"] == 1 and line["side"] == "ours":
+            kinds.setdefault((line["size"], line["dtype"], line["case"], line["variant"]), []).append(line)
     found = []
-    for (size, dtype, fixed), by_date in sorted(runs.items(), key=lambda item: (item[0][0] != "small", item[0][1])):
-        quiet = [date for date, lines in by_date.items() if max(line["others"] for line in lines) < QUIET]
-        chosen = by_date[max(quiet or by_date)]
-        ours, peft = (
-            min((line for line in chosen if line["side"] == side), key=lambda line: line["cpu_s_per_step"])
-            for side in ("ours", "peft")
-        )
-        parts = {"halves": ", in 2 parts", "quarters": ", in 4 parts"}.get(ours["variant"], "")
-        what = f"a step, {size}, {dtype}, {'fixed' if fixed else 'real'} lengths{parts}"
+    for (size, dtype, case, variant), of_kind in kinds.items():
+        ours = _latest(of_kind)
+        fixed = case == "fixed"
+        same = ("date", "size", "dtype", "cores")
+        beside = [
+            line for line in lines
+            if line["side"] == "peft" and (line["case"] == "fixed") == fixed and all(line[k] == ours[k] for k in same)
+        ]  # fmt: skip
+        peft = min(beside, key=lambda line: line["cpu_s_per_step"])
         rounds = min(len(line["cpu_s_rounds"]) for line in (ours, peft))
-        found.append(Speed(what, ours["cpu_s_per_step"], peft["cpu_s_per_step"], rounds, bool(quiet)))
-    return sorted(found, key=lambda speed: "float32" not in speed.what)
+        what = f"a step, {size}, {dtype}, {CASES[case]}{VARIANTS[variant] if fixed else ''}"
+        found.append(Speed(what, ours["cpu_s_per_step"], peft["cpu_s_per_step"], rounds, _quiet(ours)))
+    return sorted(found, key=lambda speed: ("float32" not in speed.what, "small" not in speed.what, speed.what))
 
 
 def _decoding(results: Path) -> list[Speed]:
-    latest = {(line["size"], line["side"]): line for line in _lines(results / "decoding.jsonl")}
-    return [
-        Speed(
-            f"decoding 8 x {line['tokens']} tokens, {size}, texts of {line['input_tokens']}",
-            line["cpu_s_per_batch"],
-            latest[size, "peft"]["cpu_s_per_batch"],
-            len(line["rounds"]),
-            None if "others" not in line else line["others"] < QUIET,
-        )
-        for (size, side), line in latest.items()
-        if side == "ours"
-    ]
+    lines = _lines(results / "decoding.jsonl")
+    found = []
+    for size in dict.fromkeys(line["size"] for line in lines):
+        ours = _latest([line for line in lines if line["size"] == size and line["side"] == "ours"])
+        (peft,) = (line for line in lines if line["date"] == ours["date"] and line["side"] == "peft")
+        what = f"decoding 8 x {ours['tokens']} tokens, {size}, texts of {ours['input_tokens']}"
+        found.append(Speed(what, ours["cpu_s_per_batch"], peft["cpu_s_per_batch"], len(ours["rounds"]), _quiet(ours)))
+    return found
 
 
 def _mixed(results: Path) -> list[Speed]:
-    latest = {line["settings"]["backbone"]: line for line in _lines(results / "mixed_prompts.jsonl")}
-    return [
-        Speed(
-            f"32 texts under {prompts}, {backbone.removeprefix('t5-v1_1-')}",
-            line["cpu_seconds_a_batch"]["bank, a prompt each" if several else "bank, one prompt"],
-            line["cpu_seconds_a_batch"]["peft, a prompt each" if several else "peft, one prompt"],
-            line["settings"]["rounds"],
-            line["others_used_cores"] / line["machine"]["cores"] < QUIET,
-        )
-        for several, prompts in ((True, "32 prompts"), (False, "one prompt"))
-        for backbone, line in latest.items()
+    lines = [
+        line | {"others": line["others_used_cores"] / line["machine"]["cores"]}
+        for line in _lines(results / "mixed_prompts.jsonl")
     ]
+    found = []
+    for title, prompts in (("a prompt each", "32 prompts"), ("one prompt", "one prompt")):
+        for backbone in dict.fromkeys(line["settings"]["backbone"] for line in lines):
+            line = _latest([line for line in lines if line["settings"]["backbone"] == backbone])
+            ours, peft = (line["cpu_seconds_a_batch"][f"{side}, {title}"] for side in ("bank", "peft"))
+            rounds = len(range(4, line["settings"]["rounds"] + 2, 4))  # PEFT is timed in every fourth, after two
+            found.append(Speed(f"32 texts under {prompts}, {backbone.removeprefix('t5-v1_1-')}", ours, peft, rounds,
+                               _quiet(line)))  # fmt: skip
+    return found
 
 
 def table(found: list[Speed]) -> str:
     """Return the comparisons as a Markdown table."""
     lines = ["| CPU seconds | here | PEFT's best | times | rounds | machine |", "|---" * 6 + "|"]
-    said = {True: "quiet", False: "shared", None: "not recorded"}
     for what, ours, peft, rounds, quiet in found:
-        lines.append(f"| {what} | {ours:.3g} | {peft:.3g} | **{peft / ours:.2f}** | {rounds} | {said[quiet]} |")
+        shared = "quiet" if quiet else "shared"
+        lines.append(f"| {what} | {ours:.3g} | {peft:.3g} | **{peft / ours:.2f}** | {rounds} | {shared} |")
     return "\n".join(lines)
 
 
@@ -103,18 +114,20 @@ def picture(title: str, found: list[Speed]) -> str:
     def at(times: float) -> float:
         return left + (right - left) * (math.log(times) - low) / (high - low)
 
-    parts = frame(title, foot + 40)
+    parts = frame(title, foot + 46)
     for tick in TICKS:
         parts.append(f'<path d="M{at(tick):.1f} {TOP}V{foot}" stroke="#d0d7de"/>')
         parts.append(f'<text class="mid" x="{at(tick):.1f}" y="{foot + 18}">{tick:g}</text>')
     for number, speed in enumerate(found):
         times, y = speed.peft / speed.ours, TOP + ROW * number
+        said = speed.what if speed.quiet else f"{speed.what} *"
         begin, end = sorted((at(1), at(times)))
         colour = COLOURS[0] if times >= 1 else COLOURS[1]
-        parts.append(f'<text class="end" x="{left - 8}" y="{y + 17}">{escape(speed.what)}</text>')
+        parts.append(f'<text class="end" x="{left - 8}" y="{y + 17}">{escape(said)}</text>')
         parts.append(
             f'<rect x="{begin:.1f}" y="{y + 4}" width="{max(end - begin, 1):.1f}" height="{ROW - 8}" fill="{colour}"/>'
             f'<text x="{end + 6:.1f}" y="{y + 17}">{times:.2f}</text>'
         )
     parts.append(f'<path d="M{at(1):.1f} {TOP}V{foot}" {DASHES}/>')
+    parts.append(f'<text x="{LEFT}" y="{foot + 36}">* on a machine that others used too</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"

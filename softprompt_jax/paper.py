@@ -8,6 +8,7 @@ packages. Runs are filed by the hash of their settings, so that experiments shar
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
 import itertools
 import json
@@ -311,9 +312,11 @@ def _per_seed(finished: list[Cell], grid: list[Cell], form: Form, runs: Path) ->
 
 def _score(cell: Cell, runs: Path) -> float:
     """The mean metric of a run's result, after training or before."""
+    from softprompt_jax.evaluate import mean_score
+
     result = json.loads((runs / cell.key / "result.json").read_text())
     scores = result[result["baselines"]["split"]] if cell.read == "trained" else result["baselines"]["untrained"]
-    return scores["mean"] if "tasks" in scores else _mean(cell.run.tasks[0].metrics, scores)
+    return scores["mean"] if "tasks" in scores else mean_score(cell.run.tasks[0], scores)
 
 
 def _transfers(cell: Cell, form: Form, runs: Path) -> Iterator[tuple[str, float]]:
@@ -330,11 +333,7 @@ def _transfers(cell: Cell, form: Form, runs: Path) -> Iterator[tuple[str, float]
             predictor = predictor or load_predictor(runs / cell.key)
             known[target] = predictor.evaluate(task, "test" if "test" in splits(task) else "validation")
             interop.dump(known, kept)
-        yield _column(form, cell.task, target), _mean(task.metrics[:1], known[target])
-
-
-def _mean(names: list[str], scores: dict[str, float]) -> float:
-    return statistics.mean(scores[name] for name in names)
+        yield _column(form, cell.task, target), known[target][task.metrics[0]]
 
 
 def _metric(grid: list[Cell], form: Form) -> str:
@@ -364,21 +363,26 @@ def _majority(finished: list[Cell], form: Form) -> dict[str, float]:
 
     By task, or by column where runs are scored on several; without those whose targets are no label words.
     """
-    from softprompt_jax.evaluate import score
-    from softprompt_jax.tasks import load, splits
+    transfer = form.measure == "transfer"
+    scored = _targets(form) if transfer else {task.name: task for cell in finished for task in cell.run.tasks}
+    levels = {name: _level(task.model_dump_json(), transfer) for name, task in scored.items()} if finished else {}
+    return {name: round(100 * level, 2) for name, level in levels.items() if level is not None}
 
-    found: dict[str, float] = {}
-    scored = _targets(form) if form.measure == "transfer" else {}
-    scored = scored or {task.name: task for cell in finished for task in cell.run.tasks}
-    for name, task in scored.items() if finished else ():
-        known = splits(task)
-        if task.words is None or "train" not in known:
-            continue
-        examples = load(task, "test" if "test" in known and "test" not in task.hidden else "validation")
-        label, _ = collections.Counter(example.target for example in load(task, "train")).most_common(1)[0]
-        metrics = task.metrics[:1] if form.measure == "transfer" else task.metrics
-        found[name] = round(100 * _mean(metrics, score(task, [label] * len(examples), examples)), 2)
-    return found
+
+@functools.cache
+def _level(task_json: str, first_metric: bool) -> float | None:
+    from softprompt_jax.evaluate import mean_score, score
+    from softprompt_jax.tasks import load, splits
+    from softprompt_jax.tasks.task import Task
+
+    task = Task.model_validate_json(task_json)
+    known = splits(task)
+    if task.words is None or "train" not in known:
+        return None
+    examples = load(task, "test" if "test" in known else "validation")
+    label, _ = collections.Counter(example.target for example in load(task, "train")).most_common(1)[0]
+    scores = score(task, [label] * len(examples), examples)
+    return scores[task.metrics[0]] if first_metric else mean_score(task, scores)
 
 
 def table(result: dict[str, Any]) -> str:

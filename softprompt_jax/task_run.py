@@ -47,6 +47,8 @@ class TaskRun:
         """Read the data, unless runs that differ in their prompts' values only share theirs, and the decoder."""
         self.run = run
         self.tasks = tasks or [TaskData(task, run, assembly, number) for number, task in enumerate(run.tasks)]
+        if not any("validation" in task.tokens for task in self.tasks):
+            raise UserError(f"task {run.task_name}: none of its tasks has a validation split; expected one that has")
         self._decoder = decoder or Decoder(parts, assembly.tokenizer, run.decoding)
         self._longest = max(int(tokens.target_lengths.max()) for task in self.tasks for tokens in task.tokens.values())
         train, draw = [task.tokens["train"] for task in self.tasks], None
@@ -140,7 +142,8 @@ class TaskRun:
 
         Those of a mixture are `mean` and `tasks`, by name.
         """
-        measured = "test" if all("test" in task.tokens for task in self.tasks) else "validation"
+        scored = [task for task in self.tasks if "validation" in task.tokens]
+        measured = "test" if all("test" in task.tokens for task in scored) else "validation"
         mixture = isinstance(self.run.task, Mixture)
 
         def scores(split: str, values: Any) -> dict[str, Any] | None:
@@ -149,7 +152,7 @@ class TaskRun:
                 return None
             return {"mean": self._mean(each), "tasks": each} if mixture else each[self.run.task_name]
 
-        majority = {task.name: task.majority(measured) for task in self.tasks}
+        majority = {task.name: task.majority(measured) for task in scored}
         return {
             "validation": scores("validation", trainable),
             "test": scores("test", trainable),
@@ -172,11 +175,13 @@ class TaskData:
             if SEQIO in task.metrics:
                 check_metrics(task.source)
         available = splits(task)
-        for needed in ("train", "validation"):
+        for needed in ("train",) if isinstance(run.task, Mixture) else ("train", "validation"):
             if needed not in available:
                 raise UserError(
                     f"task {task.name}: no {needed} split; found {', '.join(available)}; expected train and validation"
                 )
+        if "validation" not in available:  # a task of a mixture that is trained on and not scored
+            available = ["train"]
         self.endless = isinstance(task.source, Seqio) and is_endless(task.source, "train")
         self.examples: dict[str, list[Example]] = {}
         self.tokens: dict[str, TokenizedSet] = {}

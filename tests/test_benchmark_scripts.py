@@ -1,4 +1,4 @@
-"""The scripts of benchmarks/ run as their README says, at sizes that try them and measure nothing."""
+"""Scripts of benchmarks/ run as their README says, at sizes that try them and measure nothing; the others say how."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_step_is_timed_beside_peft(tmp_path):
     ours, peft = lines(tmp_path / "lines")
     assert (ours["side"], peft["side"]) == ("ours", "peft")
     assert ours["losses_apart"] < 1e-3
-    assert ours["times_best_peft"] == pytest.approx(peft["cpu_s_per_step"] / ours["cpu_s_per_step"], abs=0.01)
+    assert ours["times_best_peft"] == pytest.approx(peft["cpu_s_per_step"] / ours["cpu_s_per_step"], rel=0.02)
 
 
 @pytest.mark.torch
@@ -55,7 +55,7 @@ def test_decoding_is_timed_beside_peft(tmp_path):
     run("decoding", "--size", "tiny", "--rounds", 1, "--tokens", 8, "--results", tmp_path / "lines")
     ours, peft = lines(tmp_path / "lines")
     assert ours["rows_that_agree"] == 1
-    assert ours["times_peft"] == pytest.approx(peft["cpu_s_per_batch"] / ours["cpu_s_per_batch"], abs=0.01)
+    assert ours["times_peft"] == pytest.approx(peft["cpu_s_per_batch"] / ours["cpu_s_per_batch"], rel=0.02)
 
 
 @pytest.mark.torch

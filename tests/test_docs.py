@@ -104,19 +104,22 @@ def test_every_command_of_the_tutorial_runs(tmp_path):
 
 
 def test_numbers_that_experiments_found_are_in_their_results():
-    """A number with a decimal is a mean, a deviation, a seed's value, the majority class, or a difference of these."""
+    """A number with a decimal is a mean, a deviation, a majority class, or a difference within a line or column."""
     for name, path in paper.experiments().items():
         experiment, result = paper.load(str(path))[0], build.RESULTS / "paper" / f"{name}.json"
         if not result.exists():
             continue
         result = json.loads(result.read_text())
-        cells = [cell for line in result["lines"].values() for cell in line.values()]
-        levels = [cell["mean"] for cell in cells] + list(result["majority"].values())
-        known = levels + [cell["sd"] for cell in cells if cell["sd"] is not None]
-        known += [value for cell in cells for value in cell["values"]]
-        known += [abs(one - other) for one, other in itertools.combinations(levels, 2)]
-        known += [value / 100 for value in known] if experiment.miniature.measure == "neighbours" else []
+        lines = result["lines"]
+        columns = {column: [line[column] for line in lines.values() if column in line]
+                   for line in lines.values() for column in line}  # fmt: skip
+        known = list(result["majority"].values())
+        for cells in [list(line.values()) for line in lines.values()] + list(columns.values()):
+            known += [cell[key] for cell in cells for key in ("mean", "sd") if cell[key] is not None]
+            known += [abs(one["mean"] - other["mean"]) for one, other in itertools.combinations(cells, 2)]
+        scale = 100 if experiment.miniature.measure == "neighbours" else 1
         names = " ".join([*experiment.miniature.lines, *experiment.miniature.points])
-        for number in re.findall(r"\d+\.\d+(?! million)", " ".join(experiment.found)):
+        for number in re.findall(r"\d+\.\d+\b(?! million)", " ".join(experiment.found)):
             half = 0.51 * 10.0 ** -len(number.partition(".")[2])
-            assert number in names or any(abs(float(number) - value) <= half for value in known), (name, number)
+            found = number in names or any(abs(float(number) - value / scale) <= half for value in known)
+            assert found, f"{name}: {number} is not in {result['experiment']}.json"

@@ -267,6 +267,18 @@ def test_empty_train_split_of_one_task_is_told(small, mixture, tmp_path):
         softprompt_jax.train(run_of(small.short, task=mixture | {"tasks": tasks}), tmp_path / "run")
 
 
+def test_a_task_without_validation_is_trained_on_and_not_scored(small, mixture, tmp_path):
+    turned = mixture["tasks"][1]
+    source = turned["source"] | {"validation": None, "test": turned["source"]["validation"]}
+    only_trained = turned | {"source": source}
+    run = run_of(small.short, task=mixture | {"tasks": [small.task, only_trained]}, steps=2)
+    result = softprompt_jax.train(run, tmp_path / "run")
+    assert set(result["validation"]["tasks"]) == set(result["test"]["tasks"]) == {"moods"}
+    assert (result["baselines"]["split"], result["baselines"]["majority"]) == ("test", {"moods": 0.5})
+    with pytest.raises(UserError, match=r"^task both: none of its tasks has a validation split; expected one that has"):
+        softprompt_jax.train(run_of(small.short, task=mixture | {"tasks": [only_trained]}), tmp_path / "none")
+
+
 def test_mixture_as_yaml_is_the_same_run(small, mixture, tmp_path):
     run = run_of(small.short, task=mixture | {"tasks": ["spam_sms", mixture["tasks"][1]], "rates": "proportional"})
     path = write_config(tmp_path / "a.yaml", run.model_dump(mode="json"))

@@ -4,8 +4,8 @@ Rows come from the hub's conversion of aps/super_glue to parquet, whose schema i
 (huggingface.co/datasets/aps/super_glue): label 0, 1, ... in the order of the words below, -1 in the
 test splits, whose labels are not public. Beside them stands definite pronoun resolution (Rahman and Ng, 2012),
 which T5 reads as WSC and trains on with the eight (its mixture super_glue_v102_proportional):
-huggingface.co/datasets/community-datasets/definite_pronoun_resolution, whose test split is our validation split,
-there being no other.
+huggingface.co/datasets/community-datasets/definite_pronoun_resolution. Without a validation split it can be part of
+a mixture, which does not score it, and not a run of its own.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ TASKS = {
         Task(
             name="dpr",
             source=Hub(
-                name="community-datasets/definite_pronoun_resolution", splits={"train": "train", "validation": "test"}
+                name="community-datasets/definite_pronoun_resolution", splits={"train": "train", "test": "test"}
             ),
             prefix="wsc: ",
             target="{target}",
