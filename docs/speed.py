@@ -12,7 +12,7 @@ from plot import COLOURS, DASHES, LEFT, RIGHT, TOP, WIDTH, frame
 
 QUIET = 0.1  # the share of the machine that others may use at most
 TICKS = (0.5, 1, 2, 5, 10, 20)
-ROW, NAMES = 26, 360  # the height of a bar, the width of what stands before it
+ROW, NAMES = 26, 380  # the height of a bar, the width of what stands before it
 VARIANTS = {"scan": "", "unroll": ", unrolled", "halves": ", unrolled, 2 parts", "quarters": ", unrolled, 4 parts"}
 CASES = {"fixed": "fixed lengths", "bucketed": "real lengths, 12 shapes", "bucketed-4": "real lengths, 4 shapes"}
 RENAMED = "2026-11-21T11:28"  # before, these two cases had other names
@@ -64,7 +64,7 @@ def _training(lines: list[Line]) -> list[Speed]:
         ]  # fmt: skip
         peft = min(beside, key=lambda line: line["cpu_s_per_step"])
         rounds = min(len(line["cpu_s_rounds"]) for line in (ours, peft))
-        what = f"a step, {size}, {dtype}, {CASES[case]}{VARIANTS[variant] if fixed else ''}"
+        what = f"a step, {size}, {dtype}, {CASES[case]}{VARIANTS[variant]}"
         found.append(Speed(what, ours["cpu_s_per_step"], peft["cpu_s_per_step"], rounds, _quiet(ours)))
     return sorted(found, key=lambda speed: ("float32" not in speed.what, "small" not in speed.what, speed.what))
 
