@@ -86,7 +86,8 @@ class Mixture(Settings):
     """Several tasks, by name or as settings, trained together.
 
     With `prompts: own` each has a prompt of its own, its rows among those of the others in every batch; with
-    `shared` one prompt serves all, and the inputs must tell the tasks apart.
+    `shared` one prompt serves all, and the inputs must tell the tasks apart. A task without a validation split is
+    trained on and not scored.
     """
 
     kind: Literal["mixture"] = "mixture"
