@@ -123,3 +123,20 @@ def test_numbers_that_experiments_found_are_in_their_results():
             half = 0.51 * 10.0 ** -len(number.partition(".")[2])
             found = number in names or any(abs(float(number) - value / scale) <= half for value in known)
             assert found, f"{name}: {number} is not in {result['experiment']}.json"
+
+
+def test_speed_is_that_of_the_latest_quiet_run_on_one_core_beside_pefts_best(tmp_path):
+    def line(date, side, variant, seconds, others=0.01, cores=1):
+        about = {"date": date, "others": others, "size": "small", "dtype": "float32", "cores": cores, "case": "fixed"}
+        return about | {"side": side, "variant": variant, "cpu_s_per_step": seconds, "cpu_s_rounds": [seconds] * 2}
+
+    lines = [line("1", "ours", "scan", 9.0), line("1", "peft", "sdpa", 9.0)]
+    lines += [line("2", "ours", "scan", 4.0), line("2", "ours", "scan", 2.0, cores=2), line("2", "peft", "sdpa", 6.0)]
+    lines += [line("2", "peft", "compile", 5.0), line("2", "peft", "compile", 1.0, cores=2)]
+    lines += [line("3", "ours", "scan", 1.0, others=0.5), line("3", "peft", "sdpa", 8.0, others=0.5)]
+    lines += [line("3", "ours", "unroll", 2.0, others=0.5)]
+    (tmp_path / "training_step.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for name in ("decoding", "mixed_prompts"):
+        (tmp_path / f"{name}.jsonl").write_text("")
+    what = "a step, small, float32, fixed lengths"
+    assert build.speed.speeds(tmp_path) == [(what, 4.0, 5.0, 2, True), (f"{what}, unrolled", 2.0, 8.0, 2, False)]
