@@ -373,6 +373,7 @@ def _majority(finished: list[Cell], form: Form) -> dict[str, float]:
 def _level(task_json: str, first_metric: bool) -> float | None:
     from softprompt_jax.evaluate import mean_score, score
     from softprompt_jax.tasks import load, splits
+    from softprompt_jax.tasks.metrics import most_frequent
     from softprompt_jax.tasks.task import Task
 
     task = Task.model_validate_json(task_json)
@@ -380,7 +381,7 @@ def _level(task_json: str, first_metric: bool) -> float | None:
     if task.words is None or "train" not in known:
         return None
     examples = load(task, "test" if "test" in known else "validation")
-    label, _ = collections.Counter(example.target for example in load(task, "train")).most_common(1)[0]
+    label = most_frequent(example.target for example in load(task, "train"))
     scores = score(task, [label] * len(examples), examples)
     return scores[task.metrics[0]] if first_metric else mean_score(task, scores)
 

@@ -224,6 +224,8 @@ class TaskData:
         sizes = {split: str(len(tokens)) for split, tokens in self.tokens.items()}
         if self.endless:
             sizes["train"] = "without end (a restart reads anew what was seen)"
+        if "validation" not in sizes:
+            sizes["train"] += " (no validation split: trained on, not scored)"
         return f"task {self.name}: " + ", ".join(f"{split} {size}" for split, size in sizes.items())
 
     def scores(self, split: str, decoder: Decoder, trainable: Any, frozen: Any, longest: int) -> dict[str, float]:

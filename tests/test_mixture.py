@@ -18,6 +18,7 @@ from softprompt_jax.config import UserError, parse
 from softprompt_jax.methods import Context, Prompt
 from softprompt_jax.methods.surgery import leaves
 from softprompt_jax.predict import named_task
+from softprompt_jax.progress import Reporter
 from softprompt_jax.tasks.mixture import Equal, Mixture, Proportional, Temperature, draw_mixture
 from softprompt_jax.tasks.packing import Packing
 from softprompt_jax.tasks.pipeline import TrainBatches
@@ -267,14 +268,15 @@ def test_empty_train_split_of_one_task_is_told(small, mixture, tmp_path):
         softprompt_jax.train(run_of(small.short, task=mixture | {"tasks": tasks}), tmp_path / "run")
 
 
-def test_a_task_without_validation_is_trained_on_and_not_scored(small, mixture, tmp_path):
+def test_a_task_without_validation_is_trained_on_and_not_scored(small, mixture, tmp_path, capsys):
     turned = mixture["tasks"][1]
     source = turned["source"] | {"validation": None, "test": turned["source"]["validation"]}
     only_trained = turned | {"source": source}
     run = run_of(small.short, task=mixture | {"tasks": [small.task, only_trained]}, steps=2)
-    result = softprompt_jax.train(run, tmp_path / "run")
+    result = softprompt_jax.train(run, tmp_path / "run", Reporter())
     assert set(result["validation"]["tasks"]) == set(result["test"]["tasks"]) == {"moods"}
     assert (result["baselines"]["split"], result["baselines"]["majority"]) == ("test", {"moods": 0.5})
+    assert "task turned: train 40 (no validation split: trained on, not scored)" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"^task both: none of its tasks has a validation split; expected one that has"):
         softprompt_jax.train(run_of(small.short, task=mixture | {"tasks": [only_trained]}), tmp_path / "none")
 

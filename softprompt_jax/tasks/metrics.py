@@ -86,9 +86,14 @@ def compute(
 
 def majority(train_targets: Iterable[str] | Mapping[str, int], targets: Sequence[Target]) -> float:
     """Return the accuracy of always answering the most frequent target of the training split."""
-    counts = Counter(train_targets)
-    answer = min(counts, key=lambda word: (-counts[word], word))
+    answer = most_frequent(train_targets)
     return sum(answer in _texts(target) for target in targets) / len(targets)
+
+
+def most_frequent(targets: Iterable[str] | Mapping[str, int]) -> str:
+    """Return the target that occurs most often, of equals the first in the alphabet."""
+    counts = Counter(targets)
+    return min(counts, key=lambda word: (-counts[word], word))
 
 
 def _illegal(task: Scored, predictions: Sequence[str]) -> float:
