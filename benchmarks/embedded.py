@@ -13,6 +13,8 @@ import json
 import statistics
 from pathlib import Path
 
+import machine
+
 from softprompt_jax import load_run, train
 from softprompt_jax.allocator import keep_freed_memory
 from softprompt_jax.progress import Reporter
@@ -69,7 +71,7 @@ def main() -> None:
             }
         )
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({"about": machine.describe(), "rows": rows}, indent=1) + "\n")
     print("| task | method | test accuracy | F1 | majority | untrained | seconds |\n|---|---|---|---|---|---|---|")
     for row in rows:
         sd = "" if row["accuracy_sd"] is None else f" ± {row['accuracy_sd']}"

@@ -2,13 +2,15 @@
 
     python benchmarks/profile_step.py [--variant unroll] [--dtype float32] [--size small] [--cores 1]
 
-Reads JAX's own profile of one step (after a warm-up) and the compiled program's operations.
+Reads JAX's own profile of one step (after a warm-up) and the compiled program's operations. Appends the classes to
+`results/profile_step.jsonl`.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import json
 import os
 import re
 import tempfile
@@ -24,9 +26,11 @@ arguments = parser.parse_args()
 os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])  # before XLA makes its threads
 
 import jax  # noqa: E402
+import machine  # noqa: E402
 from make_backbone import make  # noqa: E402
 from side_ours import Ours  # noqa: E402
 
+RESULTS = Path(__file__).resolve().parent / "results" / "profile_step.jsonl"
 CLASSES = [  # the first that an instruction's text matches names it
     ("matrix products", r"\bdot\(|dot_general|__onednn|custom-call.*matmul"),
     ("softmax, scores", r"reduce_max|reduce_sum|/exp|custom_jvp_call/div|attend"),
@@ -71,6 +75,10 @@ def main() -> None:
     )
     for name, value in by_class.most_common():
         print(f"{value:9.3f} s {value / total:6.1%}  {name}")
+    what = {key: getattr(arguments, key) for key in ("size", "dtype", "variant", "cores")}
+    classes = {name: round(value, 3) for name, value in by_class.most_common()}
+    with RESULTS.open("a") as results:
+        results.write(json.dumps(machine.describe() | what | {"seconds": round(total, 3), "classes": classes}) + "\n")
     print()
     for name, value in seconds.most_common(arguments.longest):
         print(f"{value:9.3f} s {counts[name]:4d}x  {instructions[name][:200]}")

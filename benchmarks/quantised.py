@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import machine
 import numpy as np
 
 from softprompt_jax import load_run, train
@@ -111,12 +112,12 @@ def main() -> None:
             "test_accuracy_sd": round(statistics.stdev(scores), 1) if len(scores) > 1 else None,
         }
     answer = {
+        "about": machine.describe(),
         "task": TASK,
         "rows": ROWS,
         "seeds": arguments.seeds,
         "steps": arguments.steps,
         "forms": found,
-        "jax": jax.__version__,
     }
     RESULTS.write_text(json.dumps(answer, indent=1) + "\n")
 

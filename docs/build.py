@@ -231,7 +231,7 @@ def paper_table(experiments: dict[str, paper.Experiment]) -> str:
 
 def embedded_table() -> str:
     """Return the README's table of the embedded backbone: accuracy, and F1 of the rare class where that is measured."""
-    rows = json.loads((RESULTS / "embedded.json").read_text())
+    rows = json.loads((RESULTS / "embedded.json").read_text())["rows"]
     tasks, methods = ({row[key]: None for row in rows} for key in ("task", "method"))
     by_both = {(row["task"], row["method"]): row for row in rows}
 
