@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from softprompt_jax.config import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 LADDER = ROOT / "configs" / "pretrain" / "ladder"
+sys.path.insert(0, str(LADDER))  # as when make.py is a script
 _spec = importlib.util.spec_from_file_location("ladder_make", LADDER / "make.py")
 make = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(make)
@@ -57,6 +59,47 @@ def test_parts_of_the_adaptation_are_the_beginning_of_the_whole(tmp_path):
     assert part.steps * 10 == whole.steps
     assert part == whole.model_copy(update={"steps": part.steps})
     assert (whole.schedule.decay, whole.schedule.warmup_steps, len(whole.task.stages)) == ("constant", 0, 1)
+
+
+MEMBERS = {
+    "NewsArticles.csv": b'title,text\nRain,"It rained.\nIt stopped."\nWrong,"They said ""?no."\n',
+    "en.csv": b'"party","text"\n"A","I thank my hon. Friend."\n',
+    "political_data.json": b'[{"name": "one", "speeches": ["THEY: Thank you.\\nTHEY: Thanks.", "Once more."]}]',
+    "grimm-tales.tab": b"Title\tContent\nstring\tstring\n\tinclude=True\nA Tale\tThere was a man.\n",
+    "dict/data.adj": b'  1 licence\n00001740 00 a 02 able(p) 0 up_to 0 001 ! 0 a 0 | having skill; "able to swim"  \n',
+}
+
+
+def test_texts_out_of_packages_stand_in_for_a_corpus_that_is_not_there(tmp_path, monkeypatch):
+    def members(package):
+        return {name: text for name in package.members for end, text in MEMBERS.items() if name.endswith(end)}
+
+    monkeypatch.setattr(make.texts, "fetch_members", members)
+    monkeypatch.chdir(tmp_path)  # beside which no ../shared lies
+    settings = make.other_texts(tmp_path / "texts", ["steps=2"])
+    expected = {
+        "news.txt": "Rain\nIt rained.\nIt stopped.\n",
+        "debates.txt": "I thank my hon. Friend.\n",
+        "speeches.txt": "THEY: Thank you.\nTHEY: Thanks.\n\nOnce more.\n",
+        "tales.txt": "There was a man.\n",
+        "wordnet.txt": "able, up to: having skill.\n",
+    }
+    assert {path.name: path.read_text() for path in (tmp_path / "texts").iterdir()} == expected
+    task = make.mixture_run("1m", settings).task
+    assert task.texts_folder == str(tmp_path / "texts")
+    assert [text.path for text in task.texts] == list(expected)
+    assert [text.form for text in task.texts] == ["text"] * 4 + ["dictionary"]
+    assert make.other_texts(tmp_path / "texts", ["task.texts_folder=mine"]) == []
+    monkeypatch.chdir(tmp_path / "texts")
+    (tmp_path / "shared" / "data" / "corpus").mkdir(parents=True)
+    assert make.other_texts(tmp_path / "texts", []) == []
+
+
+@pytest.mark.network
+def test_the_packages_have_their_texts(tmp_path):
+    make.texts.write(tmp_path)
+    words = {path.stem: len(path.read_text().split()) for path in tmp_path.iterdir()}
+    assert words == {"news": 1331038, "debates": 193189, "speeches": 170181, "tales": 76926, "wordnet": 1461406}
 
 
 @pytest.mark.slow

@@ -5,7 +5,8 @@
 `span` fills in spans; `lm` goes on from it with prefix language modelling; `mixture` is the embedded backbone's recipe
 (configs/pretrain/embedded.yaml), and of 3m, which has its shape, the embedded backbone itself. A killed one goes on.
 `TO/SIZE-FORM` are backbones in Hugging Face layout; of 3m the states after a tenth and half of the adaptation are kept
-too (`3m-lm-10`, `3m-lm-50`). Curves: benchmarks/results/ladder/NAME.json.
+too (`3m-lm-10`, `3m-lm-50`). Curves: TO/curves/NAME.json; with `--curves benchmarks/results/ladder` those of the docs.
+Where the configs' folder of texts is not there, texts.py fetches others out of packages.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import texts
+
 from softprompt_jax import config, load_run, train
 from softprompt_jax.backbone.pretrained import EMBEDDED
 from softprompt_jax.exporting import export
@@ -25,7 +28,6 @@ from softprompt_jax.progress import Reporter
 from softprompt_jax.run import Run
 
 HERE = Path(__file__).resolve().parent
-CURVES = HERE.parents[2] / "benchmarks" / "results" / "ladder"
 FORMS = ("span", "lm", "mixture")
 KEPT = {"3m": {"lm-10": 0.1, "lm-50": 0.5}}  # states of the adaptation that are kept, as a share of its steps
 
@@ -57,6 +59,16 @@ def lasting(run: Run, factor: float) -> Run:
 
 def _shape(size: str) -> list[str]:
     return [f"backbone.settings.{key}={value}" for key, value in sizes()[size].items()]
+
+
+def other_texts(to: Path, overrides: list[str]) -> list[str]:
+    """Return the settings that put texts out of packages in the place of the configs', where these are not there."""
+    folder = config.read(HERE / "span.yaml")["task"]["texts_folder"]
+    if Path(folder).is_dir() or any(text.startswith("task.texts") for text in overrides):
+        return []
+    found = texts.write(to)
+    print(f"{folder}: not there; reading {', '.join(text['path'] for text in found)} in {to} instead", flush=True)
+    return [f"task.texts_folder={to}", f"task.texts={json.dumps(found)}"]
 
 
 def make(run: Run, name: str, to: Path, curves: Path) -> None:
@@ -122,11 +134,13 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=FORMS)
     parser.add_argument("--longer", type=float, default=1.0, metavar="FACTOR", help="times as many steps of all runs")
     parser.add_argument("--to", type=Path, default=Path("runs/ladder"))
-    parser.add_argument("--curves", type=Path, default=CURVES)
+    parser.add_argument("--curves", type=Path, help="folder of the loss curves (default: TO/curves)")
     parser.add_argument("overrides", nargs="*", metavar="SETTING=VALUE")
     arguments = parser.parse_intermixed_args()
+    to, overrides = arguments.to, arguments.overrides
+    overrides += other_texts(to / "texts", overrides)
     for size in arguments.sizes:
-        make_size(size, arguments.forms, arguments.longer, arguments.to, arguments.curves, arguments.overrides)
+        make_size(size, arguments.forms, arguments.longer, to, arguments.curves or to / "curves", overrides)
 
 
 if __name__ == "__main__":
