@@ -96,7 +96,10 @@ class Run(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _optimizer_of_the_first_method(cls, values: Any) -> Any:
+    def _parts_of_defaults(cls, values: Any) -> Any:
+        """Let `methods.0.length=20` change the default method, and part of `optimizer` that of the first method."""
+        if isinstance(values, dict) and isinstance(methods := values.get("methods"), dict) and list(methods) == ["0"]:
+            values = values | {"methods": [{"kind": "prompt"} | methods["0"]]}
         if not isinstance(values, dict) or not isinstance(values.get("methods"), list):
             return values
         given = values.get("optimizer", {})

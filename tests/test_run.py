@@ -73,6 +73,16 @@ def test_packing_is_refused_with_the_methods_reason(small, tmp_path):
     load_run(write_config(tmp_path / "a.yaml", small.short), [prefix])
 
 
+@pytest.mark.parametrize("override", ["methods.0.length=20", "methods=[{kind: prompt, length: 20}]"])
+def test_a_file_without_methods_has_one_that_can_be_changed(tmp_path, override):
+    path = tmp_path / "mine.yaml"
+    path.write_text("task: boolq\n")
+    assert [(method.kind, method.length) for method in load_run(path, [override]).methods] == [("prompt", 20)]
+    assert load_run(path, ["methods.0.kind=lora"]).methods[0].kind == "lora"
+    with pytest.raises(UserError, match="lenght: unknown setting"):
+        load_run(path, ["methods.0.lenght=20"])
+
+
 def test_prompt_start_has_a_short_form(small, tmp_path):
     run = load_run(write_config(tmp_path / "a.yaml", small.short), ["methods.0.init=vocabulary"])
     assert run.methods[0].init.kind == "vocabulary"
