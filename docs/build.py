@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import json
 import re
 import sys
@@ -26,6 +27,7 @@ import speed  # noqa: E402
 from plot import curves, plot  # noqa: E402
 
 from softprompt_jax import paper  # noqa: E402
+from softprompt_jax.run import Run  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 HEAD = "<!-- Written by docs/build.py; change what it reads, not this file. -->\n\n"
@@ -154,6 +156,7 @@ def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, A
     parts = [f"# {experiment.title}", f"{experiment.source}. {experiment.question}", "## Miniature"]
     parts.append(f"    softprompt paper {name}")
     parts.append(f"{_form(miniature)}. {miniature.seeds} seeds; {miniature.cost}.")
+    parts.append(trained(name, miniature))
     if result is None:
         parts.append("Not run yet: there is no result to show.")
     else:
@@ -175,9 +178,10 @@ def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, A
     parts += ["## Published setting", f"    softprompt paper {name} --form published"]
     parts.append(
         "trains what is missing, one run after another, and writes the same table. To share the runs among "
-        "machines, `--configs FOLDER` writes each as `FOLDER/KEY.yaml` instead; `softprompt train FOLDER/KEY.yaml "
-        "--out runs/paper/KEY` trains it, and the command above, where all of `runs/paper` is, gathers them. With "
-        "`--topology v5p:2x2x1` it says what each distinct step would take there (a minute of compiling each)."
+        "machines, `--configs FOLDER` writes each as `FOLDER/KEY.yaml` instead, KEY being the hash of its settings; "
+        "`softprompt train FOLDER/KEY.yaml --out runs/paper/KEY` trains it, and the command above, where all of "
+        "`runs/paper` is, gathers them. With `--topology v5p:2x2x1` (extra `tpu`, no TPU needed) it says what each "
+        "distinct step would take there (a minute of compiling each)."
     )
     parts.append(
         f"{_form(published)}. {published.seeds} seeds. Cost: {published.cost}. Tests build one run of each distinct "
@@ -210,6 +214,31 @@ def plan_table(steps: list[dict[str, Any]]) -> str:
 def _pieces(rows: list[list[str]]) -> str:
     said = "; ".join(" ".join(f"`{piece}`" for piece in row) for row in rows)
     return f"nearest pieces of each of the first rows, seed 0, a semicolon after each row: {said}"
+
+
+def trained(name: str, form: paper.Form) -> str:
+    """Say what each line of an experiment trains, without what differs among its points."""
+    runs = collections.defaultdict(list)
+    for cell in paper.cells(form, paper.load(name)[1], seeds=1):
+        runs[cell.line].append((cell.read, cell.run))
+    lines = collections.defaultdict(list)
+    for line, found in runs.items():
+        facts = zip(*(_facts(*each) for each in found), strict=True)
+        lines[", ".join(each[0] for each in facts if each[0] and len(set(each)) == 1)].append(line)
+    whose = [f"{'; '.join(names)}: {said}" if len(lines) > 1 else said for said, names in lines.items()]
+    return "\n".join(["What is trained:", "", *(f"- {text}" for text in whose)])
+
+
+def _facts(read: str, run: Run) -> list[str]:
+    if read == "untrained":
+        return ["nothing"]
+    (method,) = run.methods
+    what = ["all weights", ""] if method.kind == "full" else [method.kind, f"{method.length} rows"]
+    optimizer = f"{run.optimizer.kind} at {run.optimizer.learning_rate:g}"
+    schedule = "" if run.schedule.decay == "constant" else f", {run.schedule.decay} decay"
+    steps = f"{run.steps:,} steps of {run.batch_size} examples"
+    backbone = run.backbone if isinstance(run.backbone, str) else "random weights"
+    return [*what, optimizer + schedule, steps, f"on the backbone {backbone}"]
 
 
 def _form(form: paper.Form) -> str:
@@ -289,6 +318,7 @@ def method_pages() -> Iterator[tuple[str, str]]:
     configs = {path: path.read_text("utf-8") for path in sorted((ROOT / "configs").glob("*.yaml"))}
     configs |= {path: path.read_text("utf-8") for path in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}
     measured = {row["method"]: method_result(row) for row in json.loads((RESULTS / "methods.json").read_text())["rows"]}
+    configs = dict(sorted(configs.items(), key=lambda item: "First:" in item[1]))  # after what they need
     for kind, method in METHODS.items():
         settings = method()
         trained = parameters(sizes, settings)
@@ -308,13 +338,21 @@ def method_pages() -> Iterator[tuple[str, str]]:
         for path, text in configs.items():
             if any(each.get("kind") == kind for each in yaml.safe_load(text).get("methods", [])):
                 where = path.relative_to(ROOT)
-                words = " ".join(line.lstrip("# ").rstrip() for line in text.splitlines() if line.startswith("#"))
-                parts.append(
-                    f"[{where}](../../{where}): {words}\n\n    softprompt train {where} --out runs/{path.stem}"
-                )
+                command = f"    softprompt train {where} --out runs/{path.stem}"
+                parts.append(f"[{where}](../../{where}): {said_above(text)}\n\n{command}")
                 if path.parent.name == "methods" and path.stem in measured:
                     parts.append(measured[path.stem])
         yield kind, "\n\n".join(parts) + "\n"
+
+
+def said_above(text: str) -> str:
+    """Return a config's comments as Markdown: lines that are set in are commands."""
+    lines = [line[1:].rstrip() for line in text.splitlines() if line.startswith("#")]
+    parts = []
+    for is_command, found in itertools.groupby(lines, lambda line: line.startswith("   ")):
+        stripped = [line.strip() for line in found]
+        parts.append("\n".join(f"    {line}" for line in stripped) if is_command else " ".join(stripped))
+    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

