@@ -20,13 +20,15 @@ Line = dict[str, Any]
 
 
 class Speed(NamedTuple):
-    """What was timed, in CPU seconds, of us and of PEFT's best in the same run."""
+    """What was timed, in CPU seconds (with two cores wall seconds), of us and of PEFT's best in the same run."""
 
     what: str
     ours: float
     peft: float
+    best: str  # which of PEFT's variants that is
     rounds: int
     quiet: bool
+    cpu: str  # family/model
 
 
 def speeds(results: Path) -> list[Speed]:
@@ -48,13 +50,13 @@ def _quiet(line: Line) -> bool:
 
 
 def _training(lines: list[Line]) -> list[Speed]:
-    kinds: dict[tuple[str, str, str, str], list[Line]] = {}
+    kinds: dict[tuple[str, str, str, str, int], list[Line]] = {}
     for line in lines:
         named = line["case"] == "fixed" or (line["case"] in CASES and line["date"] > RENAMED)
-        if named and line["size"] != "tiny" and line["cores"] == 1 and line["side"] == "ours":
-            kinds.setdefault((line["size"], line["dtype"], line["case"], line["variant"]), []).append(line)
+        if named and line["size"] != "tiny" and line["side"] == "ours":
+            kinds.setdefault((*(line[key] for key in ("size", "dtype", "case", "variant", "cores")),), []).append(line)
     found = []
-    for (size, dtype, case, variant), of_kind in kinds.items():
+    for (size, dtype, case, variant, cores), of_kind in kinds.items():
         ours = _latest(of_kind)
         fixed = case == "fixed"
         same = ("date", "size", "dtype", "cores")
@@ -62,11 +64,17 @@ def _training(lines: list[Line]) -> list[Speed]:
             line for line in lines
             if line["side"] == "peft" and (line["case"] == "fixed") == fixed and all(line[k] == ours[k] for k in same)
         ]  # fmt: skip
-        peft = min(beside, key=lambda line: line["cpu_s_per_step"])
+        measure = "cpu_s_per_step" if cores == 1 else "wall_s_per_step"
+        peft = min(beside, key=lambda line: line[measure])
         rounds = min(len(line["cpu_s_rounds"]) for line in (ours, peft))
-        what = f"a step, {size}, {dtype}, {CASES[case]}{VARIANTS[variant]}"
-        found.append(Speed(what, ours["cpu_s_per_step"], peft["cpu_s_per_step"], rounds, _quiet(ours)))
+        what = f"a step, {size}, {dtype}, {CASES[case]}{VARIANTS[variant]}" + ("" if cores == 1 else f", {cores} cores")
+        best = peft["variant"] if fixed else f"{peft['variant']}, {peft['case']}"
+        found.append(Speed(what, ours[measure], peft[measure], best, rounds, _quiet(ours), _cpu(ours)))
     return sorted(found, key=lambda speed: ("float32" not in speed.what, "small" not in speed.what, speed.what))
+
+
+def _cpu(line: Line) -> str:
+    return line["machine"]["family_model"]
 
 
 def _decoding(results: Path) -> list[Speed]:
@@ -76,7 +84,8 @@ def _decoding(results: Path) -> list[Speed]:
         ours = _latest([line for line in lines if line["size"] == size and line["side"] == "ours"])
         (peft,) = (line for line in lines if line["date"] == ours["date"] and line["side"] == "peft")
         what = f"decoding 8 x {ours['tokens']} tokens, {size}, texts of {ours['input_tokens']}"
-        found.append(Speed(what, ours["cpu_s_per_batch"], peft["cpu_s_per_batch"], len(ours["rounds"]), _quiet(ours)))
+        seconds = ours["cpu_s_per_batch"], peft["cpu_s_per_batch"]
+        found.append(Speed(what, *seconds, "", len(ours["rounds"]), _quiet(ours), _cpu(ours)))
     return found
 
 
@@ -91,17 +100,18 @@ def _mixed(results: Path) -> list[Speed]:
             line = _latest([line for line in lines if line["settings"]["backbone"] == backbone])
             ours, peft = (line["cpu_seconds_a_batch"][f"{side}, {title}"] for side in ("bank", "peft"))
             rounds = len(range(4, line["settings"]["rounds"] + 2, 4))  # PEFT is timed in every fourth, after two
-            found.append(Speed(f"32 texts under {prompts}, {backbone.removeprefix('t5-v1_1-')}", ours, peft, rounds,
-                               _quiet(line)))  # fmt: skip
+            what = f"32 texts under {prompts}, {backbone.removeprefix('t5-v1_1-')}"
+            found.append(Speed(what, ours, peft, "", rounds, _quiet(line), _cpu(line)))
     return found
 
 
 def table(found: list[Speed]) -> str:
     """Return the comparisons as a Markdown table."""
-    lines = ["| CPU seconds | here | PEFT's best | times | rounds | machine |", "|---" * 6 + "|"]
-    for what, ours, peft, rounds, quiet in found:
-        shared = "quiet" if quiet else "shared"
-        lines.append(f"| {what} | {ours:.3g} | {peft:.3g} | **{peft / ours:.2f}** | {rounds} | {shared} |")
+    lines = ["| CPU seconds (2 cores: wall) | here | PEFT's best | times | rounds | CPU |", "|---" * 6 + "|"]
+    for what, ours, peft, best, rounds, quiet, cpu in found:
+        times = f"**{peft / ours:.2f}**"
+        best = f"{peft:.3g} ({best})" if best else f"{peft:.3g}"
+        lines.append(f"| {what} | {ours:.3g} | {best} | {times} | {rounds} | {cpu}{'' if quiet else ', shared'} |")
     return "\n".join(lines)
 
 

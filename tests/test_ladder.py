@@ -128,6 +128,7 @@ def check_made(folder, name, objective, start, steps):
     assert (folder / name / "spiece.model").exists()
     card = (folder / name / "README.md").read_text()
     assert f"Objective: {objective}, from {start}; {len(steps)} steps of 2 examples" in card
+    assert (folder / "curves" / f"{name}.md").read_text() == card
     curve = json.loads((folder / "curves" / f"{name}.json").read_text())
     assert [point["step"] for point in curve["train"]] == steps
     assert [point["step"] for point in curve["held_out"]] == sorted({0, *steps[1::2], steps[-1]})

@@ -5,7 +5,8 @@
 `span` fills in spans; `lm` goes on from it with prefix language modelling; `mixture` is the embedded backbone's recipe
 (configs/pretrain/embedded.yaml), and of 3m, which has its shape, the embedded backbone itself. A killed one goes on.
 `TO/SIZE-FORM` are backbones in Hugging Face layout; of 3m the states after a tenth and half of the adaptation are kept
-too (`3m-lm-10`, `3m-lm-50`). Curves: TO/curves/NAME.json; with `--curves benchmarks/results/ladder` those of the docs.
+too (`3m-lm-10`, `3m-lm-50`). Curves and cards: TO/curves/NAME.json and .md; with `--curves benchmarks/results/ladder`
+those of the docs.
 Where the configs' folder of texts is not there, texts.py fetches others out of packages.
 """
 
@@ -81,12 +82,14 @@ def make(run: Run, name: str, to: Path, curves: Path) -> None:
     logged = [line for line in lines if "loss" in line]
     curve = [{"step": line["step"], "loss": round(line["loss"], 4)} for line in logged]
     held_out = [{"step": line["step"], "loss": line["validation"]["loss"]} for line in lines if "validation" in line]
-    (backbone / "README.md").write_text(card(run, name, held_out, result), encoding="utf-8")
+    about = card(run, name, held_out, result)
+    (backbone / "README.md").write_text(about, encoding="utf-8")
     steps = [line["step"] for line in logged]
     examples = [run.batch_size * (step - before) for before, step in zip([0, *steps], steps, strict=False)]
     tokens = sum(n * line["tokens_per_s"] / line["examples_per_s"] for n, line in zip(examples, logged, strict=True))
     facts = {"name": name, "parameters": result["trainable_parameters"], "tokens": round(tokens)}
     curves.mkdir(parents=True, exist_ok=True)
+    (curves / f"{name}.md").write_text(about, encoding="utf-8")
     dump(facts | {"seconds": result["seconds"], "train": curve, "held_out": held_out}, curves / f"{name}.json")
 
 
