@@ -91,7 +91,7 @@ def all_pages() -> Iterator[tuple[Path, str]]:
             shown.append(f"![{title}](ladder_{form}.svg)")
     yield _filled(ROOT / "docs" / "pretraining.md", {"ladder": "\n\n".join(shown)})
     compared = speed.speeds(RESULTS)
-    yield ROOT / "docs" / "speed.svg", speed.picture("Times as fast as PEFT's best, in CPU seconds", compared)
+    yield ROOT / "docs" / "speed.svg", speed.picture("Times as fast as PEFT's best", compared)
     yield _filled(ROOT / "benchmarks" / "README.md", {"speed": speed.table(compared)})
     yield _filled(ROOT / "README.md", {"embedded": embedded_table(), "paper": paper_table(experiments)})
 
