@@ -98,7 +98,8 @@ class Run(Settings):
     @classmethod
     def _parts_of_defaults(cls, values: Any) -> Any:
         """Let `methods.0.length=20` change the default method, and part of `optimizer` that of the first method."""
-        if isinstance(values, dict) and isinstance(methods := values.get("methods"), dict) and list(methods) == ["0"]:
+        methods = values.get("methods") if isinstance(values, dict) else None
+        if isinstance(methods, dict) and list(methods) == ["0"] and isinstance(methods["0"], dict):
             values = values | {"methods": [{"kind": "prompt"} | methods["0"]]}
         if not isinstance(values, dict) or not isinstance(values.get("methods"), list):
             return values

@@ -81,6 +81,8 @@ def test_a_file_without_methods_has_one_that_can_be_changed(tmp_path, override):
     assert load_run(path, ["methods.0.kind=lora"]).methods[0].kind == "lora"
     with pytest.raises(UserError, match="lenght: unknown setting"):
         load_run(path, ["methods.0.lenght=20"])
+    with pytest.raises(UserError, match="methods: found"):
+        load_run(path, ["methods.0=prompt"])
 
 
 def test_prompt_start_has_a_short_form(small, tmp_path):
