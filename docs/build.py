@@ -233,7 +233,8 @@ def _facts(read: str, run: Run) -> list[str]:
     if read == "untrained":
         return ["nothing"]
     (method,) = run.methods
-    what = ["all weights", ""] if method.kind == "full" else [method.kind, f"{method.length} rows"]
+    rows = getattr(method, "length", None)
+    what = ["all weights" if method.kind == "full" else method.kind, f"{rows} rows" if rows else ""]
     optimizer = f"{run.optimizer.kind} at {run.optimizer.learning_rate:g}"
     schedule = "" if run.schedule.decay == "constant" else f", {run.schedule.decay} decay"
     steps = f"{run.steps:,} steps of {run.batch_size} examples"

