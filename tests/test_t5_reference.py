@@ -48,6 +48,8 @@ def preprocessor(t5, name, row, split):
         return pre.record, {key: value for key, value in row.items() if key != "entity_spans"}  # newer than T5
     if name == "wsc":
         return functools.partial(pre.wsc_simple, correct_referent_only=split == "train"), row
+    if name == "dpr":
+        return pre.definite_pronoun_resolution_simple, row
     if name == "stsb":
         return pre.stsb, row
     if name.startswith(("squad", "mrqa")):
