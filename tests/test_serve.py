@@ -210,6 +210,16 @@ def test_a_cancelled_request_leaves_its_slot_to_others(engine, alone):
     assert (engine.waiting, engine.working) == (0, 0)
 
 
+def test_a_cancelled_call_is_not_made_and_fails_no_request(engine, capfd):
+    held, ran = threading.Event(), []
+    before = engine.call(held.wait)
+    cancelled = engine.call(lambda: ran.append(1))
+    assert cancelled.cancel()
+    held.set()
+    assert before.result(900) and engine.call(lambda: ran).result(900) == []
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_a_prompt_removed_while_a_request_waits_is_told(engine, prompts):
     engine.call(lambda: engine.bank.add("brief", prompts["p3"])).result(900)
     told_of: queue.SimpleQueue = queue.SimpleQueue()

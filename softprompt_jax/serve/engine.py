@@ -198,6 +198,8 @@ class Engine:
     def _turn(self) -> None:
         while self._calls:
             function, future = self._calls.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(function())
             except Exception as error:
