@@ -30,7 +30,7 @@ from softprompt_jax.run import Run
 
 HERE = Path(__file__).resolve().parent
 FORMS = ("span", "lm", "mixture")
-KEPT = {"3m": {"lm-10": 0.1, "lm-50": 0.5}}  # states of the adaptation that are kept, as a share of its steps
+KEPT = {"3m": {"lm-10": 0.1, "lm-50": 0.5, "lm-1000": 10.0}}  # adaptations of other lengths, as a share of its steps
 
 
 def sizes() -> dict[str, dict[str, int]]:
