@@ -68,6 +68,8 @@ def test_parquet_keeps_types(tmp_path, monkeypatch):
         ("a.jsonl", b'{"text": "x"}\n["y"]\n', "a.jsonl:2: found list; expected a JSON object"),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl: not UTF-8 ("),
         ("a.csv", b"text,label\nx,1,2\n", "a.csv:2: found 3 columns; expected 2 (text, label)"),
+        ("a.csv", b"text;label\nx;1\n", "a.csv:1: found columns separated by ';'; expected ','"),
+        ("a.tsv", b"text,label\nx,1\n", r"a.tsv:1: found columns separated by ','; expected '\t'"),
         ("a.txt", b"x", "found the suffix '.txt'; expected .jsonl, .csv, .tsv or .parquet"),
         ("a.jsonl", None, "a.jsonl: no such file; expected a data file"),
     ],

@@ -189,6 +189,11 @@ def _csv_rows(path: Path, delimiter: str, quotes: bool) -> Iterator[tuple[str, R
                 number, start = start, table.line_num + 1
                 if not header:
                     header = cells
+                    if len(cells) == 1 and (other := next((mark for mark in ";\t," if mark in cells[0]), None)):
+                        raise UserError(
+                            f"{path}:{number}: found columns separated by {other!r}; expected {delimiter!r}; "
+                            "save it so, or name a file with tabs .tsv"
+                        )
                     continue
                 if not cells:
                     continue
