@@ -30,6 +30,14 @@ class UserError(Exception):
     """
 
 
+class Diverged(UserError):
+    """The loss of a run is no finite number after `step`."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+
+
 def cache_folder() -> Path:
     """Return the folder for what was fetched or computed: $SOFTPROMPT_CACHE, or ~/.cache/softprompt_jax."""
     return Path(os.environ.get("SOFTPROMPT_CACHE") or Path.home() / ".cache" / "softprompt_jax")

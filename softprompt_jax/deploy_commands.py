@@ -88,7 +88,7 @@ def push(
     repository: Annotated[str, typer.Argument(metavar="REPO", help="Hub name, OWNER/NAME.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only write the files, to RUN/hub.")] = False,
 ) -> None:
-    """Publish a finished run on the hub with a model card."""
+    """Publish a finished run on the hub with a model card; changes to the one in RUN/hub stay."""
     from softprompt_jax import publishing
 
     folder = publishing.push(source, repository, dry_run)

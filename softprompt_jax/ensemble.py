@@ -19,7 +19,8 @@ import numpy as np
 from jaxtyping import Float
 
 from softprompt_jax import config, interop, placement, sharding
-from softprompt_jax.backbone import decode
+from softprompt_jax.assembly import with_settings
+from softprompt_jax.backbone import decode, stored
 from softprompt_jax.backbone.pretrained import load_backbone
 from softprompt_jax.config import UserError
 from softprompt_jax.evaluate import Decoder, mean_score, score
@@ -77,11 +78,12 @@ class Ensemble:
             raise UserError(
                 f"{self.members[0].source}: says no backbone; expected one; add --backbone with a folder or hub name"
             )
-        loaded = load_backbone(source, first.dtype if first is not None else "float32")
+        dtype, quantize = ("float32", None) if first is None else (first.dtype, first.quantize)
+        loaded = load_backbone(source, dtype, quantize=None if stored.is_stored(source) else quantize)
         for member in self.members:
             if not any_backbone:
                 interop.check_backbone(member.metadata, loaded.model, member.source, source)
-        self.tokenizer, self._model = load_tokenizer(loaded.folder), loaded.model
+        self.tokenizer, self._model = load_tokenizer(loaded.folder), with_settings(loaded.model, attention="plain")
         self._placement = self._attach()
         limits = (first.max_input_tokens, first.max_target_tokens) if first is not None else (512, 64)
         self.max_input_tokens, self.max_tokens = limits

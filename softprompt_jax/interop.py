@@ -96,6 +96,8 @@ def read_prompt(source: str | Path) -> tuple[Float[np.ndarray, "P D"], dict[str,
             rows = np.load(path, allow_pickle=False)
         except (ValueError, OSError, EOFError) as error:
             raise UserError(f"{path}: not a .npy array ({error}); expected prompt rows") from None
+        if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "fiu" or not np.isfinite(rows).all():
+            raise UserError(f"{path}: not an array of finite numbers; expected prompt rows as .npy or .safetensors")
     if rows.ndim != 2 or not len(rows):
         raise UserError(f"{path}: found shape {list(rows.shape)}; expected prompt rows [P, D]")
     return np.asarray(rows, np.float32), metadata

@@ -150,7 +150,7 @@ def cells(form: Form, path: Path, seeds: int | None = None) -> Iterator[Cell]:
 
 
 def _filled(value: Any, named: dict[str, str]) -> str:
-    text = json.dumps(value)
+    text = json.dumps(value, ensure_ascii=False)
     for field, name in named.items():
         text = text.replace(field, name)
     return text
@@ -250,7 +250,10 @@ def run_experiment(
         place = runs / cell.key
         if not (place / "result.json").exists():
             tell(f"{number}/{len(grid)} {cell.label}: {place}")
-            train(cell.run, place)
+            try:
+                train(cell.run, place)
+            except config.Diverged as error:  # it stays missing
+                tell(f"{place}: {error}")
         result = collect(path.stem, form_name, experiment, grid, runs)
         interop.dump(result, to)
     return result

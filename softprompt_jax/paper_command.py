@@ -60,6 +60,10 @@ def paper(
             print(line)
         return
     name = Path(experiment).stem
+    for given, is_wrong in ((to, Path.is_dir), (configs, Path.is_file)):
+        if given is not None and is_wrong(given):
+            found, expected = ("folder", "file") if given is to else ("file", "folder")
+            raise UserError(f"{given}: is a {found}; expected a {expected} to write to; give another name")
     if configs is not None:
         files = engine.write_configs(experiment, form.value, configs, seeds)
         print(f"wrote {len(files)} configs to {configs}", file=sys.stderr)

@@ -7,6 +7,7 @@ those of the machine. GPUs are compiled by XLA's CPU backend on as many simulate
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from softprompt_jax.config import UserError, nearest
@@ -219,13 +221,15 @@ def abstract_step(run: Any, memory: int | None = None) -> tuple[Callable, tuple,
     from softprompt_jax import methods, optimizers, sharding
     from softprompt_jax.backbone.quantized import quantized
     from softprompt_jax.backbone.t5 import T5
-    from softprompt_jax.interop import load_prompt
+    from softprompt_jax.interop import load_prompt, read_trained
     from softprompt_jax.methods import Context, leaves, split
     from softprompt_jax.train import make_step
 
     settings = backbone_settings(run).model_copy(update=run.of_the_backbone)
     kind = kept_as(run)
-    words = tuple(dict.fromkeys(word for task in run.tasks for word in task.words or ()))
+    each = tuple(tuple(task.words or ()) for task in run.tasks)
+    words = tuple(dict.fromkeys(itertools.chain.from_iterable(each)))
+    tasks = each if run.own_prompts else ()
 
     def build() -> T5:
         model = T5(settings, jax.random.key(0), run.dtype)
@@ -233,7 +237,9 @@ def abstract_step(run: Any, memory: int | None = None) -> tuple[Callable, tuple,
         model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(run.dtype), state))
         if kind is not None:
             quantized(model, kind)
-        context = Context(lambda text: [0], frozenset(), words, load_rows=load_prompt)
+        context = Context(
+            lambda text: [0], frozenset(), words, (), load_prompt, tasks, lambda path: read_trained(path)[0]
+        )
         methods.attach(run.methods, model, jax.random.key(0), context)
         return model
 
@@ -251,9 +257,10 @@ def abstract_step(run: Any, memory: int | None = None) -> tuple[Callable, tuple,
     layout = sharding.layout(state, parts.trainable)
     placement = None if model.prompt is None else model.prompt.placement
     around = 0 if placement is None else np.shape(placement.before)[-1] + np.shape(placement.after)[-1]
-    decoder = run.max_target_tokens + (0 if placement is None else np.shape(placement.decoder)[-1])
+    limits = run.pretraining or run
+    decoder = limits.max_target_tokens + (0 if placement is None else np.shape(placement.decoder)[-1])
     rows = {
-        "encoder_tokens": run.max_input_tokens + around,
+        "encoder_tokens": limits.max_input_tokens + around,
         "decoder_inputs": decoder,
         "decoder_targets": decoder,
     }
@@ -284,9 +291,12 @@ def backbone_settings(run: Any) -> Any:
 
     if isinstance(run.backbone, Scratch):
         return run.backbone.settings
-    name = re.sub(r"^(flan-)?t5-(\w+?)(-lm-adapt)?$", r"t5-v1_1-\2", str(run.backbone).rpartition("/")[2])
-    known = presets.PRESETS.get(name)
-    return load_settings(run.backbone) if known is None else known
+    source = presets.hub_name(run.backbone) or run.backbone
+    if source not in presets.SOURCES and Path(source).exists():
+        return load_settings(source)
+    name = re.sub(r"^flan-t5-(\w+)$|^t5-(\w+)-lm-adapt$", r"t5-v1_1-\1\2", source.rpartition("/")[2])
+    known = presets.PRESETS.get(presets.SOURCES.get(source, (name,))[0])
+    return load_settings(source) if known is None else known
 
 
 def product_flops(jaxpr: Any) -> float:

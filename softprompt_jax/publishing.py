@@ -14,6 +14,7 @@ from softprompt_jax.backbone.presets import SOURCES
 from softprompt_jax.backbone.pretrained import flatten
 from softprompt_jax.config import UserError
 from softprompt_jax.exporting import export
+from softprompt_jax.peft import TENSOR_FILE
 from softprompt_jax.run import Run
 
 FOLDER = "hub"  # within the run's
@@ -22,6 +23,7 @@ FOLDER = "hub"  # within the run's
 def push(source: str | Path, repository: str, dry_run: bool = False) -> Path:
     """Write a finished run's files and card to RUN/hub, and upload them unless it is a dry run.
 
+    A card that is there already, of this repository, stays as it is: it may have been changed by hand.
     Errors: UserError for a run that is not finished, a name that is none, and a hub that refuses.
     """
     source = Path(source)
@@ -34,6 +36,8 @@ def push(source: str | Path, repository: str, dry_run: bool = False) -> Path:
         raise UserError(f"{source}: has a prompt for each task; expected a run with one; push a run of each task")
     result = json.loads((source / "result.json").read_text(encoding="utf-8"))
     folder = source / FOLDER
+    written = folder / "README.md"
+    kept = written.read_text(encoding="utf-8") if written.exists() else ""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name in ("result.json", interop.PROMPT_FILE):
@@ -48,8 +52,9 @@ def push(source: str | Path, repository: str, dry_run: bool = False) -> Path:
         reason = str(error)
     if not whole and not (folder / interop.PROMPT_FILE).exists():
         shutil.copy(source / interop.TRAINED_FILE, folder / interop.TRAINED_FILE)
+    _shorten_paths(folder)
     text = card(run, result, repository, {path.name for path in folder.iterdir()}, reason)
-    (folder / "README.md").write_text(text, encoding="utf-8")
+    written.write_text(kept if repository in kept else text, encoding="utf-8")
     if not dry_run:
         _upload(folder, repository)
     return folder
@@ -95,6 +100,19 @@ def card(run: Run, result: dict[str, Any], repository: str, files: set[str], rea
     return "\n".join(lines)
 
 
+def _shorten_paths(folder: Path) -> None:
+    """Shorten the paths in what the files of prompts and adapters say of themselves."""
+    for name in (interop.PROMPT_FILE, interop.TRAINED_FILE, TENSOR_FILE):
+        if (path := folder / name).exists():
+            arrays, metadata = interop.read_tensors(path)
+            if "settings" in metadata:
+                metadata["settings"] = json.dumps(_public(json.loads(metadata["settings"])))
+            interop.write_tensors(arrays, path, _public(metadata))
+    adapter = folder / "adapter_config.json"
+    if adapter.exists():
+        interop.dump(_public(json.loads(adapter.read_text(encoding="utf-8"))), adapter)
+
+
 def _public(value: Any) -> Any:
     """Shorten paths of this machine to their last name: they tell others nothing."""
     if isinstance(value, dict):
@@ -132,13 +150,12 @@ def _usage(repository: str, backbone: str, files: set[str]) -> list[str]:
 
 def _upload(folder: Path, repository: str) -> None:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
     try:
         api = HfApi()
         api.create_repo(repository, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
-    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OSError) as error:
+    except Exception as error:  # the hub's own errors, and those of whatever carries its requests
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{repository}: the hub did not take it ({reason}); expected a login and a right to write there; "

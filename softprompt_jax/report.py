@@ -78,11 +78,12 @@ def read_runs(sources: Sequence[str | Path]) -> list[Finished]:
     """Read run folders, and all runs in folders of runs such as a sweep's. Errors: UserError where there is none."""
     found: dict[Path, Finished] = {}
     for source in map(Path, sources):
-        configs = sorted(source.rglob("config.yaml"))
-        if not configs:
+        folders = [path.parent for path in sorted(source.rglob("config.yaml"))]
+        if not folders:
             raise UserError(f"{source}: no run; expected the folder of a run, or one that holds some")
-        for path in configs:
-            found.setdefault(path.parent.absolute(), _read(path.parent))
+        for folder in folders:
+            if not set(folder.parents) & set(folders):  # what lies in a run is a copy for the hub
+                found.setdefault(folder.absolute(), _read(folder))
     return list(found.values())
 
 
@@ -249,7 +250,7 @@ def _scores(page: Page, groups: Sequence[Group], rows: Sequence[dict[str, Any]])
             best[task] = number
     baselines = [_baseline(group) for group in groups]
     page.table(
-        [*keys, "runs", *splits, *(f"best {split}" for split in splits), "untrained", "majority"],
+        [*keys, "runs", *splits, *(f"best {split}" for split in splits), "untrained", "majority accuracy"],
         [
             [
                 *([_shown(value) for value in group.settings.values()] or [group.title]),

@@ -87,11 +87,11 @@ class Run(Settings):
     unroll: bool = False  # the scan over layers: compiles longer, runs about a tenth faster on a CPU
     mesh: Mesh = Mesh()  # how the devices share the work; not part of what a run is
     decoding: Decoding = Greedy()  # of predictions and evaluation: greedy, beam or sampling
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     log_every: int = Field(50, gt=0)
     evaluate_every: int = Field(1000, gt=0)
     evaluation_batch_size: int = Field(64, gt=0)
-    evaluation_examples: int | None = Field(None, gt=0)  # of the validation split while training; all by default
+    evaluation_examples: int | None = Field(None, gt=0)  # of the validation split while training, the first
     checkpoint_every: int = Field(1000, gt=0)
 
     @model_validator(mode="before")

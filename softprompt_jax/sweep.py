@@ -18,7 +18,7 @@ import jax
 from softprompt_jax import config, interop
 from softprompt_jax.assembly import backbone_of
 from softprompt_jax.blackbox import Scored
-from softprompt_jax.config import UserError
+from softprompt_jax.config import Diverged, UserError
 from softprompt_jax.evaluate import headline
 from softprompt_jax.processes import alone_in
 from softprompt_jax.progress import Reporter
@@ -96,7 +96,7 @@ def members(path: str | Path, over: Sequence[str], overrides: Sequence[str] = ()
     found = []
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
-        changes = [*overrides, *(f"{key}={json.dumps(value)}" for key, value in chosen.items())]
+        changes = [*overrides, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in chosen.items())]
         run = config.parse(Run, config.read(path, changes), f"{path} with {', '.join(changes)}").expanded()
         varied = {short[key]: value for key, value in chosen.items()}
         found.append(Member(",".join(f"{key}={_file_name(value)}" for key, value in varied.items()), varied, run))
@@ -191,7 +191,11 @@ def _train_group(
     programs.clear()  # with its copy of the backbone
     for one, path in runs:
         reporter.line(f"{path}:")
-        train(one, path, reporter)
+        try:
+            train(one, path, reporter)
+        except Diverged as error:
+            reporter.line(f"{path}: {error}")
+            interop.dump({"step": error.step, "reason": "the loss is no finite number"}, path / FAILED_FILE)
 
 
 def _program(run: Run, programs: dict[str, Together]) -> Together:

@@ -75,30 +75,38 @@ def task(
     name: Annotated[str, typer.Argument(metavar="NAME|CONFIG", help="A task's name, or a run's YAML file.")],
     show: Annotated[int, typer.Option(min=0, help="Examples to print.")] = 3,
     split: Annotated[str, typer.Option(metavar="NAME", help="Split to look at.")] = "train",
-    tokenizer: Annotated[str, typer.Option(metavar="FOLDER|NAME", help="Of which backbone.")] = "embedded",
-    max_input_tokens: Annotated[int, typer.Option(min=1)] = 512,
-    max_target_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="FOLDER|NAME", help="Of which backbone. \\[default: CONFIG's, or embedded]")
+    ] = None,
+    max_input_tokens: Annotated[int | None, typer.Option(min=1, help="\\[default: CONFIG's, or 512]")] = None,
+    max_target_tokens: Annotated[int | None, typer.Option(min=1, help="\\[default: CONFIG's, or 64]")] = None,
     most: Annotated[int, typer.Option(min=1, help="Examples to count at most.")] = 10_000,
     pin: Annotated[bool, typer.Option("--pin", help="Record the revision that the hub has now, and print it.")] = False,
 ) -> None:
     """Show a task's examples as text and tokens, with lengths, truncations and label counts."""
+    from softprompt_jax.backbone.presets import hub_name
     from softprompt_jax.backbone.pretrained import EMBEDDED
-    from softprompt_jax.run import load_run
+    from softprompt_jax.run import Scratch, load_run
     from softprompt_jax.tasks import get, inspection
     from softprompt_jax.tasks.tokenizer import load_tokenizer
 
+    backbone, limits = "embedded", (512, 64)
     if name.endswith((".yaml", ".yml")):
-        chosen = load_run(name).expanded().tasks
+        run = load_run(name).expanded()
+        chosen, limits = run.tasks, (run.max_input_tokens, run.max_target_tokens)
+        backbone = run.backbone.tokenizer if isinstance(run.backbone, Scratch) else run.backbone
         if not chosen:
             raise UserError(f"{name}: its task is pretraining; expected a run on a task; name another file")
     else:
         chosen = [get(name)]
-    read_by = None if pin else load_tokenizer(EMBEDDED if tokenizer == "embedded" else tokenizer)
+    backbone = tokenizer or backbone
+    limits = max_input_tokens or limits[0], max_target_tokens or limits[1]
+    read_by = None if pin else load_tokenizer(EMBEDDED if backbone == "embedded" else hub_name(backbone) or backbone)
     for one in chosen:
         if read_by is None:
             print(inspection.pinned(one), end="")
             continue
-        for line in inspection.describe(one, split, read_by, show, (max_input_tokens, max_target_tokens), most):
+        for line in inspection.describe(one, split, read_by, show, limits, most):
             print(line)
 
 

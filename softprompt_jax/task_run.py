@@ -117,10 +117,10 @@ class TaskRun:
         """Yield the batches from step `first` on."""
         return self.train_batches.from_step(first)
 
-    def _scores(self, split: str, trainable: Any, frozen: Any) -> dict[str, dict[str, float]]:
-        """The metrics of each task that has the split."""
+    def _scores(self, split: str, trainable: Any, frozen: Any, first: int | None = None) -> dict[str, dict[str, float]]:
+        """The metrics of each task that has the split, of its first examples or of all."""
         return {
-            task.name: task.scores(split, self._decoder, trainable, frozen, self._longest)
+            task.name: task.scores(split, self._decoder, trainable, frozen, self._longest, first)
             for task in self.tasks
             if split in task.tokens
         }
@@ -130,7 +130,7 @@ class TaskRun:
 
     def validate(self, trainable: Any, frozen: Any) -> tuple[dict[str, float], float]:
         """Return the validation metrics and the number that selects the best checkpoint, their mean over tasks."""
-        scores = self._scores("validation", trainable, frozen)
+        scores = self._scores("validation", trainable, frozen, self.run.evaluation_examples)
         mean = self._mean(scores)
         if not isinstance(self.run.task, Mixture):
             return scores[self.run.task_name], mean
@@ -192,8 +192,7 @@ class TaskData:
             if next(iter(examples), None) is None:
                 load(task, split)  # which says that the split is empty
             if split != "train":  # which may be too large for a list
-                limit = run.evaluation_examples if split == "validation" else None
-                examples = self.examples[split] = load(task, split)[:limit]
+                examples = self.examples[split] = load(task, split)
             elif self.endless:
                 examples = list(itertools.islice(self.read(0), WINDOW * run.batch_size))
             key = examples.key() if isinstance(examples, Reread) else None
@@ -228,18 +227,18 @@ class TaskData:
             sizes["train"] += " (no validation split: trained on, not scored)"
         return f"task {self.name}: " + ", ".join(f"{split} {size}" for split, size in sizes.items())
 
-    def scores(self, split: str, decoder: Decoder, trainable: Any, frozen: Any, longest: int) -> dict[str, float]:
-        """Return the metrics of a split."""
-        batch_size = self._run.evaluation_batch_size
-        answers = decoder.answers(
-            trainable, frozen, self.tokens[split], batch_size, longest, self._prompt_ids, task=self.task
-        )
+    def scores(
+        self, split: str, decoder: Decoder, trainable: Any, frozen: Any, longest: int, first: int | None = None
+    ) -> dict[str, float]:
+        """Return the metrics of a split, of its first examples or of all."""
+        batch_size, tokens = self._run.evaluation_batch_size, self.tokens[split].first(first)
+        answers = decoder.answers(trainable, frozen, tokens, batch_size, longest, self._prompt_ids, task=self.task)
         likelihoods = None
         if wants_likelihoods(self.task):
-            likelihoods = decoder.likelihoods(trainable, frozen, self.tokens[split], batch_size, self._prompt_ids)
-        first = [each[0] for each in answers]
-        outputs = Outputs([answer.ids for answer in first], [answer.score for answer in first], likelihoods)
-        return score(self.task, [answer.text for answer in first], self.examples[split], outputs)
+            likelihoods = decoder.likelihoods(trainable, frozen, tokens, batch_size, self._prompt_ids)
+        best = [each[0] for each in answers]
+        outputs = Outputs([answer.ids for answer in best], [answer.score for answer in best], likelihoods)
+        return score(self.task, [answer.text for answer in best], self.examples[split][:first], outputs)
 
     def majority(self, split: str) -> float:
         """Return the accuracy of the train split's most frequent target, of an endless one's first window's."""

@@ -20,7 +20,7 @@ from softprompt_jax import config, interop, optimizers, remat, sharding
 from softprompt_jax.assembly import assemble
 from softprompt_jax.blackbox import Search
 from softprompt_jax.checkpoint import Checkpoints
-from softprompt_jax.config import Preempted, UserError, differences, settings_hash, to_yaml
+from softprompt_jax.config import Diverged, Preempted, UserError, differences, settings_hash, to_yaml
 from softprompt_jax.evaluate import headline
 from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import Split, finish, leaves, split
@@ -170,9 +170,10 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
                 "seconds": round(log.seconds(), 2),
             }
             if not np.isfinite(loss):
-                raise UserError(
+                raise Diverged(
                     f"step {step}: the loss is {loss}; expected a finite number; lower the learning rate, "
-                    "clip the gradient or use float32"
+                    "clip the gradient or use float32",
+                    step,
                 )
             log.write(line)
             reporter.update(step, run.steps, f"loss {loss:.4f}  {per_second[0]:,.0f} tokens/s")

@@ -129,12 +129,15 @@ def recycle_prompt(
     known = backbone or metadata.get("backbone")
     if known is None:
         raise UserError(f"{prompt}: says no backbone; expected the one that it was trained on; add --backbone")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{to.parent}: cannot be made ({error.strerror}); expected a folder") from None
     source, target = load_backbone(known), load_backbone(onto)
     interop.check_backbone(metadata, source.model, str(prompt), known)
     recycled = recycle(rows, source, target, kind)
     about = {"backbone": onto, "fingerprint": target.fingerprint(), "recycled_from": known}
     kept = {name: metadata[name] for name in ("task", "place") if name in metadata}
-    to.parent.mkdir(parents=True, exist_ok=True)
     interop.save_prompt(recycled.rows, to, kept | about)
     return {"pieces": recycled.pieces, "error": recycled.error, "rows": list(recycled.rows.shape)}
 

@@ -232,7 +232,14 @@ def test_tokenizer_that_does_not_fit_the_model(refused, config, model, tmp_path,
     assert "expected ids under 10, the rows of the embedding; use the backbone's own tokenizer" in error
 
 
-def test_tokenizer_whose_padding_is_not_0(refused, config, model, tmp_path):
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ({"pad_id": 3}, "padding has id 3; expected 0 as in every T5"),
+        ({"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}, "EOS has id 2; expected 1 as in every T5"),
+    ],
+)
+def test_tokenizer_whose_ids_are_not_those_of_a_t5(refused, config, model, tmp_path, ids, expected):
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
@@ -241,11 +248,10 @@ def test_tokenizer_whose_padding_is_not_0(refused, config, model, tmp_path):
         model_type="word",
         vocab_size=9,
         hard_vocab_limit=False,
-        pad_id=3,
         minloglevel=2,
+        **ids,
     )
-    error = refused("train", config(backbone=str(model)), "--out", tmp_path / "run")
-    assert "padding has id 3; expected 0 as in every T5" in error
+    assert expected in refused("train", config(backbone=str(model)), "--out", tmp_path / "run")
 
 
 # --------------------------------------------------------------------------------------- bad input: data

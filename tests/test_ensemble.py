@@ -11,6 +11,7 @@ import pytest
 
 from softprompt_jax import load_predictor
 from softprompt_jax.backbone import decode
+from softprompt_jax.backbone.quantized import kind_of
 from softprompt_jax.config import UserError
 from softprompt_jax.ensemble import Answers, Ensemble, ensemble
 from softprompt_jax.interop import load_prompt, read_prompt, save_prompt
@@ -138,3 +139,17 @@ def test_what_is_no_ensemble_is_one_line(prompts, prompt_run, full_run, tmp_path
     assert "says no backbone; expected one" in refused(tmp_path / "x.npy", tmp_path / "y.npy")
     with pytest.raises(UserError, match="says no task; expected one; add --task NAME"):
         ensemble([tmp_path / "x.npy", tmp_path / "y.npy"], backbone=metadata["backbone"])
+
+
+def test_backbone_is_kept_as_the_runs_had_it_and_padding_may_come_first(prompts, tmp_path):
+    """Fused attention takes what comes first for text, so that an ensemble's short prompts need the plain one."""
+    sources = []
+    for path in prompts[:2]:
+        rows, metadata = read_prompt(path)
+        settings = json.dumps(
+            json.loads(metadata["settings"]) | {"quantize": "int8", "attention": "flash", "dropout": 0}
+        )
+        sources.append(tmp_path / path.name)
+        save_prompt(rows, sources[-1], metadata | {"settings": settings})
+    joined = Ensemble(sources)
+    assert (kind_of(joined._model), joined._model.settings.attention) == ("int8", "plain")

@@ -6,6 +6,7 @@ import json
 import types
 
 import pytest
+import yaml
 from benchmark_rows import GOLDEN
 from small_runs import write_config, write_rows
 
@@ -52,6 +53,15 @@ def test_task_is_shown_with_lengths_truncations_and_label_counts(softprompt, con
     assert "</s>  (" in lines[9]
     assert lines[10] == "  target  True"
     assert len(lines) == 12
+
+
+def test_a_config_is_shown_with_its_own_limits_and_tokenizer(softprompt, refused, config, tmp_path):
+    own = write_config(tmp_path / "b.yaml", yaml.safe_load(config.read_text()) | {"max_input_tokens": 20})
+    assert "; 1 over 20 (truncated)" in softprompt("task", own, "--show", 0)[1]
+    assert "; 0 over 200 (truncated)" in softprompt("task", own, "--show", 0, "--max-input-tokens", 200)[1]
+    other = write_config(tmp_path / "c.yaml", yaml.safe_load(config.read_text()) | {"backbone": "/none"})
+    assert "/none: no such folder; expected a folder with a tokenizer" in refused("task", other)
+    assert softprompt("task", other, "--tokenizer", "embedded")[0] == 0
 
 
 def test_hidden_split_is_shown_without_targets(softprompt, config):

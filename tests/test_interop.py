@@ -95,6 +95,9 @@ def test_files_that_hold_no_prompt_are_refused_in_a_line(tmp_path):
     (tmp_path / "text.npy").write_text("no array")
     (tmp_path / "nothing.npy").write_text("")
     np.save(tmp_path / "object.npy", np.array([{}]), allow_pickle=True)
+    np.savez(tmp_path / "several.npz", prompt=ROWS)
+    np.save(tmp_path / "words.npy", np.array([["a"]]))
+    np.save(tmp_path / "nan.npy", ROWS * np.nan)
     save_file({"lora": ROWS}, tmp_path / "other.safetensors")
     save_prompt(ROWS, tmp_path / "cut.safetensors", {})
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "cut.safetensors").read_bytes()[:-9])
@@ -108,6 +111,9 @@ def test_files_that_hold_no_prompt_are_refused_in_a_line(tmp_path):
         "text.npy": "not a .npy array",
         "nothing.npy": "not a .npy array",
         "object.npy": "not a .npy array",
+        "several.npz": "not an array of finite numbers",
+        "words.npy": "not an array of finite numbers",
+        "nan.npy": "not an array of finite numbers",
         "other.safetensors": "holds lora; expected a tensor named 'prompt'",
         "cut.safetensors": "not a complete safetensors file",
         "run": "not a run folder",

@@ -15,7 +15,7 @@ from small_runs import write_rows
 
 import softprompt_jax.train  # noqa: F401 - so that it can be replaced below
 from softprompt_jax import paper, paper_measures, plan
-from softprompt_jax.config import UserError, parse
+from softprompt_jax.config import Diverged, UserError, parse
 from softprompt_jax.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,6 +166,23 @@ def test_a_grid_is_trained_once_and_goes_on(grid, tmp_path, monkeypatch):
     assert paper.table(result).splitlines()[-1] == "| more | 75.0 ± 21.2 |"
 
 
+def test_a_run_that_diverges_stays_missing_and_the_others_are_trained(grid, tmp_path, monkeypatch):
+    told: list[str] = []
+
+    def train(run, folder):
+        if run.seed == 0:
+            raise Diverged("step 7: the loss is nan", 7)
+        folder.mkdir(parents=True)
+        baselines = {"split": "test", "majority": 0.5, "untrained": {"accuracy": 0.1}}
+        found = {"test": {"accuracy": 0.5}, "baselines": baselines, "seconds": 2.0}
+        (folder / "result.json").write_text(json.dumps(found))
+
+    monkeypatch.setattr(sys.modules["softprompt_jax.train"], "train", train)
+    result = paper.run_experiment(str(grid()), "miniature", tmp_path / "runs", tmp_path / "to.json", tell=told.append)
+    assert (result["cells"], result["missing"]) == (2, ["few, seed 0", "more, seed 0"])
+    assert sum("step 7: the loss is nan" in line for line in told) == 2
+
+
 def test_a_seed_counts_when_all_its_tasks_are_there_and_untrained_is_read(grid, tmp_path, small):
     tasks = {"moods": {}, "again": {"task": small.task | {"name": "again"}}}
     file = grid(
@@ -247,6 +264,18 @@ def test_names_stand_for_line_and_point(grid):
     cells = list(paper.cells(paper.load(str(file))[0].miniature, file, seeds=1))
     found = [(cell.run.methods[0].model_dump()["length"], cell.run.backbone) for cell in cells]
     assert found == [(3, "backbones/x"), (3, "backbones/y"), (5, "backbones/x")]
+
+
+def test_words_of_a_grid_are_any_letters(grid):
+    file = grid(change={"methods.0.init": {"kind": "text", "text": "\N{GRINNING FACE}"}})
+    for cell in paper.cells(paper.load(str(file))[0].miniature, file):
+        assert cell.run.methods[0].model_dump()["init"]["text"] == "\N{GRINNING FACE}"
+
+
+def test_places_that_are_taken_are_one_line(grid, refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is a folder; expected a file to write to" in refused("paper", grid(), "--to", tmp_path)
+    assert "is a file; expected a folder to write to" in refused("paper", grid(), "--configs", tmp_path / "file")
 
 
 def test_runs_become_configs_that_are_runs(grid, tmp_path, softprompt):

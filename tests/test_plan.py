@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 
-from softprompt_jax import plan, sharding
+from softprompt_jax import load_run, plan, sharding
+from softprompt_jax.backbone.presets import preset
 from softprompt_jax.config import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,8 +66,6 @@ def test_the_compilers_refusal_says_how_much_it_would_need():
 
 def test_products_are_those_of_the_paper_model_counted_by_hand(tmp_path):
     """T5 1.1 small: 8 layers, D 512, inner 384, F 1024; encoder 128 with the prompt, decoder 64."""
-    from softprompt_jax.run import load_run
-
     run = load_run(write(tmp_path / "run.yaml"))
     step, arguments, parts = plan.abstract_step(run)
     B, T, U, D, inner, F, V, P = 8, 128, 64, 512, 384, 1024, 32128, 100
@@ -85,9 +85,36 @@ def test_products_are_those_of_the_paper_model_counted_by_hand(tmp_path):
     assert sharding.local_bytes(parts.trainable) == 4 * P * D
 
 
-def test_advice_starts_with_what_costs_least(tmp_path):
-    from softprompt_jax.run import load_run
+@pytest.mark.parametrize(
+    ("backbone", "size"),
+    [
+        ("google-t5/t5-base", "t5-base"),
+        ("google-t5/t5-3b", "t5-3b"),
+        ("google/t5-base-lm-adapt", "t5-v1_1-base"),
+        ("google/flan-t5-xl", "t5-v1_1-xl"),
+        ("bigscience/T0_3B", "t5-v1_1-xl"),
+        ("gs://t5-data/pretrained_models/t5x/t5_1_1_lm100k_xxl/checkpoint_1100000", "t5-v1_1-xxl"),
+        ("runs/adapted/10000/t5-v1_1-large", "t5-v1_1-large"),
+    ],
+)
+def test_a_published_backbone_is_planned_without_its_files(tmp_path, backbone, size):
+    run = load_run(write(tmp_path / "run.yaml", backbone=backbone))
+    assert plan.backbone_settings(run) == preset(size)
 
+
+def test_a_folder_is_planned_as_what_it_holds(tmp_path, small):
+    folder = shutil.copytree(small.backbone, tmp_path / "t5-v1_1-small")
+    assert plan.backbone_settings(load_run(write(tmp_path / "run.yaml", backbone=str(folder)))).d_model == 16
+
+
+def test_pre_training_is_planned_with_its_own_lengths():
+    run = load_run(ROOT / "configs" / "pretrain" / "embedded.yaml")
+    _, (_, _, batch, _), _ = plan.abstract_step(run)
+    shapes = {name: rows.shape[1] for name, rows in batch.items()}
+    assert shapes == {"encoder_tokens": 96, "decoder_inputs": 48, "decoder_targets": 48}
+
+
+def test_advice_starts_with_what_costs_least(tmp_path):
     answer = {"weights_bytes": 20 * plan.GIB, "limit_bytes": 16 * plan.GIB, "rows_per_device": 4}
     run = load_run(write(tmp_path / "run.yaml", remat="none"))
     said = plan.advice(run, answer, 8)
@@ -98,8 +125,6 @@ def test_advice_starts_with_what_costs_least(tmp_path):
 
 
 def test_packed_rows_are_planned_with_their_segments(tmp_path):
-    from softprompt_jax.run import load_run
-
     config = write(tmp_path / "run.yaml", batch_size=4)
     _, (_, _, batch, _), _ = plan.abstract_step(load_run(config, ["packing={length: 256, target_length: 32}"]))
     wide, long = dict.fromkeys(("encoder_tokens", "encoder_segments"), (4, 256)), (4, 32)

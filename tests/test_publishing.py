@@ -86,3 +86,22 @@ def test_what_cannot_be_pushed_is_refused_in_a_line(run, tmp_path, monkeypatch):
     refused(tmp_path, "me/moods", match="no finished run")
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: (_ for _ in ()).throw(OSError("off")))
     refused(run, "me/moods", match=r"the hub did not take it \(off\); expected a login")
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: (_ for _ in ()).throw(LookupError("x")))
+    refused(run, "me/moods", match=r"the hub did not take it \(x\)")  # whatever carries its requests raises
+
+
+def test_no_file_tells_where_it_was_made(run):
+    folder = push(run, "me/moods", dry_run=True)
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "backbone"
+    for path in folder.iterdir():
+        assert b"/tmp" not in path.read_bytes(), path.name
+        assert str(run.parent).encode() not in path.read_bytes(), path.name
+
+
+def test_a_card_that_was_changed_by_hand_stays(run):
+    card = push(run, "me/moods", dry_run=True) / "README.md"
+    card.write_text(card.read_text() + "\nMine.\n")
+    push(run, "me/moods", dry_run=True)
+    assert card.read_text().endswith("\nMine.\n")
+    push(run, "me/other", dry_run=True)
+    assert "Mine." not in card.read_text()

@@ -137,8 +137,8 @@ def test_page_has_scores_curves_and_settings_and_needs_nothing_else(softprompt, 
     parsed = Cells()
     parsed.feed(page)
     assert not parsed.open
-    titles = ["learning_rate", "runs", "validation", "test", "best validation", "best test", "untrained", "majority"]
-    assert parsed.rows[0] == titles
+    titles = ["learning_rate", "runs", "validation", "test", "best validation", "best test", "untrained"]
+    assert parsed.rows[0] == [*titles, "majority accuracy"]
     assert parsed.rows[1] == ["0.3", "3", "80.0 ± 24.8", "70.0 ± 24.8", "90.0", "80.0", "25.0", "50.0"]
     assert parsed.rows[2] == ["0.1", "1", "50.0", "40.0", "50.0", "40.0", "25.0", "50.0"]
     assert ["moods", "test", "learning_rate 0.1", "40.0", "0.0"] in parsed.rows
@@ -156,3 +156,10 @@ def test_folder_without_a_run_is_one_line(tmp_path, refused):
         write_report([tmp_path], tmp_path / "page")
     assert not (tmp_path / "page").exists()
     assert "no --to; expected a folder" in refused("report", tmp_path)
+
+
+def test_what_push_has_written_is_no_run_of_its_own(small, tmp_path):
+    for folder in (tmp_path / "runs" / "0", tmp_path / "runs" / "0" / "hub"):
+        write_run(folder, small.short, (0.7, 0.6))
+    assert [run.folder for run in read_runs([tmp_path / "runs"])] == [tmp_path / "runs" / "0"]
+    assert [run.folder for run in read_runs([tmp_path / "runs" / "0" / "hub"])] == [tmp_path / "runs" / "0" / "hub"]

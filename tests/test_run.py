@@ -120,6 +120,7 @@ def test_prompt_start_has_a_short_form(small, tmp_path):
         ("dropout=1", "A: dropout: found 1; input should be less than 1"),
         ("backbone=3", "A: backbone: found 3; input should be a valid string"),
         ("optimizer.kind=sgd", "'adafactor', 'adamw'"),
+        ("seed=-1", "seed: found -1"),
         ("seed=${x}", "settings do not interpolate"),
     ],
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 
+import pandas
 import pytest
 
 from softprompt_jax import tasks
@@ -49,11 +51,7 @@ def test_csv_places_are_the_lines_where_rows_start(tmp_path):
     assert list(read_file(path)) == [(f"{path}:2", {"text": "two\nlines"}), (f"{path}:4", {"text": "last"})]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-def test_parquet_keeps_types(tmp_path, monkeypatch):
-    import pandas
-
-    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
+def test_parquet_keeps_types(tmp_path):
     path = tmp_path / "rows.parquet"
     pandas.DataFrame(ROWS).to_parquet(path)
     assert rows_of(path) == ROWS
@@ -68,6 +66,7 @@ def test_parquet_keeps_types(tmp_path, monkeypatch):
         ("a.jsonl", b'{"text": "x"}\n["y"]\n', "a.jsonl:2: found list; expected a JSON object"),
         ("a.jsonl", b'{"text": "\xff"}\n', "a.jsonl: not UTF-8 ("),
         ("a.csv", b"text,label\nx,1,2\n", "a.csv:2: found 3 columns; expected 2 (text, label)"),
+        ("a.csv", b"text,label,label\nx,1,2\n", "a.csv:1: two columns 'label'; expected each once"),
         ("a.csv", b"text;label\nx;1\n", "a.csv:1: found columns separated by ';'; expected ','"),
         ("a.tsv", b"text,label\nx,1\n", r"a.tsv:1: found columns separated by ','; expected '\t'"),
         ("a.txt", b"x", "found the suffix '.txt'; expected .jsonl, .csv, .tsv or .parquet"),
@@ -193,3 +192,21 @@ def test_folder_without_splits_is_one_line(tmp_path, names, message):
         for name in names:
             (folder / name).touch()
     assert message in error_of(available_splits, Folder(path=str(folder)))
+
+
+def test_parquet_is_read_anew_and_by_its_own_name(tmp_path):
+    folder = tmp_path / "my[data]"
+    folder.mkdir()
+    path = folder / "a*[1].parquet"
+    for value in ("old", "new"):
+        pandas.DataFrame([{"text": value}]).to_parquet(path)
+        os.utime(path, (1, 1))
+        assert rows_of(path) == [{"text": value}]
+    pandas.DataFrame({"text": []}).to_parquet(path)
+    assert rows_of(path) == []
+
+
+def test_a_cell_may_be_a_whole_document(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "word " * 40_000 + ",x\n")
+    assert rows_of(path) == [{"text": "word " * 40_000, "label": "x"}]

@@ -15,7 +15,7 @@ from small_runs import write_config
 
 import softprompt_jax
 from softprompt_jax import load_run, together
-from softprompt_jax.config import UserError
+from softprompt_jax.config import Diverged, UserError
 from softprompt_jax.interop import load_prompt
 from softprompt_jax.sweep import members, read_axis, sweep
 
@@ -211,6 +211,21 @@ def test_lengths_train_in_groups_and_other_methods_one_after_another(config, tmp
         sweep(config, ["seed=2"], tmp_path / "lora", ["steps=2", "methods=[{kind: lora, rank: 2}]"], stop_after=1)
 
 
+def test_a_run_alone_that_diverges_leaves_the_others_alone(config, tmp_path, monkeypatch):
+    def train(run, folder, reporter):
+        if run.seed == 1:
+            raise Diverged("step 7: the loss is nan", 7)
+        scores = {"accuracy": 0.5, "f1_macro": 0.5}
+        result = {"validation": scores, "test": None, "best_step": 2}
+        (folder / "result.json").write_text(json.dumps(result))
+
+    monkeypatch.setattr(SWEEP, "train", train)
+    result = sweep(config, ["seed=0..2"], tmp_path / "out", ["methods=[{kind: lora, rank: 2}]"])
+    assert [run.get("failed", {}).get("step") for run in result["runs"]] == [None, 7, None]
+    assert result["table"][0]["runs"] == 2
+    assert json.loads((tmp_path / "out" / "sweep.json").read_text()) == result
+
+
 # ------------------------------------------------------------------------------------------------ what is asked for
 
 
@@ -252,6 +267,8 @@ def test_names_of_runs_are_file_names_and_differ(config):
     assert found[0].name == "init=vocabulary,seed=0"
     assert "/" not in found[1].name
     assert found[1].run.methods[0].init.text == "a/b"  # type: ignore[union-attr]
+    (smile,) = members(config, ["init={kind: text, text: so \N{SMILING FACE WITH OPEN MOUTH}}"])
+    assert smile.run.methods[0].init.text == "so \N{SMILING FACE WITH OPEN MOUTH}"  # type: ignore[union-attr]
     with pytest.raises(UserError, match="two runs would be called"):
         members(config, ["backbone=a/b,a b"])
 

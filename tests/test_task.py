@@ -6,6 +6,7 @@ import pytest
 
 from softprompt_jax import tasks
 from softprompt_jax.config import UserError, parse
+from softprompt_jax.tasks.sources import Files
 from softprompt_jax.tasks.task import Example, Task, examples, fill
 
 FILES = {"kind": "files", "train": "train.jsonl"}
@@ -117,3 +118,20 @@ def test_empty_split_is_an_error(tmp_path):
         tasks.load(task, "train")
     with pytest.raises(UserError, match=r"^task mine: no split 'test'; found train; add it to the source"):
         tasks.load(task, "test")
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("Paris", ("Paris",)), (["Paris", 7, 1.0], ("Paris", "7", "1")), ((), ()), (None, ())],
+)
+def test_answers_are_a_text_or_a_list_of_texts(value, expected):
+    task = Task(source=Files(), target="{answer}", answers_field="answers", metrics=["exact_match"])
+    (found,) = examples(task, [("here", {"text": "where", "answer": "Paris", "answers": value})])
+    assert found.answers == expected
+
+
+@pytest.mark.parametrize("value", [{"text": ["Paris"], "answer_start": [3]}, [["Paris"]], [None], 7])
+def test_answers_that_are_none_are_one_line(value):
+    task = Task(source=Files(), target="{answer}", answers_field="answers", metrics=["exact_match"])
+    with pytest.raises(UserError, match=r"here: found answers = .*; expected a text or a list of texts"):
+        list(examples(task, [("here", {"text": "where", "answer": "Paris", "answers": value})]))

@@ -18,7 +18,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 import softprompt_jax
 from softprompt_jax import Run, load_run, processes
-from softprompt_jax.config import Preempted, UserError, parse, settings_hash
+from softprompt_jax.config import Diverged, Preempted, UserError, parse, settings_hash
 from softprompt_jax.interop import load_trained, read_prompt
 from softprompt_jax.progress import Reporter
 from softprompt_jax.run import MACHINE
@@ -258,7 +258,7 @@ def test_folder_of_a_kill_before_the_first_file_is_a_new_run(small, tmp_path):
 @pytest.mark.slow
 def test_loss_that_is_no_number_is_one_line_and_keeps_what_there_is(small, tmp_path):
     run = run_of(small.full, optimizer={"kind": "adamw", "learning_rate": 1e30})
-    with pytest.raises(UserError, match=r"^step 10: the loss is (nan|inf); expected a finite number; lower the"):
+    with pytest.raises(Diverged, match=r"^step 10: the loss is (nan|inf); expected a finite number; lower the"):
         softprompt_jax.train(run, tmp_path / "run")
     assert (tmp_path / "run" / "config.yaml").exists()
     assert not (tmp_path / "run" / "result.json").exists()
@@ -357,3 +357,11 @@ def test_a_notice_after_a_run_has_looked_for_the_last_time_goes_to_whoever_had_s
     finally:
         signal.signal(signal.SIGTERM, before)
     assert told == [True]
+
+
+def test_part_of_the_validation_split_is_for_training_only(small, tmp_path):
+    run = run_of(small.short, steps=2, evaluate_every=2, evaluation_examples=5)
+    result = softprompt_jax.train(run, tmp_path / "run")
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["validation"]["count"] for line in lines if "validation" in line] == [5, 5]
+    assert result["validation"]["count"] == 16

@@ -100,6 +100,8 @@ def test_what_cannot_be_carried_over_is_refused_in_a_line(small, wide, tmp_path,
         recycle_prompt(tmp_path / "rows.npy", str(wide.folder), tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=r"expected a file name ending in .safetensors"):
         recycle_prompt(tmp_path / "rows.npy", str(wide.folder), tmp_path / "a.npy")
+    with pytest.raises(UserError, match=r"rows.npy: cannot be made \(.*\); expected a folder"):
+        recycle_prompt(tmp_path / "rows.npy", "x", tmp_path / "rows.npy" / "a.safetensors", backbone="y")
     monkeypatch.setattr("softprompt_jax.transfer.shared_pieces", lambda *_: np.zeros((3, 2), np.int64))
     with pytest.raises(UserError, match="have 3 pieces in common; expected 16 or more"):
         recycle(rows(0), source, wide)

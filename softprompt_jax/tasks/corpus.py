@@ -121,6 +121,8 @@ def tokenize_file(text: TextFile, model: Path, lexicon: Lexicon) -> TokenizedTex
 
 def _tokenize(text: TextFile, model: Path, lexicon: Lexicon) -> dict[str, np.ndarray]:
     encoder = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    if encoder.vocab_size() > 1 << 16:
+        raise UserError(f"{model}: {encoder.vocab_size()} pieces; expected at most 65,536 for pre-training")
     tokens: list[np.ndarray] = []
     lengths: list[int] = []
     paragraphs, documents, valence = [0], [0], []

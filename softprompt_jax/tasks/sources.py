@@ -182,6 +182,7 @@ def _csv_rows(path: Path, delimiter: str, quotes: bool) -> Iterator[tuple[str, R
         table = csv.reader(
             lines, delimiter=delimiter, strict=True, quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
         )
+        csv.field_size_limit(1 << 30)  # a cell may be a whole document
         header: list[str] = []
         start = 1
         try:
@@ -189,6 +190,8 @@ def _csv_rows(path: Path, delimiter: str, quotes: bool) -> Iterator[tuple[str, R
                 number, start = start, table.line_num + 1
                 if not header:
                     header = cells
+                    if twice := next((name for name in cells if cells.count(name) > 1), None):
+                        raise UserError(f"{path}:{number}: two columns {twice!r}; expected each once; rename one")
                     if len(cells) == 1 and (other := next((mark for mark in ";\t," if mark in cells[0]), None)):
                         raise UserError(
                             f"{path}:{number}: found columns separated by {other!r}; expected {delimiter!r}; "
@@ -211,14 +214,17 @@ def _csv_rows(path: Path, delimiter: str, quotes: bool) -> Iterator[tuple[str, R
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
-    import datasets
+    import pyarrow.parquet
 
+    number = 0
     try:
-        table = datasets.Dataset.from_parquet(str(path), cache_dir=str(cache_folder() / "datasets"))
-    except Exception as error:  # pyarrow and datasets raise nearly anything for a broken file
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for part in file.iter_batches():
+                for row in part.to_pylist():
+                    number += 1
+                    yield f"{path} row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)}); expected a parquet file") from None
-    for number, row in enumerate(table, start=1):
-        yield f"{path} row {number}", row  # type: ignore[misc]
 
 
 # ------------------------------------------------------------------------------------------------ hub

@@ -233,9 +233,9 @@ def examples(
                     f"{where}: found the label {target!r}; expected one of {', '.join(task.words or ())}; "
                     "correct the row or the label_words"
                 )
-            answers = _field(prepared, task.answers_field, where) if task.answers_field and labelled else ()
+            answers = _answers(task.answers_field, prepared, where) if task.answers_field and labelled else ()
             group = tuple(_field(prepared, name, where) for name in task.group_fields) or None
-            yield Example(_input(task, prepared, where), target, dict(prepared), tuple(answers), group)
+            yield Example(_input(task, prepared, where), target, dict(prepared), answers, group)
 
 
 def input_text(task: Task, row: Mapping[str, Any], where: str) -> str:
@@ -296,6 +296,14 @@ def _target(task: Task, row: Mapping[str, Any], where: str) -> str:
         if (value := _field(row, name, where)) in (None, ""):
             raise _unlabelled(where, name, value)
     return fill(task.target, row, where)
+
+
+def _answers(name: str, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    value = _field(row, name, where)
+    answers = () if value is None else (value,) if isinstance(value, str) else value
+    if not isinstance(answers, list | tuple) or any(isinstance(answer, list | dict | None) for answer in answers):
+        raise UserError(f"{where}: found {name} = {value!r}; expected a text or a list of texts")
+    return tuple(map(_text, answers))
 
 
 def _unlabelled(where: str, name: str, value: Any) -> UserError:

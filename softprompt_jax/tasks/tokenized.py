@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import os
@@ -52,6 +53,13 @@ class TokenizedSet:
     def lengths(self) -> Int[np.ndarray, "examples 2"]:
         """Tokens of each input and target."""
         return np.stack([self.input_lengths, self.target_lengths], axis=1)
+
+    def first(self, count: int | None) -> TokenizedSet:
+        """Return the first examples, or all."""
+        end = None if count is None else count + 1
+        return dataclasses.replace(
+            self, input_offsets=self.input_offsets[:end], target_offsets=self.target_offsets[:end]
+        )
 
     def input(self, index: int | np.integer) -> Int[np.ndarray, " T"]:
         """Return the ids of one input."""

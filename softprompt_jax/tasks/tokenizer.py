@@ -201,6 +201,8 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
         raise UserError(
             f"{source}: padding has id {tokenizer.pad_id}; expected 0 as in every T5; use its own tokenizer"
         )
+    if tokenizer.eos_id != 1:  # where answers end, everywhere
+        raise UserError(f"{source}: EOS has id {tokenizer.eos_id}; expected 1 as in every T5; use its own tokenizer")
     return tokenizer
 
 
