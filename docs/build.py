@@ -280,7 +280,7 @@ def embedded_table() -> str:
 def ladder_curves() -> dict[tuple[str, str], dict[str, Any]]:
     """Return the loss curves of the ladder's backbones by size and form, in their order."""
     sizes = list(yaml.safe_load((ROOT / "configs" / "pretrain" / "ladder" / "sizes.yaml").read_text("utf-8")))
-    forms = ["span", "lm-10", "lm-50", "lm", "mixture"]
+    forms = ["span", "lm-10", "lm-50", "lm", "lm-1000", "mixture"]
     paths = {(size, form): RESULTS / "ladder" / f"{size}-{form}.json" for size in sizes for form in forms}
     return {key: json.loads(path.read_text()) for key, path in paths.items() if path.exists()}
 

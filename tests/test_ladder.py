@@ -114,7 +114,7 @@ def test_a_size_is_pre_trained_on_a_mixture(toy, tmp_path):
 @pytest.mark.parametrize("size", make.KEPT)
 def test_a_size_is_made_in_every_form_and_for_every_number_of_steps_that_is_kept(size, toy, tmp_path):
     make.make_size(size, ["span", "lm", "mixture"], 2.0, tmp_path, tmp_path / "curves", toy)
-    for form, steps in {"span": 4, "lm": 4, "lm-10": 1, "lm-50": 2}.items():
+    for form, steps in {"span": 4, "lm": 4, "lm-10": 1, "lm-50": 2, "lm-1000": 40}.items():
         start, objective = tmp_path / f"{size}-span", "prefix_lm"
         if form == "span":
             start, objective = "random weights", "span_corruption"

@@ -4,9 +4,9 @@
 
 `span` fills in spans; `lm` goes on from it with prefix language modelling; `mixture` is the embedded backbone's recipe
 (configs/pretrain/embedded.yaml), and of 3m, which has its shape, the embedded backbone itself. A killed one goes on.
-`TO/SIZE-FORM` are backbones in Hugging Face layout; of 3m the states after a tenth and half of the adaptation are kept
-too (`3m-lm-10`, `3m-lm-50`). Curves and cards: TO/curves/NAME.json and .md; with `--curves benchmarks/results/ladder`
-those of the docs.
+`TO/SIZE-FORM` are backbones in Hugging Face layout; of 3m a tenth, half and ten times the adaptation are made too
+(`3m-lm-10`, `3m-lm-50`, `3m-lm-1000`). Curves and cards: TO/curves/NAME.json and .md; with
+`--curves benchmarks/results/ladder` those of the docs.
 Where the configs' folder of texts is not there, texts.py fetches others out of packages.
 """
 
