@@ -103,7 +103,8 @@ class RunFolder:
         try:
             yield
         except UserError as error:
-            raise UserError(str(error).replace(str(self.path), self.place)) from None
+            error.args = (str(error).replace(str(self.path), self.place),)
+            raise
         finally:
             if self._temporary is not None:
                 self._temporary.cleanup()

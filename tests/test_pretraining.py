@@ -12,7 +12,7 @@ import pytest
 
 import softprompt_jax
 from softprompt_jax.config import UserError, parse
-from softprompt_jax.tasks.corpus import TextFile, read_documents, split_sentences
+from softprompt_jax.tasks.corpus import TextFile, read_documents, split_sentences, tokenize_file
 from softprompt_jax.tasks.instructions import TASKS
 from softprompt_jax.tasks.lexicon import Lexicon, parse_entry, read_lexicon
 from softprompt_jax.tasks.objectives import OBJECTIVES, Library
@@ -270,6 +270,14 @@ def test_an_objective_the_texts_do_not_suit_is_an_error(texts):
     )
     with pytest.raises(UserError, match="span_corruption"):
         source.batch(0)
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_a_vocabulary_of_more_pieces_than_are_kept_is_one_line(texts, monkeypatch):
+    monkeypatch.setattr("sentencepiece.SentencePieceProcessor.vocab_size", lambda self: 250_100)
+    model = EMBEDDED / "spiece.model"
+    with pytest.raises(UserError, match=r"spiece.model: 250100 pieces; expected at most 65,536"):
+        tokenize_file(TextFile(path=str(texts / "story.txt")), model, Lexicon({}))
 
 
 def test_trained_vocabulary_numbers_its_sentinels_as_t5(tmp_path, texts):
