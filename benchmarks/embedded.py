@@ -3,7 +3,7 @@
     python benchmarks/embedded.py [--seeds 3] [--runs runs/embedded]
 
 Runs what is missing (a killed one goes on), then writes `benchmarks/results/embedded.json` and prints
-the table. About two minutes a run on two CPU cores.
+the table. Two to three minutes a run of 500 steps on two CPU cores.
 """
 
 from __future__ import annotations

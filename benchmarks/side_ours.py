@@ -37,11 +37,9 @@ class Ours:
         optimizer = optimizers.build(run.optimizer, run.schedule.build(LEARNING_RATE, 1), leaves(model))
         self.function, self.frozen = make_step(run, parts, optimizer), parts.frozen
         trainable = jax.tree.map(jnp.copy, parts.trainable)
-        self.state = {
-            "trainable": trainable,
-            "optimizer": optimizer.init(trainable),
-            "step": jnp.zeros((), jnp.int32),
-        }
+        state = {"trainable": trainable, "optimizer": optimizer.init(trainable), "step": jnp.zeros((), jnp.int32)}
+        self.device = jax.local_devices()[0]  # said, as in a run: what a step returns is of this kind, and compiled for
+        self.state = jax.device_put(state, self.device)
         self.key = jax.random.key(0)
 
     def step(self, batch: dict[str, np.ndarray]) -> float:
@@ -56,7 +54,7 @@ class Ours:
             batch["encoder_tokens"].shape + batch["decoder_inputs"].shape: batch for batch in batches
         }.values():
             self.step(batch)
-        self.state = jax.tree.map(jnp.array, kept)
+        self.state = jax.device_put(kept, self.device)
 
     def batches(self, case: str, count: int) -> tuple[list[dict[str, np.ndarray]], float]:
         """Return `count` batches and the share of padding in a whole epoch."""

@@ -23,6 +23,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
+import settings  # noqa: E402
 import speed  # noqa: E402
 from plot import curves, plot  # noqa: E402
 
@@ -70,6 +71,7 @@ def all_pages() -> Iterator[tuple[Path, str]]:
             majority = None if neighbours else result["majority"]
             picture = plot(experiment.title, lines, experiment.plot, y, majority, experiment.x)
             yield ROOT / "docs" / "experiments" / f"{name}.svg", picture
+    yield ROOT / "docs" / "settings.md", HEAD + settings.page(Run)
     methods = dict(method_pages())
     for kind, text in methods.items():
         yield ROOT / "docs" / "methods" / f"{kind}.md", HEAD + text
@@ -175,7 +177,8 @@ def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, A
         parts.append(f"Numbers: [{name}.json](../../benchmarks/results/paper/{name}.json), {result['date']}, jax "
                      f"{result['versions']['jax']}.")  # fmt: skip
     parts += [" ".join(experiment.found)] if experiment.found else []
-    parts += ["## Published setting", f"    softprompt paper {name} --form published"]
+    needs = said_above(paper.experiments()[name].read_text("utf-8").partition("\n")[2])
+    parts += ["## Published setting", *([needs] if needs else []), f"    softprompt paper {name} --form published"]
     parts.append(
         "trains what is missing, one run after another, and writes the same table. To share the runs among "
         "machines, `--configs FOLDER` writes each as `FOLDER/KEY.yaml` instead, KEY being the hash of its settings; "
@@ -315,16 +318,15 @@ def method_pages() -> Iterator[tuple[str, str]]:
     from softprompt_jax.methods import METHODS
     from softprompt_jax.methods.listing import parameters
 
-    sizes = preset("t5-v1_1-base")
+    headings, sizes = settings.titles(Run), preset("t5-v1_1-base")
     configs = {path: path.read_text("utf-8") for path in sorted((ROOT / "configs").glob("*.yaml"))}
     configs |= {path: path.read_text("utf-8") for path in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}
     measured = {row["method"]: method_result(row) for row in json.loads((RESULTS / "methods.json").read_text())["rows"]}
     configs = dict(sorted(configs.items(), key=lambda item: "First:" in item[1]))  # after what they need
     for kind, method in METHODS.items():
-        settings = method()
-        trained = parameters(sizes, settings)
-        said = " ".join((method.__doc__ or "").split("\n\n")[0].split())
-        parts = [f"# {kind}", said, f"Paper: {method.paper}."]
+        defaults = method()
+        trained = parameters(sizes, defaults)
+        parts = [f"# {kind}", settings.prose(method), f"Paper: {method.paper}."]
         share = trained / sizes.parameters()
         facts = [f"trains {trained:,} numbers of a T5 1.1 base with default settings ({share:.3%})"]
         facts.append(f"optimizer, if a run states none: {(method.default_optimizer or {'kind': 'adafactor'})['kind']}")
@@ -332,10 +334,9 @@ def method_pages() -> Iterator[tuple[str, str]]:
         facts.append(
             "leaves every output as it was at the start" if method.identity_at_start else "changes outputs at once"
         )
-        facts.append(f"no packing: {settings.refuses_packing}" if settings.refuses_packing else "may be packed")
+        facts.append(f"no packing: {defaults.refuses_packing}" if defaults.refuses_packing else "may be packed")
         parts.append("\n".join(f"- {fact}" for fact in facts))
-        defaults = yaml.safe_dump({"methods": [settings.model_dump(mode="json")]}, sort_keys=False, allow_unicode=True)
-        parts += ["Settings and their defaults:", f"```yaml\n{defaults}```"]
+        parts.append(settings.table(method, headings, "../settings.md"))
         for path, text in configs.items():
             if any(each.get("kind") == kind for each in yaml.safe_load(text).get("methods", [])):
                 where = path.relative_to(ROOT)

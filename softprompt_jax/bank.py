@@ -21,6 +21,7 @@ from softprompt_jax import config, interop, methods, placement
 from softprompt_jax.backbone import by_row, decode
 from softprompt_jax.backbone.decode import Decoding, Greedy
 from softprompt_jax.backbone.pretrained import Backbone, load_backbone
+from softprompt_jax.backbone.quantized import Quantization
 from softprompt_jax.backbone.tensors import open_safetensors
 from softprompt_jax.config import UserError, nearest
 from softprompt_jax.on_device import OnDevice, Stored, Structure
@@ -48,8 +49,12 @@ class PromptBank:
         max_input_tokens: int = 512,
         dtype: str = "float32",
         device_extras: int = 32,
+        quantize: Quantization | None = None,
+        any_backbone: bool = False,
     ):
-        self.backbone = load_backbone(backbone, dtype) if isinstance(backbone, str) else backbone
+        if isinstance(backbone, str):
+            backbone = load_backbone(backbone, dtype, quantize=quantize)
+        self.backbone, self._any_backbone = backbone, any_backbone
         self.batch_size, self.max_input_tokens = batch_size, max_input_tokens
         self.truncated = 0  # texts so far that were longer than `max_input_tokens`
         self.device = OnDevice(self.backbone.model, device_rows, device_extras)
@@ -78,7 +83,10 @@ class PromptBank:
             backbone = named.pop()
         bank = cls(str(backbone), **settings)
         for path in found:
-            bank.add(path.stem if path.suffix in _SUFFIXES else path.name, path)
+            name = path.stem if path.suffix in _SUFFIXES else path.name
+            if name in bank.names:
+                raise UserError(f"{folder}: two prompts of the name {name!r}; expected one of each; rename {path.name}")
+            bank.add(name, path)
         return bank
 
     @property
@@ -112,8 +120,12 @@ class PromptBank:
         if trained is not None:
             return self._read_trained(name, trained)
         rows, metadata = interop.read_prompt(source)
-        interop.check_backbone(metadata, self.backbone.model, f"prompt {name}", self.backbone.identity)
+        self._check(name, metadata)
         return self._stored(name, rows, metadata.get("place", "before"), metadata)
+
+    def _check(self, name: str, metadata: dict[str, str]) -> None:
+        if not self._any_backbone:
+            interop.check_backbone(metadata, self.backbone.model, f"prompt {name}", self.backbone.identity)
 
     def _stored(self, name: str, rows: np.ndarray, place: str, metadata: dict[str, str], **extras: Any) -> Stored:
         rows, width = np.array(rows, np.float32), self.backbone.settings.d_model
@@ -140,10 +152,14 @@ class PromptBank:
     def _read_trained(self, name: str, path: Path) -> Stored:
         """Read what a run has trained that was not a prompt alone: its methods say what of it can differ by row."""
         trained, metadata = interop.load_trained(path)
-        interop.check_backbone(metadata, self.backbone.model, f"prompt {name}", self.backbone.identity)
-        if "settings" not in metadata:
-            raise UserError(f"prompt {name}: {path.name} holds neither a prompt nor a run's settings; expected either")
-        run = config.parse(Run, json.loads(metadata["settings"]), str(path)).finished()
+        self._check(name, metadata)
+        try:
+            settings = json.loads(metadata["settings"])
+        except (KeyError, ValueError):
+            raise UserError(
+                f"prompt {name}: {path.name} holds neither a prompt nor a run's settings; expected either"
+            ) from None
+        run = config.parse(Run, settings, str(path)).finished()
         if run.own_prompts:
             raise UserError(
                 f"prompt {name}: a prompt for each task; expected one; give the files in the run's prompts/"
@@ -322,13 +338,14 @@ def _metadata(path: Path) -> dict[str, str]:
     return interop.read_prompt(path)[1] if trained is None else interop.read_metadata(trained)
 
 
-def _task(metadata: dict[str, str]) -> tuple[str | None, tuple[str, ...]]:
-    """Return the name and label words of the task that a prompt was trained on, as far as its file says."""
+def _task(metadata: dict[str, str]) -> tuple[str | None, tuple[str, ...], bool]:
+    """Return what a prompt's file says of its task: name, label words, and whether answers begin with <extra_id_0>."""
     try:
-        task = resolve(json.loads(metadata["settings"])["task"])
+        settings = json.loads(metadata["settings"])
+        task = resolve(settings["task"])
     except (KeyError, ValueError, TypeError, UserError):
-        return metadata.get("task"), ()
-    return task.name, tuple(task.words or ())
+        return metadata.get("task"), (), False
+    return task.name, tuple(task.words or ()), bool(settings.get("target_sentinel"))
 
 
 def _few(size: int, least: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ class Checkpoints:
     def __init__(self, folder: str | Path, read_only: bool = False):
         def rank(metrics: Any) -> Any:  # the highest score; of equal ones the earliest step
             score = self._scores.get(metrics[_STEP], metrics[_SCORE])
-            return -float("inf") if score is None else score, -metrics[_STEP]
+            return -float("inf") if score is None or math.isnan(score) else score, -metrics[_STEP]
 
         self._scores: dict[int, float] = {}
         self._folder = str(folder if remote.is_remote(folder) else Path(folder).absolute())

@@ -23,7 +23,7 @@ from typer.core import TyperGroup
 from softprompt_jax import deploy_commands, paper_command, remote, run_commands, task_commands
 from softprompt_jax.allocator import keep_freed_memory
 from softprompt_jax.config import UserError
-from softprompt_jax.deploy_commands import Dtype
+from softprompt_jax.deploy_commands import Dtype, Quantize
 from softprompt_jax.task_commands import (
     JSON_INDENT,
     AnyBackbone,
@@ -79,13 +79,6 @@ class Map(enum.StrEnum):
     network = "network"
 
 
-class Quantize(enum.StrEnum):
-    """How frozen layers can be stored."""
-
-    int8 = "int8"
-    nf4 = "nf4"
-
-
 @app.command()
 def train(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file with the run's settings.")],
@@ -125,7 +118,7 @@ def train(
         return
     print(json.dumps(result, indent=JSON_INDENT))
     if not quiet:
-        print(_summary(result), file=sys.stderr)
+        print(_summary(run, result), file=sys.stderr)
 
 
 @app.command(name="eval")
@@ -185,7 +178,7 @@ def predict(
     how = None if decoding is None else read_decoding(decoding)
     with _output(output) as sink:
         if bank:
-            predictor = PromptBank.open(source, backbone)
+            predictor = PromptBank.open(source, backbone, any_backbone=any_backbone)
             answered = predictor.lines(_json_lines(input), decoding=how)
         else:
             predictor = load_predictor(source, backbone, decoding=how, any_backbone=any_backbone)
@@ -350,14 +343,18 @@ def _fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def _summary(result: dict[str, Any]) -> str:
+def _summary(run: Any, result: dict[str, Any]) -> str:
     """Say in a line how the result compares with no training and with the majority class."""
     baselines = result.get("baselines")
     if baselines is None:
         return f"validation: {result['validation']}"
     scores = result[baselines["split"]]
-    name = next(iter(scores))
-    text = f"{baselines['split']} {name}: {scores[name]:.1%} after training, {baselines['untrained'][name]:.1%} before"
+    from softprompt_jax.evaluate import shown, unit
+
+    name, times = next(iter(scores)), unit(run)
+    sign = "%" if times == 100 else ""
+    after, before = (f"{shown(found[name], times)}{sign}" for found in (scores, baselines["untrained"]))
+    text = f"{baselines['split']} {name}: {after} after training, {before} before"
     return f"{text}, {baselines['majority']:.1%} for the majority class" if name == "accuracy" else text
 
 

@@ -103,7 +103,8 @@ def read_text(text: str, where: str) -> Any:
 
 def to_yaml(settings: pydantic.BaseModel) -> str:
     """Write complete settings as YAML that `read` accepts again."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = settings.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def settings_hash(settings: pydantic.BaseModel, length: int = 12, without: frozenset[str] = frozenset()) -> str:
@@ -143,6 +144,16 @@ _Loader.add_implicit_resolver(
 )
 
 
+class _Dumper(yaml.SafeDumper):
+    """YAML that `_Loader` reads as it was: a text such as 1e5 gets quotes."""
+
+
+_Dumper.yaml_implicit_resolvers = {
+    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, ()), *_Loader.yaml_implicit_resolvers.get(first, ())]
+    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *_Loader.yaml_implicit_resolvers}
+}
+
+
 def _yaml(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - derived from SafeLoader
@@ -155,6 +166,9 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, str) and "${" in value:
         raise UserError(f"{where}: found {value!r}; settings do not interpolate; write the value itself")
     if isinstance(value, dict):
+        for key in value:
+            if not isinstance(key, str | int | float | bool):
+                raise UserError(f"{where}: found the key {key!r}; expected text or a number; put it in quotes")
         return {key: _plain(item, f"{where}: {key}") for key, item in value.items()}
     if isinstance(value, list):
         return [_plain(item, where) for item in value]

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from softprompt_jax.task_commands import Backbone, Source
+from softprompt_jax.task_commands import AnyBackbone, Backbone, Source
 
 
 class Format(enum.StrEnum):
@@ -26,6 +26,13 @@ class Dtype(enum.StrEnum):
 
     float32 = "float32"
     bfloat16 = "bfloat16"
+
+
+class Quantize(enum.StrEnum):
+    """How frozen layers can be kept."""
+
+    int8 = "int8"
+    nf4 = "nf4"
 
 
 def export(
@@ -57,6 +64,7 @@ def export(
 def serve(
     source: Annotated[str, typer.Argument(metavar="BANK", help="A folder of prompt files and finished runs.")],
     backbone: Backbone = None,
+    any_backbone: AnyBackbone = False,
     host: Annotated[str, typer.Option(help="Address; other than loopback needs a token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
     token_file: Annotated[
@@ -73,6 +81,7 @@ def serve(
         ),
     ] = None,
     dtype: Annotated[Dtype, typer.Option(help="Of weights and activations.")] = Dtype.float32,
+    quantize: Annotated[Quantize | None, typer.Option(help="Of the backbone's layers.", show_default=False)] = None,
 ) -> None:
     """Answer requests over HTTP, each under the prompt that it names, with a page to try them (extra `serve`).
 
@@ -80,7 +89,8 @@ def serve(
     """
     from softprompt_jax import serve as serving
 
-    serving.serve_folder(source, backbone, host, port, token_file, limits or [], dtype.value)
+    kind = None if quantize is None else quantize.value
+    serving.serve_folder(source, backbone, host, port, token_file, limits or [], dtype.value, kind, any_backbone)
 
 
 def push(

@@ -73,7 +73,7 @@ class Ensemble:
         self.members = [_read(source) for source in sources]
         self.task = _task(self.members, task)
         first = next((member.run for member in self.members if member.run is not None), None)
-        source = backbone or (first.backbone if first is not None else None)
+        source = backbone or (self.members[0].metadata.get("backbone") if first is None else first.backbone)
         if not isinstance(source, str):
             raise UserError(
                 f"{self.members[0].source}: says no backbone; expected one; add --backbone with a folder or hub name"
@@ -84,6 +84,7 @@ class Ensemble:
             if not any_backbone:
                 interop.check_backbone(member.metadata, loaded.model, member.source, source)
         self.tokenizer, self._model = load_tokenizer(loaded.folder), with_settings(loaded.model, attention="plain")
+        self._begun = [self.tokenizer.sentinel(0)] if first is not None and first.target_sentinel else []
         self._placement = self._attach()
         limits = (first.max_input_tokens, first.max_target_tokens) if first is not None else (512, 64)
         self.max_input_tokens, self.max_tokens = limits
@@ -159,7 +160,8 @@ class Ensemble:
         return Answers(predicted, candidates, scores)
 
     def _ids(self, text: str) -> list[int]:
-        return [*self.tokenizer.encode(text)[: self.max_tokens - 1], self.tokenizer.eos_id]
+        ids = [*self._begun, *self.tokenizer.encode(text)]
+        return [*ids[: self.max_tokens - 1], self.tokenizer.eos_id]
 
     def texts(self, texts: Sequence[str], by: str = "vote") -> list[str]:
         """Return one answer to each text, by "vote" or by "log_probability"."""

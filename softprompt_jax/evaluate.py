@@ -106,10 +106,12 @@ class Decoder:
         shapes: list[Shape] | None = None,
         task: Task | None = None,
         forced: Sequence[str] | None = None,
+        first_number: int = 0,
     ) -> list[list[Answer]]:
         """Return all answers to every example, as `predict` does the first: the samples, or the beams from the best.
 
-        Decoded ones begin with what is `forced` on their example.
+        Decoded ones begin with what is `forced` on their example. Samples follow from an example's number, from
+        `first_number` on.
         """
         labels = (task.words or []) if task is not None and task.predict_by != "decoding" else []
         words, divisors = self._choices(labels, task is not None and task.predict_by == "likelihood_per_token")
@@ -122,7 +124,7 @@ class Decoder:
             go_if_told()
             given = sharding.spread_whole((batch["encoder_tokens"], batch["decoder_inputs"][:, :first]))
             if not labels:
-                rest = sharding.spread_whole((np.asarray(ids, np.int32), beginnings[ids]))
+                rest = sharding.spread_whole((np.asarray(ids + first_number, np.int32), beginnings[ids]))
                 rows, scores = map(sharding.collect, self._decoded(trainable, frozen, *given, *rest, max_tokens))
                 found = [list(map(self._answer, *each)) for each in zip(rows, scores.tolist(), strict=True)]
             else:
@@ -208,6 +210,16 @@ def headline(run: Run, scores: dict[str, Any]) -> float:
     return scores["mean"] if isinstance(run.task, Mixture) else mean_score(run.tasks[0], scores)
 
 
+def unit(run: Run) -> float:
+    """Return what a run's scores are multiplied by to be shown: 100; a seqio Task's and losses stay as they are."""
+    return 1.0 if run.pretraining or any(SEQIO in task.metrics for task in run.tasks) else 100.0
+
+
+def shown(value: float, times: float) -> str:
+    """Write a score in its `unit`: percent with one digit, others with four that count."""
+    return f"{times * value:.1f}" if times == 100 else f"{value:.4g}"
+
+
 def benchmark_average(benchmark: str, folders: Sequence[Path]) -> dict[str, Any]:
     """Return a benchmark's average of the validation scores of finished runs, and the score of each task.
 
@@ -220,9 +232,10 @@ def benchmark_average(benchmark: str, folders: Sequence[Path]) -> dict[str, Any]
             raise UserError(f"{folder}: no result.json; expected the folder of a finished run; finish it first")
         scores = json.loads(path.read_text(encoding="utf-8"))["validation"]
         for task in load_run(folder / "config.yaml").tasks:
-            own = scores["tasks"][task.name] if "tasks" in scores else scores  # of a mixture, or of one task
+            own = scores["tasks"].get(task.name, {}) if "tasks" in scores else scores  # of a mixture, or of one task
             for name in task.metrics:
-                found.setdefault(task.name, {}).setdefault(name, []).append(own[name])
+                if name in own:  # not of a task that is only trained on, nor of a seqio Task's own metrics
+                    found.setdefault(task.name, {}).setdefault(name, []).append(own[name])
     means = {task: {name: float(np.mean(values)) for name, values in scores.items()} for task, scores in found.items()}
     mean = average(benchmark, {task: list(scores.values()) for task, scores in means.items()})
     return {"benchmark": benchmark, "split": "validation", "average": mean, "tasks": means}

@@ -12,7 +12,7 @@ from softprompt_jax.assembly import Assembly, assemble
 from softprompt_jax.backbone.pretrained import save_backbone
 from softprompt_jax.checkpoint import Checkpoints
 from softprompt_jax.config import UserError
-from softprompt_jax.importing import TOKENIZER_FILES
+from softprompt_jax.importing import tokenizer_files
 from softprompt_jax.methods import put_trained
 from softprompt_jax.methods.surgery import merged
 from softprompt_jax.peft import save_adapter
@@ -57,12 +57,14 @@ def _export(source: Path, format: str, to: Path, checkpoints: str) -> None:
             assembly = load_latest(source, checkpoints)
             if assembly.model.prompt is not None:
                 raise UserError(f"{source}: has a prompt, which no Hugging Face model holds; export it as npy")
-            save_backbone(
-                merged(assembly.model), to, "float32"
-            )  # as it was trained: bfloat16 would swallow small changes
-            for pattern in TOKENIZER_FILES:
-                for path in assembly.tokenizer_folder.glob(pattern):
-                    shutil.copy(path, to / path.name)
+            if sharded := next(to.glob("*.index.json"), None):
+                raise UserError(f"{sharded}: of weights in several files, which would be read first; use another --to")
+            folder, rows = assembly.tokenizer_folder, assembly.model.settings.vocabulary_rows
+            tokenizer = tokenizer_files(folder, required=not folder.is_dir() and rows != 384)  # ByT5 needs none
+            # As it was trained: bfloat16 would swallow small changes.
+            save_backbone(merged(assembly.model), to, "float32")
+            for path in tokenizer:
+                shutil.copy(path, to / path.name)
             return
         if format == "peft":
             assembly, run = load_latest(source, checkpoints), load_run(source / "config.yaml")
@@ -98,13 +100,14 @@ def load_latest(folder: Path, checkpoints: str | None = None) -> Assembly:
     run, file = config.parse(Run, config.read(settings), str(settings)), folder / interop.TRAINED_FILE
     assembly = assemble(run.finished() if file.exists() else run)
     if file.exists():
-        trained, _ = interop.load_trained(file)
+        trained, metadata = interop.load_trained(file)
     else:
         opened = Checkpoints(checkpoints or folder / remote.CHECKPOINTS, read_only=True)
         step = opened.latest()
         if step is None:
             raise UserError(f"{folder}: has no checkpoint yet; expected one; wait for the run's first")
-        trained = opened.restore(step)["trainable"]
+        trained, metadata = opened.restore(step)["trainable"], {}
         opened.close()
     put_trained(assembly.model, trained, str(folder))
+    interop.check_backbone(metadata, assembly.model, str(folder), assembly.identity, "give the one it was trained on")
     return assembly

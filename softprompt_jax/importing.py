@@ -39,7 +39,7 @@ def import_source(
         raise UserError(f"{to}: holds weights already, or is a file; expected a new folder; use another --to")
     settings, tensors, folder = pretrained.open_source(source)
     pretrained.check(settings, tensors, source)  # before anything is written
-    files = _tokenizer_files(tokenizer or folder, required=tokenizer is not None)
+    files = tokenizer_files(tokenizer or folder, required=tokenizer is not None)
     if not files and settings.vocabulary_rows != 384:  # ByT5 needs none
         raise UserError(f"{source}: has no tokenizer; expected one; add --tokenizer with spiece.model or a hub name")
     try:
@@ -76,7 +76,7 @@ def _import_prompt(source: str, to: Path) -> str:
     return f"{to}: a prompt of {len(rows)} rows"
 
 
-def _tokenizer_files(tokenizer: str | Path, required: bool) -> list[Path]:
+def tokenizer_files(tokenizer: str | Path, required: bool) -> list[Path]:
     """Return a tokenizer's files: one SentencePiece file, those of a folder, or of a hub name."""
     path = Path(tokenizer).expanduser()
     if path.is_file():

@@ -74,7 +74,11 @@ def inspect(
         raise UserError(f"inspect: found {neighbours} neighbours; expected 2 or more, which can form a cluster")
     read = [(str(source), *interop.read_prompt(source)) for source in sources]
     runs = [_run(source, metadata) for source, _, metadata in read]
-    named = backbone or next((run.backbone for run in runs if run is not None), None)
+    says = [
+        metadata.get("backbone") if run is None else run.backbone
+        for (_, _, metadata), run in zip(read, runs, strict=True)
+    ]
+    named = backbone or next((name for name in says if name is not None), None)
     if not isinstance(named, str):
         raise UserError(f"{read[0][0]}: says no backbone; expected one; add --backbone with a folder or hub name")
     loaded = load_backbone(named, next((run.dtype for run in runs if run is not None), "float32"))

@@ -71,6 +71,7 @@ class Stored:
     place: str
     task: str | None = None
     label_words: tuple[str, ...] = ()
+    target_sentinel: bool = False  # answers begin with <extra_id_0>
     extras: by_row.Extras = dataclasses.field(default_factory=dict)
 
     @property

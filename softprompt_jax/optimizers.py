@@ -74,6 +74,8 @@ class Adafactor(Settings):
 class AdamW(Settings):
     """AdamW (Loshchilov and Hutter, 2019); the weight decay is times the learning rate.
 
+    The learning rate's default is for prompts; methods on weights bring their own (`softprompt methods`).
+
     To train a T5 from random weights set `parameter_scaling`: its query weights start so small that a plain
     step of 1e-3 changes them by a tenth, and small models of ours learned nothing from their encoder.
     """

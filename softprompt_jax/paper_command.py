@@ -25,7 +25,10 @@ def paper(
         str | None, typer.Argument(metavar="[EXPERIMENT]", help="Its name or file; without one all are listed.")
     ] = None,
     form: Annotated[
-        Form, typer.Option(help="miniature: the embedded T5, on a CPU. published: hub models, for a TPU.")
+        Form,
+        typer.Option(
+            help="miniature: the embedded T5, or those of make ladder, on a CPU. published: hub models, for a TPU."
+        ),
     ] = Form.miniature,
     seeds: Annotated[int | None, typer.Option(min=1, help="\\[default: as the experiment says]")] = None,
     runs: Annotated[Path, typer.Option(metavar="DIR", help="Where runs are kept, by the hash of their settings.")] = (

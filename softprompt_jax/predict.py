@@ -110,6 +110,7 @@ class Predictor:
     batch_size: int = 64
     truncated: int = 0  # inputs so far that were longer than `max_input_tokens`
     decoding: Decoding | None = None  # greedy
+    target_sentinel: bool = False  # whether answers begin with <extra_id_0>, which label words do not
 
     def __post_init__(self):
         self._parts = split(self.model)
@@ -122,22 +123,30 @@ class Predictor:
         """Return the prediction for each text, in order."""
         return self._predict([Example(text, "") for text in texts], self.task)
 
-    def answers(self, texts: Sequence[str]) -> list[list[str]]:
-        """Return all answers to each text: the samples, or the beams from the best."""
-        return [[answer.text for answer in answers] for answers in self.scored(texts)]
+    def answers(self, texts: Sequence[str], first: int = 0) -> list[list[str]]:
+        """Return all answers to each text: the samples, or the beams from the best.
 
-    def scored(self, texts: Sequence[str], forced: Sequence[str] | None = None) -> list[list[Answer]]:
+        Samples follow from the seed and a text's number, from `first` on.
+        """
+        return [[answer.text for answer in answers] for answers in self.scored(texts, first=first)]
+
+    def scored(self, texts: Sequence[str], forced: Sequence[str] | None = None, first: int = 0) -> list[list[Answer]]:
         """Return all answers to each text with tokens and scores; they begin with what is forced on each."""
-        return self._answers([Example(text, "") for text in texts], self.task, forced)
+        return self._answers([Example(text, "") for text in texts], self.task, forced, first)
 
     def _predict(self, examples: Sequence[Example], task: Task | None) -> list[str]:
         return [answers[0].text for answers in self._answers(examples, task)]
 
     def _answers(
-        self, examples: Sequence[Example], task: Task | None, forced: Sequence[str] | None = None
+        self, examples: Sequence[Example], task: Task | None, forced: Sequence[str] | None = None, first: int = 0
     ) -> list[list[Answer]]:
         if not examples:
             return []
+        if self.target_sentinel and task is not None and task.predict_by != "decoding":
+            raise UserError(
+                f"predict_by {task.predict_by}: the run's answers begin with <extra_id_0>, which label words do not; "
+                "expected predict_by decoding"
+            )
         end = [self.tokenizer.eos_id]
         tokenized = self._tokenized(
             [dataclasses.replace(e, target="", ids=e.ids and (e.ids[0], end), cut=(e.cut[0], False)) for e in examples]
@@ -145,7 +154,7 @@ class Predictor:
         self.truncated += tokenized.truncated_inputs
         trainable, frozen, ids = self._parts.trainable, self._parts.frozen, prompt_ids(self.model)
         limits = self.batch_size, self.max_tokens
-        return self._decoder.answers(trainable, frozen, tokenized, *limits, ids, self._shapes, task, forced)
+        return self._decoder.answers(trainable, frozen, tokenized, *limits, ids, self._shapes, task, forced, first)
 
     def _tokenized(self, examples: Sequence[Example]) -> TokenizedSet:
         rows = self.model.settings.vocabulary_rows
@@ -175,15 +184,16 @@ class Predictor:
     def lines(self, rows: Iterable[tuple[str, Any]], chunk: int = 1024) -> Iterator[dict[str, Any]]:
         """Yield each row of (where, fields) with its `prediction`, in order, a chunk at a time."""
         pending: list[tuple[Any, str]] = []
+        done = 0
         for where, row in rows:
             pending.append((row, self._input(row, where)))
             if len(pending) == chunk:
-                yield from self._answered(pending)
-                pending = []
-        yield from self._answered(pending)
+                yield from self._answered(pending, done)
+                done, pending = done + len(pending), []
+        yield from self._answered(pending, done)
 
-    def _answered(self, pending: list[tuple[Any, str]]) -> Iterator[dict[str, Any]]:
-        for (row, _), answers in zip(pending, self.answers([text for _, text in pending]), strict=True):
+    def _answered(self, pending: list[tuple[Any, str]], first: int) -> Iterator[dict[str, Any]]:
+        for (row, _), answers in zip(pending, self.answers([text for _, text in pending], first), strict=True):
             yield {**row, "prediction": answers[0], **({"answers": answers} if len(answers) > 1 else {})}
 
     def _input(self, row: Any, where: str) -> str:
@@ -243,8 +253,10 @@ def _load(source: str | Path, backbone: str | None, task: str | None, any_backbo
             return _from_prompt(path / interop.PROMPT_FILE, run, backbone, any_backbone)
         run = run.finished()
         assembly = assemble(run if backbone is None else run.model_copy(update={"backbone": backbone}))
-        trained, _ = interop.load_trained(path / interop.TRAINED_FILE)
+        trained, metadata = interop.load_trained(path / interop.TRAINED_FILE)
         put_trained(assembly.model, trained, str(path / interop.TRAINED_FILE))
+        if not any_backbone:
+            interop.check_backbone(metadata, assembly.model, str(path), assembly.identity)
         if run.own_prompts and number is not None:
             assembly.model.prompt.placement = assembly.model.prompt.placement.of_task(number)
             run = run.model_copy(update={"task": run.tasks[number]})
@@ -258,10 +270,10 @@ def _load(source: str | Path, backbone: str | None, task: str | None, any_backbo
 
 
 def _from_prompt(path: Path, run: Run | None, backbone: str | None, any_backbone: bool) -> Predictor:
-    source = backbone or (run.backbone if run is not None else None)
+    rows, metadata = interop.read_prompt(path)
+    source = backbone or (metadata.get("backbone") if run is None else run.backbone)
     if not isinstance(source, str):
         raise UserError(f"{path}: says no backbone; expected one; add --backbone with a folder or hub name")
-    rows, metadata = interop.read_prompt(path)
     dtype, quantize = ("float32", None) if run is None else (run.dtype, run.quantize)
     loaded = load_backbone(source, dtype, quantize=None if stored.is_stored(source) else quantize)
     if not any_backbone:
@@ -275,8 +287,8 @@ def _predictor(model: T5, tokenizer: Tokenizer, run: Run | None) -> Predictor:
     if run is None:
         return Predictor(model, tokenizer, None)
     task = run.tasks[0] if len(run.tasks) == 1 else None
-    limits = run.max_input_tokens, run.max_target_tokens
-    return Predictor(model, tokenizer, task, *limits, run.evaluation_batch_size, decoding=run.decoding)
+    limits = run.max_input_tokens, run.max_target_tokens, run.evaluation_batch_size
+    return Predictor(model, tokenizer, task, *limits, decoding=run.decoding, target_sentinel=run.target_sentinel)
 
 
 def _with_prompt(model: T5, prompt: Any) -> tuple[T5, Placement | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,8 @@ def push(source: str | Path, repository: str, dry_run: bool = False) -> Path:
     if run.own_prompts:
         raise UserError(f"{source}: has a prompt for each task; expected a run with one; push a run of each task")
     result = json.loads((source / "result.json").read_text(encoding="utf-8"))
-    folder = source / FOLDER
-    written = folder / "README.md"
+    before, folder = source / FOLDER, source / f"{FOLDER}.partial"
+    written = before / "README.md"
     kept = written.read_text(encoding="utf-8") if written.exists() else ""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -54,7 +55,10 @@ def push(source: str | Path, repository: str, dry_run: bool = False) -> Path:
         shutil.copy(source / interop.TRAINED_FILE, folder / interop.TRAINED_FILE)
     _shorten_paths(folder)
     text = card(run, result, repository, {path.name for path in folder.iterdir()}, reason)
-    written.write_text(kept if repository in kept else text, encoding="utf-8")
+    ours = re.search(rf"(?<![\w./-]){re.escape(repository)}(?![\w./-])", kept)
+    (folder / "README.md").write_text(kept if ours else text, encoding="utf-8")
+    shutil.rmtree(before, ignore_errors=True)  # only now: what is there may have been changed by hand
+    folder = folder.rename(before)
     if not dry_run:
         _upload(folder, repository)
     return folder
@@ -89,7 +93,8 @@ def card(run: Run, result: dict[str, Any], repository: str, files: set[str], rea
         for metric, value in flatten(baselines.get("untrained") or {}):
             lines.append(f"| {baselines['split']} | {metric} before training | {value:.4f} |")
     lines += ["", f"One run, seed {run.seed}; step {result.get('best_step')} of {result.get('steps')}.", ""]
-    lines += ["## Use", "", *_usage(repository, public, files), ""]
+    before = all(getattr(method, "place", "before") == "before" for method in run.methods)
+    lines += ["## Use", "", *_usage(repository, public, files, before), ""]
     if reason is not None:
         lines += [f"No form for PEFT: {reason.partition(': ')[2] or reason}", ""]
     defaults = config.parse(Run, {"task": run.task}, "defaults").model_dump(mode="json")
@@ -126,11 +131,14 @@ def _yaml(value: Any) -> str:
     return yaml.safe_dump(value, sort_keys=False, allow_unicode=True).strip()
 
 
-def _usage(repository: str, backbone: str, files: set[str]) -> list[str]:
+def _usage(repository: str, backbone: str, files: set[str], before: bool) -> list[str]:
     fetch = ["from huggingface_hub import snapshot_download", f'folder = snapshot_download("{repository}")']
     if "config.json" in files:
         here = ["from softprompt_jax import generate, load_backbone", "", f'model = load_backbone("{repository}")']
         here += ['generate(model, ["..."])']
+    elif interop.PROMPT_FILE in files and not before:
+        here = ["from softprompt_jax import load_predictor", *fetch, ""]
+        here += [f'load_predictor(folder, backbone="{backbone}").texts(["..."])']
     elif interop.PROMPT_FILE in files:
         here = ["from softprompt_jax import generate, load_backbone, load_prompt", *fetch, ""]
         here += [f'generate(load_backbone("{backbone}"), ["..."], load_prompt(folder))']

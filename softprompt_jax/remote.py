@@ -91,7 +91,7 @@ class RunFolder:
     def send(self) -> None:
         """Write what has changed since to the remote folder."""
         if self.remote:
-            for file in self._files():
+            for file in sorted(self._files(), key=lambda file: file.name == "result.json"):  # last: it says finished
                 if self._known.get(file) != (state := _state(file)):
                     with told(self.place, "written"):
                         _upload(file, _join(self.place, file.relative_to(self.path)))

@@ -15,9 +15,10 @@ import yaml
 
 from softprompt_jax import config, interop
 from softprompt_jax.config import UserError
-from softprompt_jax.evaluate import headline
+from softprompt_jax.evaluate import headline, shown, unit
 from softprompt_jax.page import COLOURS, Page
 from softprompt_jax.run import MACHINE, Run
+from softprompt_jax.tasks.task import SEQIO
 
 _IGNORED = frozenset({"seed", *MACHINE})
 _COUNTS = ("count",)  # of scores that are no measure
@@ -51,6 +52,11 @@ class Group:
 
     settings: dict[str, Any]
     runs: list[Finished]
+
+    @property
+    def unit(self) -> float:
+        """Return what its scores are multiplied by to be shown."""
+        return unit(self.runs[0].run)
 
     @property
     def title(self) -> str:
@@ -255,15 +261,15 @@ def _scores(page: Page, groups: Sequence[Group], rows: Sequence[dict[str, Any]])
             [
                 *([_shown(value) for value in group.settings.values()] or [group.title]),
                 row["finished"],
-                *(_mean(row[split]) for split in splits),
-                *(_percent(row[split] and row[split]["best"]) for split in splits),
+                *(_mean(row[split], group.unit) for split in splits),
+                *(_number(row[split] and row[split]["best"], group.unit) for split in splits),
                 *baseline,
             ]
             for group, row, baseline in zip(groups, rows, baselines, strict=True)
         ],
         chosen=list(best.values()) if len(groups) > 1 else (),
     )
-    told = "The score of a run is the mean of its task's metrics, in percent."
+    told = "The score of a run is the mean of its task's metrics, in percent (those of seqio Tasks: in their own unit)."
     page.text(f"{told} Green: the best setting of each task on validation." if len(groups) > 1 else told)
     shown = [(g, row) for g, row in zip(groups, rows, strict=True) if row[splits[-1]]] if splits else []
     if not shown:
@@ -273,13 +279,19 @@ def _scores(page: Page, groups: Sequence[Group], rows: Sequence[dict[str, Any]])
     )
     for place, (group, row) in enumerate(reversed(shown)):
         found = row[splits[-1]]
-        values = [100 * value for run in group.runs if (value := run.score(splits[-1])) is not None]
+        values = [group.unit * value for run in group.runs if (value := run.score(splits[-1])) is not None]
         axes.plot(values, [place] * len(values), ".", color="#9aa8b7")
         axes.errorbar(
-            100 * found["mean"], place, xerr=100 * (found["interval"] or 0), fmt="o", color=COLOURS[0], capsize=3
+            group.unit * found["mean"],
+            place,
+            xerr=group.unit * (found["interval"] or 0),
+            fmt="o",
+            color=COLOURS[0],
+            capsize=3,
         )
     axes.set_yticks(range(len(shown)), [_plain(group.title) for group, _ in reversed(shown)])
-    axes.set(xlabel=f"{splits[-1]} score in percent: mean, 95% interval, each run", ylim=(-0.6, len(shown) - 0.4))
+    percent = " in percent" if all(group.unit == 100 for group in groups) else ""
+    axes.set(xlabel=f"{splits[-1]} score{percent}: mean, 95% interval, each run", ylim=(-0.6, len(shown) - 0.4))
 
 
 def _baseline(group: Group) -> list[str | None]:
@@ -289,7 +301,7 @@ def _baseline(group: Group) -> list[str | None]:
         if baselines:
             majority = baselines["majority"]
             mean = statistics.fmean(majority.values()) if isinstance(majority, dict) else majority
-            return [_percent(headline(run.run, baselines["untrained"])), _percent(mean)]
+            return [_number(headline(run.run, baselines["untrained"]), group.unit), _number(mean)]
     return [None, None]
 
 
@@ -319,12 +331,17 @@ def _tasks(page: Page, groups: Sequence[Group]) -> None:
     rows = breakdown(groups)
     names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
     title = {id(group.settings): group.title for group in groups}
+    own = {task.name for group in groups for task in group.runs[0].run.tasks if SEQIO in task.metrics}
+
+    def _unit(task: str, name: str) -> float:
+        return 1.0 if name == "loss" or (task in own and name != "illegal") else 100.0
+
     ordered = sorted(rows, key=lambda row: row["task"])
     page.table(
         ["task", "split", "setting", *names],
         [
             [row["task"], row["split"], title[id(row["settings"])]]
-            + [_mean(row["metrics"].get(name), 1.0 if name == "loss" else 100.0) for name in names]
+            + [_mean(row["metrics"].get(name), _unit(row["task"], name)) for name in names]
             for row in ordered
         ],
     )
@@ -350,16 +367,15 @@ def _settings(page: Page, groups: Sequence[Group]) -> None:
     )
 
 
-def _mean(found: dict[str, Any] | None, factor: float = 100.0) -> str | None:
+def _mean(found: dict[str, Any] | None, factor: float) -> str | None:
     if found is None:
         return None
-    digits, interval = (1 if factor == 100 else 3), found["interval"]
-    text = f"{factor * found['mean']:.{digits}f}"
-    return text if interval is None else f"{text} ± {factor * interval:.{digits}f}"
+    text, interval = shown(found["mean"], factor), found["interval"]
+    return text if interval is None else f"{text} ± {shown(interval, factor)}"
 
 
-def _percent(value: float | None) -> str | None:
-    return None if value is None else f"{100 * value:.1f}"
+def _number(value: float | None, factor: float = 100.0) -> str | None:
+    return None if value is None else shown(value, factor)
 
 
 def _plain(text: str) -> str:

@@ -60,13 +60,13 @@ PackingSetting = Annotated[Packing | None, BeforeValidator(_packing)]
 class Run(Settings):
     """One training run: a task, a frozen backbone, a list of methods, and how to train them."""
 
-    task: AnyTask
+    task: AnyTask  # a name that `softprompt tasks` lists, or settings
     backbone: str | Scratch = "embedded"  # a Hugging Face folder, a hub name, or "embedded"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen weights and activations
     quantize: Quantization | None = None  # of the frozen layers: int8, or nf4
     methods: list[Method] = Field([Prompt()], min_length=1)
     optimizer: Optimizer = Adafactor()  # unless the first method states another, as methods on weights do
-    schedule: Schedule = Schedule()
+    schedule: Schedule = Schedule()  # of the learning rate; constant
     steps: int = Field(30_000, gt=0)
     batch_size: int = Field(32, gt=0)  # examples per step, over all devices and accumulated parts
     accumulate: int = Field(1, gt=0)  # parts a batch is computed in, one after the other
@@ -78,38 +78,44 @@ class Run(Settings):
     shapes: int | None = Field(None, gt=0)  # compiled (encoder, decoder) lengths at most; one per 250 steps, 4 to 12
     packing: PackingSetting = None  # several examples in a row of one shape: true, or {length: 512}
     loss: Literal["sum", "mean"] = "sum"  # over the batch's real target tokens
-    z_loss: float = Field(1e-4, ge=0)
+    z_loss: float = Field(1e-4, ge=0)  # times the square of log Z, the logarithm of softmax's sum
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    dropout: float = Field(0.1, ge=0, lt=1)
-    attention: Implementation = "auto"  # plain, or flash: no scores in memory (cuDNN, Pallas); auto: flash on GPUs
+    dropout: float = Field(0.1, ge=0, lt=1)  # of the backbone, in training
+    attention: Implementation = "auto"  # plain, or flash: no scores in memory (cuDNN, Pallas); auto: flash on
+    # GPUs in bfloat16, while training without dropout only
     remat: Literal["auto", "none", "dots", "full"] = "auto"  # activations computed again for the gradient; auto: where
     # they would not fit into a device's memory
-    unroll: bool = False  # the scan over layers: compiles longer, runs about a tenth faster on a CPU
+    unroll: bool = False  # the scan over layers: compiles longer, runs 4 to 10% faster on a CPU
     mesh: Mesh = Mesh()  # how the devices share the work; not part of what a run is
     decoding: Decoding = Greedy()  # of predictions and evaluation: greedy, beam or sampling
-    seed: int = Field(0, ge=0)
-    log_every: int = Field(50, gt=0)
-    evaluate_every: int = Field(1000, gt=0)
+    seed: int = Field(0, ge=0)  # of the order of examples, dropout and what starts at random
+    log_every: int = Field(50, gt=0)  # steps
+    evaluate_every: int = Field(1000, gt=0)  # steps; among these the best checkpoint is chosen
     evaluation_batch_size: int = Field(64, gt=0)
     evaluation_examples: int | None = Field(None, gt=0)  # of the validation split while training, the first
-    checkpoint_every: int = Field(1000, gt=0)
+    checkpoint_every: int = Field(1000, gt=0)  # steps
 
     @model_validator(mode="before")
     @classmethod
     def _parts_of_defaults(cls, values: Any) -> Any:
-        """Let `methods.0.length=20` change the default method, and part of `optimizer` that of the first method."""
+        """Let `methods.0.length=20` change the default method, and part of `optimizer` that of the first method.
+
+        An optimizer of the kind that the first method wants has its learning rate, unless it states one.
+        """
         methods = values.get("methods") if isinstance(values, dict) else None
         if isinstance(methods, dict) and list(methods) == ["0"] and isinstance(methods["0"], dict):
             values = values | {"methods": [{"kind": "prompt"} | methods["0"]]}
         if not isinstance(values, dict) or not isinstance(values.get("methods"), list):
             return values
         given = values.get("optimizer", {})
-        if not isinstance(given, dict) or "kind" in given:
+        if not isinstance(given, dict):
             return values
         first = next(iter(values["methods"]), None)
         kind = first.get("kind") if isinstance(first, dict) else getattr(first, "kind", None)
         default = METHODS[kind].default_optimizer if kind in METHODS else None
-        return values if default is None else values | {"optimizer": default | given}
+        if default is None or given.get("kind", default["kind"]) != default["kind"]:
+            return values
+        return values | {"optimizer": default | given}
 
     @field_validator("task")
     @classmethod
@@ -128,9 +134,13 @@ class Run(Settings):
             raise ValueError("optimizer.restore with random weights; expected a T5X checkpoint as the backbone")
         if self.target_sentinel and any(t.predict_by != "decoding" or t.source.kind == "seqio" for t in self.tasks):
             raise ValueError("target_sentinel with predict_by likelihood or a seqio task: expected decoding and text")
+        if self.packing is not None and self.pretraining is not None:
+            raise ValueError("packing with pre-training, whose batches have shapes of their own: expected none")
         if len(self.methods) > 1 and any(getattr(method, "teachers", None) for method in self.methods):
             raise ValueError("teachers beside another method, which would change them too: expected multitask alone")
         for method in self.methods:
+            if (getattr(method, "tasks", None) or 1) > 1 and not self.own_prompts:
+                raise ValueError(f"method {method.kind} for several tasks: expected a mixture with prompts: own")
             if self.packing is not None and (reason := method.refuses_packing):
                 raise ValueError(f"packing with the method {method.kind}: {reason}")
         if isinstance(self.optimizer, Scored):

@@ -82,6 +82,8 @@ def write_program(model: T5, tokenizer_folder: Path, to: Path, max_tokens: int, 
     save_file({name: np.asarray(leaf) for name, leaf in weights.items()}, to / "weights.safetensors")
     if rows is not None:
         np.save(to / "prompt.npy", np.asarray(rows))
+    else:
+        (to / "prompt.npy").unlink(missing_ok=True)  # of an earlier export, which example.py would give to this one
     for pattern in TOKENIZER_FILES:
         for path in tokenizer_folder.glob(pattern):
             shutil.copy(path, to / path.name)

@@ -19,7 +19,7 @@ from softprompt_jax import config, interop
 from softprompt_jax.assembly import backbone_of
 from softprompt_jax.blackbox import Scored
 from softprompt_jax.config import Diverged, UserError
-from softprompt_jax.evaluate import headline
+from softprompt_jax.evaluate import headline, shown, unit
 from softprompt_jax.processes import alone_in
 from softprompt_jax.progress import Reporter
 from softprompt_jax.remote import is_remote
@@ -214,7 +214,7 @@ def _program(run: Run, programs: dict[str, Together]) -> Together:
 
 def summary(found: Sequence[Member], folder: Path) -> dict[str, Any]:
     """Return the scores of each run, their table over seeds, and the best run of each task."""
-    runs, table, best = [], {}, {}
+    runs, table, units, best = [], {}, {}, {}
     for member in found:
         line: dict[str, Any] = {"name": member.name, "settings": member.varied}
         runs.append(line)
@@ -225,24 +225,26 @@ def summary(found: Sequence[Member], folder: Path) -> dict[str, Any]:
         scores = {s: headline(member.run, result[s]) for s in ("validation", "test") if result[s] is not None}
         line |= {"score": scores, **{name: result[name] for name in ("validation", "test", "best_step")}}
         key = {name: value for name, value in member.varied.items() if name != "seed"}
-        table.setdefault(json.dumps([member.run.task_name, key]), []).append(scores)
+        row = json.dumps([member.run.task_name, key])
+        table.setdefault(row, []).append(scores)
+        units[row] = unit(member.run)
         if scores["validation"] > best.get(member.run.task_name, ("", -float("inf")))[1]:
             best[member.run.task_name] = member.name, scores["validation"]
     rows = []
     for key, each in table.items():
         task, settings = json.loads(key)
         measured = {split: summarise([scores[split] for scores in each]) for split in each[0]}
-        rows.append({"task": task, "settings": settings, "runs": len(each), **measured})
+        rows.append({"task": task, "settings": settings, "runs": len(each), "unit": units[key], **measured})
     return {"runs": runs, "table": rows, "best": {task: name for task, (name, _) in best.items()}}
 
 
 def describe(result: dict[str, Any]) -> Iterator[str]:
-    """Yield a sweep's table as lines: mean, sd and best of the task's metric in percent."""
+    """Yield a sweep's table as lines: mean, sd and best of the task's metric, in percent or its own unit."""
     titles = [", ".join(f"{key} {value}" for key, value in row["settings"].items()) for row in result["table"]]
     width = max([8, *map(len, titles)])
     yield f"{'setting':{width}}  {'task':20} runs  " + "  ".join(f"{s:>22}" for s in ("validation", "test"))
     for title, row in zip(titles, result["table"], strict=True):
-        cells = (_cell(row[split]) if split in row else "" for split in ("validation", "test"))
+        cells = (_cell(row[split], row["unit"]) if split in row else "" for split in ("validation", "test"))
         yield f"{title:{width}}  {row['task']:20} {row['runs']:4}  " + "  ".join(f"{cell:>22}" for cell in cells)
     yield f"{'':{width}}  {'':20}       " + "  ".join(f"{'mean ± sd (best)':>22}" for _ in range(2))
     for task, name in result["best"].items():
@@ -252,6 +254,6 @@ def describe(result: dict[str, Any]) -> Iterator[str]:
             yield f"{run['name']}: failed at step {run['failed']['step']}: {run['failed']['reason']}"
 
 
-def _cell(found: dict[str, Any]) -> str:
-    sd = f" ± {100 * found['sd']:.1f}" if found["sd"] is not None else ""
-    return f"{100 * found['mean']:.1f}{sd} ({100 * found['best']:.1f})"
+def _cell(found: dict[str, Any], times: float) -> str:
+    sd = f" ± {shown(found['sd'], times)}" if found["sd"] is not None else ""
+    return f"{shown(found['mean'], times)}{sd} ({shown(found['best'], times)})"

@@ -50,7 +50,9 @@ class TaskRun:
         if not any("validation" in task.tokens for task in self.tasks):
             raise UserError(f"task {run.task_name}: none of its tasks has a validation split; expected one that has")
         self._decoder = decoder or Decoder(parts, assembly.tokenizer, run.decoding)
-        self._longest = max(int(tokens.target_lengths.max()) for task in self.tasks for tokens in task.tokens.values())
+        longest = max(int(tokens.target_lengths.max()) for task in self.tasks for tokens in task.tokens.values())
+        legal = all(task.task.words for task in self.tasks)  # nothing longer than the longest target can be right
+        self._longest = longest if legal else run.max_target_tokens
         train, draw = [task.tokens["train"] for task in self.tasks], None
         if isinstance(run.task, Mixture):
             counts = [len(tokens) for tokens in train]
@@ -78,6 +80,7 @@ class TaskRun:
             run.batch_size,
             run.seed,
             packing=run.packing,
+            parts=run.accumulate,
             rows_multiple=run.accumulate * sharding.row_shards(),
             draw=draw,
             **around,
@@ -275,6 +278,18 @@ class PretrainingRun:
         settings = run.pretraining
         assert settings is not None
         folder = assembly.tokenizer_folder
+        if assembly.prompt_ids is not None:
+            kinds = ", ".join(method.kind for method in run.methods)
+            raise UserError(
+                f"methods: {kinds} with pre-training, whose texts have no place for a prompt; expected methods that "
+                "train weights; set methods to [{kind: full}]"
+            )
+        rows = assembly.model.settings.vocabulary_rows
+        if assembly.tokenizer.size > rows:
+            raise UserError(
+                f"backbone: vocabulary_rows {rows}; expected at least {assembly.tokenizer.size}, the pieces and "
+                "sentinels of the tokenizer"
+            )
         self.data = PretrainingData(settings, folder, run.batch_size, run.seed, run.steps)
         held_out = settings.model_copy(update={"stages": settings.stages[-1:]})
         sample = PretrainingData(held_out, folder, run.batch_size, run.seed + 1, 32)

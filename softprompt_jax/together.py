@@ -1,7 +1,8 @@
 """Several runs of one shape as one: their prompts are a table [N, P, D] over one frozen backbone.
 
 Step, optimizer, clipping and schedule of one run are mapped over N; each run has its own batches, learning rate and
-dropout keys, so that it ends where it would have ended alone, up to float noise.
+dropout keys, so that it ends where it would have ended alone, up to float noise. With dropout that holds for runs of
+one seed: a mask of attention depends on the length that a batch is padded to, which prompts of unlike seeds share.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from softprompt_jax.task_run import TaskData, TaskRun
 from softprompt_jax.tasks.buckets import Shape, choose_shapes, fitting_shape
 from softprompt_jax.tasks.endless import StreamBatches
 from softprompt_jax.tasks.pipeline import Batch, TrainBatches, examples_in
-from softprompt_jax.train import Log, first_state, leave_files, plain_step
+from softprompt_jax.train import Log, check_mesh, first_state, leave_files, plain_step
 
 FAILED_FILE = "failed.json"  # what a run leaves whose loss is no number
 _PLANNED_STEPS = 1000  # whose shapes are looked at when common ones are chosen
@@ -61,6 +62,7 @@ class Together:
 
     def _assemble(self, run: Run) -> tuple[Assembly, Split]:
         assembly = assemble(run, self.backbone)
+        check_mesh(run, assembly)
         return assembly, split(sharding.place(assembly.model))
 
     @property

@@ -17,7 +17,7 @@ import optax
 
 import softprompt_jax
 from softprompt_jax import config, interop, optimizers, remat, sharding
-from softprompt_jax.assembly import assemble
+from softprompt_jax.assembly import Assembly, assemble
 from softprompt_jax.blackbox import Search
 from softprompt_jax.checkpoint import Checkpoints
 from softprompt_jax.config import Diverged, Preempted, UserError, differences, settings_hash, to_yaml
@@ -49,6 +49,7 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
     reporter = reporter if reporter is not None and is_first() else Reporter(quiet=True)
     agreed("versions", f"softprompt_jax {softprompt_jax.__version__}, jax {jax.__version__}")
     agreed("settings", settings_hash(run, without=MACHINE))
+    agreed("mesh", str(run.mesh))
     mesh = run.mesh.build()
 
     def prepare() -> None:
@@ -74,8 +75,7 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
     folder = home.path
     # ---- model, data, step
     assembly = assemble(run)
-    rows = sharding.row_shards() if run.packing else run.batch_size // run.accumulate  # packed rows follow the mesh
-    sharding.check(rows, assembly.model.settings.num_heads)
+    check_mesh(run, assembly)
     model = sharding.place(assembly.model)
     parts = split(model)
     about = leaves(model)
@@ -214,6 +214,12 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
     return result
 
 
+def check_mesh(run: Run, assembly: Assembly) -> None:
+    """Refuse a mesh that does not divide a run's batch or heads."""
+    rows = sharding.row_shards() if run.packing else run.batch_size // run.accumulate  # packed rows follow the mesh
+    sharding.check(rows, assembly.model.settings.num_heads)
+
+
 def leave_files(
     run: Run, folder: Path, identity: str, parts: Split, trainable: dict[str, Any], result: dict[str, Any]
 ) -> None:
@@ -326,7 +332,9 @@ def plain_step(
         )
         losses = losses / jnp.maximum(weights, 1)
         trainable, searched = optimizer.choose(state["optimizer"], state["trainable"], drawn, losses)
-        return {"trainable": trainable, "optimizer": searched, "step": state["step"] + 1}, {"loss": jnp.mean(losses)}
+        return {"trainable": trainable, "optimizer": searched, "step": state["step"] + 1}, {
+            "loss": jnp.nanmean(jnp.where(jnp.isfinite(losses), losses, jnp.nan))  # a candidate may be beyond numbers
+        }
 
     if isinstance(optimizer, Search):
         return search_step

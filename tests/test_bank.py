@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
+from small_runs import write_backbone
 
 from softprompt_jax import PromptBank, generate, load_backbone
 from softprompt_jax.backbone.decode import Beam, Sampling
 from softprompt_jax.config import UserError
-from softprompt_jax.interop import load_prompt, save_prompt
+from softprompt_jax.interop import load_prompt, save_prompt, write_tensors
 
 WIDTH = 16
 TEXTS = ["the garden is warm", "the night train is slow today", "the corner shop", "the old mill is rude and far away"]
@@ -215,3 +217,23 @@ def test_a_bank_on_the_command_line_decodes_as_it_is_told(prompt_run, tmp_path, 
 def test_an_empty_folder_is_no_bank(tmp_path: Path):
     with pytest.raises(UserError, match="no prompt; expected"):
         PromptBank.open(tmp_path)
+
+
+def test_two_prompts_of_one_name_are_refused(prompt_run, tmp_path):
+    shutil.copytree(prompt_run, tmp_path / "one")
+    shutil.copy(prompt_run / "prompt.safetensors", tmp_path / "one.safetensors")
+    with pytest.raises(UserError, match=r"two prompts of the name 'one'; expected one of each; rename one.safetensors"):
+        PromptBank.open(tmp_path)
+
+
+def test_a_prompt_of_another_backbone_is_taken_if_one_says_so(prompt_run, tmp_path):
+    other = write_backbone(tmp_path / "other", seed=1)
+    bank = PromptBank(str(other), any_backbone=True)
+    bank.add("stranger", prompt_run)
+    assert bank.names == ["stranger"]
+
+
+def test_a_file_whose_settings_are_broken_is_one_line(backbone, tmp_path):
+    write_tensors({"a": np.zeros(2, np.float32)}, tmp_path / "a.safetensors", {"settings": "{"})
+    with pytest.raises(UserError, match="holds neither a prompt nor a run's settings"):
+        PromptBank(backbone).add("a", tmp_path / "a.safetensors")

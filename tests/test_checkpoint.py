@@ -41,6 +41,7 @@ def steps(folder) -> set[str]:
         ({1: 0.5, 2: 0.5, 3: 0.5}, 1, {"1", "3"}),  # of equal ones the earliest
         ({1: 0.1, 2: None, 3: 0.2, 4: None}, 3, {"3", "4"}),  # what was not scored is never the best
         ({1: -2.0, 2: -1.0, 3: None}, 2, {"2", "3"}),
+        ({1: 0.8, 2: float("nan"), 3: 0.7}, 1, {"1", "3"}),  # what is no number neither
         ({1: 0.1, 2: 0.5}, 2, {"1", "2"} - {"1"}),
     ],
 )

@@ -155,3 +155,21 @@ def test_differences_name_every_leaf():
 def test_nearest_is_silent_without_a_likeness():
     assert nearest("lenght", ["length", "kind"]) == "; did you mean length?"
     assert nearest("zzz", ["length", "kind"]) == ""
+
+
+def test_texts_that_look_like_numbers_stay_texts(tmp_path):
+    class Words(Settings):
+        words: list[str]
+
+    words = Words(words=["1e5", "5E10", "1.5", "yes", "007", "null", "2020-01-01", "=", "1e-3"])
+    path = tmp_path / "a.yaml"
+    path.write_text(to_yaml(words))
+    assert parse(Words, read(path), "here") == words
+
+
+@pytest.mark.parametrize("key", ["null", "2020-01-01"])
+def test_a_key_that_no_setting_has_is_one_line(tmp_path, key):
+    path = tmp_path / "a.yaml"
+    path.write_text(f"task: {{target: {{{key}: unknown}}}}")
+    with pytest.raises(UserError, match=r"task: target: found the key .*; expected text or a number; put it in quotes"):
+        read(path)

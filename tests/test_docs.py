@@ -37,6 +37,22 @@ def test_links_lead_to_files(page):
             assert (page.parent / target).exists(), target
 
 
+def test_every_class_of_settings_has_a_section_and_every_link_to_one_leads_there():
+    text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
+    sections = [line.removeprefix("## ").replace(": ", "-") for line in text.splitlines() if line.startswith("## ")]
+    assert len(sections) == len(set(sections))
+    linked = set(re.findall(r"\]\(#([^)]+)\)", text))
+    for page in (ROOT / "docs" / "methods").glob("*.md"):
+        linked |= set(re.findall(r"settings\.md#([^)]+)\)", page.read_text(encoding="utf-8")))
+    assert {"optimizer-adafactor", "methods-prompt", "init-file", "source-hub", "mesh"} <= linked <= set(sections)
+    for said in (
+        "of each update's RMS",
+        "while training without dropout only",
+        "Of inputs and targets, or of features",
+    ):
+        assert said in text  # comments behind a field, on the line below, on the line above
+
+
 def test_pictures_are_well_formed_and_described():
     for path in (ROOT / "docs").rglob("*.svg"):
         root = xml.etree.ElementTree.parse(path).getroot()

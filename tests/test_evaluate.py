@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import yaml
 
 from softprompt_jax import load_predictor
 from softprompt_jax.config import UserError
-from softprompt_jax.evaluate import mean_loss, mean_score
+from softprompt_jax.evaluate import benchmark_average, mean_loss, mean_score
 from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import split
 from softprompt_jax.tasks import Example, load, resolve
@@ -113,3 +114,15 @@ def test_likelihood_needs_label_words_and_leaves_nothing_illegal(prompt_run):
     assert predictor.evaluate(task, "validation")["illegal"] == 0.0
     with pytest.raises(UserError, match="predict_by 'likelihood' chooses among label words; expected label_words"):
         resolve({**task.model_dump(), "label_words": None})
+
+
+def test_an_average_leaves_out_what_was_only_trained_on(prompt_run, tmp_path):
+    settings = yaml.safe_load((prompt_run / "config.yaml").read_text())
+    known = [{"name": name, "source": settings["task"]["source"]} for name in ("boolq", "dpr")]
+    settings["task"] = {"kind": "mixture", "tasks": known}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "result.json").write_text(
+        json.dumps({"validation": {"mean": 0.5, "tasks": {"boolq": {"accuracy": 0.5}}}})
+    )
+    with pytest.raises(UserError, match="superglue"):  # and tells what is missing
+        benchmark_average("superglue", [tmp_path])

@@ -99,3 +99,16 @@ def test_prompt_of_a_run_without_one_is_one_line(full_run, tmp_path):
         export(full_run, "npy", tmp_path / "p.npy")
     with pytest.raises(UserError, match=r"no config.yaml; expected a run folder"):
         export(tmp_path, "hf", tmp_path / "model")
+
+
+def test_a_model_is_not_written_beside_one_in_several_files(full_run, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match=r"index.json: of weights in several files, which would be read first"):
+        export(full_run, "hf", tmp_path)
+
+
+def test_a_program_is_not_given_the_prompt_of_an_earlier_export(prompt_run, tmp_path):
+    export(prompt_run, "stablehlo", tmp_path, prompt_input=True)
+    assert (tmp_path / "prompt.npy").exists()
+    export(prompt_run, "stablehlo", tmp_path)
+    assert not (tmp_path / "prompt.npy").exists()

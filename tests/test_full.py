@@ -9,7 +9,8 @@ import pytest
 import t5x_fixture
 import tiny
 
-from softprompt_jax.methods import Context, Full, split
+from softprompt_jax.backbone.pretrained import flatten
+from softprompt_jax.methods import Context, Full, LoRA, Wayward, split
 from softprompt_jax.methods.prompt import attach_rows
 
 
@@ -46,3 +47,14 @@ def test_the_gradient_of_every_weight_equals_finite_differences():
 
         measured = (loss(step) - loss(-step)) / (2 * step)
         assert measured == pytest.approx(float((slope * direction).sum()), rel=2e-2, abs=1e-2), index
+
+
+def test_what_another_method_has_frozen_stays_frozen():
+    model = tiny.model()
+    context = Context(lambda text: [5, 6], frozenset({0, 1, 2}))
+    for method in (Wayward(length=2), LoRA(), Full()):
+        method.attach(model, jax.random.key(0), context)
+    parts = split(model)
+    frozen = {path for path, _ in flatten(parts.frozen)}
+    assert frozen == {"prompt.words"}
+    assert any(path.endswith("inner.kernel") for path, _ in flatten(parts.trainable))

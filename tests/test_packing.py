@@ -178,8 +178,13 @@ def test_processes_share_packed_batches_without_overlap_or_loss(multiple):
     ]
     whole = TrainBatches(some_set(), 16, 0, prompt_ids()[0], packing=Packing(length=40), rows_multiple=4 * multiple)
     assert whole.rows % (4 * multiple) == 0
+    alone = TrainBatches(some_set(), 16, 0, prompt_ids()[0], packing=Packing(length=40))
+    assert alone.batches_per_epoch == whole.batches_per_epoch
     for step in range(3 * whole.batches_per_epoch):
         for name, array in whole.batch(step).items():
+            filled = alone.batch(step)[name]  # devices and processes add rows of padding only
+            np.testing.assert_array_equal(array[: len(filled)], filled)
+            assert not array[len(filled) :].any()
             np.testing.assert_array_equal(np.concatenate([part.batch(step)[name] for part in parts]), array)
 
 

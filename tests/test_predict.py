@@ -13,11 +13,12 @@ import pytest
 from small_runs import ROWS, rows, write_backbone
 
 import softprompt_jax
-from softprompt_jax import UserError, generate, load_backbone, load_predictor, load_prompt, logits
+from softprompt_jax import UserError, generate, load_backbone, load_predictor, load_prompt, logits, train
+from softprompt_jax.backbone.decode import Sampling
 from softprompt_jax.config import parse
 from softprompt_jax.interop import save_prompt
 from softprompt_jax.methods.prompt import attach_rows
-from softprompt_jax.run import read_decoding
+from softprompt_jax.run import Run, read_decoding
 from softprompt_jax.tasks.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -365,3 +366,30 @@ def test_a_run_can_be_asked_by_beams(small, prompt_run):
 def test_a_decoding_that_is_none_is_told_in_one_line(text, message):
     with pytest.raises(UserError, match=message):
         read_decoding(text)
+
+
+def test_samples_of_a_long_stream_do_not_repeat(full_run):
+    sampling = Sampling(temperature=50.0, samples=4)
+    predictor = load_predictor(full_run, decoding=sampling)
+    lines = [("here", {"text": TEXTS[0]})] * 16
+    in_one, in_four = ([line["answers"] for line in predictor.lines(lines, chunk)] for chunk in (16, 4))
+    assert in_four == in_one
+    assert in_one[:4] != in_one[4:8]
+
+
+def test_what_a_run_has_trained_wants_its_own_backbone(small, full_run, tmp_path):
+    own = parse(Run, small.short | {"methods": [{"kind": "ia3"}], "steps": 2}, "test")
+    train(own, tmp_path / "run")
+    other = write_backbone(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match=r"trained on backbone .* expected the same backbone"):
+        load_predictor(tmp_path / "run", str(other))
+    load_predictor(tmp_path / "run", str(other), any_backbone=True)
+    load_predictor(full_run, str(other))  # which brings all weights
+
+
+def test_label_words_are_not_ranked_without_the_sentinel_that_answers_begin_with(small, tmp_path):
+    train(parse(Run, small.short | {"target_sentinel": True, "steps": 2}, "test"), tmp_path / "run")
+    predictor = load_predictor(tmp_path / "run")
+    task = predictor.task.model_copy(update={"predict_by": "likelihood"})
+    with pytest.raises(UserError, match="answers begin with <extra_id_0>, which label words do not"):
+        predictor.evaluate(task, "validation")

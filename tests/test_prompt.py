@@ -18,7 +18,7 @@ from softprompt_jax.backbone.t5 import abstract
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.interop import load_prompt
 from softprompt_jax.methods import Context, Prompt, attach, leaves, split
-from softprompt_jax.methods.prompt import T5_EMBEDDING_RMS, attach_rows, embedding_scale
+from softprompt_jax.methods.prompt import T5_EMBEDDING_RMS, Labels, attach_rows, embedding_scale
 
 # --------------------------------------------------------------------------- other implementations
 
@@ -217,3 +217,11 @@ def test_a_bfloat16_backbone_keeps_its_prompt_in_float32():
     assert model.prompt.rows[...].dtype == jnp.float32
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(nnx.state(model.encoder))} == {"bfloat16"}
     assert model.embed(tiny.batch(prompt=3)["encoder_tokens"]).dtype == jnp.bfloat16
+
+
+def test_an_empty_label_word_has_no_row():
+    model = tiny.model()
+    context = Context(lambda text: [5, 6] if text else [], frozenset({0, 1, 2}), label_words=("", "spam"))
+    rows = Labels().rows(3, model, tiny.key(0), context)
+    assert rows.shape == (3, model.settings.d_model)
+    np.testing.assert_allclose(rows[0], model.embedding[...][jnp.asarray([5, 6])].mean(0), rtol=1e-6)

@@ -105,3 +105,25 @@ def test_a_card_that_was_changed_by_hand_stays(run):
     assert card.read_text().endswith("\nMine.\n")
     push(run, "me/other", dry_run=True)
     assert "Mine." not in card.read_text()
+
+
+def test_a_card_of_a_name_that_only_begins_alike_is_written_anew(run):
+    card = push(run, "me/moods-2", dry_run=True) / "README.md"
+    assert "me/moods-2" in card.read_text()
+    assert "me/moods-2" not in (push(run, "me/moods", dry_run=True) / "README.md").read_text()
+
+
+def test_a_card_survives_a_push_that_fails(run, monkeypatch):
+    card = push(run, "me/moods", dry_run=True) / "README.md"
+    card.write_text(card.read_text() + "\nMine.\n")
+    monkeypatch.setattr("softprompt_jax.publishing.export", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        push(run, "me/moods", dry_run=True)
+    assert card.read_text().endswith("\nMine.\n")
+
+
+def test_rows_that_stand_elsewhere_are_loaded_by_what_knows_their_place(small):
+    run = parse(Run, small.short | {"methods": [{"kind": "prompt", "place": "after"}]}, "test")
+    text = card(run, {}, "me/moods", {"prompt.safetensors"}, None)
+    assert "load_predictor(folder" in text
+    assert "load_prompt" not in text

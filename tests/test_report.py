@@ -163,3 +163,13 @@ def test_what_push_has_written_is_no_run_of_its_own(small, tmp_path):
         write_run(folder, small.short, (0.7, 0.6))
     assert [run.folder for run in read_runs([tmp_path / "runs"])] == [tmp_path / "runs" / "0"]
     assert [run.folder for run in read_runs([tmp_path / "runs" / "0" / "hub"])] == [tmp_path / "runs" / "0" / "hub"]
+
+
+def test_scores_of_a_seqio_task_keep_their_unit(small, tmp_path):
+    task = {"kind": "seqio", "name": "moods", "module": "my.tasks"}
+    for seed, score in enumerate((84.2, 86.2)):
+        write_run(tmp_path / "runs" / str(seed), small.short | {"task": task, "seed": seed}, (score, score))
+    (page, *_) = write_report([tmp_path / "runs"], tmp_path / "page")
+    text = page.read_text(encoding="utf-8")
+    assert "85.2 ± 12.71" in text
+    assert "8520" not in text

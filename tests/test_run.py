@@ -148,4 +148,19 @@ def test_part_of_a_methods_own_optimizer_keeps_the_rest_of_it():
     own = load_run(quick, ["methods=[{kind: lora}]"]).optimizer
     slower = load_run(quick, ["methods=[{kind: lora}]", "optimizer.learning_rate=0.1"]).optimizer
     assert slower == own.model_copy(update={"learning_rate": 0.1})
+    assert load_run(quick, ["methods=[{kind: lora}]", "optimizer.kind=adamw"]).optimizer == own
     assert load_run(quick, ["methods=[{kind: lora}]", "optimizer.kind=adafactor"]).optimizer.kind == "adafactor"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": [{"kind": "multitask", "tasks": 3}]}, "several tasks: expected a mixture with prompts: own"),
+        ({"task": "pretraining", "packing": True}, "packing with pre-training, whose batches have shapes of their own"),
+    ],
+)
+def test_settings_that_cannot_go_together_are_refused(settings, message):
+    texts = {"kind": "pretraining", "texts": [{"path": "a"}], "stages": [{"until": 1, "objectives": {"copy": 1}}]}
+    task = texts if settings.get("task") == "pretraining" else "sentiment_movie"
+    with pytest.raises(UserError, match=message):
+        parse(Run, settings | {"task": task}, "here")

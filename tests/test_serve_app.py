@@ -23,6 +23,7 @@ from safetensors.numpy import save
 from served import PATIENCE_S, ask, events, rows
 
 from softprompt_jax import UserError, serve
+from softprompt_jax.backbone.quantized import kind_of
 from softprompt_jax.serve.app import make_app
 
 TEXT = "the garden is warm"
@@ -168,6 +169,9 @@ GOOD = {"inputs": TEXT, "prompt": "p1"}
         ),
         ("PUT", "/v1/prompts/new", b"x" * 8001, {}, 413, "body: over 8000 bytes"),
         ("PUT", "/v1/prompts/a%20b", b"", {}, 422, "prompt 'a b': not a name"),
+        ("PUT", "/v1/prompts/" + "%E4%BD%A0" * 90, b"", {}, 422, "not a name; expected letters"),
+        ("POST", "/v1/generate", GOOD | {"decoding": {"kind": "sampling", "top_k": 2**31}}, {}, 422, "top_k"),
+        ("POST", "/v1/generate", GOOD | {"decoding": {"kind": "sampling", "seed": 10**30}}, {}, 422, "seed"),
         ("DELETE", "/v1/prompts/p99", None, {}, 404, "prompt 'p99': not in the bank"),
     ],
 )
@@ -287,6 +291,17 @@ def test_an_address_in_use_is_one_line(engine, port):
 def test_serving_what_is_no_bank_is_one_line(refused, tmp_path):
     assert "no such folder" in refused("serve", tmp_path / "nowhere")
     assert "--limit: slot: unknown setting; expected one of slots" in refused("serve", tmp_path, "--limit", "slot=3")
+
+
+def test_the_backbone_is_kept_as_the_command_says(small, softprompt, tmp_path, monkeypatch):
+    np.save(tmp_path / "p.npy", rows(2, 0))
+    served = []
+    monkeypatch.setattr(serve, "serve", lambda bank, *rest: served.append(bank.backbone.model))
+    command = ["serve", tmp_path, "--backbone", small.backbone]
+    softprompt(*command)
+    softprompt(*command, "--quantize", "int8", "--dtype", "bfloat16")
+    assert [kind_of(model) for model in served] == [None, "int8"]
+    assert served[1].embedding[...].dtype == "bfloat16"
 
 
 @pytest.mark.slow

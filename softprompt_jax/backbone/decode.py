@@ -44,10 +44,10 @@ class Sampling(Settings):
 
     kind: Literal["sampling"] = "sampling"
     temperature: float = Field(default=1.0, gt=0)
-    top_k: int | None = Field(default=None, ge=1)  # only the most likely ones
+    top_k: int | None = Field(default=None, ge=1, lt=2**31)  # only the most likely ones
     top_p: float | None = Field(default=None, gt=0, le=1)  # only the fewest that have this probability together
     samples: int = Field(default=1, ge=1)  # answers to each text
-    seed: int = 0
+    seed: int = Field(default=0, ge=-(2**63), lt=2**63)
 
 
 class Beam(Settings):

@@ -6,6 +6,7 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
+from softprompt_jax.backbone.pretrained import names
 from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.methods.contract import Context, MethodSettings
 from softprompt_jax.methods.surgery import thaw
@@ -20,5 +21,6 @@ class Full(MethodSettings):
     kind: Literal["full"] = "full"
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
-        """Make every weight trainable."""
-        thaw(model)
+        """Make every weight of the backbone trainable, not what other methods have frozen of their own."""
+        own = set(names(model.settings))
+        thaw(model, lambda path: path.replace(".inner", "") in own)

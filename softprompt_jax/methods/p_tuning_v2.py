@@ -14,9 +14,9 @@ from pydantic import Field
 from softprompt_jax import placement
 from softprompt_jax.backbone.t5 import T5, Stack
 from softprompt_jax.config import UserError
-from softprompt_jax.methods.contract import Context
+from softprompt_jax.methods.contract import Context, MethodSettings
 from softprompt_jax.methods.prefix import states
-from softprompt_jax.methods.prompt import Placed, SoftPrompt, embedding_scale
+from softprompt_jax.methods.prompt import Placed, SoftPrompt, Uniform, embedding_scale
 from softprompt_jax.methods.surgery import Trainable
 
 
@@ -32,6 +32,10 @@ class PTuningV2(Placed):
     kind: Literal["p_tuning_v2"] = "p_tuning_v2"
     length: int = Field(default=20, ge=1)
     mode: Literal["replace", "add"] = "replace"
+
+    def finished(self) -> MethodSettings:
+        """Return the settings of rows that start from nothing in particular."""
+        return self.model_copy(update={"init": Uniform()})
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Give every layer of the stacks in which the prompt stands its rows."""

@@ -61,9 +61,9 @@ class Labels(Settings):
                 "expected a task with label_words; use init=vocabulary"
             )
         table = model.embedding[...]
-        words = [table[jnp.asarray(context.encode(word))].astype(jnp.float32).mean(0) for word in context.label_words]
-        rest = Vocabulary().rows(length, model, key, context)
-        return jnp.concatenate([jnp.stack(words), rest])[:length]
+        ids = [found for word in context.label_words if (found := context.encode(word))]  # a word may be empty
+        words = [table[jnp.asarray(pieces)].astype(jnp.float32).mean(0, keepdims=True) for pieces in ids]
+        return jnp.concatenate([*words, Vocabulary().rows(length, model, key, context)])[:length]
 
 
 class Text(Settings):

@@ -7,6 +7,7 @@ measures   what Prometheus is told
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import os
 import socket
@@ -15,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from softprompt_jax.backbone.quantized import Quantization
 from softprompt_jax.bank import PromptBank
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.serve.engine import Engine
@@ -90,14 +92,28 @@ def make_server(engine: Engine, token: str | None, loopback: bool) -> Any:
 
 
 def serve_folder(
-    folder: str, backbone: str | None, host: str, port: int, token_file: str | None, limits: list[str], dtype: str
+    folder: str,
+    backbone: str | None,
+    host: str,
+    port: int,
+    token_file: str | None,
+    limits: list[str],
+    dtype: str,
+    quantize: Quantization | None,
+    any_backbone: bool,
 ) -> None:
     """Serve the prompts of a folder; `limits` are KEY=VALUE."""
     chosen = parse(Limits, {key: value for key, _, value in (one.partition("=") for one in limits)}, "--limit")
     token = read_token(token_file)
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder; expected one with prompt files and finished runs")
-    serve(PromptBank.open(folder, backbone, dtype=dtype), chosen, host, port, token)
+    serve(
+        PromptBank.open(folder, backbone, dtype=dtype, quantize=quantize, any_backbone=any_backbone),
+        chosen,
+        host,
+        port,
+        token,
+    )
 
 
 def is_loopback(host: str) -> bool:
@@ -128,4 +144,5 @@ def _many_connections() -> None:
     except ImportError:  # not on Windows
         return
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit, and does not take it either
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

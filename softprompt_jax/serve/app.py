@@ -174,7 +174,7 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
     @app.put("/v1/prompts/{name}", dependencies=guarded, status_code=201, openapi_extra=_FILE_BODY)
     async def add(name: str, request: fastapi.Request) -> Any:
         """Add a prompt, or replace the one of this name: the body is a .safetensors or .npy file. Not kept on disk."""
-        if not _NAME.fullmatch(name):
+        if not _NAME.fullmatch(name) or len(name.encode()) > 200:  # of a file's name at most 255 bytes
             raise Refused(422, f"prompt {name[:100]!r}: not a name; expected letters, digits, . _ and - (100 at most)")
         data = await body(request, limits.max_prompt_bytes)
         with tempfile.TemporaryDirectory() as folder:

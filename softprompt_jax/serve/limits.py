@@ -18,7 +18,7 @@ class Limits(Settings):
     max_waiting: int = Field(256, ge=1)  # requests that wait for a slot
     max_body_bytes: int = Field(1 << 20, ge=1)
     max_prompt_bytes: int = Field(16 << 20, ge=1)  # of a prompt that is sent
-    timeout_s: float = Field(60.0, gt=0)  # of a request, waiting included
+    timeout_s: float = Field(60.0, gt=0, allow_inf_nan=False)  # of a request, waiting included
 
 
 class Refused(UserError):

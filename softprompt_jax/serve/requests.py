@@ -61,7 +61,8 @@ def job(request: Request, engine: Engine, tell: Callable[[Any], object]) -> Job:
     forced = bank.tokenizer.encode(request.forced) if request.forced else []
     if forced and len(forced) >= most:
         raise Refused(422, f"forced: {len(forced)} tokens; expected fewer than max_tokens, {most}")
-    answers = [_word(word, engine) for word in request.words]
+    sentinel = [bank.tokenizer.sentinel(0)] if bank.prompt(request.prompt).target_sentinel else []
+    answers = [_word(word, sentinel, engine) for word in request.words]
     answers = (_generated(request.decoding, most, forced, engine) if most else []) + answers
     if len(answers) > limits.slots:
         raise Refused(
@@ -82,8 +83,8 @@ def _generated(how: Greedy | Sampling, most: int, forced: list[int], engine: Eng
     return [Answer(most, forced, key, how.temperature, how.top_k or 0, how.top_p or 1.0) for key in keys]
 
 
-def _word(word: str, engine: Engine) -> Answer:
-    ids = [*engine.bank.tokenizer.encode(word), EOS]
+def _word(word: str, before: list[int], engine: Engine) -> Answer:
+    ids = [*before, *engine.bank.tokenizer.encode(word), EOS]
     if len(ids) > engine.limits.max_tokens:
         raise Refused(422, f"words: {word!r} has {len(ids)} tokens; expected at most {engine.limits.max_tokens}")
     return Answer(len(ids), ids)

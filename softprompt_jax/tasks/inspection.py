@@ -11,6 +11,7 @@ import yaml
 
 from softprompt_jax.config import UserError
 from softprompt_jax.tasks.packages import Package
+from softprompt_jax.tasks.seqio_source import Seqio, check_vocabulary
 from softprompt_jax.tasks.sources import Hub, pin
 from softprompt_jax.tasks.task import Example, Task, iterate, splits, within
 from softprompt_jax.tasks.tokenizer import Tokenizer
@@ -31,6 +32,8 @@ def describe(
     )
     yield f"  input  {task.prefix if task.with_prefix else ''}{task.input}"
     yield f"  labels {', '.join(task.words) if task.words else 'free text'}; metrics {', '.join(task.metrics)}"
+    if isinstance(task.source, Seqio):
+        check_vocabulary(task.source, tokenizer)
     source = iterate(task, split, labelled)
     found = list(itertools.islice(source, most))
     if not found:

@@ -16,6 +16,7 @@ import sentencepiece
 
 from softprompt_jax.tasks.corpus import TextFile, TokenizedText, parse_entries, tokenize_file
 from softprompt_jax.tasks.lexicon import Lexicon
+from softprompt_jax.tasks.tokenizer import EXTRA_IDS
 
 Ids = list[int]
 Example = tuple[Ids, Ids]
@@ -196,7 +197,7 @@ def _mask(library: Library, ids: Ids, lengths: Sequence[int]) -> Example:
     inputs: Ids = []
     targets: Ids = []
     position, sentinel = 0, library.first_sentinel
-    for i, length in enumerate(lengths):
+    for i, length in enumerate(lengths[: 2 * (EXTRA_IDS - library.final_sentinel)]):  # no more than there are sentinels
         stretch = ids[position : position + length]
         position += length
         if i % 2:

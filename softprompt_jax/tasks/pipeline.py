@@ -42,9 +42,10 @@ class TrainBatches:
     `process_index * B / process_count` onwards of each batch. `draw` gives the examples of an epoch
     (default: all of them, shuffled).
 
-    With `packing` a batch has as many rows (a multiple of `rows_multiple`) as hold about `batch_size`
-    examples. `shapes` lists every (T, U) that occurs, prompt included; `examples_per_batch` and
-    `padding_share`, of padding among all tokens, are those of the first epoch.
+    With `packing` a batch has as many rows (a multiple of `parts`) as hold about `batch_size` examples, and empty
+    ones up to a multiple of `rows_multiple`, so that devices and processes do not change what a step sees. `shapes`
+    lists every (T, U) that occurs, prompt included; `examples_per_batch` and `padding_share`, of padding among all
+    tokens, are those of the first epoch.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class TrainBatches:
         window: int = 64,
         max_shapes: int = 4,
         packing: Packing | None = None,
+        parts: int = 1,
         rows_multiple: int = 1,
         draw: Draw | None = None,
         process_index: int = 0,
@@ -69,11 +71,12 @@ class TrainBatches:
         if packing is not None:
             self.shapes = [choose_row_shape(self._lengths, packing)]
             first = self._packed(self._order(0)[0])
-            multiple = np.lcm(rows_multiple, process_count)
-            self.rows = max(1, round(batch_size * len(first) / len(first.ids) / multiple)) * int(multiple)
-            self.batches_per_epoch = max(1, len(first) // self.rows)
+            self._filled = max(1, round(batch_size * len(first) / len(first.ids) / parts)) * parts
+            multiple = int(np.lcm(rows_multiple, process_count))
+            self.rows = -(-self._filled // multiple) * multiple
+            self.batches_per_epoch = max(1, len(first) // self._filled)
         else:
-            self.rows = batch_size
+            self.rows = self._filled = batch_size
         self._local = local_rows(self.rows, process_index, process_count)
         self._epoch = functools.lru_cache(maxsize=2)(self._plan)
         first = self._epoch(0)
@@ -84,7 +87,7 @@ class TrainBatches:
             self.shapes = [(text + int(prompt[0]), target + int(prompt[1])) for text, target in shapes]
             padded = sum(sum(fitting_shape(self.shapes, pair)) for pair in needed) * self.rows
         else:
-            padded = len(first) * sum(self.shapes[0])
+            padded = self.batches_per_epoch * self.rows * sum(self.shapes[0])
         self.examples_per_batch = len(first.ids) / self.batches_per_epoch
         self.padding_share = float(1 - self._lengths[first.ids].sum() / padded)
 
@@ -107,13 +110,14 @@ class TrainBatches:
         if self._packing is None:
             return Rows.of_one(batch_plan(order, self._lengths, self.batch_size, random, self.window))
         rows = self._packed(order)
-        return rows.take(np.resize(random.permutation(len(rows)), self.batches_per_epoch * self.rows))
+        return rows.take(np.resize(random.permutation(len(rows)), self.batches_per_epoch * self._filled))
 
     def row_ids(self, step: int) -> list[Int[np.ndarray, " _"]]:
         """Return the example ids of each row of the whole batch of a step, the same in every process."""
         epoch, index = divmod(step, self.batches_per_epoch)
         rows = self._epoch(epoch)
-        return [rows[row] for row in range(index * self.rows, (index + 1) * self.rows)]
+        filled = [rows[row] for row in range(index * self._filled, (index + 1) * self._filled)]
+        return filled + [np.zeros(0, np.int64)] * (self.rows - self._filled)
 
     def shape(self, step: int) -> Shape:
         """Return the (T, U) of the batch of a step."""

@@ -143,6 +143,8 @@ class Task(Settings):
             raise ValueError("the metric f1 needs two label words or `positive`; f1_macro takes any number")
         if "f1_macro" in self.metrics and not words:
             raise ValueError("the metric f1_macro needs label_words")
+        if self.answers_field and (strict := {"f1", "f1_macro", "matthews"} & set(self.metrics)):
+            raise ValueError(f"the metric {min(strict)} wants one answer; expected no answers_field, or other metrics")
         if self.predict_by != "decoding" and not words:
             raise ValueError(f"predict_by {self.predict_by!r} chooses among label words; expected label_words")
         return self
@@ -186,6 +188,8 @@ def iterate(task: Task, split: str, labelled: bool = True) -> Iterator[Example]:
         found = examples(task, read_rows(task.source, split, f"task {task.name}"), labelled, split)
     if task.few_shot is None or split != "train" or not labelled:
         return found
+    if isinstance(task.source, Seqio) and is_endless(task.source, split):
+        raise UserError(f"task {task.name}: few_shot of a split that never ends; expected a finite one; leave it out")
     every = list(found)
     chosen = task.few_shot.choose([e.target for e in every], task.words, f"task {task.name}: {split}")
     return iter([every[number] for number in chosen])

@@ -14,6 +14,7 @@ import argparse
 import csv
 import io
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -105,5 +106,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--to", type=Path, default=Path("runs/texts"))
     to = parser.parse_args().to
-    for text in write(to):
-        print(f"{to / text['path']}: {len((to / text['path']).read_text('utf-8').split()):,} words")
+    texts = write(to)
+    for text in texts:
+        print(f"{to / text['path']}: {len((to / text['path']).read_text('utf-8').split()):,} words", file=sys.stderr)
+    print(f"task.texts_folder={to} 'task.texts={json.dumps(texts)}'")
