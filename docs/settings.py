@@ -66,7 +66,12 @@ def table(cls: type[Settings], headings: dict[type[Settings], str], page: str = 
         if name == "kind":
             continue
         takes = " or ".join(dict.fromkeys(_types(field.annotation, headings, page)))
-        cells = (f"`{name}`", takes + _limits(field), _default(field), (field.description or said.get(name, "")).replace("None", "null"))
+        cells = (
+            f"`{name}`",
+            takes + _limits(field),
+            _default(field),
+            (field.description or said.get(name, "")).replace("None", "null"),
+        )
         rows.append("| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |")
     return "\n".join(rows) if len(rows) > 2 else "No settings of its own."
 

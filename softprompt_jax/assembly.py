@@ -42,6 +42,12 @@ def prompt_ids(model: T5) -> Placement | None:
     return None if model.prompt is None else model.prompt.placement
 
 
+def check_mesh(run: Run, assembly: Assembly) -> None:
+    """Refuse a mesh that does not divide a run's batch or heads."""
+    rows = sharding.row_shards() if run.packing else run.batch_size // run.accumulate  # packed rows follow the mesh
+    sharding.check(rows, assembly.model.settings.num_heads)
+
+
 def assemble(run: Run, backbone: Backbone | None = None) -> Assembly:
     """Load the backbone (or take this one, which stays as it is) and attach the run's methods.
 

@@ -30,3 +30,8 @@ def cross_entropy(
     loss = loss + z_loss * log_z**2
     real = (targets != 0).astype(jnp.float32)
     return jnp.sum(loss * real), jnp.sum(real)
+
+
+def finite_mean(losses: Float[Array, " N"]) -> Float[Array, ""]:
+    """Return the mean of the losses that are numbers, NaN if none is: candidates of a search may be beyond them."""
+    return jnp.nanmean(jnp.where(jnp.isfinite(losses), losses, jnp.nan))

@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from softprompt_jax import interop, optimizers, remat, sharding
-from softprompt_jax.assembly import Assembly, assemble
+from softprompt_jax.assembly import Assembly, assemble, check_mesh
 from softprompt_jax.backbone.pretrained import Backbone
 from softprompt_jax.checkpoint import Checkpoints
 from softprompt_jax.config import Preempted, UserError
@@ -33,7 +33,7 @@ from softprompt_jax.task_run import TaskData, TaskRun
 from softprompt_jax.tasks.buckets import Shape, choose_shapes, fitting_shape
 from softprompt_jax.tasks.endless import StreamBatches
 from softprompt_jax.tasks.pipeline import Batch, TrainBatches, examples_in
-from softprompt_jax.train import Log, check_mesh, first_state, leave_files, plain_step
+from softprompt_jax.train import Log, first_state, leave_files, plain_step
 
 FAILED_FILE = "failed.json"  # what a run leaves whose loss is no number
 _PLANNED_STEPS = 1000  # whose shapes are looked at when common ones are chosen

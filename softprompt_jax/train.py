@@ -17,12 +17,12 @@ import optax
 
 import softprompt_jax
 from softprompt_jax import config, interop, optimizers, remat, sharding
-from softprompt_jax.assembly import Assembly, assemble
+from softprompt_jax.assembly import assemble, check_mesh
 from softprompt_jax.blackbox import Search
 from softprompt_jax.checkpoint import Checkpoints
 from softprompt_jax.config import Diverged, Preempted, UserError, differences, settings_hash, to_yaml
 from softprompt_jax.evaluate import headline
-from softprompt_jax.losses import cross_entropy
+from softprompt_jax.losses import cross_entropy, finite_mean
 from softprompt_jax.methods import Split, finish, leaves, split
 from softprompt_jax.processes import CutShort, Preemption, agreed, alone_in, is_first, on_first
 from softprompt_jax.progress import Reporter, duration
@@ -205,19 +205,12 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
         "seconds": round(log.seconds(), 1),
     }
     if isinstance(optimizer, Search):
-        found = parts.merge(chosen["trainable"], parts.frozen)
-        result |= optimizer.report(found, run.steps, assembly.tokenizer.decode)
+        result |= optimizer.report(parts.merge(chosen["trainable"], parts.frozen), run.steps, assembly.tokenizer.decode)
     leave_files(run, folder, assembly.identity, parts, chosen["trainable"], result)
     if is_first():
         home.send()
     reporter.line(f"{home.place}: done in {duration(result['seconds'])}")
     return result
-
-
-def check_mesh(run: Run, assembly: Assembly) -> None:
-    """Refuse a mesh that does not divide a run's batch or heads."""
-    rows = sharding.row_shards() if run.packing else run.batch_size // run.accumulate  # packed rows follow the mesh
-    sharding.check(rows, assembly.model.settings.num_heads)
 
 
 def leave_files(
@@ -332,9 +325,8 @@ def plain_step(
         )
         losses = losses / jnp.maximum(weights, 1)
         trainable, searched = optimizer.choose(state["optimizer"], state["trainable"], drawn, losses)
-        return {"trainable": trainable, "optimizer": searched, "step": state["step"] + 1}, {
-            "loss": jnp.nanmean(jnp.where(jnp.isfinite(losses), losses, jnp.nan))  # a candidate may be beyond numbers
-        }
+        state = {"trainable": trainable, "optimizer": searched, "step": state["step"] + 1}
+        return state, {"loss": finite_mean(losses)}
 
     if isinstance(optimizer, Search):
         return search_step

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softprompt_jax import load_predictor
+from softprompt_jax import PromptBank, load_predictor, train
 from softprompt_jax.backbone import decode
 from softprompt_jax.backbone.quantized import kind_of
-from softprompt_jax.config import UserError
+from softprompt_jax.config import UserError, parse
 from softprompt_jax.ensemble import Answers, Ensemble, ensemble
 from softprompt_jax.interop import load_prompt, read_prompt, save_prompt
+from softprompt_jax.run import Run
 from softprompt_jax.tasks import load
 
 
@@ -153,3 +154,14 @@ def test_backbone_is_kept_as_the_runs_had_it_and_padding_may_come_first(prompts,
         save_prompt(rows, sources[-1], metadata | {"settings": settings})
     joined = Ensemble(sources)
     assert (kind_of(joined._model), joined._model.settings.attention) == ("int8", "plain")
+
+
+def test_words_are_scored_behind_the_sentinel_that_answers_begin_with(small, tmp_path):
+    for seed in range(2):
+        settings = small.short | {"target_sentinel": True, "steps": 2, "seed": seed}
+        train(parse(Run, settings, "test"), tmp_path / str(seed))
+    joined = Ensemble([tmp_path / "0", tmp_path / "1"])
+    assert joined._ids("yes")[0] == joined.tokenizer.sentinel(0)
+    assert joined._ids("yes")[1:] == [*joined.tokenizer.encode("yes"), joined.tokenizer.eos_id]
+    bank = PromptBank.open(tmp_path)
+    assert bank.prompt("0").target_sentinel

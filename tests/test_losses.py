@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import t5x_fixture
 
-from softprompt_jax.losses import cross_entropy
+from softprompt_jax.losses import cross_entropy, finite_mean
 
 
 @pytest.mark.parametrize("kind", ["plain", "prompted"])
@@ -76,3 +76,9 @@ def test_padding_has_no_loss_and_no_gradient(case):
 def test_huge_logits_give_a_finite_loss(case):
     logits, targets = case
     assert np.isfinite(cross_entropy(1e6 * logits, targets)[0])
+
+
+def test_a_candidate_beyond_numbers_does_not_end_a_search():
+    losses = jnp.asarray([1.0, jnp.nan, jnp.inf, 3.0])
+    assert float(finite_mean(losses)) == 2.0
+    assert not np.isfinite(float(finite_mean(jnp.asarray([jnp.nan, jnp.inf]))))

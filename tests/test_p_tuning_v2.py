@@ -121,3 +121,8 @@ def test_greedy_decoding_puts_the_decoders_rows_in_every_layer():
 def test_two_at_once_are_refused():
     with pytest.raises(UserError, match="two methods want prompts at every layer"):
         PTuningV2(length=3).attach(deep(drawn=False, mode="add"), tiny.key(0), CONTEXT)
+
+
+def test_what_is_left_needs_no_file_that_it_started_from():
+    method = parse(PTuningV2, {"init": {"kind": "file", "path": "gone.safetensors"}}, "test")
+    assert method.finished().init.kind == "random"

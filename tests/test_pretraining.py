@@ -15,7 +15,7 @@ from softprompt_jax.config import UserError, parse
 from softprompt_jax.tasks.corpus import TextFile, read_documents, split_sentences, tokenize_file
 from softprompt_jax.tasks.instructions import TASKS
 from softprompt_jax.tasks.lexicon import Lexicon, parse_entry, read_lexicon
-from softprompt_jax.tasks.objectives import OBJECTIVES, Library
+from softprompt_jax.tasks.objectives import OBJECTIVES, Library, _mask
 from softprompt_jax.tasks.opinions import compose
 from softprompt_jax.tasks.pretraining import Pretraining, PretrainingData
 from softprompt_jax.tasks.vocabulary import train_tokenizer
@@ -140,6 +140,17 @@ def test_masked_spans_put_back_give_the_text(texts, name, final):
         masked += sum(map(len, spans.values())) / len(whole)
     if name == "span_corruption":
         assert 0.12 < masked / made < 0.18
+
+
+@pytest.mark.parametrize("final", [True, False])
+def test_a_long_passage_has_no_more_spans_than_there_are_sentinels(texts, final):
+    books = library(texts, final_sentinel=final)
+    ids = [7] * 900
+    inputs, targets = _mask(books, ids, [3] * 300)
+    assert min(targets + inputs) == 7
+    assert len([id_ for id_ in inputs if id_ >= 8000]) == 100 - final
+    assert min(id_ for id_ in targets if id_ >= 8000) == 8000
+    assert inputs.count(7) + targets.count(7) == len(ids)
 
 
 def test_copy_answers_stand_in_the_input(texts):

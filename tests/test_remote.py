@@ -90,7 +90,7 @@ def test_an_export_and_a_prediction_need_no_local_folder(memory, prompt_run, sof
     assert answers[0][1] == answers[1][1] != ""
 
 
-def test_a_run_folder_follows_its_remote_place_without_checkpoints(memory):
+def test_a_run_folder_follows_its_remote_place_without_checkpoints(memory, monkeypatch):
     memory.pipe("bucket/run/config.yaml", b"old")
     memory.pipe("bucket/run/checkpoints/3/state", b"large")
     home = remote.RunFolder("gs://bucket/run")
@@ -99,7 +99,13 @@ def test_a_run_folder_follows_its_remote_place_without_checkpoints(memory):
         assert [path.name for path in home.path.rglob("*")] == ["config.yaml"]
         (home.path / "metrics.jsonl").write_text("1")
         (home.path / "half.partial").write_text("1")
+        for name in ("result.json", "trained.safetensors"):
+            (home.path / name).write_text("1")
+        sent: list[str] = []
+        upload = remote._upload
+        monkeypatch.setattr(remote, "_upload", lambda file, to: (sent.append(file.name), upload(file, to)))
         home.send()
+        assert sent == ["metrics.jsonl", "trained.safetensors", "result.json"]  # which says that all is there
         assert memory.cat("bucket/run/metrics.jsonl") == b"1"
         assert not memory.exists("bucket/run/half.partial")
         memory.pipe("bucket/run/config.yaml", b"changed by someone else")

@@ -186,6 +186,11 @@ def test_pretraining_is_a_run_too(small, tmp_path):
     assert result["best_step"] == 20  # the last: pre-training does not choose
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
     assert result["validation"]["loss"] == metrics(tmp_path / "run")[-1]["validation"]["loss"]
+    with pytest.raises(UserError, match="prompt with pre-training, whose texts have no place for a prompt"):
+        softprompt_jax.train(run_of(small.short, task=task, backbone=backbone), tmp_path / "prompt")
+    backbone["settings"] |= {"vocabulary_rows": 110}
+    with pytest.raises(UserError, match=r"vocabulary_rows 110; expected at least \d+, the pieces and sentinels"):
+        softprompt_jax.train(run_of(small.full, task=task, backbone=backbone), tmp_path / "few")
 
 
 # --------------------------------------------------------------------------------- again, and what is refused
