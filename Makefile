@@ -93,7 +93,7 @@ lint: install  ## check format, style and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
-	$(VENV)/bin/shellcheck tpu/*.sh tpu/gpu/*.sh
+	$(VENV)/bin/shellcheck tpu/*.sh tpu/gpu/*.sh benchmarks/*.sh
 
 format: install  ## format and mend what ruff can mend
 	$(VENV)/bin/ruff check --fix .

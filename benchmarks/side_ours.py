@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from worker import serve
-from workload import BATCH_SIZE, LEARNING_RATE, PROMPT_LENGTH, WEIGHT_DECAY, Workload, systematic_sample
+from workload import LEARNING_RATE, PROMPT_LENGTH, WEIGHT_DECAY, Workload, systematic_sample
 
 from softprompt_jax import load_backbone, optimizers
 from softprompt_jax.allocator import keep_freed_memory
 from softprompt_jax.assembly import prompt_ids, with_settings
+from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.methods import leaves, split
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.run import Run
@@ -25,14 +28,17 @@ class Ours:
 
     def __init__(self, folder: str, dtype: str, variant: str, threads: int):
         model = with_settings(load_backbone(folder, dtype).model, unroll=variant != "scan")
-        self.workload = Workload.read(folder)
-        attach_rows(model, self.workload.prompt(model.settings.d_model))
+        accumulate = {"halves": 2, "quarters": 4}.get(variant, 1)
+        self.begin(model, Workload.read(folder), dtype=dtype, accumulate=accumulate)
+
+    def begin(self, model: T5, workload: Workload, **settings: Any) -> None:
+        """Take this model, and these settings of a run."""
+        self.workload = workload
+        attach_rows(model, workload.prompt(model.settings.d_model))
         self.prompt_ids = np.asarray(prompt_ids(model).before, np.int32)
-        run = Run(
-            task="sentiment_movie", dtype=dtype, dropout=0.0, z_loss=0.0, loss="mean", batch_size=BATCH_SIZE,
-            accumulate={"halves": 2, "quarters": 4}.get(variant, 1),
-            optimizer=optimizers.AdamW(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY),
-        )  # fmt: skip
+        optimizer = optimizers.AdamW(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+        fixed = {"task": "sentiment_movie", "dropout": 0.0, "z_loss": 0.0, "loss": "mean", "optimizer": optimizer}
+        run = Run(**fixed, batch_size=workload.batch_size, **settings)
         parts = split(model)
         optimizer = optimizers.build(run.optimizer, run.schedule.build(LEARNING_RATE, 1), leaves(model))
         self.function, self.frozen = make_step(run, parts, optimizer), parts.frozen
@@ -58,17 +64,18 @@ class Ours:
 
     def batches(self, case: str, count: int) -> tuple[list[dict[str, np.ndarray]], float]:
         """Return `count` batches and the share of padding in a whole epoch."""
+        size = self.workload.batch_size
         if case == "fixed":
             tokenized = _tokenized([pair for batch in self.workload.fixed(count) for pair in batch], self.workload)
-            return [self._padded(tokenized, np.arange(BATCH_SIZE) + i * BATCH_SIZE) for i in range(count)], 0.0
+            return [self._padded(tokenized, np.arange(size) + i * size) for i in range(count)], 0.0
         tokenized = _tokenized(self.workload.uneven, self.workload)
         if case == "check":
-            return [self._padded(tokenized, np.arange(BATCH_SIZE))], 0.0
+            return [self._padded(tokenized, np.arange(size))], 0.0
         # bucketed: 12 shapes, as runs from 3,000 steps have; bucketed-4: short ones; packed-512: rows of 512 positions
         kind, _, number = case.partition("-")
         shapes = int(number or 12) if kind == "bucketed" else 12
         packing = Packing(length=int(number) if number else None) if kind == "packed" else None
-        plan = TrainBatches(tokenized, BATCH_SIZE, 0, self.prompt_ids, max_shapes=shapes, packing=packing)
+        plan = TrainBatches(tokenized, size, 0, self.prompt_ids, max_shapes=shapes, packing=packing)
         epoch = [plan.batch(step) for step in range(plan.batches_per_epoch)]
         if case == "padded":
             epoch = [self._padded(tokenized, np.concatenate(plan.row_ids(step))) for step in range(len(epoch))]

@@ -11,7 +11,7 @@ from peft import PromptTuningConfig, get_peft_model
 from transformers import T5ForConditionalGeneration
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from worker import serve
-from workload import BATCH_SIZE, LEARNING_RATE, PROMPT_LENGTH, WEIGHT_DECAY, Workload, systematic_sample
+from workload import LEARNING_RATE, PROMPT_LENGTH, WEIGHT_DECAY, Workload, systematic_sample
 
 
 class Peft:
@@ -19,10 +19,15 @@ class Peft:
 
     def __init__(self, folder: str, dtype: str, variant: str, threads: int):
         torch.set_num_threads(threads)
+        attention = "eager" if variant == "eager" else "sdpa"
         backbone = T5ForConditionalGeneration.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation="eager" if variant == "eager" else "sdpa"
+            folder, dtype=getattr(torch, dtype), attn_implementation=attention
         )
-        self.workload = Workload.read(folder)
+        self.begin(backbone, Workload.read(folder), compiled=variant == "compile")
+
+    def begin(self, backbone: T5ForConditionalGeneration, workload: Workload, compiled: bool) -> None:
+        """Take this model, on whatever device it is."""
+        self.workload, self.device = workload, backbone.device
         backbone.config.use_cache = False  # only generation needs it
         config = PromptTuningConfig(
             task_type="SEQ_2_SEQ_LM", num_virtual_tokens=PROMPT_LENGTH, num_transformer_submodules=1
@@ -34,11 +39,12 @@ class Peft:
         for name, weight in self.model.named_parameters():
             assert weight.requires_grad == ("prompt_encoder" in name), name
         self.optimizer = torch.optim.AdamW([embedding], lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
-        self.forward = torch.compile(self.model, dynamic=True) if variant == "compile" else self.model
+        self.forward = torch.compile(self.model, dynamic=True) if compiled else self.model
 
     def step(self, batch: dict[str, torch.Tensor]) -> float:
         """Take one optimizer step and return the loss before it."""
         self.optimizer.zero_grad(set_to_none=True)
+        batch = {name: rows.to(self.device) for name, rows in batch.items()}
         output = self.forward(**batch)
         output.loss.backward()
         self.optimizer.step()
@@ -63,15 +69,15 @@ class Peft:
             return [_pad(pairs) for pairs in self.workload.fixed(count)], 0.0
         pairs = self.workload.uneven
         if case == "check":
-            return [_pad(pairs[:BATCH_SIZE])], 0.0
-        lengths = [len(text) for text, _ in pairs]
+            return [_pad(pairs[: self.workload.batch_size])], 0.0
+        lengths, size = [len(text) for text, _ in pairs], self.workload.batch_size
         generator = torch.Generator().manual_seed(0)
         if case == "grouped":
-            order = list(LengthGroupedSampler(BATCH_SIZE, lengths=lengths, generator=generator))
+            order = list(LengthGroupedSampler(size, lengths=lengths, generator=generator))
         else:
             assert case == "dynamic"
             order = torch.randperm(len(pairs), generator=generator).tolist()
-        epoch = [[pairs[i] for i in order[at : at + BATCH_SIZE]] for at in range(0, len(order), BATCH_SIZE)]
+        epoch = [[pairs[i] for i in order[at : at + size]] for at in range(0, len(order), size)]
         real = sum(PROMPT_LENGTH + len(text) + len(target) for batch in epoch for text, target in batch)
         sizes = np.array(
             [len(b) * (PROMPT_LENGTH + max(len(x) for x, _ in b) + max(len(y) for _, y in b)) for b in epoch]

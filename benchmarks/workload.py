@@ -26,6 +26,7 @@ class Workload:
     median: float = 60.0
     sigma: float = 0.7
     shortest: int = 8
+    batch_size: int = BATCH_SIZE
 
     @classmethod
     def read(cls, folder: str | Path) -> Workload:
@@ -43,7 +44,10 @@ class Workload:
         """Batches of pairs (input, target) that fill the fixed shape."""
         random = np.random.default_rng(0)
         return [
-            [(self._ids(random, self.input_tokens), self._ids(random, self.target_tokens)) for _ in range(BATCH_SIZE)]
+            [
+                (self._ids(random, self.input_tokens), self._ids(random, self.target_tokens))
+                for _ in range(self.batch_size)
+            ]
             for _ in range(count)
         ]
 

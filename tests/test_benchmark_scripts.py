@@ -35,6 +35,16 @@ def test_every_script_is_in_the_readme_and_says_what_it_does(script):
 
 
 @pytest.mark.slow
+def test_variants_on_an_accelerator_are_timed_and_what_fails_is_told(tmp_path):
+    tiny = ["--sizes", "tiny", "--batch", 2, "--lengths", "32,8", "--rounds", 2, "--sample", 0]
+    run("accelerator", *tiny, "--variants", "ours:plain:full,ours:plain:no", "--results", tmp_path / "lines")
+    plain, failed = lines(tmp_path / "lines")
+    assert plain["share"] == pytest.approx(plain["step_flop"] / plain["s_per_step"] / plain["ceiling_flop_s"])
+    assert len(plain["fixed"]["seconds"]) == 2
+    assert "'none', 'dots'" in failed["failed"]
+
+
+@pytest.mark.slow
 def test_checkpoints_are_timed(tmp_path):
     run("checkpoint", "--rounds", 1, "--results", tmp_path / "lines")
     assert all(line["bytes"] > 0 and line["cpu_s"] > 0 for line in lines(tmp_path / "lines"))
