@@ -139,5 +139,6 @@ def picture(title: str, found: list[Speed]) -> str:
             f'<text x="{end + 6:.1f}" y="{y + 17}">{times:.2f}</text>'
         )
     parts.append(f'<path d="M{at(1):.1f} {TOP}V{foot}" {DASHES}/>')
-    parts.append(f'<text x="{LEFT}" y="{foot + 36}">* on a machine that others used too</text>')
+    if not all(one.quiet for one in found):
+        parts.append(f'<text x="{LEFT}" y="{foot + 36}">* on a machine that others used too</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
