@@ -68,7 +68,6 @@ def ours(case: dict[str, Any], workload: Workload) -> Any:
     from flax import nnx
     from side_ours import Ours
 
-    from softprompt_jax.assembly import with_settings
     from softprompt_jax.backbone.quantized import quantized
     from softprompt_jax.backbone.t5 import T5, T5Settings
 
@@ -85,10 +84,8 @@ def ours(case: dict[str, Any], workload: Workload) -> Any:
     model.dtype = case["dtype"]
     if quantize != "none":
         quantized(model, quantize)
-    side = object.__new__(Ours)
-    side.begin(with_settings(model, attention=attention, remat=remat), workload, dtype=case["dtype"], remat=remat)
-    device = jax.local_devices()[0]
-    return side, lambda: (device.memory_stats() or {}).get("peak_bytes_in_use", 0)
+    side = Ours(model, workload, dtype=case["dtype"], remat=remat)
+    return side, lambda: (side.device.memory_stats() or {}).get("peak_bytes_in_use", 0)
 
 
 def peft(case: dict[str, Any], workload: Workload) -> Any:
@@ -109,8 +106,7 @@ def peft(case: dict[str, Any], workload: Workload) -> Any:
         backbone = AutoModelForSeq2SeqLM.from_config(
             config, dtype=getattr(torch, case["dtype"]), attn_implementation=attention
         )
-    side = object.__new__(Peft)
-    side.begin(backbone, workload, compiled=case["variant"] == "compile")
+    side = Peft(backbone, workload, compiled=case["variant"] == "compile")
     return side, torch.cuda.max_memory_allocated if device == "cuda" else lambda: 0
 
 
@@ -128,9 +124,8 @@ def child(case: dict[str, Any]) -> dict[str, Any]:
         if not count:
             continue
         batches, padding = side.batches(kind, count)
-        side.warm_up(batches)
-        if name == "fixed":
-            side.warm_up(batches)
+        for batch in batches:  # what a shape compiles or tunes is not counted, of either side
+            side.step(batch)
         seconds = []
         for batch in batches:
             begun = time.perf_counter()
@@ -171,8 +166,7 @@ def main() -> None:
 
     tiny = {"num_layers": 2, "num_decoder_layers": 2, "vocabulary_rows": 512, "d_model": 64, "d_ff": 128}
     text, target = map(int, arguments.lengths.split(","))
-    small = arguments.sizes == "tiny"
-    most = measure({"side": "ceiling", "size": 512 if small else 8192})
+    most = measure({"side": "ceiling", "size": 512 if arguments.sizes == "tiny" else 8192})
     if isinstance(most, str):
         raise SystemExit(f"no product of matrices: {most}")
     about = machine.describe() | {"device": most["device"], "backend": most["backend"]}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import machine
 from make_backbone import make
-from side_ours import Ours
+from side_ours import of_folder
 
 from softprompt_jax.allocator import keep_freed_memory
 from softprompt_jax.tasks.pipeline import examples_in
@@ -25,7 +25,7 @@ def measure(size: str, steps: int) -> list[dict[str, float | str]]:
     """Return a line per way of batching: padding, examples and CPU seconds per step."""
     with tempfile.TemporaryDirectory() as folder:
         make(folder, size)
-        ours = Ours(folder, "float32", "scan", 1)
+        ours = of_folder(folder, "float32", "scan", 1)
         prepared = {case: ours.batches(case, steps) for case in CASES}
     seconds = dict.fromkeys(CASES, 0.0)
     for batches, _ in prepared.values():

@@ -28,7 +28,7 @@ os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: arguments.cores])  # b
 import jax  # noqa: E402
 import machine  # noqa: E402
 from make_backbone import make  # noqa: E402
-from side_ours import Ours  # noqa: E402
+from side_ours import of_folder  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results" / "profile_step.jsonl"
 CLASSES = [  # the first that an instruction's text matches names it
@@ -46,7 +46,7 @@ def classify(instruction: str) -> str:
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make(folder, arguments.size)
-        side = Ours(folder, arguments.dtype, arguments.variant, arguments.cores)
+        side = of_folder(folder, arguments.dtype, arguments.variant, arguments.cores)
         (batch,), _ = side.batches("fixed", 1)
         program = side.function.lower(side.state, side.frozen, batch, side.key).compile()
         instructions = {}

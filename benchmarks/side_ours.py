@@ -23,16 +23,17 @@ from softprompt_jax.tasks.tokenized import TokenizedSet
 from softprompt_jax.train import make_step
 
 
+def of_folder(folder: str, dtype: str, variant: str, threads: int) -> Ours:
+    """Load a side; `variant`: scan (the default settings), unroll, halves or quarters: unrolled, in parts."""
+    model = with_settings(load_backbone(folder, dtype).model, unroll=variant != "scan")
+    accumulate = {"halves": 2, "quarters": 4}.get(variant, 1)
+    return Ours(model, Workload.read(folder), dtype=dtype, accumulate=accumulate)
+
+
 class Ours:
-    """`variant`: scan (the default settings), unroll, halves or quarters: unrolled, in parts (`accumulate`)."""
+    """A training step of a model, with these settings of a run."""
 
-    def __init__(self, folder: str, dtype: str, variant: str, threads: int):
-        model = with_settings(load_backbone(folder, dtype).model, unroll=variant != "scan")
-        accumulate = {"halves": 2, "quarters": 4}.get(variant, 1)
-        self.begin(model, Workload.read(folder), dtype=dtype, accumulate=accumulate)
-
-    def begin(self, model: T5, workload: Workload, **settings: Any) -> None:
-        """Take this model, and these settings of a run."""
+    def __init__(self, model: T5, workload: Workload, **settings: Any):
         self.workload = workload
         attach_rows(model, workload.prompt(model.settings.d_model))
         self.prompt_ids = np.asarray(prompt_ids(model).before, np.int32)
@@ -98,4 +99,4 @@ def _tokenized(pairs: list[tuple[np.ndarray, np.ndarray]], workload: Workload) -
 
 if __name__ == "__main__":
     keep_freed_memory()  # as the command line does
-    serve(Ours)
+    serve(of_folder)

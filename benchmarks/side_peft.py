@@ -14,19 +14,19 @@ from worker import serve
 from workload import LEARNING_RATE, PROMPT_LENGTH, WEIGHT_DECAY, Workload, systematic_sample
 
 
+def of_folder(folder: str, dtype: str, variant: str, threads: int) -> Peft:
+    """Load a side; `variant`: eager or sdpa (transformers' attention), or compile (torch.compile, over sdpa)."""
+    torch.set_num_threads(threads)
+    backbone = T5ForConditionalGeneration.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation="eager" if variant == "eager" else "sdpa"
+    )
+    return Peft(backbone, Workload.read(folder), compiled=variant == "compile")
+
+
 class Peft:
-    """`variant`: eager or sdpa (transformers' attention), or compile (torch.compile, over sdpa)."""
+    """A training step of a model, on whatever device it is."""
 
-    def __init__(self, folder: str, dtype: str, variant: str, threads: int):
-        torch.set_num_threads(threads)
-        attention = "eager" if variant == "eager" else "sdpa"
-        backbone = T5ForConditionalGeneration.from_pretrained(
-            folder, dtype=getattr(torch, dtype), attn_implementation=attention
-        )
-        self.begin(backbone, Workload.read(folder), compiled=variant == "compile")
-
-    def begin(self, backbone: T5ForConditionalGeneration, workload: Workload, compiled: bool) -> None:
-        """Take this model, on whatever device it is."""
+    def __init__(self, backbone: T5ForConditionalGeneration, workload: Workload, compiled: bool):
         self.workload, self.device = workload, backbone.device
         backbone.config.use_cache = False  # only generation needs it
         config = PromptTuningConfig(
@@ -101,4 +101,4 @@ def _pad(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    serve(Peft)
+    serve(of_folder)

@@ -13,17 +13,18 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import machine
 
 
-def serve(side_type: type) -> None:
+def serve(of_folder: Callable[[str, str, str, int], Any]) -> None:
     """Build the side from the arguments (backbone folder, dtype, variant, threads) and obey until stdin ends."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever libraries print goes to stderr
     folder, dtype, variant, threads = sys.argv[1:]
-    side: Any = side_type(folder, dtype, variant, int(threads))
+    side = of_folder(folder, dtype, variant, int(threads))
     batches: dict[str, list] = {}
     for line in sys.stdin:
         command = json.loads(line)

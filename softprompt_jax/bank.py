@@ -84,7 +84,7 @@ class PromptBank:
         bank = cls(str(backbone), **settings)
         for path in found:
             name = path.stem if path.suffix in _SUFFIXES else path.name
-            if name in bank.names:
+            if name in bank._prompts:
                 raise UserError(f"{folder}: two prompts of the name {name!r}; expected one of each; rename {path.name}")
             bank.add(name, path)
         return bank

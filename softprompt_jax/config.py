@@ -101,9 +101,9 @@ def read_text(text: str, where: str) -> Any:
     return _plain(_yaml(text, where), where)
 
 
-def to_yaml(settings: pydantic.BaseModel) -> str:
-    """Write complete settings as YAML that `read` accepts again."""
-    values = settings.model_dump(mode="json")
+def to_yaml(settings: pydantic.BaseModel | dict[str, Any]) -> str:
+    """Write complete settings, or some as JSON has them, as YAML that `read` accepts again."""
+    values = settings if isinstance(settings, dict) else settings.model_dump(mode="json")
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

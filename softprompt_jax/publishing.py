@@ -8,8 +8,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from softprompt_jax import config, interop
 from softprompt_jax.backbone.presets import SOURCES
 from softprompt_jax.backbone.pretrained import flatten
@@ -44,7 +42,7 @@ def push(source: str | Path, repository: str, dry_run: bool = False) -> Path:
     for name in ("result.json", interop.PROMPT_FILE):
         if (source / name).exists():
             shutil.copy(source / name, folder / name)
-    (folder / "config.yaml").write_text(_yaml(_public(run.model_dump(mode="json"))) + "\n", encoding="utf-8")
+    (folder / "config.yaml").write_text(config.to_yaml(_public(run.model_dump(mode="json"))), encoding="utf-8")
     whole = any(method.kind == "full" for method in run.methods)
     reason = None
     try:
@@ -77,7 +75,7 @@ def card(run: Run, result: dict[str, Any], repository: str, files: set[str], rea
     }
     if backbone in SOURCES:
         front["base_model"] = backbone
-    lines = ["---", _yaml(front), "---", "", f"# {name}", ""]
+    lines = ["---", config.to_yaml(front).strip(), "---", "", f"# {name}", ""]
     lines += [f"{kinds.capitalize()} for a frozen T5 ({public}), trained with softprompt_jax.", ""]
     for task in run.tasks:
         lines += ["## Task", "", f"{task.name}. The text that the model reads:", "", f"    {task.input}", ""]
@@ -101,7 +99,7 @@ def card(run: Run, result: dict[str, Any], repository: str, files: set[str], rea
     settings = {key: value for key, value in run.model_dump(mode="json").items() if value != defaults[key]}
     settings = {"task": defaults["task"], "methods": defaults["methods"]} | settings
     lines += ["## Settings", "", "Only what differs from the defaults; `config.yaml` has all.", "", "```yaml"]
-    lines += [_yaml(_public(settings)), "```", ""]
+    lines += [config.to_yaml(_public(settings)).strip(), "```", ""]
     return "\n".join(lines)
 
 
@@ -125,10 +123,6 @@ def _public(value: Any) -> Any:
     if isinstance(value, list):
         return [_public(item) for item in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
-
-
-def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True).strip()
 
 
 def _usage(repository: str, backbone: str, files: set[str], before: bool) -> list[str]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from softprompt_jax import config, interop
 from softprompt_jax.config import UserError
@@ -362,9 +361,7 @@ def _settings(page: Page, groups: Sequence[Group]) -> None:
         ],
     )
     first = groups[0].runs[0].run.model_dump(mode="json", exclude=set(_IGNORED))
-    page.details(
-        f"All settings of {groups[0].title}", yaml.safe_dump(first, sort_keys=False, allow_unicode=True).rstrip()
-    )
+    page.details(f"All settings of {groups[0].title}", config.to_yaml(first).rstrip())
 
 
 def _mean(found: dict[str, Any] | None, factor: float) -> str | None:

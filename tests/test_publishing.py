@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from softprompt_jax import UserError, load_backbone, load_prompt
-from softprompt_jax.config import parse
+from softprompt_jax.config import parse, read, to_yaml
 from softprompt_jax.publishing import card, push
 from softprompt_jax.run import Run
 
@@ -127,3 +127,11 @@ def test_rows_that_stand_elsewhere_are_loaded_by_what_knows_their_place(small):
     text = card(run, {}, "me/moods", {"prompt.safetensors"}, None)
     assert "load_predictor(folder" in text
     assert "load_prompt" not in text
+
+
+def test_settings_that_look_like_numbers_are_read_again(small, run):
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["task"]["name"] = "1e5"
+    (run / "config.yaml").write_text(to_yaml(parse(Run, settings, "test")))
+    folder = push(run, "me/moods", dry_run=True)
+    assert parse(Run, read(folder / "config.yaml"), "published").task.name == "1e5"

@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import yaml
 
-from softprompt_jax.config import UserError
+from softprompt_jax.config import UserError, to_yaml
 from softprompt_jax.tasks.packages import Package
 from softprompt_jax.tasks.seqio_source import Seqio, check_vocabulary
 from softprompt_jax.tasks.sources import Hub, pin
@@ -64,7 +63,7 @@ def pinned(task: Task) -> str:
         raise UserError(f"task {task.name}: its rows do not come from the hub; expected a hub task; leave --pin out")
     source = pin(task.source, f"task {task.name}").model_dump(exclude_defaults=True)
     settings = task.model_dump(mode="json", exclude_defaults=True) | {"source": {"kind": "hub", **source}}
-    return yaml.safe_dump({"task": settings}, sort_keys=False, allow_unicode=True)
+    return to_yaml({"task": settings})
 
 
 def _origin(task: Task) -> str:
