@@ -13,10 +13,13 @@ import tiny
 import yaml
 
 from softprompt_jax import load_predictor
-from softprompt_jax.config import UserError
+from softprompt_jax.assembly import assemble
+from softprompt_jax.config import UserError, parse
 from softprompt_jax.evaluate import benchmark_average, mean_loss, mean_score
 from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import split
+from softprompt_jax.run import Run
+from softprompt_jax.task_run import TaskRun
 from softprompt_jax.tasks import Example, load, resolve
 from softprompt_jax.tasks.pipeline import evaluation_batches
 from softprompt_jax.tasks.tokenized import tokenize
@@ -126,3 +129,14 @@ def test_an_average_leaves_out_what_was_only_trained_on(prompt_run, tmp_path):
     )
     with pytest.raises(UserError, match="superglue"):  # and tells what is missing
         benchmark_average("superglue", [tmp_path])
+
+
+@pytest.mark.usefixtures("own_cache")
+def test_free_text_is_decoded_as_far_as_the_run_allows_and_label_words_as_far_as_the_longest(small):
+    def longest(task):
+        run = parse(Run, small.short | {"task": task}, "test")
+        assembly = assemble(run)
+        return TaskRun(run, assembly, split(assembly.model))._longest
+
+    assert longest(small.task) == 2
+    assert longest({name: value for name, value in small.task.items() if name != "label_words"}) == 4

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from softprompt_jax import UserError, load_backbone, load_prompt
+from softprompt_jax import UserError, load_backbone, load_predictor, load_prompt
 from softprompt_jax.config import parse, read, to_yaml
 from softprompt_jax.publishing import card, push
 from softprompt_jax.run import Run
@@ -127,6 +127,12 @@ def test_rows_that_stand_elsewhere_are_loaded_by_what_knows_their_place(small):
     text = card(run, {}, "me/moods", {"prompt.safetensors"}, None)
     assert "load_predictor(folder" in text
     assert "load_prompt" not in text
+
+
+def test_a_published_folder_answers_as_its_run(small, run):
+    texts = ["the garden is warm", "the old mill is dull"]
+    found = load_predictor(push(run, "me/moods", dry_run=True), str(small.backbone)).texts(texts)
+    assert found == load_predictor(run).texts(texts)
 
 
 def test_settings_that_look_like_numbers_are_read_again(small, run):
