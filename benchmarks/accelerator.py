@@ -68,8 +68,8 @@ def ours(case: dict[str, Any], workload: Workload) -> Any:
     from flax import nnx
     from side_ours import Ours
 
-    from softprompt_jax.backbone.quantized import quantized
-    from softprompt_jax.backbone.t5 import T5, T5Settings
+    from softprompt_jax.models.quantized import quantized
+    from softprompt_jax.models.t5 import T5, T5Settings
 
     attention, remat, quantize = (*case["variant"].split(":"), "none", "none")[:3]
     settings = T5Settings.model_validate(case["settings"] | {"attention": attention, "remat": remat})
@@ -162,7 +162,7 @@ def main() -> None:
     if arguments.child:
         print(json.dumps(child(json.loads(arguments.child))))
         return
-    from softprompt_jax.backbone.presets import preset  # starts no device
+    from softprompt_jax.models.presets import preset  # starts no device
 
     tiny = {"num_layers": 2, "num_decoder_layers": 2, "vocabulary_rows": 512, "d_model": 64, "d_ff": 128}
     text, target = map(int, arguments.lengths.split(","))

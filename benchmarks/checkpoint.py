@@ -21,8 +21,8 @@ import machine
 import numpy as np
 
 from softprompt_jax import load_run
-from softprompt_jax.checkpoint import Checkpoints
-from softprompt_jax.plan import abstract_step
+from softprompt_jax.analysis.plan import abstract_step
+from softprompt_jax.training.checkpoints import Checkpoints
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "checkpoint.jsonl"

@@ -48,7 +48,7 @@ def load(side: str, folder: str) -> int:
         import numpy as np
         from flax import nnx
 
-        from softprompt_jax.backbone.pretrained import load_backbone
+        from softprompt_jax.checkpoints.backbone import load_backbone
 
         leaves = jax.tree.leaves(nnx.state(load_backbone(folder, dtype, quantize=quantize).model))
         for leaf in leaves:
@@ -76,8 +76,8 @@ def child(side: str, folder: str) -> None:
         import jax
         import jax.numpy as jnp
 
-        import softprompt_jax.backbone.pretrained  # noqa: F401
-        from softprompt_jax.allocator import keep_freed_memory
+        import softprompt_jax.checkpoints.backbone  # noqa: F401
+        from softprompt_jax.cli.allocator import keep_freed_memory
 
         keep_freed_memory()  # as the command line does
         jax.block_until_ready(jnp.zeros(1))

@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 from workload import Workload
 
-from softprompt_jax.backbone.presets import preset
-from softprompt_jax.backbone.pretrained import save_backbone
-from softprompt_jax.backbone.t5 import T5
+from softprompt_jax.checkpoints.backbone import save_backbone
+from softprompt_jax.models.presets import preset
+from softprompt_jax.models.t5 import T5
 
 
 def make(folder: str | Path, size: str) -> None:

@@ -108,7 +108,7 @@ def measure(name: str, seed: int, steps: int, runs: Path) -> None:
 def work(config: str, folder: str, *changes: str) -> None:
     """Train one run and write what it took beside it."""
     from softprompt_jax import load_run, train
-    from softprompt_jax.allocator import keep_freed_memory
+    from softprompt_jax.cli.allocator import keep_freed_memory
     from softprompt_jax.progress import Reporter
 
     class Clock(Reporter):

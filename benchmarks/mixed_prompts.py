@@ -119,10 +119,10 @@ def main() -> None:
     from flax import nnx
 
     from softprompt_jax import PromptBank, load_backbone
-    from softprompt_jax.allocator import keep_freed_memory
-    from softprompt_jax.backbone import decode
+    from softprompt_jax.cli.allocator import keep_freed_memory
+    from softprompt_jax.inference.prompt_cache import Structure
     from softprompt_jax.methods.prompt import attach_rows
-    from softprompt_jax.on_device import Structure
+    from softprompt_jax.models import decode
 
     @functools.partial(jax.jit, static_argnums=(0, 5))
     def decoded(structure: Structure, first: Any, rest: Any, tokens: Any, forced: Any, most: int) -> Any:

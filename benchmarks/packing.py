@@ -14,8 +14,8 @@ import machine
 from make_backbone import make
 from side_ours import of_folder
 
-from softprompt_jax.allocator import keep_freed_memory
-from softprompt_jax.tasks.pipeline import examples_in
+from softprompt_jax.cli.allocator import keep_freed_memory
+from softprompt_jax.data.batches import examples_in
 
 RESULTS = Path(__file__).resolve().parent / "results" / "packing.jsonl"
 CASES = ("bucketed-4", "bucketed-12", "packed", "packed-512", "padded")

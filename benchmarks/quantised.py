@@ -21,15 +21,15 @@ import machine
 import numpy as np
 
 from softprompt_jax import load_run, train
-from softprompt_jax.allocator import keep_freed_memory
-from softprompt_jax.backbone.pretrained import load_backbone
-from softprompt_jax.losses import cross_entropy
+from softprompt_jax.checkpoints.backbone import load_backbone
+from softprompt_jax.cli.allocator import keep_freed_memory
+from softprompt_jax.data.task import load
+from softprompt_jax.data.tokenizer import load_tokenizer
 from softprompt_jax.methods import split
 from softprompt_jax.methods.prompt import attach_rows
+from softprompt_jax.optim.losses import cross_entropy
 from softprompt_jax.progress import Reporter
 from softprompt_jax.tasks import resolve
-from softprompt_jax.tasks.task import load
-from softprompt_jax.tasks.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quantised.json"

@@ -10,17 +10,18 @@ import numpy as np
 from worker import serve
 from workload import LEARNING_RATE, PROMPT_LENGTH, WEIGHT_DECAY, Workload, systematic_sample
 
-from softprompt_jax import load_backbone, optimizers
-from softprompt_jax.allocator import keep_freed_memory
+from softprompt_jax import load_backbone
 from softprompt_jax.assembly import prompt_ids, with_settings
-from softprompt_jax.backbone.t5 import T5
+from softprompt_jax.cli.allocator import keep_freed_memory
+from softprompt_jax.data.batches import TrainBatches, collate, prompts_around
+from softprompt_jax.data.packing import Packing
+from softprompt_jax.data.tokenized import TokenizedSet
 from softprompt_jax.methods import leaves, split
 from softprompt_jax.methods.prompt import attach_rows
+from softprompt_jax.models.t5 import T5
+from softprompt_jax.optim import optimizers
 from softprompt_jax.run import Run
-from softprompt_jax.tasks.packing import Packing
-from softprompt_jax.tasks.pipeline import TrainBatches, collate, prompts_around
-from softprompt_jax.tasks.tokenized import TokenizedSet
-from softprompt_jax.train import make_step
+from softprompt_jax.training.loop import make_step
 
 
 def of_folder(folder: str, dtype: str, variant: str, threads: int) -> Ours:

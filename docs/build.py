@@ -27,7 +27,7 @@ import settings  # noqa: E402
 import speed  # noqa: E402
 from plot import curves, plot  # noqa: E402
 
-from softprompt_jax import paper  # noqa: E402
+from softprompt_jax.paper import experiments as paper  # noqa: E402
 from softprompt_jax.run import Run  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -314,9 +314,9 @@ def method_result(row: dict[str, Any]) -> str:
 
 def method_pages() -> Iterator[tuple[str, str]]:
     """Yield the page of each kind of method."""
-    from softprompt_jax.backbone.presets import preset
     from softprompt_jax.methods import METHODS
     from softprompt_jax.methods.listing import parameters
+    from softprompt_jax.models.presets import preset
 
     headings, sizes = settings.titles(Run), preset("t5-v1_1-base")
     configs = {path: path.read_text("utf-8") for path in sorted((ROOT / "configs").glob("*.yaml"))}

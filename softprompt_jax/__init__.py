@@ -7,31 +7,29 @@ Prompts     load_prompt, rank_sources, recycle, inspect
 """
 
 import importlib
-import sys
-import types
 from typing import Any
 
 _PUBLIC = {
-    "PromptBank": "bank",
-    "Backbone": "backbone.pretrained",
-    "Beam": "backbone.decode",
-    "Greedy": "backbone.decode",
+    "PromptBank": "inference.bank",
+    "Backbone": "checkpoints.backbone",
+    "Beam": "models.decode",
+    "Greedy": "models.decode",
     "Run": "run",
-    "Sampling": "backbone.decode",
+    "Sampling": "models.decode",
     "UserError": "config",
-    "ensemble": "ensemble",
-    "generate": "predict",
-    "inspect": "interpret",
-    "load_backbone": "peft",
-    "load_predictor": "predict",
-    "load_prompt": "interop",
+    "ensemble": "inference.ensemble",
+    "generate": "inference.predictor",
+    "inspect": "analysis.inspect",
+    "load_backbone": "checkpoints.peft",
+    "load_predictor": "inference.predictor",
+    "load_prompt": "checkpoints.artifact",
     "load_run": "run",
-    "logits": "predict",
-    "rank_sources": "transfer",
-    "recycle": "transfer",
-    "report": "report",
-    "sweep": "sweep",
-    "train": "train",
+    "logits": "inference.predictor",
+    "rank_sources": "analysis.transfer",
+    "recycle": "analysis.transfer",
+    "report": "analysis.report",
+    "sweep": "training.sweep",
+    "train": "training.loop",
 }
 __all__ = list(_PUBLIC)
 __version__ = "0.1.0"
@@ -43,14 +41,3 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'softprompt_jax' has no attribute {name!r}")
     module = importlib.import_module(f"softprompt_jax.{_PUBLIC[name]}")
     return getattr(module, name)
-
-
-class _Package(types.ModuleType):
-    """Keeps `softprompt_jax.train` the function: importing the file `train` would put the module there."""
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        public = name in _PUBLIC and isinstance(value, types.ModuleType)
-        super().__setattr__(name, getattr(value, name) if public else value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -1,5 +1,5 @@
 """`python -m softprompt_jax` is `softprompt`."""
 
-from softprompt_jax.cli import main
+from softprompt_jax.cli.main import main
 
 main()

@@ -11,15 +11,16 @@ import jax
 import numpy as np
 from flax import nnx
 
-from softprompt_jax import methods, sharding
-from softprompt_jax.backbone.pretrained import Backbone, find_folder, load_backbone
-from softprompt_jax.backbone.quantized import kind_of, quantized
-from softprompt_jax.backbone.t5 import T5
+from softprompt_jax import methods
+from softprompt_jax.checkpoints.artifact import check_backbone, read_prompt, read_trained
+from softprompt_jax.checkpoints.backbone import Backbone, find_folder, load_backbone
 from softprompt_jax.config import UserError
-from softprompt_jax.interop import check_backbone, read_prompt, read_trained
-from softprompt_jax.placement import Placement
+from softprompt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from softprompt_jax.distributed import mesh
+from softprompt_jax.methods.prompt_layout import Placement
+from softprompt_jax.models.quantized import kind_of, quantized
+from softprompt_jax.models.t5 import T5
 from softprompt_jax.run import Run, Scratch
-from softprompt_jax.tasks.tokenizer import Tokenizer, load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,8 +45,8 @@ def prompt_ids(model: T5) -> Placement | None:
 
 def check_mesh(run: Run, assembly: Assembly) -> None:
     """Refuse a mesh that does not divide a run's batch or heads."""
-    rows = sharding.row_shards() if run.packing else run.batch_size // run.accumulate  # packed rows follow the mesh
-    sharding.check(rows, assembly.model.settings.num_heads)
+    rows = mesh.row_shards() if run.packing else run.batch_size // run.accumulate  # packed rows follow the mesh
+    mesh.check(rows, assembly.model.settings.num_heads)
 
 
 def assemble(run: Run, backbone: Backbone | None = None) -> Assembly:
@@ -69,7 +70,7 @@ def backbone_of(run: Run) -> Backbone:
     """Load the run's backbone, or make it."""
     if isinstance(run.backbone, Scratch):
         return new_backbone(run.backbone, run.seed)
-    return load_backbone(run.backbone, run.dtype, sharding.of_weights(), run.quantize)
+    return load_backbone(run.backbone, run.dtype, mesh.of_weights(), run.quantize)
 
 
 def new_backbone(scratch: Scratch, seed: int) -> Backbone:

@@ -8,20 +8,20 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from softprompt_jax import config
-from softprompt_jax.backbone.decode import Decoding, Greedy
-from softprompt_jax.backbone.flash import Implementation
-from softprompt_jax.backbone.quantized import Quantization
-from softprompt_jax.backbone.t5 import T5Settings
-from softprompt_jax.blackbox import Scored
 from softprompt_jax.config import Settings, nearest
+from softprompt_jax.data.mixture import Mixture, expand
+from softprompt_jax.data.packing import Packing
+from softprompt_jax.data.task import Task
+from softprompt_jax.distributed.mesh import Mesh
 from softprompt_jax.methods import METHODS, Method, Prompt
-from softprompt_jax.optimizers import Adafactor, Optimizer, Schedule
-from softprompt_jax.sharding import Mesh
+from softprompt_jax.models.decode import Decoding, Greedy
+from softprompt_jax.models.flash import Implementation
+from softprompt_jax.models.quantized import Quantization
+from softprompt_jax.models.t5 import T5Settings
+from softprompt_jax.optim.gradient_free import Scored
+from softprompt_jax.optim.optimizers import Adafactor, Optimizer, Schedule
+from softprompt_jax.pretraining.data import Pretraining
 from softprompt_jax.tasks import complete, names, resolve
-from softprompt_jax.tasks.mixture import Mixture, expand
-from softprompt_jax.tasks.packing import Packing
-from softprompt_jax.tasks.pretraining import Pretraining
-from softprompt_jax.tasks.task import Task
 
 MACHINE = frozenset({"mesh"})  # settings that say where a run computes, not what: it may go on with others
 

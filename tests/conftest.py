@@ -98,7 +98,7 @@ def engine(small: small_runs.Files) -> Iterator[Any]:
 def softprompt(monkeypatch, capsys):
     """Run a command in this process; return its exit code, standard output and standard error."""
 
-    from softprompt_jax.cli import main
+    from softprompt_jax.cli.main import main
 
     def run(*arguments, stdin: bytes = b"") -> tuple[int, str, str]:
         monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # main changes it

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from softprompt_jax import sharding
-from softprompt_jax.backbone import hugging_face, pretrained
+from softprompt_jax.checkpoints import backbone, hugging_face
+from softprompt_jax.distributed import mesh as sharding
 
 requested = 0
 
@@ -64,7 +64,7 @@ def main(folder: str, dtype: str, processes: str = "1", process: str = "0", port
     watcher.start()
     where = None if mesh is None else lambda variable: sharding.variable_sharding(mesh, variable)
     dtype, _, quantize = dtype.partition("+")
-    model = pretrained.load_backbone(folder, dtype, where, quantize or None).model
+    model = backbone.load_backbone(folder, dtype, where, quantize or None).model
     leaves = jax.tree.leaves(nnx.state(model))
     jax.block_until_ready(leaves)
     done.set()
@@ -73,7 +73,7 @@ def main(folder: str, dtype: str, processes: str = "1", process: str = "0", port
         "requested": requested,
         "own": sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards),
         "peak": peak - before,
-        "fingerprint": pretrained.fingerprint(model),
+        "fingerprint": backbone.fingerprint(model),
     }
     print(json.dumps(answer))
 

@@ -14,14 +14,15 @@ import numpy as np
 import small_runs
 from flax import nnx
 
-from softprompt_jax import Run, interop
+from softprompt_jax import Run
 from softprompt_jax.assembly import assemble
-from softprompt_jax.backbone import decode
-from softprompt_jax.backbone.pretrained import Backbone, load_backbone, save_backbone
-from softprompt_jax.backbone.t5 import T5, T5Settings
+from softprompt_jax.checkpoints import artifact
+from softprompt_jax.checkpoints.backbone import Backbone, load_backbone, save_backbone
 from softprompt_jax.config import parse
 from softprompt_jax.methods import finish, put_trained, split
-from softprompt_jax.placement import Placement
+from softprompt_jax.methods.prompt_layout import Placement
+from softprompt_jax.models import decode
+from softprompt_jax.models.t5 import T5, T5Settings
 
 PREFIX = {"kind": "prefix", "network": None}
 # What a bank holds side by side: every kind, of unlike lengths, and some at once. Each model is a compilation.
@@ -69,11 +70,11 @@ def write_runs(
         model = finish(model)
         (folder / name).mkdir(parents=True)
         metadata = {"settings": json.dumps(run.model_dump(mode="json")), "backbone": str(backbone.folder)}
-        metadata["fingerprint"] = interop.fingerprint(model)
-        interop.save_trained(model, folder / name / interop.TRAINED_FILE, metadata)
+        metadata["fingerprint"] = artifact.fingerprint(model)
+        artifact.save_trained(model, folder / name / artifact.TRAINED_FILE, metadata)
         if len(methods) == 1 and model.prompt is not None:
             rows, place = np.asarray(model.prompt.table()), model.prompt.place
-            interop.save_prompt(rows, folder / name / interop.PROMPT_FILE, metadata | {"place": place})
+            artifact.save_prompt(rows, folder / name / artifact.PROMPT_FILE, metadata | {"place": place})
         models[name] = model
     return models
 

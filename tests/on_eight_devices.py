@@ -23,13 +23,13 @@ import numpy as np
 import optax
 import tiny
 
-from softprompt_jax import sharding
-from softprompt_jax.backbone.quantized import quantized
+from softprompt_jax.distributed import mesh as sharding
 from softprompt_jax.methods import METHODS, Context, leaves, split
-from softprompt_jax.methods.surgery import linear_of
-from softprompt_jax.optimizers import Adafactor, Schedule, build
+from softprompt_jax.methods.trainable import linear_of
+from softprompt_jax.models.quantized import quantized
+from softprompt_jax.optim.optimizers import Adafactor, Schedule, build
 from softprompt_jax.run import Run
-from softprompt_jax.train import make_step
+from softprompt_jax.training.loop import make_step
 
 TASK = {"name": "none", "source": {"kind": "files", "train": "none.jsonl"}}
 

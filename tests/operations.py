@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from softprompt_jax.plan import product_flops
+from softprompt_jax.analysis.plan import product_flops
 
 
 def flops(function, *arguments) -> float:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from softprompt_jax.backbone.pretrained import load_backbone
+from softprompt_jax.checkpoints.backbone import load_backbone
 from softprompt_jax.methods.prompt import attach_rows
 
 PLAIN = ["T5V10_PLAIN", "T5V11_PLAIN", "T5V11_LONG", "MT5_PLAIN", "UMT5_PLAIN"]

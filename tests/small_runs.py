@@ -13,8 +13,8 @@ import jax
 import sentencepiece
 import yaml
 
-from softprompt_jax.backbone.pretrained import save_backbone
-from softprompt_jax.backbone.t5 import T5, T5Settings
+from softprompt_jax.checkpoints.backbone import save_backbone
+from softprompt_jax.models.t5 import T5, T5Settings
 
 GOOD = ("bright", "warm", "quick", "kind", "neat")
 BAD = ("dull", "cold", "slow", "rude", "messy")
@@ -151,8 +151,8 @@ def train_in(folder: str, config: str, point: str = "", count: int = 0) -> None:
     import signal
 
     from softprompt_jax import load_run, train
-    from softprompt_jax.checkpoint import Checkpoints
-    from softprompt_jax.train import TaskRun
+    from softprompt_jax.training.checkpoints import Checkpoints
+    from softprompt_jax.training.loop import TaskRun
 
     left = count
 

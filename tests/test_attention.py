@@ -9,10 +9,10 @@ import pytest
 import tiny
 from scipy import special
 
-from softprompt_jax.backbone import flash, flash_tpu
-from softprompt_jax.backbone.attention import attend, relative_buckets, same_segment
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.methods import split
+from softprompt_jax.models import flash, flash_tpu
+from softprompt_jax.models.attention import attend, relative_buckets, same_segment
 from softprompt_jax.run import Run
 
 

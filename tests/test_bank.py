@@ -13,9 +13,9 @@ import pytest
 from small_runs import write_backbone
 
 from softprompt_jax import PromptBank, generate, load_backbone
-from softprompt_jax.backbone.decode import Beam, Sampling
+from softprompt_jax.checkpoints.artifact import load_prompt, save_prompt, write_tensors
 from softprompt_jax.config import UserError
-from softprompt_jax.interop import load_prompt, save_prompt, write_tensors
+from softprompt_jax.models.decode import Beam, Sampling
 
 WIDTH = 16
 TEXTS = ["the garden is warm", "the night train is slow today", "the corner shop", "the old mill is rude and far away"]
@@ -103,7 +103,7 @@ def test_prompts_of_other_places_share_a_batch(backbone, tmp_path):
         prompt = rows(length, 50 + number)
         save_prompt(prompt, tmp_path / f"{number}.safetensors", {"place": place})
         bank.add(str(number), tmp_path / f"{number}.safetensors")
-        from softprompt_jax.predict import load_predictor
+        from softprompt_jax.inference.predictor import load_predictor
 
         predictor = load_predictor(tmp_path / f"{number}.safetensors", str(backbone.folder))
         predictor.max_tokens = 4
@@ -182,7 +182,7 @@ def test_a_prompt_of_another_backbone_is_refused(prompt_run):
 
 
 def test_a_folder_of_prompts_and_runs_is_a_bank(backbone, prompt_run, tmp_path, capsys, monkeypatch):
-    from softprompt_jax.cli import app
+    from softprompt_jax.cli.main import app
 
     prompt = load_prompt(prompt_run)
     (tmp_path / "bank").mkdir()

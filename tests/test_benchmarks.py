@@ -9,10 +9,10 @@ from benchmark_rows import GOLDEN, RECORD, WSC
 
 from softprompt_jax import tasks
 from softprompt_jax.config import UserError
-from softprompt_jax.evaluate import score
-from softprompt_jax.tasks.sources import Hub
+from softprompt_jax.data.sources import Hub
+from softprompt_jax.data.task import examples, input_text
+from softprompt_jax.inference.evaluate import score
 from softprompt_jax.tasks.superglue import read_wsc
-from softprompt_jax.tasks.task import examples, input_text
 
 
 def made(name, row, split, labelled=True, **changes):

@@ -15,7 +15,7 @@ import small_runs
 from small_runs import rows, write_backbone, write_config, write_rows
 
 from softprompt_jax import load_predictor, load_prompt
-from softprompt_jax.tasks.tokenizer import load_tokenizer
+from softprompt_jax.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("own_cache")

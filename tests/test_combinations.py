@@ -9,10 +9,10 @@ from small_runs import rows, write_config
 
 import softprompt_jax
 from softprompt_jax import UserError, load_predictor
-from softprompt_jax.backbone.pretrained import flatten
+from softprompt_jax.checkpoints.artifact import load_trained
+from softprompt_jax.checkpoints.backbone import flatten
 from softprompt_jax.config import parse
-from softprompt_jax.exporting import export
-from softprompt_jax.interop import load_trained
+from softprompt_jax.export.export import export
 from softprompt_jax.methods import split
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -11,7 +11,7 @@ import t5x_fixture
 import tiny
 from flax import nnx
 
-from softprompt_jax.backbone import decode
+from softprompt_jax.models import decode
 
 
 def greedy(model, tokens, max_tokens: int, segments=None, decoder_prompt=None) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ import nbclient
 import nbformat
 import pytest
 
-from softprompt_jax import paper
+from softprompt_jax.paper import experiments
 
 ROOT = Path(__file__).resolve().parents[1]
 _spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
@@ -83,7 +83,7 @@ def test_a_plan_is_a_row_for_each_step_and_topology():
 
 
 def test_a_page_says_what_each_line_trains_without_what_its_points_change():
-    scale, length = (paper.load(name)[0].miniature for name in ("scale", "length"))
+    scale, length = (experiments.load(name)[0].miniature for name in ("scale", "length"))
     assert build.trained("length", length).splitlines()[2:] == [
         "- prompt, adafactor at 0.3, 500 steps of 32 examples, on the backbone embedded"
     ]
@@ -144,8 +144,8 @@ def test_the_tutorial_runs_as_a_notebook(tmp_path):
 
 def test_numbers_that_experiments_found_are_in_their_results():
     """A number with a decimal is a mean, a deviation, a majority class, or a difference within a line or column."""
-    for name, path in paper.experiments().items():
-        experiment, result = paper.load(str(path))[0], build.RESULTS / "paper" / f"{name}.json"
+    for name, path in experiments.experiments().items():
+        experiment, result = experiments.load(str(path))[0], build.RESULTS / "paper" / f"{name}.json"
         if not result.exists():
             continue
         result = json.loads(result.read_text())

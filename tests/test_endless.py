@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from softprompt_jax.config import UserError
-from softprompt_jax.tasks.endless import StreamBatches
-from softprompt_jax.tasks.task import Example
-from softprompt_jax.tasks.tokenized import tokenize
-from softprompt_jax.tasks.tokenizer import _Bytes
+from softprompt_jax.data.streaming import StreamBatches
+from softprompt_jax.data.task import Example
+from softprompt_jax.data.tokenized import tokenize
+from softprompt_jax.data.tokenizer import _Bytes
 
 PROMPT = np.arange(400, 403)
 TOKENIZER = _Bytes("bytes")

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from softprompt_jax import PromptBank, load_predictor, train
-from softprompt_jax.backbone import decode
-from softprompt_jax.backbone.quantized import kind_of
+from softprompt_jax.checkpoints.artifact import load_prompt, read_prompt, save_prompt
 from softprompt_jax.config import UserError, parse
-from softprompt_jax.ensemble import Answers, Ensemble, ensemble
-from softprompt_jax.interop import load_prompt, read_prompt, save_prompt
+from softprompt_jax.inference.ensemble import Answers, Ensemble, ensemble
+from softprompt_jax.models import decode
+from softprompt_jax.models.quantized import kind_of
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import load
 

@@ -15,14 +15,14 @@ import yaml
 from softprompt_jax import load_predictor
 from softprompt_jax.assembly import assemble
 from softprompt_jax.config import UserError, parse
-from softprompt_jax.evaluate import benchmark_average, mean_loss, mean_score
-from softprompt_jax.losses import cross_entropy
+from softprompt_jax.data.batches import evaluation_batches
+from softprompt_jax.data.tokenized import tokenize
+from softprompt_jax.inference.evaluate import benchmark_average, mean_loss, mean_score
 from softprompt_jax.methods import split
+from softprompt_jax.optim.losses import cross_entropy
 from softprompt_jax.run import Run
-from softprompt_jax.task_run import TaskRun
 from softprompt_jax.tasks import Example, load, resolve
-from softprompt_jax.tasks.pipeline import evaluation_batches
-from softprompt_jax.tasks.tokenized import tokenize
+from softprompt_jax.training.run_data import TaskRun
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

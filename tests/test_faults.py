@@ -26,7 +26,7 @@ def start(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         patch.setenv("SOFTPROMPT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        context.set_forkserver_preload(["small_runs", "softprompt_jax.train"])
+        context.set_forkserver_preload(["small_runs", "softprompt_jax.training.loop"])
 
         def started(folder: Path, config: Path, point: str = "", count: int = 0):
             process = context.Process(target=train_in, args=(str(folder), str(config), point, count))

@@ -9,8 +9,8 @@ from small_runs import write_rows
 
 from softprompt_jax import tasks
 from softprompt_jax.config import UserError, parse
-from softprompt_jax.tasks.few_shot import FewShot
-from softprompt_jax.tasks.task import Task
+from softprompt_jax.data.few_shot import FewShot
+from softprompt_jax.data.task import Task
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 import t5x_fixture
 import tiny
 
-from softprompt_jax.backbone.pretrained import flatten
+from softprompt_jax.checkpoints.backbone import flatten
 from softprompt_jax.methods import Context, Full, LoRA, Wayward, split
 from softprompt_jax.methods.prompt import attach_rows
 

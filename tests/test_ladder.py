@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from softprompt_jax import load_run
-from softprompt_jax.backbone.pretrained import EMBEDDED
+from softprompt_jax.checkpoints.backbone import EMBEDDED
 from softprompt_jax.config import UserError
 
 ROOT = Path(__file__).resolve().parents[1]

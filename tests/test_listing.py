@@ -8,10 +8,10 @@ import tiny
 from small_runs import CONFIGS
 from typer.testing import CliRunner
 
-from softprompt_jax.backbone.presets import preset
-from softprompt_jax.cli import app
+from softprompt_jax.cli.main import app
 from softprompt_jax.methods import METHODS, Context, split
 from softprompt_jax.methods.listing import listed
+from softprompt_jax.models.presets import preset
 from softprompt_jax.run import load_run
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import t5x_fixture
 
-from softprompt_jax.losses import cross_entropy, finite_mean
+from softprompt_jax.optim.losses import cross_entropy, finite_mean
 
 
 @pytest.mark.parametrize("kind", ["plain", "prompted"])

@@ -22,21 +22,21 @@ import tiny
 from flax import nnx
 
 from softprompt_jax.assembly import check_own_prompts
-from softprompt_jax.backbone.decode import greedy
-from softprompt_jax.backbone.pretrained import flatten, load_backbone, save_backbone
-from softprompt_jax.backbone.quantized import quantized
-from softprompt_jax.backbone.t5 import T5
-from softprompt_jax.checkpoint import Checkpoints
+from softprompt_jax.checkpoints.artifact import load_trained, save_trained
+from softprompt_jax.checkpoints.backbone import flatten, load_backbone, save_backbone
+from softprompt_jax.checkpoints.peft import attach_adapter, save_adapter
 from softprompt_jax.config import UserError, parse, to_yaml
-from softprompt_jax.interop import load_trained, save_trained
-from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import METHODS, Context, MethodSettings, Split, leaves, put_trained, split
-from softprompt_jax.methods.surgery import merged
-from softprompt_jax.optimizers import AdamW, build
-from softprompt_jax.peft import attach_adapter, save_adapter
-from softprompt_jax.placement import Placement
+from softprompt_jax.methods.prompt_layout import Placement
+from softprompt_jax.methods.trainable import merged
+from softprompt_jax.models.decode import greedy
+from softprompt_jax.models.quantized import quantized
+from softprompt_jax.models.t5 import T5
+from softprompt_jax.optim.losses import cross_entropy
+from softprompt_jax.optim.optimizers import AdamW, build
 from softprompt_jax.run import Run, load_run
-from softprompt_jax.train import make_step
+from softprompt_jax.training.checkpoints import Checkpoints
+from softprompt_jax.training.loop import make_step
 
 QUICK = ("prompt", "lora")  # the others are slow: two dozen programs each
 pytestmark = pytest.mark.parametrize(

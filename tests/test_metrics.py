@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from softprompt_jax.config import UserError
-from softprompt_jax.tasks.metrics import METRICS, Answers, compute, majority
-from softprompt_jax.tasks.task import Task
+from softprompt_jax.data.metrics import METRICS, Answers, compute, majority
+from softprompt_jax.data.task import Task
 
 WORDS = ["ham", "spam", "other"]
 

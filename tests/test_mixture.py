@@ -15,14 +15,14 @@ from test_pipeline import ROWS, Letters, some_examples
 import softprompt_jax
 from softprompt_jax import Run, load_predictor, load_prompt
 from softprompt_jax.config import UserError, parse
+from softprompt_jax.data.batches import TrainBatches
+from softprompt_jax.data.mixture import Equal, Mixture, Proportional, Temperature, draw_mixture
+from softprompt_jax.data.packing import Packing
+from softprompt_jax.data.tokenized import concatenate, tokenize
+from softprompt_jax.inference.predictor import named_task
 from softprompt_jax.methods import Context, Prompt
-from softprompt_jax.methods.surgery import leaves
-from softprompt_jax.predict import named_task
+from softprompt_jax.methods.trainable import leaves
 from softprompt_jax.progress import Reporter
-from softprompt_jax.tasks.mixture import Equal, Mixture, Proportional, Temperature, draw_mixture
-from softprompt_jax.tasks.packing import Packing
-from softprompt_jax.tasks.pipeline import TrainBatches
-from softprompt_jax.tasks.tokenized import concatenate, tokenize
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -14,8 +14,8 @@ import tiny
 
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.methods import Context, Full, leaves, split
-from softprompt_jax.methods.surgery import Leaf
-from softprompt_jax.optimizers import Adafactor, AdamW, Schedule, build, read_slots, restored
+from softprompt_jax.methods.trainable import Leaf
+from softprompt_jax.optim.optimizers import Adafactor, AdamW, Schedule, build, read_slots, restored
 
 
 def run(optimizer, params, gradients):

@@ -9,13 +9,14 @@ import peft_fixture
 import pytest
 import tiny
 
-from softprompt_jax import interop, load_run, train
+from softprompt_jax import load_run, train
+from softprompt_jax.checkpoints import artifact
+from softprompt_jax.checkpoints.peft import attach_adapter, save_adapter
 from softprompt_jax.config import UserError, parse
+from softprompt_jax.inference.predictor import load_predictor
 from softprompt_jax.methods import Context, PTuning, finish, split
 from softprompt_jax.methods.p_tuning import LSTM, MLP, Direction
-from softprompt_jax.peft import attach_adapter, save_adapter
-from softprompt_jax.placement import Placement
-from softprompt_jax.predict import load_predictor
+from softprompt_jax.methods.prompt_layout import Placement
 from softprompt_jax.run import Run
 
 CONTEXT = Context(lambda text: [5, 6], frozenset({0, 1, 2}))
@@ -163,8 +164,8 @@ def test_a_run_leaves_rows_that_predict_as_its_network_did(small, own_cache, tmp
     run = parse(Run, small.short | {"methods": methods}, "test")
     result = train(run, tmp_path / "run")
     assert load_run(tmp_path / "run" / "config.yaml") == run
-    trained, _ = interop.load_trained(tmp_path / "run" / interop.TRAINED_FILE)
-    rows, metadata = interop.read_prompt(tmp_path / "run")
+    trained, _ = artifact.load_trained(tmp_path / "run" / artifact.TRAINED_FILE)
+    rows, metadata = artifact.read_prompt(tmp_path / "run")
     np.testing.assert_array_equal(trained["prompt"]["rows"], rows)
     assert metadata["place"] == place
     predictor = load_predictor(tmp_path / "run")

@@ -13,8 +13,8 @@ import pytest
 
 from softprompt_jax import tasks
 from softprompt_jax.config import UserError
-from softprompt_jax.tasks.metrics import majority
-from softprompt_jax.tasks.packages import (
+from softprompt_jax.data.metrics import majority
+from softprompt_jax.data.packages import (
     READERS,
     Package,
     extract,
@@ -23,7 +23,7 @@ from softprompt_jax.tasks.packages import (
     split_rows,
     without_duplicates,
 )
-from softprompt_jax.tasks.sources import read_rows
+from softprompt_jax.data.sources import read_rows
 
 
 def error_of(call, *arguments, **settings) -> str:
@@ -144,7 +144,7 @@ def test_members_of_two_packages_are_read_together(wheel, tmp_path):
 
 
 def test_registering_a_reader_keeps_the_function(monkeypatch):
-    monkeypatch.setattr("softprompt_jax.tasks.packages.READERS", {})
+    monkeypatch.setattr("softprompt_jax.data.packages.READERS", {})
     function = lambda members, part: {}  # noqa: E731
     assert reader("new")(function) is function
 

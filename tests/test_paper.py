@@ -13,15 +13,16 @@ import pytest
 import yaml
 from small_runs import write_rows
 
-import softprompt_jax.train  # noqa: F401 - so that it can be replaced below
-from softprompt_jax import paper, paper_measures, plan
+import softprompt_jax.training.loop  # noqa: F401 - so that it can be replaced below
+from softprompt_jax.analysis import plan
 from softprompt_jax.config import Diverged, UserError, parse
+from softprompt_jax.paper import experiments, measures
 from softprompt_jax.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 ISSUE = {"scale", "length", "initialisation", "objective", "lm_steps", "domain_shift", "paraphrase", "ensemble"}
 ISSUE |= {"interpretability", "mixed_tasks", "optimizer"}
-NAMES = sorted(paper.experiments())
+NAMES = sorted(experiments.experiments())
 
 
 @pytest.fixture
@@ -53,13 +54,13 @@ def test_every_figure_and_table_of_the_issue_is_an_experiment():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_run_of_every_miniature_is_valid(name):
     """Those of the published forms are counted, and so read, by the test of the list below."""
-    experiment, path = paper.load(name)
-    cells = list(paper.cells(experiment.miniature, path, seeds=1))
+    experiment, path = experiments.load(name)
+    cells = list(experiments.cells(experiment.miniature, path, seeds=1))
     assert {cell.line for cell in cells} == set(experiment.miniature.lines)
     assert all(isinstance(cell.run, Run) and cell.run.seed == 0 for cell in cells)
 
 
-def build(cell: paper_measures.Cell) -> int:
+def build(cell: measures.Cell) -> int:
     """Build a run's step abstractly and return how many numbers train."""
     import jax
 
@@ -71,10 +72,10 @@ def build(cell: paper_measures.Cell) -> int:
 
 
 def test_a_published_run_is_built_without_weights():
-    experiment, path = paper.load("length")
+    experiment, path = experiments.load("length")
     (xxl,) = [
         cell
-        for cell in paper.cells(experiment.published, path, seeds=1)
+        for cell in experiments.cells(experiment.published, path, seeds=1)
         if (cell.line, cell.point, cell.task) == ("xxl", "150", "boolq")
     ]
     assert xxl.run.backbone == "google/t5-xxl-lm-adapt"
@@ -84,15 +85,18 @@ def test_a_published_run_is_built_without_weights():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_published_run_is_built_without_weights(name):
-    experiment, path = paper.load(name)
-    for same in paper.distinct_steps(paper.cells(experiment.published, path, seeds=1)).values():
+    experiment, path = experiments.load(name)
+    for same in experiments.distinct_steps(experiments.cells(experiment.published, path, seeds=1)).values():
         assert build(same[0]) > 0
 
 
 def test_steps_of_one_size_are_planned_once_whatever_they_begin_with():
     for name, stated, sizes in (("initialisation", 15, 5), ("optimizer", 5, 1), ("length", 25, 25)):
-        experiment, path = paper.load(name)
-        found = [paper.distinct_steps(paper.cells(experiment.published, path, 1), alike) for alike in (False, True)]
+        experiment, path = experiments.load(name)
+        found = [
+            experiments.distinct_steps(experiments.cells(experiment.published, path, 1), alike)
+            for alike in (False, True)
+        ]
         assert [len(steps) for steps in found] == [stated, sizes]
 
 
@@ -132,7 +136,9 @@ def test_each_distinct_step_is_planned_once(softprompt, tmp_path, monkeypatch):
 def test_a_grid_is_trained_once_and_goes_on(grid, tmp_path, monkeypatch):
     file, runs, to = grid(), tmp_path / "runs", tmp_path / "result.json"
     accuracy = {"few": (0.5, 0.7), "more": (0.6, 0.9)}
-    labels = {cell.key: (cell.line, cell.seed) for cell in paper.cells(paper.load(str(file))[0].miniature, file)}
+    labels = {
+        cell.key: (cell.line, cell.seed) for cell in experiments.cells(experiments.load(str(file))[0].miniature, file)
+    }
     trained = []
 
     def train(run, folder):
@@ -145,15 +151,15 @@ def test_a_grid_is_trained_once_and_goes_on(grid, tmp_path, monkeypatch):
         found = {"test": {"accuracy": accuracy[line][seed]}, "baselines": baselines, "seconds": 2.0}
         (folder / "result.json").write_text(json.dumps(found))
 
-    monkeypatch.setattr(sys.modules["softprompt_jax.train"], "train", train)
+    monkeypatch.setattr(sys.modules["softprompt_jax.training.loop"], "train", train)
     with pytest.raises(KeyboardInterrupt):
-        paper.run_experiment(str(file), "miniature", runs, to)
+        experiments.run_experiment(str(file), "miniature", runs, to)
     assert [labels[key] for key in trained] == [("few", 0), ("more", 0), ("few", 1)]
     partial = json.loads(to.read_text())
     assert (partial["cells"], partial["missing"]) == (3, ["more, seed 1"])
     assert partial["lines"]["more"]["score"] == {"mean": 60.0, "sd": None, "values": [60.0]}
     trained.clear()
-    result = paper.run_experiment(str(file), "miniature", runs, to)
+    result = experiments.run_experiment(str(file), "miniature", runs, to)
     assert [labels[key] for key in trained] == [("more", 1)]
     assert json.loads(to.read_text()) == result
     assert (result["missing"], result["majority"]) == ([], {"moods": 50.0})
@@ -163,7 +169,7 @@ def test_a_grid_is_trained_once_and_goes_on(grid, tmp_path, monkeypatch):
         assert found["values"] == pytest.approx(percent)
         assert found["mean"] == pytest.approx(statistics.mean(percent))
         assert found["sd"] == pytest.approx(statistics.stdev(percent), abs=0.01)
-    assert paper.table(result).splitlines()[-1] == "| more | 75.0 ± 21.2 |"
+    assert experiments.table(result).splitlines()[-1] == "| more | 75.0 ± 21.2 |"
 
 
 def test_a_run_that_diverges_stays_missing_and_the_others_are_trained(grid, tmp_path, monkeypatch):
@@ -177,8 +183,10 @@ def test_a_run_that_diverges_stays_missing_and_the_others_are_trained(grid, tmp_
         found = {"test": {"accuracy": 0.5}, "baselines": baselines, "seconds": 2.0}
         (folder / "result.json").write_text(json.dumps(found))
 
-    monkeypatch.setattr(sys.modules["softprompt_jax.train"], "train", train)
-    result = paper.run_experiment(str(grid()), "miniature", tmp_path / "runs", tmp_path / "to.json", tell=told.append)
+    monkeypatch.setattr(sys.modules["softprompt_jax.training.loop"], "train", train)
+    result = experiments.run_experiment(
+        str(grid()), "miniature", tmp_path / "runs", tmp_path / "to.json", tell=told.append
+    )
     assert (result["cells"], result["missing"]) == (2, ["few, seed 0", "more, seed 0"])
     assert sum("step 7: the loss is nan" in line for line in told) == 2
 
@@ -188,14 +196,14 @@ def test_a_seed_counts_when_all_its_tasks_are_there_and_untrained_is_read(grid, 
     file = grid(
         lines={"start": {"read": "untrained"}}, tasks={name: {"task": small.task} | c for name, c in tasks.items()}
     )
-    experiment, path = paper.load(str(file))
-    cells = list(paper.cells(experiment.miniature, path))
+    experiment, path = experiments.load(str(file))
+    cells = list(experiments.cells(experiment.miniature, path))
     for number, cell in enumerate(cells[:3]):
         (tmp_path / cell.key).mkdir()
         baselines = {"split": "test", "majority": 0.5, "untrained": {"accuracy": 0.1 * (number + 1)}}
         found = {"test": {"accuracy": 1.0}, "baselines": baselines, "seconds": 1.0}
         (tmp_path / cell.key / "result.json").write_text(json.dumps(found))
-    result = paper.collect("x", "miniature", experiment, cells, tmp_path)
+    result = experiments.collect("x", "miniature", experiment, cells, tmp_path)
     assert result["lines"] == {"start": {"score": {"mean": 15.0, "sd": None, "values": [15.0]}}}
     assert result["missing"] == [cells[3].label]
 
@@ -205,14 +213,14 @@ def test_the_majority_class_is_scored_as_the_table_is(grid, tmp_path, small):
     rows = [{"text": f"tea {i}", "label": "yes" if i % 4 == 0 else "no"} for i in range(8)]
     source = {"kind": "files", **dict.fromkeys(("train", "validation"), str(write_rows(tmp_path / "rows.jsonl", rows)))}
     file = grid(change={"task": small.task | {"source": source, "metrics": ["accuracy", "f1_macro"]}})
-    experiment, path = paper.load(str(file))
-    cells = list(paper.cells(experiment.miniature, path))
+    experiment, path = experiments.load(str(file))
+    cells = list(experiments.cells(experiment.miniature, path))
     (cell, *_) = cells
     (tmp_path / cell.key).mkdir()
     scores = {"accuracy": 1.0, "f1_macro": 0.5}
     found = {"validation": scores, "baselines": {"split": "validation", "untrained": scores}, "seconds": 1.0}
     (tmp_path / cell.key / "result.json").write_text(json.dumps(found))
-    result = paper.collect("x", "miniature", experiment, cells, tmp_path)
+    result = experiments.collect("x", "miniature", experiment, cells, tmp_path)
     assert result["metric"] == "mean of accuracy and f1_macro"
     assert result["majority"] == {"moods": pytest.approx(100 * (3 / 4 + (6 / 7) / 2) / 2, abs=0.01)}
 
@@ -220,13 +228,13 @@ def test_the_majority_class_is_scored_as_the_table_is(grid, tmp_path, small):
 @pytest.mark.slow
 def test_what_is_read_off_prompts_agrees_with_reading_them_one_by_one(grid, tmp_path, small, monkeypatch):
     """The same two runs serve a vote, neighbours, transfers and mixed batches."""
-    from softprompt_jax.predict import load_predictor
+    from softprompt_jax.inference.predictor import load_predictor
     from softprompt_jax.tasks import load, resolve
 
     runs, to, lines = tmp_path / "runs", tmp_path / "result.json", {"few": {}}
     file = grid(measure="ensemble", lines=lines)
-    cells = list(paper.cells(paper.load(str(file))[0].miniature, file))
-    voted = paper.run_experiment(str(file), "miniature", runs, to)["lines"]["few"]
+    cells = list(experiments.cells(experiments.load(str(file))[0].miniature, file))
+    voted = experiments.run_experiment(str(file), "miniature", runs, to)["lines"]["few"]
     examples = load(resolve(small.task), "test")
     inputs, targets = [example.input for example in examples], np.asarray([example.target for example in examples])
     right = np.asarray([np.asarray(load_predictor(runs / cell.key).texts(inputs)) == targets for cell in cells])
@@ -236,20 +244,20 @@ def test_what_is_read_off_prompts_agrees_with_reading_them_one_by_one(grid, tmp_
     assert 100 * right.all(0).mean() - 0.01 <= vote <= 100 * right.any(0).mean() + 0.01
     assert voted["mean log-probability"]["mean"] >= vote  # it knows the label words, which hardly trained prompts miss
 
-    near = paper.run_experiment(str(grid(measure="neighbours", lines=lines)), "miniature", runs, to)
-    assert [len(row) for row in near["nearest"]["few"]] == [paper_measures.NEAREST] * 3
+    near = experiments.run_experiment(str(grid(measure="neighbours", lines=lines)), "miniature", runs, to)
+    assert [len(row) for row in near["nearest"]["few"]] == [measures.NEAREST] * 3
     assert near["nearest"]["few"][0][0] == "yes"  # the first row began as the first label word, and has hardly moved
     assert near["lines"]["few"]["label words found"]["values"] == [100, 100]
 
     tasks = {"moods": {"task": small.task}}
-    mixed = paper.run_experiment(str(grid(measure="mixed", tasks=tasks, lines=lines)), "miniature", runs, to)
+    mixed = experiments.run_experiment(str(grid(measure="mixed", tasks=tasks, lines=lines)), "miniature", runs, to)
     assert mixed["lines"]["few"]["same answers"]["values"] == [100, 100]
     assert mixed["lines"]["few"]["moods"]["values"] == voted["average"]["values"]
 
     known = {"moods": resolve(small.task), "moods too": resolve(small.task | {"metrics": ["f1_macro", "accuracy"]})}
     monkeypatch.setattr("softprompt_jax.tasks.resolve", lambda task: known.get(task) or resolve(task))
     moved = {"measure": "transfer", "tasks": tasks, "score_on": {"moods": list(known)}}
-    moved = paper.run_experiment(str(grid(**moved, lines=lines)), "miniature", runs, to)
+    moved = experiments.run_experiment(str(grid(**moved, lines=lines)), "miniature", runs, to)
     assert moved["metric"] == "accuracy and f1_macro"
     assert moved["lines"]["few"]["moods"]["values"] == voted["average"]["values"]
     assert moved["majority"] == {"moods": 50.0, "moods too": pytest.approx(100 / 3, abs=0.01)}
@@ -261,14 +269,14 @@ def test_names_stand_for_line_and_point(grid):
         points={"x": {}, "y": {}},
         change={"methods.0.length": "{line}", "backbone": "backbones/{point}"},
     )
-    cells = list(paper.cells(paper.load(str(file))[0].miniature, file, seeds=1))
+    cells = list(experiments.cells(experiments.load(str(file))[0].miniature, file, seeds=1))
     found = [(cell.run.methods[0].model_dump()["length"], cell.run.backbone) for cell in cells]
     assert found == [(3, "backbones/x"), (3, "backbones/y"), (5, "backbones/x")]
 
 
 def test_words_of_a_grid_are_any_letters(grid):
     file = grid(change={"methods.0.init": {"kind": "text", "text": "\N{GRINNING FACE}"}})
-    for cell in paper.cells(paper.load(str(file))[0].miniature, file):
+    for cell in experiments.cells(experiments.load(str(file))[0].miniature, file):
         assert cell.run.methods[0].model_dump()["init"]["text"] == "\N{GRINNING FACE}"
 
 
@@ -307,7 +315,7 @@ def test_wrong_experiments_are_refused_in_one_line(grid, refused, tmp_path, chan
 def test_unknown_experiment_names_the_nearest(refused):
     assert "did you mean length?" in refused("paper", "lenght")
     with pytest.raises(UserError, match="unknown; expected one of"):
-        paper.load("nothing")
+        experiments.load("nothing")
 
 
 @pytest.mark.slow
@@ -321,7 +329,7 @@ def test_all_experiments_are_listed_with_their_cost(softprompt):
 
 def test_a_sentinel_stands_before_targets_and_is_read_over(small, own_cache):
     from softprompt_jax.assembly import assemble
-    from softprompt_jax.task_run import TaskData
+    from softprompt_jax.training.run_data import TaskData
 
     run = parse(Run, small.short | {"target_sentinel": True}, "test")
     assembly = assemble(run)

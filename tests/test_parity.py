@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softprompt_jax.backbone.pretrained import load_backbone, save_backbone
+from softprompt_jax.checkpoints.backbone import load_backbone, save_backbone
 
 pytestmark = pytest.mark.torch
 

@@ -14,8 +14,9 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 from softprompt_jax import UserError, load_backbone
-from softprompt_jax.backbone.pretrained import save_backbone
-from softprompt_jax.exporting import export
+from softprompt_jax.checkpoints.backbone import save_backbone
+from softprompt_jax.checkpoints.peft import attach_adapter, save_adapter
+from softprompt_jax.export.export import export
 from softprompt_jax.methods import (
     IA3,
     METHODS,
@@ -31,7 +32,6 @@ from softprompt_jax.methods import (
     put_trained,
     split,
 )
-from softprompt_jax.peft import attach_adapter, save_adapter
 
 ADAPTERS = [*peft_fixture.PROMPTED, "LORA", "IA3", "LN_TUNING"]
 CONTEXT = Context(list)

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from softprompt_jax import load_run, plan, sharding
-from softprompt_jax.backbone.presets import preset
+from softprompt_jax import load_run
+from softprompt_jax.analysis import plan
 from softprompt_jax.config import UserError
+from softprompt_jax.distributed import mesh
+from softprompt_jax.models.presets import preset
 
 ROOT = Path(__file__).resolve().parents[1]
 TASK = {"name": "none", "source": {"kind": "files", "train": "none.jsonl"}}
@@ -81,8 +83,8 @@ def test_products_are_those_of_the_paper_model_counted_by_hand(tmp_path):
     expected = 2 * forward + scores + 2 * lookup
     counted = plan.product_flops(step.trace(*arguments).jaxpr.jaxpr)
     assert counted == pytest.approx(expected, rel=0.02)
-    assert sharding.local_bytes(parts.frozen) == 4 * 76_961_152
-    assert sharding.local_bytes(parts.trainable) == 4 * P * D
+    assert mesh.local_bytes(parts.frozen) == 4 * 76_961_152
+    assert mesh.local_bytes(parts.trainable) == 4 * P * D
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def test_a_shallow_model_of_xxl_width_on_three_topologies(tmp_path, quick):
 @needs_libtpu
 @pytest.mark.libtpu
 def test_what_does_not_fit_is_said_with_advice_and_exit_code_3(tmp_path, quick, capsys):
-    from softprompt_jax.cli import app
+    from softprompt_jax.cli.main import app
 
     settings = XXL_WIDTH | {"num_layers": 24, "num_decoder_layers": 24}
     config = write(tmp_path / "run.yaml", backbone={"settings": settings}, max_input_tokens=412, max_target_tokens=32)

@@ -10,10 +10,10 @@ import pytest
 import tiny
 from test_decode import by_whole_passes, eager_to_end, greedy
 
+from softprompt_jax.checkpoints.peft import attach_adapter, save_adapter
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.methods import Context, Prefix, finish, split
 from softprompt_jax.methods.prefix import KeysValues, Prefixes, activations
-from softprompt_jax.peft import attach_adapter, save_adapter
 
 CONTEXT = Context(lambda text: [5, 6, 7], frozenset({0, 1, 2}))
 

@@ -6,9 +6,9 @@ import jax
 import pytest
 from flax import nnx
 
-from softprompt_jax.backbone.presets import PRESETS, SOURCES, hub_name, preset, published
-from softprompt_jax.backbone.t5 import abstract
 from softprompt_jax.config import UserError
+from softprompt_jax.models.presets import PRESETS, SOURCES, hub_name, preset, published
+from softprompt_jax.models.t5 import abstract
 
 PARAMETERS = {
     "t5-v1_1-small": 76_961_152,  # Lester et al., 2021, table 4

@@ -12,13 +12,13 @@ import pytest
 
 import softprompt_jax
 from softprompt_jax.config import UserError, parse
-from softprompt_jax.tasks.corpus import TextFile, read_documents, split_sentences, tokenize_file
-from softprompt_jax.tasks.instructions import TASKS
-from softprompt_jax.tasks.lexicon import Lexicon, parse_entry, read_lexicon
-from softprompt_jax.tasks.objectives import OBJECTIVES, Library, _mask
-from softprompt_jax.tasks.opinions import compose
-from softprompt_jax.tasks.pretraining import Pretraining, PretrainingData
-from softprompt_jax.tasks.vocabulary import train_tokenizer
+from softprompt_jax.pretraining.corpus import TextFile, read_documents, split_sentences, tokenize_file
+from softprompt_jax.pretraining.data import Pretraining, PretrainingData
+from softprompt_jax.pretraining.instructions import TASKS
+from softprompt_jax.pretraining.lexicon import Lexicon, parse_entry, read_lexicon
+from softprompt_jax.pretraining.objectives import OBJECTIVES, Library, _mask
+from softprompt_jax.pretraining.opinions import compose
+from softprompt_jax.pretraining.vocabulary import train_tokenizer
 
 EMBEDDED = Path(softprompt_jax.__file__).parent / "embedded"
 EOS = 1

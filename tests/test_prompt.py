@@ -13,12 +13,12 @@ import t5x_fixture
 import tiny
 from flax import nnx
 
-from softprompt_jax.backbone.presets import preset
-from softprompt_jax.backbone.t5 import abstract
+from softprompt_jax.checkpoints.artifact import load_prompt
 from softprompt_jax.config import UserError, parse
-from softprompt_jax.interop import load_prompt
 from softprompt_jax.methods import Context, Prompt, attach, leaves, split
 from softprompt_jax.methods.prompt import T5_EMBEDDING_RMS, Labels, attach_rows, embedding_scale
+from softprompt_jax.models.presets import preset
+from softprompt_jax.models.t5 import abstract
 
 # --------------------------------------------------------------------------- other implementations
 

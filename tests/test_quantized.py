@@ -9,20 +9,20 @@ import pytest
 import tiny
 from flax import nnx
 
-from softprompt_jax.backbone.pretrained import load_backbone
-from softprompt_jax.backbone.quantized import NF4_LEVELS, QuantizedLinear, pack, quantized, unpack
-from softprompt_jax.backbone.t5 import T5
+from softprompt_jax.analysis.plan import kept_as
+from softprompt_jax.checkpoints.artifact import load_prompt
+from softprompt_jax.checkpoints.backbone import load_backbone
 from softprompt_jax.config import UserError, parse
-from softprompt_jax.importing import import_source
-from softprompt_jax.interop import load_prompt
+from softprompt_jax.export.import_source import import_source
+from softprompt_jax.inference.predictor import load_predictor
 from softprompt_jax.methods import Context, Full, LoRA, put_trained, split
 from softprompt_jax.methods.prompt import attach_rows
-from softprompt_jax.methods.surgery import merged
-from softprompt_jax.plan import kept_as
-from softprompt_jax.predict import load_predictor
+from softprompt_jax.methods.trainable import merged
+from softprompt_jax.models.quantized import NF4_LEVELS, QuantizedLinear, pack, quantized, unpack
+from softprompt_jax.models.t5 import T5
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import resolve
-from softprompt_jax.train import train
+from softprompt_jax.training.loop import train
 
 KINDS = ("int8", "nf4")
 

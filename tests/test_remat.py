@@ -9,10 +9,11 @@ import optax
 import pytest
 import tiny
 
-from softprompt_jax import remat, sharding
+from softprompt_jax.distributed import mesh
 from softprompt_jax.methods import split
 from softprompt_jax.run import Run
-from softprompt_jax.train import first_state, make_step
+from softprompt_jax.training import remat
+from softprompt_jax.training.loop import first_state, make_step
 
 TASK = {"name": "none", "source": {"kind": "files", "train": "none.jsonl"}}
 GIB = 2**30
@@ -99,5 +100,5 @@ def test_devices_share_what_is_kept():
 
     batch = {"x": jax.ShapeDtypeStruct((16, 5), "float32")}
     alone = remat.kept_bytes(loss, jax.numpy.ones(5), batch)
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 4, 1), sharding.AXES)):
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 4, 1), mesh.AXES)):
         assert alone == 8 * remat.kept_bytes(loss, jax.numpy.ones(5), batch) > 0

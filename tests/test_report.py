@@ -9,8 +9,17 @@ import pytest
 from small_runs import write_config
 
 from softprompt_jax import report as write_report
+from softprompt_jax.analysis.report import (
+    Group,
+    breakdown,
+    curves,
+    flatten,
+    group_runs,
+    read_runs,
+    summarise,
+    table,
+)
 from softprompt_jax.config import UserError
-from softprompt_jax.report import Group, breakdown, curves, flatten, group_runs, read_runs, summarise, table
 
 
 def write_run(folder, settings, scores, losses=(2.0, 1.0), finished=True):

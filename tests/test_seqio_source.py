@@ -13,15 +13,15 @@ from seqio_module import MODULE, NAME
 
 from softprompt_jax import Run, load_prompt, load_run, tasks, train
 from softprompt_jax.assembly import prompt_ids
-from softprompt_jax.backbone.decode import score_words
-from softprompt_jax.backbone.pretrained import EMBEDDED
+from softprompt_jax.checkpoints.backbone import EMBEDDED
 from softprompt_jax.config import UserError, parse
-from softprompt_jax.evaluate import score
-from softprompt_jax.predict import load_predictor
-from softprompt_jax.tasks.inspection import describe
-from softprompt_jax.tasks.seqio_source import Seqio, check_vocabulary, digest, is_endless, seqio_rows
-from softprompt_jax.tasks.task import Task, iterate
-from softprompt_jax.tasks.tokenizer import load_tokenizer
+from softprompt_jax.data.preview import describe
+from softprompt_jax.data.seqio_source import Seqio, check_vocabulary, digest, is_endless, seqio_rows
+from softprompt_jax.data.task import Task, iterate
+from softprompt_jax.data.tokenizer import load_tokenizer
+from softprompt_jax.inference.evaluate import score
+from softprompt_jax.inference.predictor import load_predictor
+from softprompt_jax.models.decode import score_words
 
 
 def task(name, module=NAME, **settings):

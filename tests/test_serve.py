@@ -16,10 +16,10 @@ import pytest
 from flax import nnx
 
 from softprompt_jax import PromptBank, UserError, generate, load_backbone, logits
-from softprompt_jax.backbone import decode
-from softprompt_jax.backbone.decode import Sampling
-from softprompt_jax.interop import save_prompt
+from softprompt_jax.checkpoints.artifact import save_prompt
 from softprompt_jax.methods.prompt import attach_rows
+from softprompt_jax.models import decode
+from softprompt_jax.models.decode import Sampling
 from softprompt_jax.serve.engine import Engine
 from softprompt_jax.serve.limits import Limits, Refused
 from softprompt_jax.serve.requests import Request, Texts, job, told

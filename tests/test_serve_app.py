@@ -23,7 +23,7 @@ from safetensors.numpy import save
 from served import PATIENCE_S, ask, events, rows
 
 from softprompt_jax import UserError, serve
-from softprompt_jax.backbone.quantized import kind_of
+from softprompt_jax.models.quantized import kind_of
 from softprompt_jax.serve.app import make_app
 
 TEXT = "the garden is warm"

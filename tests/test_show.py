@@ -11,9 +11,9 @@ from safetensors.numpy import load_file, save_file
 from test_torch_file import save_tensors
 
 from softprompt_jax import UserError
-from softprompt_jax.backbone.pretrained import EMBEDDED, save_backbone
-from softprompt_jax.interop import save_prompt
-from softprompt_jax.show import show
+from softprompt_jax.checkpoints.artifact import save_prompt
+from softprompt_jax.checkpoints.backbone import EMBEDDED, save_backbone
+from softprompt_jax.export.show import show
 
 
 def shown(source, norms: bool = False) -> str:
@@ -64,7 +64,7 @@ def test_checkpoints_are_told_with_their_settings(shared_fixtures, tmp_path):
 
 
 def test_large_files_are_read_only_if_asked(tmp_path, monkeypatch):
-    monkeypatch.setattr("softprompt_jax.show._READ_NUMBERS", 100)
+    monkeypatch.setattr("softprompt_jax.export.show._READ_NUMBERS", 100)
     save_backbone(tiny.model(), tmp_path, "float32")
     assert "norms left out, since" in shown(tmp_path)
     assert "norms left out" not in shown(tmp_path, norms=True)

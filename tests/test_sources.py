@@ -10,7 +10,7 @@ import pytest
 
 from softprompt_jax import tasks
 from softprompt_jax.config import UserError, parse
-from softprompt_jax.tasks.sources import Files, Folder, Hub, available_splits, pin, read_file, read_rows
+from softprompt_jax.data.sources import Files, Folder, Hub, available_splits, pin, read_file, read_rows
 
 ROWS = [{"text": 'she said "hi", twice', "label": 1}, {"text": "NA", "label": 0}, {"text": "naïve\tcafé", "label": 1}]
 

@@ -10,13 +10,13 @@ import pytest
 import tiny
 from operations import flops
 
-from softprompt_jax.backbone.t5 import T5
-from softprompt_jax.losses import cross_entropy
 from softprompt_jax.methods import Context, Full, leaves, split
 from softprompt_jax.methods.prompt import attach_rows
-from softprompt_jax.optimizers import Adafactor, build
+from softprompt_jax.models.t5 import T5
+from softprompt_jax.optim.losses import cross_entropy
+from softprompt_jax.optim.optimizers import Adafactor, build
 from softprompt_jax.run import Run
-from softprompt_jax.train import make_step
+from softprompt_jax.training.loop import make_step
 
 TASK = {"name": "none", "source": {"kind": "files", "train": "none.jsonl"}}
 P = 3

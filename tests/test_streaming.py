@@ -18,11 +18,11 @@ import tiny
 from flax import nnx
 from safetensors.numpy import save_file
 
-from softprompt_jax.backbone.presets import preset
-from softprompt_jax.backbone.pretrained import flatten, load_backbone, names, save_backbone
-from softprompt_jax.backbone.t5 import T5Settings, abstract
-from softprompt_jax.backbone.tensors import checksum, checksums, open_safetensors, read_stacked
+from softprompt_jax.checkpoints.backbone import flatten, load_backbone, names, save_backbone
+from softprompt_jax.checkpoints.tensors import checksum, checksums, open_safetensors, read_stacked
 from softprompt_jax.config import UserError
+from softprompt_jax.models.presets import preset
+from softprompt_jax.models.t5 import T5Settings, abstract
 
 HERE = Path(__file__).parent
 

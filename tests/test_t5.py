@@ -13,11 +13,11 @@ from flax import nnx
 from scipy import special, stats
 
 from softprompt_jax.assembly import with_settings
-from softprompt_jax.backbone import t5
-from softprompt_jax.backbone.pretrained import flatten
-from softprompt_jax.backbone.t5 import T5, dropout
-from softprompt_jax.losses import cross_entropy
+from softprompt_jax.checkpoints.backbone import flatten
 from softprompt_jax.methods import split
+from softprompt_jax.models import t5
+from softprompt_jax.models.t5 import T5, dropout
+from softprompt_jax.optim.losses import cross_entropy
 
 # --------------------------------------------------------------------------- other implementations
 

@@ -12,9 +12,9 @@ import pytest
 from benchmark_rows import GOLDEN, SQUAD, WSC
 
 from softprompt_jax import tasks
-from softprompt_jax.evaluate import score
-from softprompt_jax.tasks import metrics
-from softprompt_jax.tasks.task import Example, examples
+from softprompt_jax.data import metrics
+from softprompt_jax.data.task import Example, examples
+from softprompt_jax.inference.evaluate import score
 
 # TensorFlow, seqio and what they need warn of their own old ways; none of it is ours.
 pytestmark = [pytest.mark.seqio, pytest.mark.filterwarnings("ignore")]

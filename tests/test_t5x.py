@@ -16,9 +16,9 @@ import pytest
 import t5x_fixture
 from t5x_fixture import copied, weights, write
 
-from softprompt_jax.backbone.pretrained import load_adafactor, load_backbone
+from softprompt_jax.checkpoints.artifact import load_prompt, read_prompt
+from softprompt_jax.checkpoints.backbone import load_adafactor, load_backbone
 from softprompt_jax.config import UserError
-from softprompt_jax.interop import load_prompt, read_prompt
 
 LAYOUTS = ["t5_1_1_tiny_f32", "t5_1_1_tiny_legacy_gfile", "t5_1_1_tiny_orbax", "prompted_run"]
 

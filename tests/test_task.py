@@ -6,8 +6,8 @@ import pytest
 
 from softprompt_jax import tasks
 from softprompt_jax.config import UserError, parse
-from softprompt_jax.tasks.sources import Files
-from softprompt_jax.tasks.task import Example, Task, examples, fill
+from softprompt_jax.data.sources import Files
+from softprompt_jax.data.task import Example, Task, examples, fill
 
 FILES = {"kind": "files", "train": "train.jsonl"}
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from test_pipeline import ROWS, Letters, some_examples
 
-from softprompt_jax.tasks.tokenized import TokenizedSet, concatenate, tokenize
+from softprompt_jax.data.tokenized import TokenizedSet, concatenate, tokenize
 
 ARRAYS = ("inputs", "input_offsets", "targets", "target_offsets")
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from softprompt_jax.config import UserError
-from softprompt_jax.tasks.tokenizer import load_tokenizer
+from softprompt_jax.data.tokenizer import load_tokenizer
 
 TEXTS = [
     "a quick brown fox",

@@ -16,8 +16,8 @@ import tiny
 from safetensors.numpy import load_file
 
 import softprompt_jax
-from softprompt_jax.backbone.pretrained import load_backbone, save_backbone
-from softprompt_jax.backbone.torch_file import open_torch
+from softprompt_jax.checkpoints.backbone import load_backbone, save_backbone
+from softprompt_jax.checkpoints.torch_file import open_torch
 from softprompt_jax.config import UserError
 
 TYPES = {"float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage", "int64": "LongStorage"}

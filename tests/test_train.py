@@ -17,14 +17,15 @@ from small_runs import ROWS, rows
 from tensorboardX.proto.event_pb2 import Event
 
 import softprompt_jax
-from softprompt_jax import Run, load_run, processes
+from softprompt_jax import Run, load_run
+from softprompt_jax.checkpoints.artifact import load_trained, read_prompt
 from softprompt_jax.config import Diverged, Preempted, UserError, parse, settings_hash
-from softprompt_jax.interop import load_trained, read_prompt
+from softprompt_jax.distributed import multihost
 from softprompt_jax.progress import Reporter
 from softprompt_jax.run import MACHINE
-from softprompt_jax.task_run import TaskRun
+from softprompt_jax.training.run_data import TaskRun
 
-TRAIN = importlib.import_module("softprompt_jax.train")  # the module; the package's `train` is the function
+TRAIN = importlib.import_module("softprompt_jax.training.loop")  # the module; the package's `train` is the function
 pytestmark = pytest.mark.usefixtures("own_cache")
 
 
@@ -297,7 +298,7 @@ def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(sma
     code += "with alone_in(Path(sys.argv[1])): print('in', flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "in\n"
-        monkeypatch.setattr(TRAIN, "alone_in", functools.partial(processes.alone_in, wait_s=0.1))
+        monkeypatch.setattr(TRAIN, "alone_in", functools.partial(multihost.alone_in, wait_s=0.1))
         with pytest.raises(UserError, match="another process trains in it; expected one at a time"):
             softprompt_jax.train(run_of(small.short), tmp_path / "run")
         assert sorted((tmp_path / "run").iterdir()) == before
@@ -308,7 +309,7 @@ def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(sma
 
 def test_leaving_is_noticed_and_the_old_answer_to_sigterm_comes_back():
     before = signal.getsignal(signal.SIGTERM)
-    with contextlib.suppress(Preempted), processes.Preemption() as preemption:
+    with contextlib.suppress(Preempted), multihost.Preemption() as preemption:
         assert not preemption.reached(None)
         os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.reached(None)

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import small_runs
 
-from softprompt_jax import interop
-from softprompt_jax.backbone.pretrained import Backbone, load_backbone
+from softprompt_jax.analysis.transfer import rank_sources, recycle, recycle_prompt, shared_pieces, similarity
+from softprompt_jax.checkpoints import artifact
+from softprompt_jax.checkpoints.backbone import Backbone, load_backbone
 from softprompt_jax.config import UserError
-from softprompt_jax.predict import load_predictor
-from softprompt_jax.tasks.tokenizer import load_tokenizer
-from softprompt_jax.transfer import rank_sources, recycle, recycle_prompt, shared_pieces, similarity
+from softprompt_jax.data.tokenizer import load_tokenizer
+from softprompt_jax.inference.predictor import load_predictor
 
 
 def rows(seed: int, width: int = 16) -> np.ndarray:
@@ -34,12 +34,12 @@ def test_similarity_is_a_cosine_of_means_or_of_all_pairs_and_knows_no_order():
 def test_sources_are_ranked_from_the_most_alike(tmp_path):
     target = rows(0)
     for name, value in {"far": -target, "near": target + 0.1 * rows(1), "between": rows(2)}.items():
-        interop.save_prompt(value, tmp_path / f"{name}.safetensors", {"task": name, "fingerprint": "a"})
+        artifact.save_prompt(value, tmp_path / f"{name}.safetensors", {"task": name, "fingerprint": "a"})
     np.save(tmp_path / "target.npy", target)
     ranked = rank_sources(tmp_path / "target.npy", [tmp_path / f"{n}.safetensors" for n in ("far", "between", "near")])
     assert [entry["task"] for entry in ranked] == ["near", "between", "far"]
     assert ranked[-1]["similarity"] == pytest.approx(-1)
-    interop.save_prompt(target, tmp_path / "other.safetensors", {"fingerprint": "b", "backbone": "other"})
+    artifact.save_prompt(target, tmp_path / "other.safetensors", {"fingerprint": "b", "backbone": "other"})
     with pytest.raises(UserError, match=r"trained on backbone other.*expected one backbone"):
         rank_sources(tmp_path / "near.safetensors", [tmp_path / "other.safetensors"])
     np.save(tmp_path / "wide.npy", rows(0, 20))
@@ -82,7 +82,7 @@ def test_a_recycled_file_is_read_on_its_new_backbone_and_refused_on_the_old(smal
     old = tmp_path / "old.safetensors"
     fingerprint = load_backbone(small.backbone).fingerprint()
     about = {"backbone": str(small.backbone), "fingerprint": fingerprint, "task": "moods", "place": "after"}
-    interop.save_prompt(rows(0), old, about)
+    artifact.save_prompt(rows(0), old, about)
     report = recycle_prompt(old, str(wide.folder), tmp_path / "new" / "rows.safetensors")
     assert report["rows"] == [5, 24]
     predictor = load_predictor(tmp_path / "new" / "rows.safetensors", str(wide.folder))
@@ -102,14 +102,14 @@ def test_what_cannot_be_carried_over_is_refused_in_a_line(small, wide, tmp_path,
         recycle_prompt(tmp_path / "rows.npy", str(wide.folder), tmp_path / "a.npy")
     with pytest.raises(UserError, match=r"rows.npy: cannot be made \(.*\); expected a folder"):
         recycle_prompt(tmp_path / "rows.npy", "x", tmp_path / "rows.npy" / "a.safetensors", backbone="y")
-    monkeypatch.setattr("softprompt_jax.transfer.shared_pieces", lambda *_: np.zeros((3, 2), np.int64))
+    monkeypatch.setattr("softprompt_jax.analysis.transfer.shared_pieces", lambda *_: np.zeros((3, 2), np.int64))
     with pytest.raises(UserError, match="have 3 pieces in common; expected 16 or more"):
         recycle(rows(0), source, wide)
 
 
 def test_a_start_from_another_backbone_is_refused(refused, small, tmp_path, own_cache):
     values = np.zeros((4, 16), np.float32)
-    interop.save_prompt(values, tmp_path / "p.safetensors", {"backbone": "other", "fingerprint": "0" * 16})
+    artifact.save_prompt(values, tmp_path / "p.safetensors", {"backbone": "other", "fingerprint": "0" * 16})
     method = {"kind": "prompt", "length": 4, "init": {"kind": "file", "path": str(tmp_path / "p.safetensors")}}
     config = small_runs.write_config(tmp_path / "a.yaml", small.short | {"methods": [method]})
     said = refused("train", config, "--out", tmp_path / "run", "--quiet")

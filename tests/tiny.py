@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from softprompt_jax.backbone.pretrained import flatten, unflatten
-from softprompt_jax.backbone.t5 import T5, T5Settings, abstract
-from softprompt_jax.losses import cross_entropy
+from softprompt_jax.checkpoints.backbone import flatten, unflatten
 from softprompt_jax.methods.prompt import attach_rows
+from softprompt_jax.models.t5 import T5, T5Settings, abstract
+from softprompt_jax.optim.losses import cross_entropy
 
 ROWS = 50  # V: rows of the embedding table
 

@@ -9,11 +9,10 @@ import jax
 from flax import nnx
 from pydantic import Field
 
-from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.methods.adapter import Adapter
+from softprompt_jax.methods.base import Context, MethodSettings
 from softprompt_jax.methods.bias import Bias
 from softprompt_jax.methods.black_box import BlackBox
-from softprompt_jax.methods.contract import Context, MethodSettings
 from softprompt_jax.methods.full import Full
 from softprompt_jax.methods.hard import Hard
 from softprompt_jax.methods.ia3 import IA3
@@ -24,8 +23,9 @@ from softprompt_jax.methods.p_tuning import PTuning
 from softprompt_jax.methods.p_tuning_v2 import PTuningV2
 from softprompt_jax.methods.prefix import Prefix
 from softprompt_jax.methods.prompt import Prompt
-from softprompt_jax.methods.surgery import Split, Trainable, leaves, put_trained, split
+from softprompt_jax.methods.trainable import Split, Trainable, leaves, put_trained, split
 from softprompt_jax.methods.wayward import Wayward
+from softprompt_jax.models.t5 import T5
 
 __all__ = [
     "IA3",

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from pydantic import Field
 
-from softprompt_jax.backbone.t5 import ACTIVATIONS, T5, Linear
-from softprompt_jax.methods.contract import Context, MethodSettings
-from softprompt_jax.methods.surgery import Trainable, Wrapped, linear_of, replace
+from softprompt_jax.methods.base import Context, MethodSettings
+from softprompt_jax.methods.trainable import Trainable, Wrapped, linear_of, replace
+from softprompt_jax.models.t5 import ACTIVATIONS, T5, Linear
 
 _PLACES = {
     "houlsby": ["attention.output", "cross.output", "feed_forward.down"],

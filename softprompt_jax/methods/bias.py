@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 from pydantic import Field, model_validator
 
-from softprompt_jax.backbone.t5 import T5, Linear
 from softprompt_jax.config import UserError
-from softprompt_jax.methods.contract import Context, MethodSettings
-from softprompt_jax.methods.surgery import Trainable, Wrapped, linear_of, replace, thaw
+from softprompt_jax.methods.base import Context, MethodSettings
+from softprompt_jax.methods.trainable import Trainable, Wrapped, linear_of, replace, thaw
+from softprompt_jax.models.t5 import T5, Linear
 
 
 class Bias(MethodSettings):

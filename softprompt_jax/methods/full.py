@@ -6,10 +6,10 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
-from softprompt_jax.backbone.pretrained import names
-from softprompt_jax.backbone.t5 import T5
-from softprompt_jax.methods.contract import Context, MethodSettings
-from softprompt_jax.methods.surgery import thaw
+from softprompt_jax.checkpoints.backbone import names
+from softprompt_jax.methods.base import Context, MethodSettings
+from softprompt_jax.methods.trainable import thaw
+from softprompt_jax.models.t5 import T5
 
 
 class Full(MethodSettings):

@@ -12,12 +12,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field, field_validator
 
-from softprompt_jax import placement
-from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.config import UserError
-from softprompt_jax.methods.contract import Context, MethodSettings
+from softprompt_jax.methods import prompt_layout
+from softprompt_jax.methods.base import Context, MethodSettings
 from softprompt_jax.methods.prompt import PromptTable, embedding_scale
-from softprompt_jax.methods.surgery import Trainable
+from softprompt_jax.methods.trainable import Trainable
+from softprompt_jax.models.t5 import T5
 
 TEXT = "{text}"
 
@@ -54,7 +54,7 @@ class Hard(MethodSettings):
         sides = [context.encode(side.strip()) if side.strip() else [] for side in (before, after)]
         ids = [*sides[0], *sides[1]]
         place = "{text}".join(f"{{prompt:{len(side)}}}" if side else "" for side in sides)
-        placed = placement.place(place, len(ids), model.settings.vocabulary_rows, context.encode)
+        placed = prompt_layout.place(place, len(ids), model.settings.vocabulary_rows, context.encode)
         rows = range(model.settings.vocabulary_rows)
         words = context.word_ids or [i for i in rows if i not in context.special_ids]
         rows = model.embedding[...][jnp.asarray(ids)].astype(jnp.float32)
@@ -76,7 +76,9 @@ def words_of(template: str) -> list[str]:
 class HardPrompt(PromptTable):
     """P words as rows of the embedding, and the ids of the words that may take their places."""
 
-    def __init__(self, words: Float[Array, "P D"], known: Array, scale: float, place: str, placed: placement.Placement):
+    def __init__(
+        self, words: Float[Array, "P D"], known: Array, scale: float, place: str, placed: prompt_layout.Placement
+    ):
         self.words = Trainable(words, axes=("prompt", "embed"), learning_rate_scale=scale)
         self.known = nnx.Param(known, axes=("prompt",))
         self.place, self.placement = place, placed

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field, model_validator
 
-from softprompt_jax.backbone.t5 import T5, Linear, T5Settings
 from softprompt_jax.config import UserError
 from softprompt_jax.methods import peft_names
-from softprompt_jax.methods.contract import Context, MethodSettings, Tensors
-from softprompt_jax.methods.surgery import Trainable, Wrapped, kernel_shape, linear_of, linears, replace
+from softprompt_jax.methods.base import Context, MethodSettings, Tensors
+from softprompt_jax.methods.trainable import Trainable, Wrapped, kernel_shape, linear_of, linears, replace
+from softprompt_jax.models.t5 import T5, Linear, T5Settings
 
 
 class IA3(MethodSettings):

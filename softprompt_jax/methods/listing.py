@@ -9,10 +9,10 @@ import math
 import jax
 from flax import nnx
 
-from softprompt_jax.backbone.t5 import T5, T5Settings
 from softprompt_jax.config import UserError
 from softprompt_jax.methods import METHODS, Context, MethodSettings
-from softprompt_jax.methods.surgery import Trainable
+from softprompt_jax.methods.trainable import Trainable
+from softprompt_jax.models.t5 import T5, T5Settings
 
 _CONTEXT = Context(encode=lambda text: [0] * len(text.split()))  # a piece for each word
 _SMALL = {"d_model": 8, "d_kv": 4, "d_ff": 8, "num_heads": 2, "num_layers": 1, "num_decoder_layers": 1}

@@ -17,13 +17,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field, model_validator
 
-from softprompt_jax import placement
-from softprompt_jax.backbone.t5 import T5, T5Settings
 from softprompt_jax.config import UserError
-from softprompt_jax.methods.contract import Context, MethodSettings, Tensors
+from softprompt_jax.methods import prompt_layout
+from softprompt_jax.methods.base import Context, MethodSettings, Tensors
 from softprompt_jax.methods.prompt import T5_EMBEDDING_RMS, Placed, PromptTable, Uniform, embedding_scale
-from softprompt_jax.methods.surgery import Trainable
-from softprompt_jax.placement import Placement
+from softprompt_jax.methods.prompt_layout import Placement
+from softprompt_jax.methods.trainable import Trainable
+from softprompt_jax.models.t5 import T5, T5Settings
 
 PARTS = {  # by `combine`, what trains
     "product": ("shared", "columns", "rows"),
@@ -64,14 +64,14 @@ class Multitask(Placed):
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Give the model a prompt for each task."""
-        most = min(placement.rows(self.place, self.length), model.settings.d_model)
+        most = min(prompt_layout.rows(self.place, self.length), model.settings.d_model)
         if self.combine == "product" and self.rank > most:
             raise UserError(
                 f"methods: multitask rank {self.rank}; expected at most {most}, the lesser of the prompt's length and "
                 "its width; lower the rank"
             )
         count = self._count(context)
-        first, total = model.settings.vocabulary_rows, placement.rows(self.place, self.length)
+        first, total = model.settings.vocabulary_rows, prompt_layout.rows(self.place, self.length)
         alone = dataclasses.replace(context, tasks=())
         placed = self.placed(model, alone)
         if context.tasks:
@@ -170,7 +170,7 @@ class Multitask(Placed):
         settings, prompt = model.settings, model.prompt
         config = {
             "num_virtual_tokens": self.length,
-            "num_transformer_submodules": placement.rows(self.place, 1),
+            "num_transformer_submodules": prompt_layout.rows(self.place, 1),
             "token_dim": settings.d_model,
             "num_layers": settings.num_layers,
             "num_attention_heads": settings.num_heads,

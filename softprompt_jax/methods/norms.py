@@ -9,12 +9,12 @@ import numpy as np
 from flax import nnx
 from pydantic import Field
 
-from softprompt_jax.backbone.pretrained import flatten, names
-from softprompt_jax.backbone.t5 import T5, T5Settings
+from softprompt_jax.checkpoints.backbone import flatten, names
 from softprompt_jax.config import UserError
 from softprompt_jax.methods import peft_names
-from softprompt_jax.methods.contract import Context, MethodSettings, Tensors
-from softprompt_jax.methods.surgery import Trainable, matching, thaw
+from softprompt_jax.methods.base import Context, MethodSettings, Tensors
+from softprompt_jax.methods.trainable import Trainable, matching, thaw
+from softprompt_jax.models.t5 import T5, T5Settings
 
 
 class Norms(MethodSettings):

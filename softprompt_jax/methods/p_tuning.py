@@ -10,8 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field
 
-from softprompt_jax.backbone.t5 import T5, T5Settings
-from softprompt_jax.methods.contract import Context, MethodSettings, Tensors
+from softprompt_jax.methods.base import Context, MethodSettings, Tensors
 from softprompt_jax.methods.prompt import (
     T5_EMBEDDING_RMS,
     Placed,
@@ -21,8 +20,9 @@ from softprompt_jax.methods.prompt import (
     embedding_scale,
     peft_rows,
 )
-from softprompt_jax.methods.surgery import Trainable
-from softprompt_jax.placement import Placement, rows
+from softprompt_jax.methods.prompt_layout import Placement, rows
+from softprompt_jax.methods.trainable import Trainable
+from softprompt_jax.models.t5 import T5, T5Settings
 
 
 class PTuning(Placed):

@@ -11,13 +11,13 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from pydantic import Field
 
-from softprompt_jax import placement
-from softprompt_jax.backbone.t5 import T5, Stack
 from softprompt_jax.config import UserError
-from softprompt_jax.methods.contract import Context, MethodSettings
+from softprompt_jax.methods import prompt_layout
+from softprompt_jax.methods.base import Context, MethodSettings
 from softprompt_jax.methods.prefix import states
 from softprompt_jax.methods.prompt import Placed, SoftPrompt, Uniform, embedding_scale
-from softprompt_jax.methods.surgery import Trainable
+from softprompt_jax.methods.trainable import Trainable
+from softprompt_jax.models.t5 import T5, Stack
 
 
 class PTuningV2(Placed):
@@ -43,7 +43,7 @@ class PTuningV2(Placed):
             raise UserError("methods: two methods want prompts at every layer; expected one; remove the other")
         placed = self.placed(model, context)
         rows, scale = self.first_rows(model, key, context), embedding_scale(model)
-        every = placement.rows(self.place, self.length)  # rows of one task
+        every = prompt_layout.rows(self.place, self.length)  # rows of one task
         for stack, start in ((model.encoder, 0), (model.decoder, every - self.length)):
             here = self.place != "decoder" if stack is model.encoder else self.place in ("decoder", "both")
             if not here or stack.depth == 1:  # a first layer reads the prompt itself

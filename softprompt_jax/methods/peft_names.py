@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from softprompt_jax.backbone.pretrained import names
-from softprompt_jax.backbone.t5 import T5Settings
+from softprompt_jax.checkpoints.backbone import names
 from softprompt_jax.config import UserError
+from softprompt_jax.models.t5 import T5Settings
 
 _PREFIX = "base_model.model."
 # Of every adapter: where it comes from, and what the file's own tensors say better.

@@ -11,12 +11,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field, field_validator, model_validator
 
-from softprompt_jax.backbone.attention import Before
-from softprompt_jax.backbone.t5 import T5, Stack, T5Settings
 from softprompt_jax.config import UserError
-from softprompt_jax.methods.contract import Context, MethodSettings, Tensors
+from softprompt_jax.methods.base import Context, MethodSettings, Tensors
 from softprompt_jax.methods.prompt import Init, Labels, Vocabulary
-from softprompt_jax.methods.surgery import Trainable
+from softprompt_jax.methods.trainable import Trainable
+from softprompt_jax.models.attention import Before
+from softprompt_jax.models.t5 import T5, Stack, T5Settings
 
 Attended = Literal["encoder", "decoder", "cross"]
 Pair = tuple[Array, Array]  # keys and values

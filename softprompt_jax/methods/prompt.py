@@ -14,13 +14,13 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int
 from pydantic import BeforeValidator, Field, model_validator
 
-from softprompt_jax import placement
-from softprompt_jax.backbone.presets import published
-from softprompt_jax.backbone.t5 import T5, T5Settings
 from softprompt_jax.config import Settings, UserError
-from softprompt_jax.methods.contract import Context, MethodSettings, Tensors
-from softprompt_jax.methods.surgery import Trainable
-from softprompt_jax.placement import Placement
+from softprompt_jax.methods import prompt_layout
+from softprompt_jax.methods.base import Context, MethodSettings, Tensors
+from softprompt_jax.methods.prompt_layout import Placement
+from softprompt_jax.methods.trainable import Trainable
+from softprompt_jax.models.presets import published
+from softprompt_jax.models.t5 import T5, T5Settings
 
 T5_EMBEDDING_RMS = 10.7  # of the published T5s, for which the paper's widths and learning rate were found
 
@@ -120,7 +120,7 @@ class Placed(MethodSettings):
 
     @model_validator(mode="after")
     def _place_fits(self) -> Placed:
-        placement.check(self.place, self.length)
+        prompt_layout.check(self.place, self.length)
         return self
 
     def placed(self, model: T5, context: Context) -> Placement:
@@ -128,8 +128,8 @@ class Placed(MethodSettings):
         if model.prompt is not None:
             raise UserError("methods: two methods want the prompt; expected one; remove the other")
         first = model.settings.vocabulary_rows
-        placed = placement.place(self.place, self.length, first, context.encode)
-        rows = placement.rows(self.place, self.length)
+        placed = prompt_layout.place(self.place, self.length, first, context.encode)
+        rows = prompt_layout.rows(self.place, self.length)
         return placed.for_tasks(len(context.tasks), first, rows) if context.tasks else placed
 
     def first_rows(self, model: T5, key: jax.Array, context: Context) -> Float[Array, "*N P D"]:
@@ -138,7 +138,7 @@ class Placed(MethodSettings):
             alone = [dataclasses.replace(context, label_words=words, tasks=()) for words in context.tasks]
             return jnp.stack([self.first_rows(model, jax.random.fold_in(key, n), c) for n, c in enumerate(alone)])
         init = self.init or (Labels() if context.label_words else Vocabulary())
-        return init.rows(placement.rows(self.place, self.length), model, key, context)
+        return init.rows(prompt_layout.rows(self.place, self.length), model, key, context)
 
     def by_row(self, model: T5) -> Tensors:
         """Return nothing: rows are read like words, so that they differ anyway; refuse rows at every layer."""
@@ -146,7 +146,7 @@ class Placed(MethodSettings):
 
     def peft_rows(self, model: T5) -> tuple[dict[str, Any], Tensors]:
         """Return the rows as PEFT saves those of all its prompts; elsewhere than before the text is a UserError."""
-        if len(model.prompt.table()) > placement.rows(self.place, self.length):
+        if len(model.prompt.table()) > prompt_layout.rows(self.place, self.length):
             raise UserError("methods: a prompt for each task; expected one; export the files in the run's prompts/")
         if self.place != "before":
             raise UserError(
@@ -197,7 +197,7 @@ class PromptTable(nnx.Module):
     """What `model.prompt` is: `table()` gives the rows of the ids V onwards, `placement` says where those stand."""
 
     place: str
-    placement: Placement
+    prompt_layout: Placement
 
     def table(self) -> Float[Array, "P D"]:
         """Return all rows, in float32."""
@@ -235,7 +235,7 @@ class SoftPrompt(PromptTable):
         self.rows = Trainable(
             jnp.asarray(rows, jnp.float32), axes=("prompt", "embed"), learning_rate_scale=learning_rate_scale
         )
-        self.place, self.placement = place, placement or Placement()
+        self.place, self.placement = place, prompt_layout or Placement()
 
     def table(self) -> Float[Array, "NP D"]:
         rows = self.rows[...]
@@ -274,8 +274,8 @@ def attach_rows(
             "the width of this backbone; use a prompt that was trained on it"
         )
     try:
-        length = len(rows) // placement.rows(place, 1)
-        placed = placement.place(place, length, model.settings.vocabulary_rows, encode or _no_anchors)
+        length = len(rows) // prompt_layout.rows(place, 1)
+        placed = prompt_layout.place(place, length, model.settings.vocabulary_rows, encode or _no_anchors)
     except ValueError as error:
         raise UserError(f"prompt: {error}") from None
     model.prompt = SoftPrompt(rows, 1.0, place, placed)

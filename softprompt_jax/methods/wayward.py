@@ -10,12 +10,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field
 
-from softprompt_jax import placement
-from softprompt_jax.backbone.t5 import T5
 from softprompt_jax.config import UserError
-from softprompt_jax.methods.contract import Context, MethodSettings
+from softprompt_jax.methods import prompt_layout
+from softprompt_jax.methods.base import Context, MethodSettings
 from softprompt_jax.methods.prompt import Placed, Prompt, SoftPrompt, Text, Uniform, embedding_scale
-from softprompt_jax.placement import Placement
+from softprompt_jax.methods.prompt_layout import Placement
+from softprompt_jax.models.t5 import T5
 
 
 class Wayward(Placed):
@@ -36,7 +36,7 @@ class Wayward(Placed):
         placed = self.placed(model, context)
         if context.tasks:
             raise UserError("methods: wayward has one text for all tasks; expected prompts: shared")
-        words = Text(text=self.text).rows(placement.rows(self.place, self.length), model, key, context)
+        words = Text(text=self.text).rows(prompt_layout.rows(self.place, self.length), model, key, context)
         rows = words if self.init is None else self.first_rows(model, key, context)
         model.prompt = WaywardPrompt(rows, words, embedding_scale(model), self.place, placed)
 

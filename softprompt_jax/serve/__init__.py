@@ -16,9 +16,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from softprompt_jax.backbone.quantized import Quantization
-from softprompt_jax.bank import PromptBank
 from softprompt_jax.config import UserError, parse
+from softprompt_jax.inference.bank import PromptBank
+from softprompt_jax.models.quantized import Quantization
 from softprompt_jax.serve.engine import Engine
 from softprompt_jax.serve.limits import Limits
 

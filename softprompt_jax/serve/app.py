@@ -15,7 +15,7 @@ from softprompt_jax import config
 from softprompt_jax.config import UserError
 from softprompt_jax.serve.engine import Engine, Job
 from softprompt_jax.serve.limits import Refused
-from softprompt_jax.serve.measures import Measures
+from softprompt_jax.serve.metrics import Measures
 from softprompt_jax.serve.requests import Request, Texts, job, told
 
 _PAGE = Path(__file__).parent / "page"

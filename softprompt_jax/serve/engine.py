@@ -21,9 +21,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from softprompt_jax.backbone import by_row, decode, slots
-from softprompt_jax.bank import PromptBank
-from softprompt_jax.on_device import Stored, Structure
+from softprompt_jax.inference.bank import PromptBank
+from softprompt_jax.inference.prompt_cache import Stored, Structure
+from softprompt_jax.models import continuous_batching, decode, per_example
 from softprompt_jax.serve.limits import Limits, Refused
 
 JOINED = 8  # requests that are encoded together
@@ -87,7 +87,7 @@ class Engine:
         self.ring = limits.max_tokens + self.decoder_rows
         longest = limits.max_input_tokens + limits.max_prompt_rows
         self.lengths = [length for length in (_SHORTEST * 4**n for n in range(12)) if length < longest] + [longest]
-        self._before = sum(by_row.lengths(bank.device.entries([])[0], "cross"))  # keys of prefixes
+        self._before = sum(per_example.lengths(bank.device.entries([])[0], "cross"))  # keys of prefixes
         self.tokens = 0  # written so far
         self._rows = sorted({max(1, limits.slots // 8), limits.slots})
         self._wake = threading.Condition()
@@ -347,9 +347,9 @@ class Engine:
         return np.asarray(jax.random.key_data(split))
 
 
-def _nothing_wanted(size: int, ring: int) -> slots.Wanted:
+def _nothing_wanted(size: int, ring: int) -> continuous_batching.Wanted:
     zeros = np.zeros(size, np.int32)
-    return slots.Wanted(
+    return continuous_batching.Wanted(
         zeros,  # type: ignore[arg-type]
         np.zeros((size, ring), np.int32),  # type: ignore[arg-type]
         np.zeros((size, 2), np.uint32),  # type: ignore[arg-type]
@@ -361,9 +361,18 @@ def _nothing_wanted(size: int, ring: int) -> slots.Wanted:
 
 @functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
 def _empty(
-    structure: Structure, table: Any, frozen: Any, size: int, ring: int, length: int, tables: by_row.Rows, entries: Any
-) -> slots.Slots:
-    return slots.empty(structure.merge(table, frozen), size, ring, length, by_row.gathered(tables, entries))
+    structure: Structure,
+    table: Any,
+    frozen: Any,
+    size: int,
+    ring: int,
+    length: int,
+    tables: per_example.Rows,
+    entries: Any,
+) -> continuous_batching.Slots:
+    return continuous_batching.empty(
+        structure.merge(table, frozen), size, ring, length, per_example.gathered(tables, entries)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
@@ -371,21 +380,23 @@ def _join(
     structure: Structure,
     table: Any,
     frozen: Any,
-    state: slots.Slots,
-    tables: by_row.Rows,
+    state: continuous_batching.Slots,
+    tables: per_example.Rows,
     entries: Any,
     *arguments: Any,
-) -> slots.Slots:
-    return slots.join(structure.merge(table, frozen), state, by_row.gathered(tables, entries), *arguments)
+) -> continuous_batching.Slots:
+    return continuous_batching.join(
+        structure.merge(table, frozen), state, per_example.gathered(tables, entries), *arguments
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=3)
 def _advance(
-    structure: Structure, table: Any, frozen: Any, state: slots.Slots, steps: Any, rows: int, length: int
+    structure: Structure, table: Any, frozen: Any, state: continuous_batching.Slots, steps: Any, rows: int, length: int
 ) -> Any:
-    return slots.advance(structure.merge(table, frozen), state, steps, rows, length)
+    return continuous_batching.advance(structure.merge(table, frozen), state, steps, rows, length)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _leave(state: slots.Slots, which: Any) -> slots.Slots:
-    return slots.leave(state, which)
+def _leave(state: continuous_batching.Slots, which: Any) -> continuous_batching.Slots:
+    return continuous_batching.leave(state, which)

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
-from softprompt_jax.backbone.decode import EOS, Greedy, Sampling
 from softprompt_jax.config import Settings, UserError
+from softprompt_jax.models.decode import EOS, Greedy, Sampling
 from softprompt_jax.serve.engine import Answer, Engine, Job
 from softprompt_jax.serve.limits import Refused
 

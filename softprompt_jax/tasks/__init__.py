@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from softprompt_jax.config import UserError, nearest, parse
+from softprompt_jax.data.seqio_source import Seqio
+from softprompt_jax.data.task import SEQIO, Example, Task, load, splits
 from softprompt_jax.tasks import (
     generation,
     glue,
@@ -20,8 +22,6 @@ from softprompt_jax.tasks import (
     spam,
     superglue,
 )
-from softprompt_jax.tasks.seqio_source import Seqio
-from softprompt_jax.tasks.task import SEQIO, Example, Task, load, splits
 
 __all__ = ["Example", "Task", "complete", "get", "load", "names", "resolve", "splits"]
 

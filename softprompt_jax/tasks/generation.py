@@ -6,8 +6,8 @@ conversion to parquet is read), /wmt/wmt14 and /wmt/wmt16 (a field `translation`
 
 from __future__ import annotations
 
-from softprompt_jax.tasks.sources import Hub
-from softprompt_jax.tasks.task import Task
+from softprompt_jax.data.sources import Hub
+from softprompt_jax.data.task import Task
 
 _ROUGE = ["rouge1", "rouge2", "rougeLsum"]
 _LANGUAGES = {"cs": "Czech", "de": "German", "en": "English", "fr": "French", "ro": "Romanian", "ru": "Russian"}

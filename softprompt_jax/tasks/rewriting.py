@@ -11,8 +11,8 @@ import re
 from typing import Any
 
 from softprompt_jax.config import UserError
-from softprompt_jax.tasks.packages import Package, reader, split_rows
-from softprompt_jax.tasks.task import Task
+from softprompt_jax.data.packages import Package, reader, split_rows
+from softprompt_jax.data.task import Task
 
 _MEMBERS = {name: f"pythonbible_{name}/plain_text_readers_bible.py" for name in ("kjv", "web")}
 _SHA256 = {

@@ -11,8 +11,8 @@ import html
 from typing import Any
 
 from softprompt_jax.config import UserError
-from softprompt_jax.tasks.packages import Package, reader, split_rows, without_duplicates
-from softprompt_jax.tasks.task import Task
+from softprompt_jax.data.packages import Package, reader, split_rows, without_duplicates
+from softprompt_jax.data.task import Task
 
 LEAST_RATING = 0.5
 _MEMBER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz!hutto_ICWSM_2014/{}_GroundTruth.txt"

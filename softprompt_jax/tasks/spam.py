@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from softprompt_jax.tasks.packages import Package, reader, split_rows, without_duplicates
-from softprompt_jax.tasks.task import Task
+from softprompt_jax.data.packages import Package, reader, split_rows, without_duplicates
+from softprompt_jax.data.task import Task
 
 
 @reader("sms")

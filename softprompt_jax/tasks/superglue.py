@@ -13,9 +13,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from softprompt_jax.tasks.preparations import Row, postprocessor, preparation
-from softprompt_jax.tasks.sources import Hub
-from softprompt_jax.tasks.task import Task
+from softprompt_jax.data.preprocessors import Row, postprocessor, preparation
+from softprompt_jax.data.sources import Hub
+from softprompt_jax.data.task import Task
 
 _NO_YES = ("False", "True")
 _ENTAILMENT = ("entailment", "not_entailment")

@@ -22,9 +22,9 @@ from typing import Any
 import texts
 
 from softprompt_jax import config, load_run, train
-from softprompt_jax.backbone.pretrained import EMBEDDED
-from softprompt_jax.exporting import export
-from softprompt_jax.interop import dump
+from softprompt_jax.checkpoints.artifact import dump
+from softprompt_jax.checkpoints.backbone import EMBEDDED
+from softprompt_jax.export.export import export
 from softprompt_jax.progress import Reporter
 from softprompt_jax.run import Run
 

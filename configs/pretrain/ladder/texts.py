@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from softprompt_jax.tasks.packages import Package, fetch_members
+from softprompt_jax.data.packages import Package, fetch_members
 
 GARBLED = ('"?', "\ufffd")  # what is left of quotation marks in some articles
 

@@ -1,0 +1,363 @@
+"""Read prompts back: what rows are near to, how far they went, what they share (Lester et al., 2021, section 7)."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from softprompt_jax import config
+from softprompt_jax.analysis.page import COLOURS, Page
+from softprompt_jax.analysis.transfer import similarity
+from softprompt_jax.assembly import assemble
+from softprompt_jax.checkpoints import artifact
+from softprompt_jax.checkpoints.backbone import Backbone, load_backbone
+from softprompt_jax.config import UserError, values_hash
+from softprompt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from softprompt_jax.run import MACHINE, Run
+
+_ALIKE = 0.5  # cosine from which two rows belong to a cluster
+_RANDOM = 200  # random vectors that the prompt's rows are compared with
+
+
+@dataclasses.dataclass(frozen=True)
+class Vocabulary:
+    """The pieces of a backbone that are text, with their rows."""
+
+    ids: Int[np.ndarray, " W"]
+    rows: Float[np.ndarray, "W D"]
+    pieces: list[str]
+
+    @classmethod
+    def of(cls, backbone: Backbone, tokenizer: Tokenizer) -> Vocabulary:
+        """Leave out special tokens, sentinels and rows that no piece has."""
+        table = np.asarray(backbone.model.embedding[...]).astype(np.float32)
+        ids = np.array([i for i in range(min(tokenizer.size, len(table))) if i not in tokenizer.special_ids])
+        return cls(ids, table[ids], [tokenizer.pieces[i] for i in ids])
+
+    def nearest(
+        self, rows: Float[np.ndarray, "P D"], count: int, cosine: bool
+    ) -> tuple[Int[np.ndarray, "P n"], Float[np.ndarray, "P n"]]:
+        """Return places in the vocabulary of the nearest rows, and their cosines or distances, the nearest first."""
+        if cosine:
+            values = directions(rows) @ directions(self.rows).T
+            order = np.argsort(-values, axis=1, kind="stable")[:, :count]
+        else:
+            squares = (rows**2).sum(1)[:, None] - 2 * rows @ self.rows.T + (self.rows**2).sum(1)
+            values = np.sqrt(np.maximum(squares, 0))
+            order = np.argsort(values, axis=1, kind="stable")[:, :count]
+        return order, np.take_along_axis(values, order, 1)
+
+    def tightness(self, neighbours: Int[np.ndarray, "P n"]) -> Float[np.ndarray, " P"]:
+        """Return the mean cosine between the neighbours of each row: near 1 if they mean nearly the same."""
+        unit = directions(self.rows[neighbours])
+        count = neighbours.shape[1]
+        return ((unit @ unit.swapaxes(1, 2)).sum((1, 2)) - count) / (count * (count - 1))
+
+
+def inspect(
+    sources: Sequence[str | Path], backbone: str | None = None, neighbours: int = 5, any_backbone: bool = False
+) -> dict[str, Any]:
+    """Describe prompts (run folders or files) of one backbone: each by itself, and how far they are from each other.
+
+    Of each prompt: norms beside those of the vocabulary; for each row the nearest pieces by cosine and by Euclid's
+    distance, how tight these form a cluster (their mean cosine; also that of random vectors' neighbours), and its
+    distance from where it started; clusters of rows; pieces that are nearest to several rows; the label words of
+    which a piece is among the neighbours of a row. `start` is None where the start cannot be made again.
+    """
+    if neighbours < 2:
+        raise UserError(f"inspect: found {neighbours} neighbours; expected 2 or more, which can form a cluster")
+    read = [(str(source), *artifact.read_prompt(source)) for source in sources]
+    runs = [_run(source, metadata) for source, _, metadata in read]
+    says = [
+        metadata.get("backbone") if run is None else run.backbone
+        for (_, _, metadata), run in zip(read, runs, strict=True)
+    ]
+    named = backbone or next((name for name in says if name is not None), None)
+    if not isinstance(named, str):
+        raise UserError(f"{read[0][0]}: says no backbone; expected one; add --backbone with a folder or hub name")
+    loaded = load_backbone(named, next((run.dtype for run in runs if run is not None), "float32"))
+    tokenizer = load_tokenizer(loaded.folder)
+    words, described = Vocabulary.of(loaded, tokenizer), []
+    for (source, rows, metadata), run in zip(read, runs, strict=True):
+        if rows.shape[1] != words.rows.shape[1]:
+            raise UserError(
+                f"{source}: rows of width {rows.shape[1]}; expected {words.rows.shape[1]}, that of backbone {named}"
+            )
+        if not any_backbone:
+            artifact.check_backbone(metadata, loaded.model, source, named)
+        start = _start(run, metadata, loaded) if rows.shape[0] else None
+        start = start if start is not None and start.shape == rows.shape else None
+        described.append({"source": source} | _prompt(rows, words, tokenizer, run, start, neighbours))
+    norms = np.linalg.norm(words.rows, axis=1)
+    random = np.random.default_rng(0).normal(size=(_RANDOM, words.rows.shape[1])).astype(np.float32)
+    return {
+        "backbone": named,
+        "vocabulary": {
+            "pieces": len(words.pieces),
+            "norm": _spread(norms),
+            "random_tightness": float(words.tightness(words.nearest(random, neighbours, True)[0]).mean()),
+        },
+        "prompts": described,
+        "between": [
+            _between(described[i], described[j], read[i][1], read[j][1])
+            for i, j in itertools.combinations(range(len(read)), 2)
+        ],
+    }
+
+
+def _prompt(
+    rows: Float[np.ndarray, "P D"],
+    words: Vocabulary,
+    tokenizer: Tokenizer,
+    run: Run | None,
+    start: Float[np.ndarray, "P D"] | None,
+    count: int,
+) -> dict[str, Any]:
+    near, cosines = words.nearest(rows, count, cosine=True)
+    close, distances = words.nearest(rows, count, cosine=False)
+    tight, norms = words.tightness(near), np.linalg.norm(rows, axis=1)
+    lines = []
+    for row in range(len(rows)):
+        line: dict[str, Any] = {
+            "norm": float(norms[row]),
+            "cosine": [[words.pieces[i], float(c)] for i, c in zip(near[row], cosines[row], strict=True)],
+            "euclid": [[words.pieces[i], float(d)] for i, d in zip(close[row], distances[row], strict=True)],
+            "tightness": float(tight[row]),
+        }
+        if start is not None:
+            line["from_start"] = float(np.linalg.norm(rows[row] - start[row]))
+            line["cosine_to_start"] = float((directions(rows[row]) * directions(start[row])).sum())
+        lines.append(line)
+    first: dict[str, list[int]] = {}
+    for row, place in enumerate(near[:, 0].tolist()):
+        first.setdefault(words.pieces[place], []).append(row)
+    return {
+        "length": len(rows),
+        "norm": _spread(norms),
+        "tightness": float(tight.mean()),
+        "nearest_pieces": len(first),
+        "shared_neighbours": {piece: found for piece, found in first.items() if len(found) > 1},
+        "clusters": clusters(rows),
+        "labels": _labels(words.ids[near], tokenizer, run),
+        "start": None
+        if start is None
+        else {
+            "distance": float(np.mean([line["from_start"] for line in lines])),
+            "cosine": float(np.mean([line["cosine_to_start"] for line in lines])),
+            "norm": _spread(np.linalg.norm(start, axis=1)),
+        },
+        "rows": lines,
+        "plane": plane(rows).tolist(),
+    }
+
+
+def _labels(near: Int[np.ndarray, "P n"], tokenizer: Tokenizer, run: Run | None) -> dict[str, Any] | None:
+    """Say which label words have a piece among the neighbours of a row."""
+    labels = list(dict.fromkeys(word for task in (run.tasks if run else []) for word in task.words or ()))
+    if not labels:
+        return None
+    found = {}
+    for word in labels:
+        rows = np.flatnonzero(np.isin(near, tokenizer.encode(word)).any(1))
+        found[word] = rows.tolist()
+    return {"survive": sum(bool(rows) for rows in found.values()), "of": len(labels), "rows": found}
+
+
+def _between(
+    one: dict, other: dict, rows: Float[np.ndarray, "P D"], others: Float[np.ndarray, "Q D"]
+) -> dict[str, Any]:
+    pieces = [{line["cosine"][0][0] for line in prompt["rows"]} for prompt in (one, other)]
+    return {
+        "prompts": [one["source"], other["source"]],
+        "cosine_of_means": similarity(rows, others, "mean"),
+        "mean_cosine_of_rows": similarity(rows, others, "rows"),
+        "distance": float(np.linalg.norm(rows - others, axis=1).mean()) if rows.shape == others.shape else None,
+        "pieces_in_common": len(pieces[0] & pieces[1]) / len(pieces[0] | pieces[1]),
+    }
+
+
+def clusters(rows: Float[np.ndarray, "P D"]) -> list[list[int]]:
+    """Return groups of two or more rows that hang together by cosines of 0.5 and more, the largest first."""
+    from scipy.sparse.csgraph import connected_components
+
+    unit = directions(rows)
+    _, group = connected_components(unit @ unit.T >= _ALIKE, directed=False)
+    members = [np.flatnonzero(group == number).tolist() for number in range(group.max() + 1)]
+    return sorted((found for found in members if len(found) > 1), key=lambda found: (-len(found), found))
+
+
+def plane(rows: Float[np.ndarray, "P D"]) -> Float[np.ndarray, "P 2"]:
+    """Return the rows on the two directions in which they differ most (principal components)."""
+    centred = rows - rows.mean(0)
+    _, _, axes = np.linalg.svd(np.pad(centred, ((0, max(0, 2 - len(rows))), (0, 0))), full_matrices=False)
+    return centred @ axes[:2].T
+
+
+def directions(rows: Float[np.ndarray, "*P D"]) -> Float[np.ndarray, "*P D"]:
+    """Return rows of length 1; a row of zeros stays."""
+    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return rows / np.where(norms == 0, 1, norms)
+
+
+def _spread(values: Float[np.ndarray, " n"]) -> dict[str, float]:
+    return {"mean": float(values.mean()), "least": float(values.min()), "most": float(values.max())}
+
+
+def _run(source: str, metadata: dict[str, str]) -> Run | None:
+    try:
+        return config.parse(Run, json.loads(metadata["settings"]), source) if "settings" in metadata else None
+    except ValueError as error:
+        raise UserError(
+            f"{source}: its settings are not JSON ({error}); expected those of a run; export again"
+        ) from None
+
+
+def _start(run: Run | None, metadata: dict[str, str], backbone: Backbone) -> Float[np.ndarray, "P D"] | None:
+    """Return the rows that training began with, made again from the settings; None where that cannot be."""
+    if run is None:
+        return None
+    saved = {name: value for name, value in json.loads(metadata["settings"]).items() if name not in MACHINE}
+    if metadata.get("settings_hash") != values_hash(saved):
+        return None  # not all of its run's prompt, such as that of one of a mixture's tasks
+    try:
+        prompt = assemble(run.model_copy(update={"quantize": None}), backbone).model.prompt
+    except UserError:  # a file that it began with is gone
+        return None
+    return np.asarray(prompt.table())
+
+
+# ------------------------------------------------------------------------------------------------ as text and a page
+
+
+def describe(result: dict[str, Any]) -> Iterator[str]:
+    """Yield what `inspect` found as lines."""
+    words = result["vocabulary"]
+    yield f"backbone {result['backbone']}: {words['pieces']} pieces, norm {_range(words['norm'])}"
+    for prompt in result["prompts"]:
+        yield f"{prompt['source']}: {prompt['length']} rows, norm {_range(prompt['norm'])}"
+        yield from (f"  {line}" for line in findings(prompt, words))
+        for number, line in enumerate(prompt["rows"]):
+            near = ", ".join(f"{piece} {value:.2f}" for piece, value in line["cosine"])
+            close = ", ".join(f"{piece} {value:.3g}" for piece, value in line["euclid"])
+            yield f"  row {number:3}  norm {line['norm']:.4g}  cosine: {near}  Euclid: {close}"
+    for pair in result["between"]:
+        distance = "" if pair["distance"] is None else f", mean distance of rows {pair['distance']:.4g}"
+        yield (
+            f"{' and '.join(pair['prompts'])}: cosine of means {pair['cosine_of_means']:.3f}{distance}, "
+            f"{pair['pieces_in_common']:.0%} of nearest pieces in common"
+        )
+
+
+def findings(prompt: dict[str, Any], words: dict[str, Any]) -> Iterator[str]:
+    """Yield what stands out in one prompt, a sentence each."""
+    yield (
+        f"neighbours of a row have a mean cosine of {prompt['tightness']:.2f} to each other, "
+        f"those of random vectors {words['random_tightness']:.2f}"
+    )
+    shared = sum(map(len, prompt["shared_neighbours"].values()))
+    yield f"{prompt['nearest_pieces']} different nearest pieces; {shared} rows share theirs with another row"
+    grouped = ", ".join(str(len(rows)) for rows in prompt["clusters"]) or "none"
+    yield f"clusters of rows with a cosine of {_ALIKE} and more: {grouped}"
+    if (labels := prompt["labels"]) is not None:
+        where = "; ".join(f"{word}: row {', '.join(map(str, rows))}" for word, rows in labels["rows"].items() if rows)
+        yield f"{labels['survive']} of {labels['of']} label words are among the neighbours" + (
+            f" ({where})" if where else ""
+        )
+    if (start := prompt["start"]) is not None:
+        yield f"from its start: mean distance {start['distance']:.4g}, mean cosine {start['cosine']:.3f}"
+
+
+def _range(spread: dict[str, float]) -> str:
+    return f"{spread['mean']:.4g} ({spread['least']:.4g} to {spread['most']:.4g})"
+
+
+def write_page(result: dict[str, Any], to: str | Path) -> list[Path]:
+    """Write what `inspect` found as `index.html` with plots, and as `inspect.json`; return the files."""
+    folder = Path(to)
+    page = Page("Prompts read back", folder)
+    words, prompts = result["vocabulary"], result["prompts"]
+    page.text(
+        f"Backbone {result['backbone']}: {words['pieces']} pieces of text with a mean norm of "
+        f"{words['norm']['mean']:.4g}. Neighbours are pieces of its vocabulary; the tightness of a row is their mean "
+        f"cosine to each other (random vectors: {words['random_tightness']:.2f})."
+    )
+    names = [prompt["source"] for prompt in prompts]
+    page.table(
+        ["prompt", "rows", "norm", "tightness", "nearest pieces", "labels that survive", "from start", "cosine to it"],
+        [
+            [
+                prompt["source"], prompt["length"], prompt["norm"]["mean"], prompt["tightness"],
+                prompt["nearest_pieces"],
+                prompt["labels"] and f"{prompt['labels']['survive']} of {prompt['labels']['of']}",
+                prompt["start"] and prompt["start"]["distance"], prompt["start"] and prompt["start"]["cosine"],
+            ]
+            for prompt in prompts
+        ],
+    )  # fmt: skip
+    axes = page.figure("norms", f"Norm of each row of {', '.join(names)}, and the vocabulary's mean")
+    for prompt, colour in zip(prompts, itertools.cycle(COLOURS), strict=False):
+        axes.plot([line["norm"] for line in prompt["rows"]], ".-", color=colour, label=prompt["source"])
+    axes.axhline(words["norm"]["mean"], color="#9aa8b7", linestyle="--", label="mean of the vocabulary")
+    axes.set(xlabel="row", ylabel="norm", ylim=(0, None))
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.legend(fontsize=8)
+    for number, prompt in enumerate(prompts):
+        _section(page, prompt, words, f"prompt{number}")
+    if result["between"]:
+        page.heading("Between prompts")
+        page.table(
+            ["prompts", "cosine of means", "mean cosine of rows", "mean distance of rows", "nearest pieces in common"],
+            [
+                [" and ".join(pair["prompts"]), pair["cosine_of_means"], pair["mean_cosine_of_rows"], pair["distance"],
+                 f"{pair['pieces_in_common']:.0%}"]
+                for pair in result["between"]
+            ],
+        )  # fmt: skip
+    written = page.write()
+    artifact.dump(result, folder / "inspect.json")
+    return [*written, folder / "inspect.json"]
+
+
+def _section(page: Page, prompt: dict[str, Any], words: dict[str, Any], name: str) -> None:
+    """Add one prompt: what stands out, its rows on a plane, its table."""
+    page.heading(prompt["source"])
+    for line in findings(prompt, words):
+        page.text(f"{line[0].upper()}{line[1:]}.")
+    axes = page.figure(f"{name}_rows", f"The rows of {prompt['source']} on their two principal components", 9.0, 4.2)
+    group = {row: number for number, rows in enumerate(prompt["clusters"]) for row in rows}
+    for row, (x, y) in enumerate(prompt["plane"]):
+        colour = COLOURS[group[row] % len(COLOURS)] if row in group else "#9aa8b7"
+        axes.plot(x, y, "o", color=colour, markersize=4)
+        piece = prompt["rows"][row]["cosine"][0][0].replace("▁", "_")
+        label = f"{row} {piece}" if piece.isascii() else str(row)  # the plot's font has few other scripts
+        axes.annotate(label.replace("$", r"\$"), (x, y), xytext=(4, 2), textcoords="offset points", fontsize=7)
+    axes.set(
+        xlabel="first principal component", ylabel="second", title="rows, with the nearest piece; colours: clusters"
+    )
+    if prompt["shared_neighbours"]:
+        shared = sorted(prompt["shared_neighbours"].items(), key=lambda item: -len(item[1]))
+        page.table(
+            ["piece nearest to several rows", "rows"], [[piece, ", ".join(map(str, rows))] for piece, rows in shared]
+        )
+    started = prompt["start"] is not None
+    page.table(
+        ["row", "norm", "nearest by cosine", "nearest by Euclid", "tightness", *(["from start"] * started)],
+        [
+            [
+                number,
+                line["norm"],
+                ", ".join(f"{piece} {value:.2f}" for piece, value in line["cosine"]),
+                ", ".join(f"{piece} {value:.3g}" for piece, value in line["euclid"]),
+                line["tightness"],
+                *([line["from_start"]] * started),
+            ]
+            for number, line in enumerate(prompt["rows"])
+        ],
+    )

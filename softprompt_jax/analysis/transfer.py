@@ -1,0 +1,191 @@
+"""Prompts of other tasks and of other backbones: how alike they are, and how they are carried over."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from softprompt_jax.checkpoints import artifact
+from softprompt_jax.checkpoints.backbone import Backbone, load_backbone
+from softprompt_jax.config import UserError
+from softprompt_jax.data.tokenizer import load_tokenizer
+
+Measure = Literal["mean", "rows"]
+Map = Literal["linear", "network"]
+FEWEST = 16  # pieces in common with which a map is fitted at all
+HELD_OUT = 10  # every how manyth piece only measures the map
+
+# --------------------------------------------------------------------------------------------- SPoT
+
+
+def similarity(one: Float[np.ndarray, "P D"], other: Float[np.ndarray, "Q E"], measure: Measure = "mean") -> float:
+    """Return how alike two prompts of one backbone are, from -1 to 1.
+
+    "mean": the cosine of the prompts' mean rows; "rows": the mean cosine of all pairs of rows. Prompts of equal tasks
+    need not have their rows in the same order. Source: Vu et al., 2022, section 5.
+    """
+    if one.shape[1] != other.shape[1]:
+        raise UserError(f"prompts: found widths {one.shape[1]} and {other.shape[1]}; expected prompts of one backbone")
+    if measure == "mean":
+        one, other = one.mean(0, keepdims=True), other.mean(0, keepdims=True)
+    return float(np.mean(_directions(one) @ _directions(other).T))
+
+
+def rank_sources(
+    target: str | Path, sources: Sequence[str | Path], measure: Measure = "mean"
+) -> list[dict[str, str | float]]:
+    """Rank prompts of other tasks by how alike they are to a target's, the best to start from first.
+
+    Each is a run folder or a prompt file; train the target's own prompt for a few steps first. Start from the best with
+    `methods: [{kind: prompt, init: {kind: file, path: SOURCE}}]`. Errors: UserError for prompts of unlike backbones.
+    Source: SPoT (Vu et al., 2022).
+    """
+    rows, metadata = artifact.read_prompt(target)
+    ranked = []
+    for source in sources:
+        other, about = artifact.read_prompt(source)
+        known = {"this": metadata.get("fingerprint"), "that": about.get("fingerprint")}
+        if None not in known.values() and known["this"] != known["that"]:
+            raise UserError(
+                f"{source}: trained on backbone {about.get('backbone', '?')}, {target} on another; "
+                "expected one backbone; carry the prompt over with `softprompt recycle` first"
+            )
+        try:
+            alike = similarity(rows, other, measure)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
+        ranked.append({"source": str(source), "task": about.get("task", ""), "similarity": alike})
+    return sorted(ranked, key=lambda entry: -entry["similarity"])  # type: ignore[operator,return-value]
+
+
+def _directions(rows: np.ndarray) -> np.ndarray:
+    rows = rows.astype(np.float64)
+    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+
+
+# ---------------------------------------------------------------------------------------- recycling
+
+
+@dataclasses.dataclass(frozen=True)
+class Recycled:
+    """A prompt that was carried over; `error` is the map's on pieces it has not seen, 1 for one that knows nothing."""
+
+    rows: Float[np.ndarray, "P E"]
+    pieces: int
+    error: float
+
+
+def recycle(
+    rows: Float[np.ndarray, "P D"], source: Backbone, target: Backbone, kind: Map = "linear", seed: int = 0
+) -> Recycled:
+    """Carry a prompt from one backbone to another, by a map fitted on the pieces that both vocabularies have.
+
+    "linear" is the least-squares solution; "network" has a hidden layer of four times the width. An error near 1 means
+    that the map knows no more than the mean. Errors: UserError for a prompt of another width, and for vocabularies with
+    hardly a piece in common. Source: Lester et al., 2022.
+    """
+    if rows.shape[1] != source.settings.d_model:
+        raise UserError(
+            f"prompt: found width {rows.shape[1]}; expected {source.settings.d_model}, that of {source.identity}; "
+            "give the backbone that it was trained on"
+        )
+    ids = shared_pieces(source, target)
+    if len(ids) < FEWEST:
+        raise UserError(
+            f"{source.identity} and {target.identity}: have {len(ids)} pieces in common; expected {FEWEST} or more, "
+            "from which the map is fitted"
+        )
+    x, y = (
+        np.asarray(backbone.model.embedding[...][ids[:, side]], np.float32)
+        for side, backbone in enumerate((source, target))
+    )
+    scales = [float(np.sqrt(np.mean(np.square(side)))) for side in (x, y)]
+    x, y = x / scales[0], y / scales[1]
+    seen = np.arange(len(ids)) % HELD_OUT != HELD_OUT - 1
+    fitted = _fit_linear(x[seen], y[seen]) if kind == "linear" else _fit_network(x[seen], y[seen], seed)
+    missed = np.mean(np.square(fitted(x[~seen]) - y[~seen])) / np.mean(np.square(y[~seen] - y.mean(0)))
+    return Recycled(fitted(rows / scales[0]) * scales[1], len(ids), float(missed))
+
+
+def recycle_prompt(
+    prompt: str | Path, onto: str, to: str | Path, kind: Map = "linear", backbone: str | None = None
+) -> dict[str, Any]:
+    """Carry a prompt file or a run's prompt over to the backbone `onto`, and write it to the file `to`.
+
+    `backbone`: the one that it was trained on, if the file does not say. Returns the pieces and the error of the map.
+    """
+    to = Path(to)
+    if to.suffix != ".safetensors":
+        raise UserError(f"{to}: ends in {to.suffix!r}; expected a file name ending in .safetensors")
+    rows, metadata = artifact.read_prompt(prompt)
+    known = backbone or metadata.get("backbone")
+    if known is None:
+        raise UserError(f"{prompt}: says no backbone; expected the one that it was trained on; add --backbone")
+    try:
+        to.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{to.parent}: cannot be made ({error.strerror}); expected a folder") from None
+    source, target = load_backbone(known), load_backbone(onto)
+    artifact.check_backbone(metadata, source.model, str(prompt), known)
+    recycled = recycle(rows, source, target, kind)
+    about = {"backbone": onto, "fingerprint": target.fingerprint(), "recycled_from": known}
+    kept = {name: metadata[name] for name in ("task", "place") if name in metadata}
+    artifact.save_prompt(recycled.rows, to, kept | about)
+    return {"pieces": recycled.pieces, "error": recycled.error, "rows": list(recycled.rows.shape)}
+
+
+def shared_pieces(source: Backbone, target: Backbone) -> Int[np.ndarray, "pieces 2"]:
+    """Return the ids, in either vocabulary, of the pieces that both have; special ones and sentinels are left out."""
+    tokenizers = [load_tokenizer(backbone.folder) for backbone in (source, target)]
+    known = []
+    for tokenizer, backbone in zip(tokenizers, (source, target), strict=True):
+        limit = min(tokenizer.size, backbone.settings.vocabulary_rows)
+        known.append({tokenizer.pieces[i]: i for i in range(limit) if i not in tokenizer.special_ids})
+    pairs = [(i, known[1][piece]) for piece, i in known[0].items() if piece in known[1]]
+    return np.asarray(pairs, np.int64).reshape(-1, 2)
+
+
+def _fit_linear(x: np.ndarray, y: np.ndarray) -> Any:
+    """Fit y = x W by least squares, held near 0 where there are fewer pieces than numbers."""
+    penalty = 1e-3 * len(x) * np.eye(x.shape[1])
+    weights = np.linalg.solve((x.T @ x + penalty).astype(np.float64), (x.T @ y).astype(np.float64))
+    return lambda rows: np.asarray(rows @ weights, np.float32)
+
+
+def _fit_network(x: np.ndarray, y: np.ndarray, seed: int, steps: int = 3000, batch: int = 256) -> Any:
+    """Fit a network with one hidden layer of four times the width (ReLU) by Adam."""
+    width, hidden = x.shape[1], 4 * x.shape[1]
+    keys = jax.random.split(jax.random.key(seed), 3)
+    weights = {
+        "first": (2 / width) ** 0.5 * jax.random.normal(keys[0], (width, hidden)),
+        "bias": jnp.zeros((hidden,)),
+        "second": hidden**-0.5 * jax.random.normal(keys[1], (hidden, y.shape[1])),
+    }
+    optimizer = optax.adamw(optax.cosine_decay_schedule(1e-3, steps), weight_decay=1e-4)
+
+    def output(weights: dict[str, Array], rows: Array) -> Array:
+        return jax.nn.relu(rows @ weights["first"] + weights["bias"]) @ weights["second"]
+
+    def loss(weights: dict[str, Array], rows: Array, wanted: Array) -> Array:
+        return jnp.mean(jnp.square(output(weights, rows) - wanted))
+
+    @jax.jit
+    def train(weights: Any, x: Array, y: Array) -> Any:
+        def step(carry, key):
+            weights, state = carry
+            chosen = jax.random.choice(key, len(x), (min(batch, len(x)),))
+            updates, state = optimizer.update(jax.grad(loss)(weights, x[chosen], y[chosen]), state, weights)
+            return (optax.apply_updates(weights, updates), state), None
+
+        return jax.lax.scan(step, (weights, optimizer.init(weights)), jax.random.split(keys[2], steps))[0][0]
+
+    trained = train(weights, jnp.asarray(x), jnp.asarray(y))
+    return lambda rows: np.asarray(output(trained, jnp.asarray(rows)), np.float32)

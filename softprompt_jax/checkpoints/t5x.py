@@ -1,0 +1,396 @@
+"""T5X checkpoints, every layout that was published, without t5x: weights, Adafactor's slots, the prompt of a run.
+
+A checkpoint is a folder, local or `gs://`, with the file `checkpoint` (msgpack; a zarr folder an array) or, since
+2024, with an Orbax tree in `state/`. Arrays are looked for where the folder lies now, never where they were written.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import msgpack
+import numpy as np
+import tensorstore as ts
+
+from softprompt_jax.checkpoints.tensors import Tensor, stored
+from softprompt_jax.config import UserError
+from softprompt_jax.models.presets import PRESETS
+from softprompt_jax.models.t5 import T5Settings
+
+_STEP = re.compile(r"checkpoint_(\d+)")
+_UNFINISHED = re.compile(r"(\.|-)(orbax-checkpoint-)?tmp(-|$)")
+_LAYER = re.compile(r"(encoder|decoder)\.(?:layers_(\d+)|layers|encoder|decoder)\.(.+)")
+_SLOT = re.compile(r"state\.param_states\.(.+)\.(m|v|v_row|v_col)")
+_LETTERS = {"query": "q", "key": "k", "value": "v", "out": "o"}
+_CACHE_BYTES = 1 << 29  # a chunk of stacked layers is read once a layer
+
+
+def is_remote(source: str | Path) -> bool:
+    """Tell whether a source is in a bucket."""
+    return str(source).startswith("gs://")
+
+
+def find_checkpoint(source: str | Path) -> str | None:
+    """Return the checkpoint that a source is, or the latest that a run folder holds; None if it is no T5X folder."""
+    if is_remote(source):
+        return str(source).rstrip("/")
+    folder = Path(source).expanduser()
+    if not folder.is_dir() or (folder / "config.json").exists() or (folder / "config.yaml").exists():
+        return None
+    if _UNFINISHED.search(folder.resolve().name):
+        raise UserError(f"{source}: a checkpoint that was never finished; expected checkpoint_STEP; use an earlier one")
+    if (folder / "checkpoint").is_file() or (folder / "state").is_dir():
+        return str(folder)
+    steps = {int(found[1]): path for path in folder.iterdir() if (found := _STEP.fullmatch(path.name))}
+    return find_checkpoint(steps[max(steps)]) if steps else None
+
+
+class Checkpoint:
+    """A T5X checkpoint: its weights under their Hugging Face names, its step, its slots, its prompt.
+
+    Raises UserError naming what is missing, unreadable or of no known layout; arrays are read when asked for.
+    """
+
+    def __init__(self, root: str):
+        self.root = root
+        self._store = _kvstore(root)
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+        found = self._msgpack()
+        arrays = self._orbax() if found is None else found
+        targets = {name.removeprefix("target."): t for name, t in arrays.items() if name.startswith("target.")}
+        prompts = {n: t for n, t in targets.items() if n.startswith("encoder.") and n.endswith("prompt")}
+        self.prompts = prompts  # of the encoder
+        self._targets = targets
+        self._slots = {name: tensor for name, tensor in arrays.items() if _SLOT.fullmatch(name)}
+        self._step = arrays.get("state.step")
+        self._axis = _layer_axis(targets, root)
+        self._depths = {
+            stack: targets[name].shape[self._axis]
+            for stack in ("encoder", "decoder")
+            if (name := _stacked_norm(targets, stack)) and self._axis is not None
+        }
+        self.tensors: dict[str, Tensor] = {}
+        for name, tensor in targets.items():
+            if name not in prompts:
+                self.tensors |= self._translated(name, tensor)
+
+    @property
+    def step(self) -> int:
+        """The step at which the checkpoint was written, 0 if it does not say."""
+        return 0 if self._step is None else int(self._step.read())
+
+    def settings(self) -> T5Settings:
+        """Derive the settings from the shapes; what shapes do not tell is as in the published T5s."""
+        shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        bias = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
+        first = "encoder.block.0.layer.{}.weight"
+        try:
+            rows, width = shapes["shared.weight"]
+            buckets, heads = shapes[bias.format(0)]
+            inner = shapes[first.format("0.SelfAttention.q")][0]
+            gated = first.format("1.DenseReluDense.wi_0") in shapes
+            d_ff = shapes[first.format(f"1.DenseReluDense.{'wi_0' if gated else 'wi'}")][0]
+        except (KeyError, ValueError) as error:
+            missing = error.args[0] if isinstance(error, KeyError) else "matrices of two axes"
+            raise UserError(f"{self.root}: no {missing} (Hugging Face's name); expected the weights of a T5") from None
+        if inner % heads:
+            raise UserError(f"{self.root}: {inner} query columns for {heads} heads; expected a multiple")
+        tied = "lm_head.weight" not in shapes
+        settings = T5Settings(
+            vocabulary_rows=rows,
+            d_model=width,
+            d_kv=inner // heads,
+            d_ff=d_ff,
+            num_heads=heads,
+            num_layers=_depth(shapes, "encoder"),
+            num_decoder_layers=_depth(shapes, "decoder"),
+            activation="gelu_tanh" if gated else "relu",
+            gated=gated,
+            tied=tied,
+            scale_output=tied,
+            bias_in_every_layer=bias.format(1) in shapes,
+            relative_buckets=buckets,
+        )
+        # Shapes do not tell one gated activation from another: of a published size it is known.
+        alike = (
+            known for known in PRESETS.values() if known.model_copy(update={"activation": "gelu_tanh"}) == settings
+        )
+        return next(alike, settings)
+
+    def prompt(self) -> np.ndarray:
+        """Return the rows [P, D] that a prompt tuning run trained, float32."""
+        if len(self.prompts) != 1:
+            found = ", ".join(self.prompts) or "none"
+            raise UserError(f"{self.root}: prompts of the encoder: {found}; expected one; use a prompt tuning run's")
+        (tensor,) = self.prompts.values()
+        return tensor.read().astype(np.float32)
+
+    def adafactor(self) -> dict[str, dict[str, Tensor]]:
+        """Return Adafactor's slots (v, or v_row and v_col, and m with momentum) by Hugging Face name of the weight.
+
+        `v` and `m` lie as the weight does there, `v_row` and `v_col` as T5X has them for a matrix [in, out] of its
+        own: the means over the longer and over the shorter axis. A frozen weight has none.
+        """
+        slots: dict[str, dict[str, Tensor]] = {}
+        for name, tensor in self._slots.items():
+            found = _SLOT.fullmatch(name)
+            assert found is not None
+            weight, slot = found.groups()
+            if tensor.shape == (1,):  # what Adafactor writes for a slot that it does not use
+                continue
+            if weight in self.prompts or (slot.startswith("v_") and not self._is_joint(weight)):
+                translated = {_their_name(weight)[0]: {slot: tensor}}
+            elif slot in ("v", "m"):
+                translated = {theirs: {slot: part} for theirs, part in self._translated(weight, tensor).items()}
+            else:
+                translated = self._factored(weight)
+            for theirs, parts in translated.items():
+                slots.setdefault(theirs, {}).update(parts)
+        return slots
+
+    def _is_joint(self, weight: str) -> bool:
+        """Tell whether an array is more than a matrix: several layers, or heads and their width apart."""
+        return weight in self._targets and len(self._targets[weight].shape) > 2
+
+    def _factored(self, weight: str) -> dict[str, dict[str, Tensor]]:
+        """Return v_row and v_col of each matrix of an array of more axes.
+
+        T5X means over the axes of the input or over those of the output, for each layer by itself, and by its standard
+        rules the row is what has the model's width: the output's of `out` and `wo`. Shapes that say the contrary are
+        believed; where input and output have as many it is those rules.
+        """
+        row, column = (self._slots.get(f"state.param_states.{weight}.{slot}") for slot in ("v_row", "v_col"))
+        shape, found = self._targets[weight].shape, _LAYER.fullmatch(weight)
+        axis = self._axis if found is not None and found[2] is None else None
+        own = [length for number, length in enumerate(shape) if number != axis]
+        inputs = 2 if len(own) == 3 and weight.endswith(".out.kernel") else 1
+        sides = [own[:inputs], own[inputs:]]
+        # Where the layers stand among what is kept of the input, and of the output.
+        places = [None, None] if axis is None else [min(axis, inputs), max(axis - inputs, 0)]
+        shapes = []
+        for side, place in zip(sides, places, strict=True):
+            kept = side if place is None else [*side[:place], shape[axis or 0], *side[place:]]
+            shapes.append(tuple(kept))
+        given = [tensor.shape for tensor in (row, column) if tensor is not None]
+        readings = [shapes, shapes[::-1]]
+        if weight.endswith((".out.kernel", ".wo.kernel")):
+            readings.reverse()
+        if given not in readings or not weight.endswith(".kernel"):
+            both = " or ".join(", ".join(str(list(each)) for each in reading) for reading in readings)
+            raise UserError(
+                f"{self.root}: slots v_row, v_col of {weight}: found {', '.join(str(list(s)) for s in given)}; "
+                f"expected {both}; start without slots"
+            )
+        assert row is not None
+        assert column is not None
+        means = (
+            [row, column] if readings[readings.index(given)] is shapes else [column, row]
+        )  # of the input, the output
+        if math.prod(sides[0]) > math.prod(sides[1]):  # the means over the longer come first
+            means.reverse()
+            places.reverse()
+
+        def vector(tensor: Tensor, place: int | None, layer: int) -> Tensor:
+            tensor = tensor if place is None else tensor.layer(layer, place)
+            return tensor.merged(0) if len(tensor.shape) == 2 else tensor
+
+        result = {}
+        for layer in range(1 if axis is None else shape[axis]):
+            name = weight if axis is None or found is None else f"{found[1]}.layers_{layer}.{found[3]}"
+            vectors = [vector(tensor, place, layer) for tensor, place in zip(means, places, strict=True)]
+            result[_their_name(name)[0]] = dict(zip(("v_row", "v_col"), vectors, strict=True))
+        return result
+
+    # ------------------------------------------------------------------------------------------ names
+
+    def _translated(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """Return one array of T5X as tensors of Hugging Face, one a layer if it stacks them."""
+        found = _LAYER.fullmatch(name)
+        if found is None or found[2] is not None:
+            their_name, transposed = _their_name(name)
+            return {their_name: _matrix(tensor, name, transposed)}
+        stack, _, rest = found.groups()
+        assert self._axis is not None
+        if tensor.shape[self._axis : self._axis + 1] != (self._depths[stack],):
+            raise UserError(
+                f"{self.root}: {name} has shape {list(tensor.shape)}; "
+                f"expected {self._depths[stack]} layers along axis {self._axis}"
+            )
+        layers = {}
+        for layer in range(self._depths[stack]):
+            their_name, transposed = _their_name(f"{stack}.layers_{layer}.{rest}")
+            layers[their_name] = _matrix(tensor.layer(layer, self._axis), name, transposed)
+        return layers
+
+    # ---------------------------------------------------------------------------------------- layouts
+
+    def _msgpack(self) -> dict[str, Tensor] | None:
+        """Read the file `checkpoint`; None if there is none."""
+        where = f"{self.root}/checkpoint"
+        content = _value(self._store, "checkpoint", self.root)
+        if content is None:
+            return None
+        try:
+            tree = msgpack.unpackb(content, ext_hook=_array, raw=False, strict_map_key=False)
+            tree = tree["optimizer"]
+            tree = {"target": tree["target"], "state": tree["state"]}
+        except Exception as error:  # msgpack has no common exception, and other programs name a file so too
+            raise UserError(f"{where}: not a T5X checkpoint ({error!r:.80}); expected T5X's msgpack file") from None
+        arrays: dict[str, Tensor] = {}
+        self._collect(tree, "", arrays)
+        return arrays
+
+    def _collect(self, tree: Any, name: str, arrays: dict[str, Tensor]) -> None:
+        if isinstance(tree, dict) and "driver" in tree:
+            arrays[name] = self._outside(tree, name)
+        elif isinstance(tree, dict):
+            for key, value in tree.items():
+                self._collect(value, f"{name}.{key}" if name else str(key), arrays)
+        elif isinstance(tree, np.ndarray | np.generic | int):
+            arrays[name] = stored(name, np.asarray(tree))
+
+    def _outside(self, spec: dict[str, Any], name: str) -> Tensor:
+        """Return the array that a tensorstore spec means, found by the name of its folder."""
+        try:
+            shape = tuple(int(length) for length in spec["metadata"]["shape"])
+            written = spec.get("path") or spec["kvstore"]["path"]
+            folder = written.rstrip("/").rsplit("/", 1)[-1]
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise UserError(f"{self.root}: {name} has no shape and path; expected a tensorstore spec") from None
+        store = {**self._store, "path": f"{self._store['path']}{folder}/"}
+        return Tensor(name, shape, functools.partial(self._part, [], store, name, shape))
+
+    def _part(
+        self, opened: list[Any], store: dict[str, Any], name: str, shape: tuple[int, ...], index: tuple[slice, ...]
+    ) -> np.ndarray:
+        """Read a part of an array, which stays open from the first time on."""
+        if not opened:
+            opened.append(self._open(store).result())
+            if opened[0].shape != shape:
+                raise UserError(f"tensor {name}: has shape {list(opened[0].shape)}; expected {list(shape)}")
+        return np.asarray(opened[0][index].read().result())
+
+    def _open(self, store: dict[str, Any]) -> Any:
+        # A chunk that is missing reads as zeros: right for slots, whose zeros may have been left out, not for weights.
+        zeros = store["path"].rstrip("/").rsplit("/", 1)[-1].startswith("state.")
+        spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": zeros}
+        return ts.open(spec, read=True, open=True, context=self._context)
+
+    def _orbax(self) -> dict[str, Tensor]:
+        """Open the arrays of an Orbax tree."""
+        base = {**self._store, "path": f"{self._store['path']}state/"}
+        nested = _value(base, "manifest.ocdbt", self.root) is not None
+        store = {"driver": "ocdbt", "base": base, "path": ""} if nested else base
+        keys = [key.decode() for key in _result(lambda: ts.KvStore.open(store).result().list(), self.root)]
+        names = [key.removesuffix("/.zarray") for key in keys if key.endswith("/.zarray")]
+        if not names:
+            raise UserError(
+                f"{self.root}: neither a file 'checkpoint' nor arrays in state/; expected a finished T5X checkpoint"
+            )
+        opening = {name: self._open({**store, "path": f"{store['path']}{name}/"}) for name in names}
+
+        def tensor(name: str) -> Tensor:
+            opened = opening[name].result()
+            return Tensor(name, tuple(opened.shape), lambda index: np.asarray(opened[index].read().result()))
+
+        return {name: tensor(name) for name in names}
+
+
+def _their_name(name: str) -> tuple[str, bool]:
+    """Translate a weight of T5X to its Hugging Face name and "is transposed there"; an unknown one stays as it is."""
+    whole_model = {
+        "token_embedder.embedding": ("shared.weight", False),
+        "decoder.logits_dense.kernel": ("lm_head.weight", True),
+        "encoder.encoder_norm.scale": ("encoder.final_layer_norm.weight", False),
+        "decoder.decoder_norm.scale": ("decoder.final_layer_norm.weight", False),
+    }
+    if name in whole_model:
+        return whole_model[name]
+    stack, *parts = name.split(".")
+    number = "0"  # the first block holds the bias that all share
+    if parts and (found := re.fullmatch(r"layers_(\d+)", parts[0])):
+        number, parts = found[1], parts[1:]
+    last = 1 if stack == "encoder" else 2
+    own = "attention" if stack == "encoder" else "self_attention"
+    block = f"{stack}.block.{number}.layer"
+    match parts:
+        case ["relpos_bias" | "relative_posemb", "rel_embedding"]:
+            return f"{block}.0.SelfAttention.relative_attention_bias.weight", True
+        case [attention, part, "kernel"] if part in _LETTERS and attention == own:
+            return f"{block}.0.SelfAttention.{_LETTERS[part]}.weight", True
+        case ["encoder_decoder_attention", part, "kernel"] if part in _LETTERS:
+            return f"{block}.1.EncDecAttention.{_LETTERS[part]}.weight", True
+        case ["mlp", "wi" | "wi_0" | "wi_1" | "wo" as part, "kernel"]:
+            return f"{block}.{last}.DenseReluDense.{part}.weight", True
+        case [norm, "scale"] if norm == f"pre_{own}_layer_norm":
+            return f"{block}.0.layer_norm.weight", False
+        case ["pre_cross_attention_layer_norm", "scale"]:
+            return f"{block}.1.layer_norm.weight", False
+        case ["pre_mlp_layer_norm", "scale"]:
+            return f"{block}.{last}.layer_norm.weight", False
+    return name, False
+
+
+def _matrix(tensor: Tensor, name: str, transposed: bool) -> Tensor:
+    """Return a weight as Hugging Face has it; attention kernels may have heads and their width apart."""
+    if len(tensor.shape) == 3 and name.endswith(".kernel"):
+        tensor = tensor.merged(0 if name.endswith(".out.kernel") else 1)
+    return tensor.transposed() if transposed and len(tensor.shape) == 2 else tensor
+
+
+def _stacked_norm(targets: dict[str, Tensor], stack: str) -> str | None:
+    norm = re.compile(rf"{stack}\.(layers|encoder|decoder)\.pre_mlp_layer_norm\.scale")
+    return next((name for name in targets if norm.fullmatch(name)), None)
+
+
+def _layer_axis(targets: dict[str, Tensor], root: str) -> int | None:
+    """Return along which axis scanned layers are stacked (T5X: 1), or None if every layer has its own arrays."""
+    name = _stacked_norm(targets, "encoder")
+    if name is None or "token_embedder.embedding" not in targets:
+        odd = next((n for n in targets if (found := _LAYER.fullmatch(n)) and found[2] is None), None)
+        if odd is not None:
+            raise UserError(f"{root}: {odd} stacks layers but there is no such norm; expected a T5's weights")
+        return None
+    width = targets["token_embedder.embedding"].shape[-1]
+    return 1 if targets[name].shape[0] == width else 0
+
+
+def _depth(shapes: dict[str, Any], stack: str) -> int:
+    found = (re.match(rf"{stack}\.block\.(\d+)\.", name) for name in shapes)
+    return 1 + max((int(match[1]) for match in found if match), default=0)
+
+
+def _array(code: int, content: bytes) -> Any:
+    """Decode flax's msgpack extensions: arrays (1) and NumPy scalars (3), both as (shape, dtype, bytes)."""
+    if code not in (1, 3):
+        raise ValueError(f"msgpack extension {code}")
+    shape, name, values = msgpack.unpackb(content, raw=False)
+    dtype = np.dtype(jnp.bfloat16 if name == "bfloat16" else name)
+    return np.frombuffer(values, dtype).reshape(shape)
+
+
+def _kvstore(root: str) -> dict[str, str]:
+    if is_remote(root):
+        bucket, _, path = root.removeprefix("gs://").partition("/")
+        return {"driver": "gcs", "bucket": bucket, "path": f"{path}/"}
+    return {"driver": "file", "path": f"{Path(root).resolve()}/"}
+
+
+def _value(store: dict[str, Any], key: str, root: str) -> bytes | None:
+    """Return a file's content, None if there is none."""
+    return _result(lambda: ts.KvStore.open(store).result().read(key), root).value or None
+
+
+def _result(start: Callable[[], Any], root: str) -> Any:
+    """Wait for what tensorstore was asked; it raises ValueError also for a bucket out of reach."""
+    try:
+        return start().result()
+    except ValueError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{root}: cannot be read ({reason}); expected a T5X checkpoint within reach") from None

@@ -1,0 +1,159 @@
+"""Several tasks in one run: how often each is drawn, and whether they share a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pydantic
+from jaxtyping import Float, Int
+
+from softprompt_jax.config import Settings, nearest
+from softprompt_jax.data.batches import Draw
+from softprompt_jax.data.seqio_source import Seqio, mixture_rates
+from softprompt_jax.data.task import Task
+from softprompt_jax.tasks import complete, get, names
+
+
+class Equal(Settings):
+    """Every task as often as any other."""
+
+    kind: Literal["equal"] = "equal"
+
+    def rates(self, counts: Sequence[int]) -> Float[np.ndarray, " N"]:
+        """Return each task's share of the examples, from the examples it has."""
+        return np.full(len(counts), 1 / len(counts))
+
+
+class Proportional(Settings):
+    """As often as a task has examples, of which `limit` count at most (Raffel et al., 2020)."""
+
+    kind: Literal["proportional"] = "proportional"
+    limit: int | None = pydantic.Field(None, gt=0)
+
+    def rates(self, counts: Sequence[int]) -> Float[np.ndarray, " N"]:
+        """Return each task's share of the examples, from the examples it has."""
+        return Temperature(temperature=1.0, limit=self.limit).rates(counts)
+
+
+class Temperature(Settings):
+    """Proportional rates to the power of 1 / temperature, so that high ones are near equal (Raffel et al., 2020)."""
+
+    kind: Literal["temperature"] = "temperature"
+    temperature: float = pydantic.Field(2.0, ge=1)
+    limit: int | None = pydantic.Field(None, gt=0)
+
+    def rates(self, counts: Sequence[int]) -> Float[np.ndarray, " N"]:
+        """Return each task's share of the examples, from the examples it has."""
+        counted = np.minimum(counts, self.limit or max(counts)).astype(np.float64)
+        weights = (counted / counted.sum()) ** (1 / self.temperature)
+        return weights / weights.sum()
+
+
+class Given(Settings):
+    """Each task as often as its share says, relative to the others'."""
+
+    kind: Literal["given"] = "given"
+    shares: list[Annotated[float, pydantic.Field(gt=0)]] = pydantic.Field(min_length=1)
+
+    def rates(self, counts: Sequence[int]) -> Float[np.ndarray, " N"]:
+        """Return each task's share of the examples."""
+        return np.asarray(self.shares) / sum(self.shares)
+
+
+def _named(value: Any) -> Any:
+    """Let `rates: proportional` stand for `rates: {kind: proportional}`."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+def _task(value: Any) -> Any:
+    """Read a task's name where its settings may stand."""
+    if not isinstance(value, str):
+        return complete(value)
+    if value not in names():
+        raise ValueError(f"expected one of {', '.join(names())}, or a task's settings{nearest(value, names())}")
+    return get(value)
+
+
+Rates = Annotated[
+    Annotated[Equal | Proportional | Temperature | Given, pydantic.Field(discriminator="kind")],
+    pydantic.BeforeValidator(_named),
+]
+
+
+class Mixture(Settings):
+    """Several tasks, by name or as settings, trained together.
+
+    With `prompts: own` each has a prompt of its own, its rows among those of the others in every batch; with
+    `shared` one prompt serves all, and the inputs must tell the tasks apart. A task without a validation split is
+    trained on and not scored.
+    """
+
+    kind: Literal["mixture"] = "mixture"
+    name: str = "mixture"
+    tasks: list[Annotated[Task, pydantic.BeforeValidator(_task)]] = pydantic.Field(min_length=1)
+    rates: Rates = Equal()
+    prompts: Literal["shared", "own"] = "shared"
+
+    @pydantic.field_validator("tasks")
+    @classmethod
+    def _names_differ(cls, tasks: list[Task]) -> list[Task]:
+        known = [task.name for task in tasks]
+        if twice := sorted({name for name in known if known.count(name) > 1}):
+            raise ValueError(f"the name {twice[0]!r} stands twice; expected a name for each task")
+        if odd := [name for name in known if "/" in name or name.startswith(".")]:
+            raise ValueError(f"the name {odd[0]!r} cannot be a file's; expected one without / for each task")
+        return tasks
+
+    @pydantic.model_validator(mode="after")
+    def _shares_are_of_the_tasks(self) -> Mixture:
+        if isinstance(self.rates, Given) and len(self.rates.shares) != len(self.tasks):
+            raise ValueError(f"found {len(self.rates.shares)} shares for {len(self.tasks)} tasks; expected one each")
+        return self
+
+
+def expand(task: Any) -> Any:
+    """Return a seqio Mixture as a mixture of its Tasks at its rates, any other task as it is."""
+    if not isinstance(task, Task) or not isinstance(task.source, Seqio):
+        return task
+    rates = mixture_rates(task.source)
+    if rates is None:
+        return task
+    changes = [task.model_copy(update={"name": n, "source": task.source.model_copy(update={"name": n})}) for n in rates]
+    return Mixture(name=task.name, tasks=changes, rates=Given(shares=list(rates.values())))
+
+
+def draw_mixture(counts: Sequence[int], rates: Float[np.ndarray, " N"], seed: int, at_least: int = 1) -> Draw:
+    """Return the function that gives the shuffled examples of an epoch, numbered through all tasks in order.
+
+    An epoch has as many examples as all tasks together (or `at_least`), each task's share of them by its rate,
+    but one at least. A task goes through its own examples in an order of its own before it starts again, over the
+    bounds of epochs: what an epoch holds is a pure function of the arguments and the epoch's number.
+    """
+    size = max(sum(counts), at_least)
+    exact = rates * size
+    shares = np.maximum(np.floor(exact), 1).astype(int)
+    for task in np.argsort(shares - exact, kind="stable")[: max(0, size - shares.sum())]:
+        shares[task] += 1
+    starts = np.cumsum([0, *counts[:-1]])
+
+    def draw(epoch: int, random: np.random.Generator) -> Int[np.ndarray, " chosen"]:
+        parts = [
+            start + _stretch(count, epoch * share, share, [seed, task])
+            for task, (count, share, start) in enumerate(zip(counts, shares.tolist(), starts, strict=True))
+        ]
+        return random.permutation(np.concatenate(parts))
+
+    return draw
+
+
+def _stretch(count: int, first: int, length: int, seed: list[int]) -> Int[np.ndarray, " length"]:
+    """Numbers `first` to `first + length` of endless shuffled rounds through `count` examples."""
+    parts = []
+    while length:
+        lap, place = divmod(first, count)
+        order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([*seed, lap]))).permutation(count)
+        parts.append(order[place : place + length])
+        first, length = first + len(parts[-1]), length - len(parts[-1])
+    return np.concatenate(parts)

@@ -1,0 +1,73 @@
+"""Batches out of a split that never ends: windows of examples, one after the other, bucketed as any others.
+
+A window is what `TrainBatches` has in memory at a time. The order is a pure function of the stream and the seed. A run
+that goes on at step S reads and throws away the S x B examples that it has seen: minutes per million, as fast as the
+preprocessors are; every process reads the whole stream.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from softprompt_jax.config import UserError
+from softprompt_jax.data.batches import Batch, PromptIds, TrainBatches, collate, local_rows, prompts_around
+from softprompt_jax.data.buckets import batch_plan, fitting_shape, rounded
+from softprompt_jax.data.task import Example
+from softprompt_jax.data.tokenized import TokenizedSet
+
+
+class StreamBatches:
+    """Training batches without end, from a step on; what it tells of the data is that of the first window.
+
+    `read(number)` yields the examples from a number on, `tokenized` makes a set of some of them; `largest` are the
+    tokens that an input and a target may have. Shapes and counts are as in `TrainBatches`.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[int], Iterable[Example]],
+        tokenized: Callable[[Iterable[Example]], TokenizedSet],
+        first: TokenizedSet,
+        batch_size: int,
+        seed: int,
+        prompt_ids: PromptIds = None,
+        max_shapes: int = 4,
+        largest: tuple[int, int] = (512, 64),
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        plan = TrainBatches(first, batch_size, seed, prompt_ids, max_shapes=max_shapes, process_count=process_count)
+        self._read, self._tokenized, self.batch_size, self.seed = read, tokenized, batch_size, seed
+        self._prompts = prompts_around(first, prompt_ids)
+        self._local = local_rows(batch_size, process_index, process_count)
+        self.batches_per_epoch, self.rows = len(first) // batch_size, batch_size
+        self.examples_per_batch, self.padding_share = float(batch_size), plan.padding_share
+        whole = rounded(np.asarray([largest]))[0] + np.array(self._prompts.lengths)
+        self.shapes = [*plan.shapes[: max_shapes - 1], (int(whole[0]), int(whole[1]))]
+
+    def from_step(self, step: int = 0) -> Iterator[Batch]:
+        """Iterate over the batches from a step on."""
+        window, done = divmod(step, self.batches_per_epoch)
+        size = self.batches_per_epoch * self.batch_size
+        stream = iter(self._read(window * size))
+        for number in itertools.count(window):
+            examples = list(itertools.islice(stream, size))
+            if len(examples) < size:
+                raise UserError(
+                    f"the stream ended after {number * size + len(examples)} examples; expected one without end; "
+                    "leave out `endless`"
+                )
+            yield from itertools.islice(self._batches(self._tokenized(examples), number), done, None)
+            done = 0
+
+    def _batches(self, tokenized: TokenizedSet, number: int) -> Iterator[Batch]:
+        """Yield the batches of window `number`: its examples, shuffled, in buckets."""
+        random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, number])))
+        lengths = tokenized.lengths + np.array(self._prompts.lengths)
+        order = random.permutation(len(tokenized))
+        for ids in batch_plan(order, lengths, self.batch_size, random, self.batches_per_epoch):
+            shape = fitting_shape(self.shapes, lengths[ids].max(0))
+            yield collate(tokenized, ids[self._local][:, None], shape, self._prompts)

@@ -1,0 +1,185 @@
+"""What of a prompt bank lies on the device: the rows and extras of the prompts used last, in tables of fixed size.
+
+Each prompt holds some of the rows, wherever they are free, and an entry of the tables of extras (backbone/by_row.py).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from softprompt_jax.methods.prompt import PromptTable
+from softprompt_jax.methods.prompt_layout import Placement
+from softprompt_jax.models import per_example
+from softprompt_jax.models.t5 import T5
+
+_WRITTEN = 128  # rows that are written at once
+
+
+class _Rows(nnx.Param):
+    """The device's table of prompt rows, which changes between batches."""
+
+
+class _Table(PromptTable):
+    """Looks rows up by gathering them, whose cost does not depend on how many there are."""
+
+    def __init__(self, rows: Float[Array, "C D"]):
+        self.rows = _Rows(rows, axes=("prompt", "embed"))
+        self.place, self.placement = "before", Placement()
+
+    def table(self) -> Float[Array, "C D"]:
+        return self.rows[...]
+
+    def __call__(
+        self, indices: Int[Array, "B T"], virtual: Bool[Array, "B T"], key: jax.Array | None = None
+    ) -> Float[Array, "B T D"]:
+        return self.rows[...][jnp.clip(indices, 0, len(self.rows[...]) - 1)]
+
+
+class Structure:
+    """A model's graphdef as a static argument; it is hashed once, not at every call."""
+
+    def __init__(self, graphdef: Any):
+        self.graphdef, self._hash = graphdef, hash(graphdef)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Structure) and self.graphdef == other.graphdef
+
+    def merge(self, *states: Any) -> T5:
+        """Return the model of these arrays."""
+        return nnx.merge(self.graphdef, *states)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A prompt in host memory: its rows, where they stand, its extras, and what its file says of it."""
+
+    rows: Float[np.ndarray, "P D"]
+    placed: Placement
+    place: str
+    task: str | None = None
+    label_words: tuple[str, ...] = ()
+    target_sentinel: bool = False  # answers begin with <extra_id_0>
+    extras: per_example.Extras = dataclasses.field(default_factory=dict)
+
+    @property
+    def encoder_length(self) -> int:
+        """How many ids it puts around a text."""
+        return len(self.placed.before) + len(self.placed.after)
+
+    @property
+    def kinds(self) -> list[str]:
+        """What its extras are: a prefix, factors, both, or nothing."""
+        return sorted({"prefix" if per_example.is_prefix(name) else "factors" for name in self.extras})
+
+
+class OnDevice:
+    """Tables for `rows` prompt rows and the extras of `extras` prompts, and a model that reads them."""
+
+    def __init__(self, model: T5, rows: int, extras: int):
+        model = nnx.merge(*nnx.split(model))
+        self.rows, self.extras, self.first = rows, extras, model.settings.vocabulary_rows
+        model.prompt = _Table(jnp.zeros((rows, model.settings.d_model), jnp.float32))
+        graphdef, self._table, self._frozen = nnx.split(model, _Rows, ...)
+        self._structure = Structure(graphdef)
+        self._places: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()  # by last use
+        self._free = list(range(rows))
+        self._shapes: per_example.Shapes = {}  # of the extras that there may be
+        self._tables: per_example.Rows = {}
+        self._entries: collections.OrderedDict[str, int] = collections.OrderedDict()  # by last use; from 1
+
+    @property
+    def parts(self) -> tuple[Structure, Any, Any]:
+        """The model with the rows that are here: `structure.merge(table, frozen)`."""
+        return self._structure, self._table, self._frozen
+
+    @property
+    def nbytes(self) -> int:
+        """How much memory the tables have, used or free."""
+        return sum(table.nbytes for table in (*jax.tree.leaves(self._table), *self._tables.values()))
+
+    def expect(self, extras: per_example.Extras) -> None:
+        """Make room for such extras at the next load; the tables grow by what is longer or of another kind."""
+        self._shapes = per_example.joined(self._shapes, extras)
+
+    def has_room(self, extras: per_example.Extras) -> bool:
+        """Tell whether the tables would not grow by such extras."""
+        return per_example.joined(self._shapes, extras) == self._shapes
+
+    def fit(self, prompts: Sequence[Stored]) -> bool:
+        """Tell whether different prompts have room together."""
+        rows, extras = sum(len(one.rows) for one in prompts), sum(bool(one.extras) for one in prompts)
+        return rows <= self.rows and extras <= self.extras
+
+    def forget(self, name: str) -> None:
+        """Give free what a prompt has here."""
+        self._free += list(self._places.pop(name, ()))
+        self._entries.pop(name, None)
+
+    def load(self, wanted: Mapping[str, Stored]) -> None:
+        """Bring prompts here, in the place of those that were not used for longest."""
+        missing = [name for name in sorted(wanted) if name not in self._places]
+        needed = sum(len(wanted[name].rows) for name in missing)
+        for name in [name for name in self._places if name not in wanted]:
+            if len(self._free) >= needed:
+                break
+            self._free += list(self._places.pop(name))
+        if missing:
+            rows = np.concatenate([wanted[name].rows for name in missing])
+            where, self._free = np.asarray(self._free[:needed], np.int32), self._free[needed:]
+            for start in range(0, needed, _WRITTEN):
+                part = np.resize(np.arange(start, min(needed, start + _WRITTEN)), _WRITTEN)  # some again: one program
+                self._table = _write(self._table, where[part], rows[part])
+            ends = np.cumsum([len(wanted[name].rows) for name in missing])[:-1]
+            self._places |= dict(zip(missing, np.split(where, ends), strict=True))
+        for name in wanted:
+            self._places.move_to_end(name)
+        self._load_extras({name: one.extras for name, one in wanted.items() if one.extras})
+
+    def _load_extras(self, wanted: dict[str, per_example.Extras]) -> None:
+        if (
+            wanted
+            and {name: self._tables[name].shape[1:] for name in self._tables if name in self._shapes} != self._shapes
+        ):
+            self._entries.clear()
+            self._tables = per_example.tables(self._shapes, self.extras + 1)
+        for name in sorted(set(wanted) - set(self._entries)):
+            if len(self._entries) == self.extras:
+                place = self._entries.pop(next(other for other in self._entries if other not in wanted))
+            else:
+                place = min(set(range(1, self.extras + 1)) - set(self._entries.values()))
+            self._tables = _write_entry(self._tables, place, per_example.entry(self._shapes, wanted[name]))
+            self._entries[name] = place
+        for name in wanted:
+            self._entries.move_to_end(name)
+
+    def ids(self, name: str, ids: Any) -> list[int]:
+        """Return ids in which the row i of a prompt that is here is where it lies; anchor words stay."""
+        rows = self._places[name]
+        return [int(i) if i < self.first else self.first + int(rows[i - self.first]) for i in ids]
+
+    def entries(self, names: Sequence[str]) -> tuple[per_example.Rows, np.ndarray]:
+        """Return the tables of extras and the entries of a batch's prompts; 0, which is nothing, for one without."""
+        return self._tables, np.asarray([self._entries.get(name, 0) for name in names], np.int32)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write(table: Any, where: Int[Array, " n"], rows: Float[Array, "n D"]) -> Any:
+    return jax.tree.map(lambda old: old.at[where].set(rows), table)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_entry(tables: per_example.Rows, where: Any, new: dict[str, Any]) -> per_example.Rows:
+    return {name: table.at[where].set(new[name]) for name, table in tables.items()}

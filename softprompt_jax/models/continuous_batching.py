@@ -1,0 +1,235 @@
+"""Decoding in slots: answers join and leave a running batch, so that none waits for the end of another.
+
+Each of S slots has a place in the caches. All slots write the token at hand to the same place of a ring of R places:
+T5 knows distances only, so that an answer may begin anywhere in the ring, and sees as far back as its own first token.
+What the methods of the answers put before their keys stands before the ring, and is written when they join.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from softprompt_jax.models import per_example
+from softprompt_jax.models.attention import bias_before, sees_prefix, with_prefix
+from softprompt_jax.models.decode import EOS, likely, through_decoder
+from softprompt_jax.models.t5 import T5
+
+STEPS = 8  # that `advance` takes at most
+
+
+class Wanted(NamedTuple):
+    """How the answer of each of N slots shall be made."""
+
+    limit: Int[Array, "N"]  # tokens at most
+    forced: Int[Array, "N R"]  # what it begins with; 0: free
+    key: UInt32[Array, "N 2"]
+    temperature: Float[Array, "N"]  # 0: the most likely token each time
+    top_k: Int[Array, "N"]  # 0: all
+    top_p: Float[Array, "N"]
+
+
+class Slots(NamedTuple):
+    """What is known of S answers in the making."""
+
+    caches: tuple[Array, Array]  # keys and values [L, S, H, PR, K], of prefixes and ring
+    cross: tuple[Array, Array]  # those of the encodings, behind their prefixes [L, S, H, PT, K]
+    seen: Bool[Array, "S PT"]  # which of these are real
+    prefix: tuple[Bool[Array, "S P"], ...]  # those before the ring, without and with positions
+    factors: per_example.Rows  # of the decoder [S, L, W]
+    pointer: Int[Array, ""]  # place in the ring of the token at hand
+    age: Int[Array, "S"]  # keys of its own that stand before it
+    count: Int[Array, "S"]  # tokens written; `limit` is where it ends
+    last: Int[Array, "S"]  # the token written last
+    wanted: Wanted
+
+
+def empty(model: T5, slots: int, ring: int, length: int, rows: per_example.Rows) -> Slots:
+    """Return so many free slots, for at most `length` encoder positions and `ring` decoder positions.
+
+    `rows`: those of a batch, which say what answers may have of their own; only their shapes are read.
+    """
+    settings, zero = model.settings, jnp.zeros((slots,), jnp.int32)
+    shape = (model.decoder.depth, slots, settings.num_heads)
+
+    def pair(size: int) -> tuple[Array, Array]:
+        return jnp.zeros((*shape, size, settings.d_kv), model.dtype), jnp.zeros(
+            (*shape, size, settings.d_kv), model.dtype
+        )
+
+    wanted = Wanted(
+        zero,
+        jnp.zeros((slots, ring), jnp.int32),
+        jnp.zeros((slots, 2), jnp.uint32),
+        jnp.zeros((slots,)),
+        jnp.zeros((slots,), jnp.int32),
+        jnp.ones((slots,)),
+    )
+    own, length = per_example.lengths(rows, "decoder"), sum(per_example.lengths(rows, "cross")) + length
+    prefix = tuple(jnp.zeros((slots, size), bool) for size in own)
+    factors = {name: jnp.ones((slots, *part.shape[1:])) for name, part in per_example.of_steps(rows).items()}
+    seen, start = jnp.zeros((slots, length), bool), jnp.array(0, jnp.int32)
+    age, count, last = (jnp.zeros((slots,), jnp.int32) for _ in range(3))
+    return Slots(pair(sum(own) + ring), pair(length), seen, prefix, factors, start, age, count, last, wanted)
+
+
+def join(
+    model: T5,
+    slots: Slots,
+    rows: per_example.Rows,
+    tokens: Int[Array, "B T"],
+    before: Int[Array, "B P"],
+    count: Int[Array, ""],
+    source: Int[Array, "N"],
+    place: Int[Array, "N"],
+    wanted: Wanted,
+) -> Slots:
+    """Encode B texts, read their decoder prompts (0 on the left: shorter), and put `count` answers into slots.
+
+    Answer n is to the text `source[n]` and gets the slot `place[n]`; N - `count` of them are not there. `rows` is what
+    the methods of the B texts have; it is put into the model.
+    """
+    per_example.put(model, rows)
+    segments = (tokens != 0).astype(jnp.int32)
+    encoded = model.encode(tokens, segments)
+    decoder, (before_own, before_cross) = model.decoder, model.decoder.prefixes()
+    cross = jax.lax.map(
+        lambda layer_prefix: with_prefix(layer_prefix[1], *layer_prefix[0].cross.keys_values(encoded)),
+        (decoder.layers, before_cross),
+    )
+    seen = sees_prefix((segments > 0)[:, None, None, :], before_cross)
+    first, length = sum(part.shape[1] for part in slots.prefix), before.shape[1]
+    ring, own = slots.caches[0].shape[3] - first, None
+    if length:
+        positions = jnp.arange(length)
+        shape = (decoder.depth, len(tokens), model.settings.num_heads, length, model.settings.d_kv)
+        past = (positions <= positions[:, None]) & (before != 0)[:, None, None, :]
+        here = positions - (before == 0).sum(-1, keepdims=True)
+        biased = functools.partial(decoder.biased, queries=positions, keys=positions, own=here)
+        nothing = jnp.zeros(shape, encoded.dtype), jnp.zeros(shape, encoded.dtype)
+        nothing = nothing if before_own is None else jax.vmap(with_prefix)(before_own, *nothing)
+        _, own = through_decoder(model, before, nothing, first, biased, sees_prefix(past, before_own), cross, seen)
+
+    def put(n: Any, parts: Any) -> Any:
+        row, slot = source[n], place[n]
+        caches, crosses = parts
+
+        def into(old: Array, new: Array, start: int = 0) -> Array:
+            new = jax.lax.dynamic_slice_in_dim(new.astype(old.dtype), row, 1, 1)
+            return jax.lax.dynamic_update_slice(old, new, (0, slot, 0, start, 0))
+
+        crosses = tuple(into(old, new) for old, new in zip(crosses, cross, strict=True))
+        if before_own is not None:
+            prefix = before_own.keys, before_own.values
+            caches = tuple(into(old, new) for old, new in zip(caches, prefix, strict=True))
+        if own is not None:  # they end just before the pointer
+            ends = [jnp.pad(new[..., first:, :], [(0, 0)] * 3 + [(0, ring - length), (0, 0)]) for new in own]
+            turned = [jnp.roll(new, slots.pointer - length, axis=3) for new in ends]
+            caches = tuple(into(old, new, first) for old, new in zip(caches, turned, strict=True))
+        return caches, crosses
+
+    caches, crosses = jax.lax.fori_loop(0, count, put, (slots.caches, slots.cross))
+    where = jnp.where(jnp.arange(len(place)) < count, place, len(slots.age))  # the others are dropped
+
+    def given(old: Array, new: Any) -> Array:
+        return old.at[where].set(new, mode="drop")
+
+    seen = seen[:, 0, 0]
+    widened = jnp.pad(seen, ((0, 0), (0, slots.seen.shape[1] - seen.shape[1])))
+    prefix = slots.prefix
+    if before_own is not None and before_own.real is not None:
+        new = jnp.split(before_own.real[0], [prefix[0].shape[1]], axis=1)
+        prefix = tuple(given(old, part[source]) for old, part in zip(prefix, new, strict=True))
+    return Slots(
+        caches,
+        crosses,
+        given(slots.seen, widened[source]),
+        prefix,
+        {name: given(old, rows[name][source]) for name, old in slots.factors.items()},
+        slots.pointer,
+        given(slots.age, jnp.sum(before != 0, -1)[source].astype(jnp.int32)),
+        given(slots.count, 0),
+        given(slots.last, 0),
+        Wanted(*map(given, slots.wanted, wanted)),
+    )
+
+
+def leave(slots: Slots, which: Bool[Array, "S"]) -> Slots:
+    """End the answers in these slots as they are."""
+    wanted = slots.wanted._replace(limit=jnp.where(which, 0, slots.wanted.limit))
+    return slots._replace(wanted=wanted)
+
+
+def advance(
+    model: T5, slots: Slots, steps: Int[Array, ""], rows: int, length: int
+) -> tuple[Slots, Int[Array, "N S"], Float[Array, "N S"]]:
+    """Take up to `steps` steps (N = `STEPS` at most) with the first `rows` slots; they use `length` encoder positions,
+    prefixes included.
+
+    Return the tokens that each step wrote (-1: none) and their log-probabilities.
+    """
+    capacity = len(slots.age)
+    per_example.put(model, {name: part[:rows] for name, part in slots.factors.items()})
+
+    def step(state: Any) -> Any:
+        index, slots, tokens, scores = state
+        slots, chosen, score = _step(model, slots, rows, length)
+        return index + 1, slots, tokens.at[index, :rows].set(chosen), scores.at[index, :rows].set(score)
+
+    def unfinished(state: Any) -> Any:
+        index, slots, *_ = state
+        return (index < steps) & jnp.any(slots.count < slots.wanted.limit)
+
+    nothing = jnp.full((STEPS, capacity), -1, jnp.int32), jnp.zeros((STEPS, capacity), jnp.float32)
+    _, slots, tokens, scores = jax.lax.while_loop(unfinished, step, (jnp.array(0, jnp.int32), slots, *nothing))
+    return slots, tokens, scores
+
+
+def _step(model: T5, slots: Slots, rows: int, length: int) -> tuple[Slots, Int[Array, "S"], Float[Array, "S"]]:
+    unplaced, placed = (part.shape[1] for part in slots.prefix)
+    ring = slots.caches[0].shape[3] - unplaced - placed
+    age, count, last = (part[:rows] for part in (slots.age, slots.count, slots.last))
+    wanted = Wanted(*(part[:rows] for part in slots.wanted))
+    behind = (slots.pointer - jnp.arange(ring)) % ring  # how long ago each place of the ring was written
+    past = jnp.concatenate([*(part[:rows] for part in slots.prefix), behind <= age[:, None]], 1)[:, None, None, :]
+
+    def biased(bias: Any) -> Float[Array, "#B H 1 S"]:
+        return bias_before(bias, bias(jnp.zeros((1,), jnp.int32), -behind), age[:, None], unplaced, placed)
+
+    place = unplaced + placed + slots.pointer
+    seen = slots.seen[:rows, None, None, :length]
+    x, caches = through_decoder(model, last[:, None], slots.caches, place, biased, past, slots.cross, seen)
+    log_p = jax.nn.log_softmax(model.project(model.decoder.norm(x)))[:, 0]
+    active = count < wanted.limit
+    drawn = active & (wanted.temperature > 0)
+    best = jnp.argmax(log_p, -1).astype(jnp.int32)
+    free = jax.lax.cond(drawn.any(), lambda: jnp.where(drawn, _draw(log_p, wanted, count), best), lambda: best)
+    forced = jnp.take_along_axis(wanted.forced, jnp.minimum(count, ring - 1)[:, None], -1)[:, 0]
+    chosen = jnp.where(forced > 0, forced, free)
+    score = jnp.where(active, jnp.take_along_axis(log_p, chosen[:, None], -1)[:, 0], 0)
+    chosen = jnp.where(active, chosen, 0)
+    count = count + active
+    limit = jnp.where(chosen == EOS, count, wanted.limit)
+    new = slots._replace(
+        caches=caches,
+        pointer=(slots.pointer + 1) % ring,
+        age=slots.age.at[:rows].set(jnp.minimum(age + active, ring - 1)),
+        count=slots.count.at[:rows].set(count),
+        last=slots.last.at[:rows].set(chosen),
+        wanted=slots.wanted._replace(limit=slots.wanted.limit.at[:rows].set(limit)),
+    )
+    return new, jnp.where(active, chosen, -1), score
+
+
+def _draw(log_p: Float[Array, "S V"], wanted: Wanted, count: Int[Array, "S"]) -> Int[Array, "S"]:
+    scaled = log_p / jnp.where(wanted.temperature > 0, wanted.temperature, 1)[:, None]
+    kept = likely(scaled, wanted.top_k, wanted.top_p)
+
+    def draw(key: Array, number: Array, row: Array) -> Array:
+        return jax.random.categorical(jax.random.fold_in(jax.random.wrap_key_data(key), number), row)
+
+    return jax.vmap(draw)(wanted.key, count, kept).astype(jnp.int32)

@@ -1,0 +1,146 @@
+"""What of a method can differ from row to row of a batch: keys and values before those of the text, and factors.
+
+The extras of one trained method, by name, as arrays in host memory:
+
+    prefix encoder    keys and values [2, L, P, HK] of the encoder's attention (or decoder, cross), without positions
+    placed decoder    the same, counted as the P tokens before the first
+    outputs PATH      factors [L, W] behind the product of this path, such as decoder.layers.cross.key
+    inputs PATH       factors before it
+
+On the device tables hold those of C methods, [C, ...], padded to the longest; entry 0 is nothing at all. Each row of a
+batch takes an entry.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from softprompt_jax.models.attention import Before
+from softprompt_jax.models.t5 import T5, Linear
+
+Extras = dict[str, np.ndarray]
+Shapes = dict[str, tuple[int, ...]]
+Rows = dict[str, Array]  # [B, ...], and `count NAME` [B]: how many keys a row has there
+
+_PREFIXES = ("prefix", "placed")
+
+
+def joined(shapes: Shapes, extras: Extras) -> Shapes:
+    """Return the shapes of entries that hold these extras too."""
+    found = shapes | {name: tuple(map(max, part.shape, shapes.get(name, part.shape))) for name, part in extras.items()}
+    return dict(sorted(found.items()))
+
+
+def tables(shapes: Shapes, count: int) -> Rows:
+    """Return tables of so many entries, all of them nothing."""
+    made = {name: jnp.full((count, *shape), _nothing(name), jnp.float32) for name, shape in shapes.items()}
+    return made | {f"count {name}": jnp.zeros((count,), jnp.int32) for name in shapes if is_prefix(name)}
+
+
+def entry(shapes: Shapes, extras: Extras) -> dict[str, np.ndarray]:
+    """Return what an entry of such tables is for these extras."""
+    found: dict[str, np.ndarray] = {}
+    for name, shape in shapes.items():
+        found[name] = np.full(shape, _nothing(name), np.float32)
+        part = extras.get(name)
+        if is_prefix(name):
+            length = 0 if part is None else part.shape[2]
+            found[f"count {name}"] = np.asarray(length, np.int32)
+            if part is not None:
+                found[name][:, :, _where(name, length, shape[2])] = part
+        elif part is not None:
+            found[name] = np.asarray(part, np.float32)
+    return found
+
+
+def gathered(tables: Rows, entries: Int[Array, "B"]) -> Rows:
+    """Return the entries of the rows of a batch."""
+    return {name: table[entries] for name, table in tables.items()}
+
+
+def of_steps(rows: Rows) -> Rows:
+    """Return what a decoder needs at each of its steps, when its caches hold the prefixes: its factors."""
+    return {name: part for name, part in rows.items() if name.partition(" ")[2].startswith("decoder.")}
+
+
+def lengths(rows: Rows, kind: str) -> tuple[int, int]:
+    """Return how many keys without and with positions stand before those of an attention."""
+    without, placed = (rows[f"{name} {kind}"].shape[3] if f"{name} {kind}" in rows else 0 for name in _PREFIXES)
+    return without, placed
+
+
+def put(model: T5, rows: Rows) -> None:
+    """Give a model, while it is traced, what each row of its batches has."""
+    heads = model.settings.num_heads
+    encoder, decoder, cross = (_before(rows, kind, heads) for kind in ("encoder", "decoder", "cross"))
+    if encoder is not None:
+        model.encoder.prefix = RowPrefixes(encoder, None, *lengths(rows, "encoder"))
+    if decoder is not None or cross is not None:
+        model.decoder.prefix = RowPrefixes(decoder, cross, *lengths(rows, "decoder"))
+    for name, part in rows.items():
+        side, _, path = name.partition(" ")
+        if side in ("outputs", "inputs"):
+            *owners, attribute = path.split(".")
+            owner = functools.reduce(getattr, owners, model)
+            setattr(owner, attribute, RowScaled(getattr(owner, attribute), part.swapaxes(0, 1), side))
+
+
+def _before(rows: Rows, kind: str, heads: int) -> Before | None:
+    parts = []
+    for name in (f"{each} {kind}" for each in _PREFIXES):
+        if name not in rows:
+            continue
+        pair = rows[name].transpose(1, 2, 0, 3, 4)  # keys or values, L, B, P, HK
+        keys, values = pair.reshape(*pair.shape[:-1], heads, -1).swapaxes(3, 4)
+        numbers, count = jnp.arange(pair.shape[3]), rows[f"count {name}"][:, None]
+        real = numbers >= len(numbers) - count if name.startswith("placed") else numbers < count
+        parts.append((keys, values, jnp.broadcast_to(real, (len(keys), *real.shape))))
+    if not parts:
+        return None
+    keys, values, real = zip(*parts, strict=True)
+    return Before(jnp.concatenate(keys, 3), jnp.concatenate(values, 3), jnp.concatenate(real, 2))
+
+
+def is_prefix(name: str) -> bool:
+    """Tell whether an extra is keys and values, not factors."""
+    return name.partition(" ")[0] in _PREFIXES
+
+
+def _nothing(name: str) -> float:
+    return 0.0 if is_prefix(name) else 1.0
+
+
+def _where(name: str, length: int, longest: int) -> slice:
+    """Return where in a padded entry a prefix stands: with positions at the end, next to the text."""
+    return slice(longest - length, longest) if name.startswith("placed") else slice(length)
+
+
+class RowPrefixes(nnx.Module):
+    """What `Stack.prefix` is where each row has its own: keys and values [L, B, H, P, K]."""
+
+    def __init__(self, attention: Before | None, cross: Before | None, unplaced: int, placed: int):
+        self.attention, self.cross = nnx.data(attention), nnx.data(cross)
+        self.unplaced, self.placed = unplaced, placed
+
+    def __call__(self) -> tuple[Before | None, Before | None]:
+        return self.attention, self.cross
+
+
+class RowScaled(nnx.Module):
+    """`inner(x) * factors`, or `inner(x * factors)`, with factors [L, B, W] of each row."""
+
+    def __init__(self, inner: Linear | RowScaled, factors: Float[Array, "L B W"], side: str):
+        self.inner: Any = inner
+        self.factors, self.side = nnx.Param(factors), side
+
+    def __call__(self, x: Float[Array, "N T in"], key: jax.Array | None = None) -> Float[Array, "N T out"]:
+        factors = self.factors[...].astype(x.dtype)
+        factors = jnp.repeat(factors, len(x) // len(factors), axis=0)[:, None]  # copies of a row follow each other
+        return self.inner(x, key) * factors if self.side == "outputs" else self.inner(x * factors, key)

@@ -1,0 +1,144 @@
+"""A frozen backbone in 8 or 4 bits: the kernels of the layers; embedding, head and norms stay as they are.
+
+    int8   one scale per output column: w = scale * q, q from -127 to 127
+    nf4    16 levels that suit normally distributed weights (Dettmers et al., 2023), one scale per 64 inputs of a column
+
+Only the products differ from `Linear`: forward and backward read the small integers, and no converted copy of a
+weight outlives its product.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from softprompt_jax.config import UserError
+from softprompt_jax.models.t5 import T5, Linear
+
+Quantization = Literal["int8", "nf4"]
+BLOCK = 64  # inputs that share a scale in nf4
+
+
+def _levels() -> np.ndarray:
+    """Return the 16 levels of NF4: quantiles of a normal distribution scaled to [-1, 1], with an exact 0."""
+    edge = 0.9677083  # so that the outermost quantiles are finite and the levels symmetric in probability
+    quantile = statistics.NormalDist().inv_cdf  # not scipy's, whose import takes most of a second
+    positive = [quantile(p) for p in np.linspace(edge, 0.5, 9)[:-1]]
+    negative = [-quantile(p) for p in np.linspace(edge, 0.5, 8)[:-1]]
+    levels = np.sort([*positive, *negative, 0.0])
+    return (levels / levels.max()).astype(np.float32)
+
+
+NF4_LEVELS = _levels()
+
+
+class QuantizedLinear(Linear):
+    """A Linear whose kernel is stored in a few bits; it cannot train."""
+
+    def __init__(self, linear: Linear, kind: Quantization):
+        stored, scale = pack(linear.kernel[...], kind)
+        into, out = linear.kernel.get_metadata()["axes"]
+        self.kernel = nnx.Param(stored, axes=(into, out))
+        self.scale = nnx.Param(scale, axes=(out,) if kind == "int8" else (None, out))
+        self.kind: Quantization = kind
+
+    def weight(self) -> Float[Array, "*L in out"]:
+        """Return the kernel that the stored numbers stand for, in float32."""
+        return unpack(self.kernel[...], self.scale[...], self.kind, jnp.float32)
+
+    def __call__(self, x: Float[Array, "*B in"], key: jax.Array | None = None) -> Float[Array, "*B out"]:
+        rows = x.reshape(-1, x.shape[-1])
+        made = _product(self.kind, rows, self.kernel[...], self.scale[...])
+        return made.reshape(*x.shape[:-1], -1)
+
+
+def pack(kernel: Float[Array, "*L in out"], kind: Quantization) -> tuple[jax.Array, jax.Array]:
+    """Return the stored integers and float32 scales of a kernel.
+
+    int8: [*L, in, out] and [*L, out]. nf4: two numbers a byte, [*L, in / 2, out] uint8, and [*L, in / 64, out].
+    """
+    wide = jnp.asarray(kernel, jnp.float32)
+    if kind == "int8":
+        scale = jnp.maximum(jnp.max(jnp.abs(wide), axis=-2), 1e-12) / 127
+        return jnp.round(wide / scale[..., None, :]).astype(jnp.int8), scale
+    *layers, width, columns = wide.shape
+    block = _block(width)
+    blocks = wide.reshape(*layers, width // block, block, columns)
+    scale = jnp.maximum(jnp.max(jnp.abs(blocks), axis=-2), 1e-12)
+    middles = jnp.asarray((NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2)
+    index = jnp.searchsorted(middles, blocks / scale[..., None, :]).astype(jnp.uint8).reshape(wide.shape)
+    return index[..., 0::2, :] | (index[..., 1::2, :] << 4), scale
+
+
+def unpack(stored: jax.Array, scale: jax.Array, kind: Quantization, dtype: Any) -> jax.Array:
+    """Return the kernel [*L, in, out] that `pack` approximated."""
+    if kind == "int8":
+        return (stored.astype(jnp.float32) * scale[..., None, :]).astype(dtype)
+    *layers, half, columns = stored.shape
+    index = jnp.stack([stored & 15, stored >> 4], axis=-2).reshape(*layers, 2 * half, columns)
+    blocks = jnp.asarray(NF4_LEVELS)[index].reshape(*layers, scale.shape[-2], -1, columns)
+    return (blocks * scale[..., None, :]).reshape(*layers, 2 * half, columns).astype(dtype)
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def pack_layers(kernel: Float[Array, "L in out"], kind: Quantization) -> tuple[jax.Array, jax.Array]:
+    """Pack a stack of kernels layer by layer, in memory for one more layer."""
+    return jax.lax.map(lambda layer: pack(layer, kind), kernel)
+
+
+def quantized(model: T5, kind: Quantization) -> T5:
+    """Replace the kernels of all layers by quantised ones, in place, one after the other."""
+    for stack in (model.encoder, model.decoder):
+        for owner in (stack.layers.attention, stack.layers.cross, stack.layers.feed_forward):
+            for name, child in list(vars(owner).items()) if owner is not None else ():
+                if isinstance(child, QuantizedLinear):
+                    raise UserError("backbone: is quantised already; expected float weights")
+                if isinstance(child, Linear):
+                    setattr(owner, name, QuantizedLinear(child, kind))
+    return model
+
+
+def kind_of(model: T5) -> Quantization | None:
+    """Return how a model's layers are stored, None as floats."""
+    linear = model.encoder.layers.attention.query
+    return linear.kind if isinstance(linear, QuantizedLinear) else None
+
+
+def _block(width: int) -> int:
+    """Return how many inputs share a scale: 64, or where that does not divide the width the largest even number."""
+    block = next((size for size in range(min(BLOCK, width), 1, -1) if width % size == 0 and size % 2 == 0), None)
+    if block is None:
+        raise UserError(f"nf4: a kernel with {width} inputs; expected an even number; use int8")
+    return block
+
+
+def _forward(kind: Quantization, rows: jax.Array, stored: jax.Array, scale: jax.Array) -> jax.Array:
+    if kind == "int8":  # scale the sums, not the weights: columns many times fewer
+        return (rows @ stored.astype(rows.dtype)) * scale.astype(rows.dtype)
+    return rows @ unpack(stored, scale, kind, rows.dtype)
+
+
+_product = jax.custom_vjp(_forward, nondiff_argnums=(0,))
+
+
+def _keep(kind: Quantization, rows: jax.Array, stored: jax.Array, scale: jax.Array) -> Any:
+    # Only the stored integers are kept for the backward pass. Left to itself, a scan over layers keeps their
+    # conversions, which is the memory that quantising was to save.
+    return _forward(kind, rows, stored, scale), (stored, scale)
+
+
+def _backward(kind: Quantization, kept: tuple[jax.Array, jax.Array], change: jax.Array) -> Any:
+    stored, scale = kept
+    if kind == "int8":
+        return (change * scale.astype(change.dtype)) @ stored.astype(change.dtype).T, None, None
+    return change @ unpack(stored, scale, kind, change.dtype).T, None, None
+
+
+_product.defvjp(_keep, _backward)

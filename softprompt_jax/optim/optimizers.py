@@ -1,0 +1,212 @@
+"""Optimizers and schedules as settings: the paper's Adafactor, AdamW, warm-up, decay, clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from pydantic import BeforeValidator, Field
+
+from softprompt_jax.checkpoints.backbone import load_adafactor
+from softprompt_jax.config import Settings, UserError
+from softprompt_jax.methods.trainable import Leaf
+from softprompt_jax.optim.gradient_free import CMAES, GreedyWords, Scored, Search, Untrained
+
+
+class Schedule(Settings):
+    """The learning rate's factor over the run: linear warm-up, then constant or decaying to `final`."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    decay: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"
+    final: float = Field(default=0.0, ge=0, le=1)  # share of the learning rate that is left at the last step
+
+    def build(self, learning_rate: float | jax.Array, steps: int) -> optax.Schedule:
+        """Return step -> learning rate for a run of `steps` steps."""
+        rest = max(1, steps - self.warmup_steps)
+        after = {
+            "constant": lambda: optax.constant_schedule(learning_rate),
+            "linear": lambda: optax.linear_schedule(learning_rate, self.final * learning_rate, rest),
+            "cosine": lambda: optax.cosine_decay_schedule(learning_rate, rest, self.final),
+            "inverse_sqrt": lambda: lambda step: learning_rate * (1 + step / max(1, self.warmup_steps)) ** -0.5,
+        }[self.decay]()
+        if not self.warmup_steps:
+            return after
+        warmup = optax.linear_schedule(learning_rate / self.warmup_steps, learning_rate, self.warmup_steps)
+        return optax.join_schedules([warmup, after], [self.warmup_steps])
+
+
+class Adafactor(Settings):
+    """Adafactor as in Lester et al. (2021): constant 0.3, no parameter scaling, no momentum.
+
+    `step_origin` is where its step counter starts. The paper's code restores it with the pre-trained
+    model (1,100,000) while the second moment starts at zero, so that for thousands of steps the RMS
+    clip binds and every update has an RMS of exactly the learning rate. 0 gives plain Adafactor. With `restore`
+    step and second moments are those of the backbone's T5X checkpoint, as in the paper's model tuning.
+    """
+
+    kind: Literal["adafactor"] = "adafactor"
+    learning_rate: float = Field(default=0.3, gt=0)
+    decay: float = Field(default=0.8, gt=0, lt=1)
+    clipping: float | None = Field(default=1.0, gt=0)  # of each update's RMS
+    weight_decay: float = Field(default=1e-5, ge=0)  # per step, not times the learning rate
+    parameter_scaling: bool = False
+    step_origin: int = Field(default=1_100_000, ge=0)
+    restore: bool = False
+
+    def transform(self, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
+        parts = [
+            optax.scale_by_factored_rms(
+                factored=True, decay_rate=self.decay, step_offset=-self.step_origin, min_dim_size_to_factor=128
+            )
+        ]
+        if self.clipping is not None:
+            parts.append(optax.clip_by_block_rms(self.clipping))
+        parts.append(optax.scale_by_learning_rate(schedule, flip_sign=False))
+        if self.parameter_scaling:
+            parts.append(optax.scale_by_param_block_rms())
+        return parts
+
+
+class AdamW(Settings):
+    """AdamW (Loshchilov and Hutter, 2019); the weight decay is times the learning rate.
+
+    The learning rate's default is for prompts; methods on weights bring their own (`softprompt methods`).
+
+    To train a T5 from random weights set `parameter_scaling`: its query weights start so small that a plain
+    step of 1e-3 changes them by a tenth, and small models of ours learned nothing from their encoder.
+    """
+
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(default=0.3, gt=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.999, ge=0, lt=1)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    parameter_scaling: bool = False
+
+    def transform(self, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
+        return [
+            optax.scale_by_adam(self.beta1, self.beta2, self.epsilon),
+            optax.add_decayed_weights(self.weight_decay),
+            optax.scale_by_learning_rate(schedule, flip_sign=False),
+            *([optax.scale_by_param_block_rms()] if self.parameter_scaling else []),
+        ]
+
+
+def _adafactor_by_default(value: Any) -> Any:
+    """Let `optimizer: {learning_rate: 0.1}` keep the default kind."""
+    return {"kind": "adafactor", **value} if isinstance(value, dict) else value
+
+
+Optimizer = Annotated[
+    Annotated[Adafactor | AdamW | CMAES | GreedyWords | Untrained, Field(discriminator="kind")],
+    BeforeValidator(_adafactor_by_default),
+]
+
+
+def build(
+    settings: Optimizer,
+    schedule: optax.Schedule,
+    leaves: Mapping[str, Leaf],
+    clip_norm: float | None = None,
+) -> optax.GradientTransformation | Search:
+    """Build the transformation of a nested dictionary of trainable arrays, or the search over them.
+
+    Stacked leaves [L, ...] are updated per layer, since clipping, scaling and factoring are per matrix.
+    """
+    if isinstance(settings, Scored):
+        return settings.search(leaves)
+    parts = [_per_layer(part, leaves) for part in settings.transform(schedule)]
+    parts.append(_scaled(leaves))
+    if settings.kind == "adafactor" and settings.weight_decay:
+        parts.append(optax.add_decayed_weights(settings.weight_decay))
+    parts.append(optax.scale(-1.0))
+    if clip_norm is not None:
+        parts.insert(0, optax.clip_by_global_norm(clip_norm))
+    return optax.chain(*parts)
+
+
+def read_slots(settings: Optimizer, backbone: str) -> tuple[Optimizer, dict[str, dict[str, np.ndarray]]]:
+    """Return the settings at a T5X checkpoint's step, and its slots, if they ask to go on from there."""
+    if settings.kind != "adafactor" or not settings.restore:
+        return settings, {}
+    step, slots = load_adafactor(backbone)
+    return settings.model_copy(update={"step_origin": step}), slots
+
+
+def from_slots(
+    optimizer: Any, slots: Mapping[str, Mapping[str, np.ndarray]], where: str
+) -> optax.GradientTransformation:
+    """Return an optimizer that starts from the slots of a T5X checkpoint."""
+    return optax.GradientTransformation(lambda params: restored(optimizer.init(params), slots, where), optimizer.update)
+
+
+def restored(state: Any, slots: Mapping[str, Mapping[str, np.ndarray]], where: str) -> Any:
+    """Return Adafactor's fresh state with the second moments that a T5X checkpoint holds, by path of the array.
+
+    Errors: UserError for an array without slots of its shape, and for a checkpoint with momentum, which ours has not.
+    """
+
+    def filled(path: str, moments: optax.FactoredState) -> optax.FactoredState:
+        found = slots.get(path, {})
+        if "m" in found:
+            raise UserError(f"{where}: momentum for {path}; expected none; leave out optimizer.restore")
+        used: dict[str, Any] = {name: getattr(moments, name) for name in ("v", "v_row", "v_col")}
+        count: Any = moments.count
+        # What optax does not use is one number, of each layer if there are several.
+        used = {name: leaf for name, leaf in used.items() if leaf.shape not in (count.shape, (*count.shape, 1))}
+        if {name: leaf.shape for name, leaf in used.items()} != {name: slot.shape for name, slot in found.items()}:
+            expected = ", ".join(f"{name} {list(leaf.shape)}" for name, leaf in used.items())
+            listed = ", ".join(f"{name} {list(slot.shape)}" for name, slot in found.items()) or "none"
+            raise UserError(
+                f"{where}: slots of {path}: found {listed}; expected {expected}; leave out optimizer.restore"
+            )
+        return moments._replace(**{name: jnp.asarray(slot, jnp.float32) for name, slot in found.items()})
+
+    def part(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {
+            path: filled(path, leaf) if isinstance(leaf, optax.FactoredState) else leaf for path, leaf in value.items()
+        }
+
+    return tuple(part(value) for value in state)
+
+
+def _path(keys: tuple) -> str:
+    return ".".join(str(key.key) for key in keys)
+
+
+def _scaled(leaves: Mapping[str, Leaf]) -> optax.GradientTransformation:
+    """Multiply each leaf's update by its own learning-rate scale."""
+
+    def update(updates: Any, state: Any, params: Any = None):
+        return jax.tree_util.tree_map_with_path(lambda k, u: leaves[_path(k)].learning_rate_scale * u, updates), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def _per_layer(part: optax.GradientTransformation, leaves: Mapping[str, Leaf]) -> optax.GradientTransformation:
+    """Apply `part` to every leaf by itself, and to a stacked leaf layer by layer."""
+
+    def each(function, stacked: bool):
+        return jax.vmap(function) if stacked else function
+
+    def init(params: Any):
+        paths = jax.tree_util.tree_flatten_with_path(params)[0]
+        return {_path(k): each(part.init, leaves[_path(k)].stacked)(leaf) for k, leaf in paths}
+
+    def update(updates: Any, state: Any, params: Any = None):
+        flat, structure = jax.tree_util.tree_flatten_with_path(updates)
+        results, states = [], {}
+        for (keys, leaf), param in zip(flat, jax.tree.leaves(params), strict=True):
+            path = _path(keys)
+            result, states[path] = each(part.update, leaves[path].stacked)(leaf, state[path], param)
+            results.append(result)
+        return structure.unflatten(results), states
+
+    return optax.GradientTransformation(init, update)

@@ -1,0 +1,53 @@
+"""Which activations a step keeps for its gradient: all that fit into the memory of a device, or fewer.
+
+none   all of them: nothing is computed twice
+dots   the products with weights
+full   the input of each layer
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+
+from softprompt_jax.distributed import mesh
+
+Policy = Literal["none", "dots", "full"]
+SHARE = 0.8  # of what weights and state leave free; the rest is for a layer's own buffers and for gaps
+
+
+def choose(kept: Callable[[Policy], int], room: int) -> Policy:
+    """Return the policy that computes least twice among those whose `kept` bytes fit into `room`."""
+    if kept("none") <= room:
+        return "none"
+    return "dots" if kept("dots") <= room else "full"
+
+
+def kept_bytes(loss: Callable[[Any, Any], jax.Array], weights: Any, batch: dict[str, Any]) -> int:
+    """Return the bytes of activations that a device keeps for the gradient of `loss(weights, batch)`.
+
+    Nothing is computed: what the backward pass is given is measured for two rows a device and for one. What does not
+    grow with rows, such as weights, drops out of the difference.
+    """
+    shards = mesh.row_shards()
+
+    def given(rows: int) -> int:
+        some = {name: jax.ShapeDtypeStruct((rows * shards, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+        pullback = jax.eval_shape(lambda weights, batch: jax.vjp(lambda w: loss(w, batch), weights)[1], weights, some)
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(pullback))
+
+    rows = len(next(iter(batch.values())))
+    return (given(2) - given(1)) * rows // shards**2
+
+
+def memory() -> int | None:
+    """Return the bytes of a device; None where it does not tell, as a CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+def room(held: int, memory: int) -> int:
+    """Return the bytes for activations on a device of so many that holds others already."""
+    return max(0, int(SHARE * (memory - held)))

@@ -1,0 +1,337 @@
+"""What a run trains on and how it is scored: a task, or pre-training."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+
+from softprompt_jax.assembly import Assembly
+from softprompt_jax.config import UserError, cache_folder
+from softprompt_jax.data import metrics
+from softprompt_jax.data.batches import TrainBatches
+from softprompt_jax.data.mixture import Mixture, draw_mixture
+from softprompt_jax.data.seqio_source import Outputs, Seqio, check_metrics, check_vocabulary, digest, is_endless
+from softprompt_jax.data.streaming import StreamBatches
+from softprompt_jax.data.task import SEQIO, Example, Task, iterate, seqio_examples, within
+from softprompt_jax.data.tokenized import TokenizedSet, concatenate, tokenize
+from softprompt_jax.distributed import mesh
+from softprompt_jax.inference.evaluate import Decoder, mean_loss, mean_score, score, wants_likelihoods
+from softprompt_jax.methods import Split
+from softprompt_jax.pretraining.data import PretrainingData
+from softprompt_jax.run import Run
+from softprompt_jax.tasks import load, splits
+
+WINDOW = 64  # batches of a split without end that are in memory at a time
+SENTINEL = "<extra_id_0>"
+
+
+class TaskRun:
+    """The data of a run on a task or a mixture: train batches, validation, and the final result."""
+
+    select_best = True
+
+    def __init__(
+        self,
+        run: Run,
+        assembly: Assembly,
+        parts: Split,
+        tasks: list[TaskData] | None = None,
+        decoder: Decoder | None = None,
+    ):
+        """Read the data, unless runs that differ in their prompts' values only share theirs, and the decoder."""
+        self.run = run
+        self.tasks = tasks or [TaskData(task, run, assembly, number) for number, task in enumerate(run.tasks)]
+        if not any("validation" in task.tokens for task in self.tasks):
+            raise UserError(f"task {run.task_name}: none of its tasks has a validation split; expected one that has")
+        self._decoder = decoder or Decoder(parts, assembly.tokenizer, run.decoding)
+        longest = max(int(tokens.target_lengths.max()) for task in self.tasks for tokens in task.tokens.values())
+        legal = all(task.task.words for task in self.tasks)  # nothing longer than the longest target can be right
+        self._longest = longest if legal else run.max_target_tokens
+        train, draw = [task.tokens["train"] for task in self.tasks], None
+        if isinstance(run.task, Mixture):
+            counts = [len(tokens) for tokens in train]
+            self.rates = run.task.rates.rates(counts)
+            draw = draw_mixture(counts, self.rates, run.seed, at_least=run.batch_size)
+            train = [concatenate(train)]
+        index, count = mesh.process_share()
+        around: dict[str, Any] = {"prompt_ids": assembly.prompt_ids, "max_shapes": run.most_shapes}
+        shares: dict[str, Any] = {"process_index": index, "process_count": count}
+        if any(task.endless for task in self.tasks):
+            if len(self.tasks) > 1 or run.packing is not None:
+                name = next(task.name for task in self.tasks if task.endless)
+                raise UserError(
+                    f"task {name}: its train split never ends; expected a finite one in a mixture and for packing; "
+                    "train on it alone, in buckets, or take some of it in the Task"
+                )
+            (task,) = self.tasks
+            limits = run.max_input_tokens, run.max_target_tokens
+            self.train_batches = StreamBatches(
+                task.read, task.tokenize, train[0], run.batch_size, run.seed, largest=limits, **around, **shares
+            )
+            return
+        self.train_batches = TrainBatches(
+            train[0],
+            run.batch_size,
+            run.seed,
+            packing=run.packing,
+            parts=run.accumulate,
+            rows_multiple=run.accumulate * mesh.row_shards(),
+            draw=draw,
+            **around,
+            **shares,
+        )
+
+    def describe(self) -> str:
+        """Say in a line what the data are."""
+        described = [task.describe() for task in self.tasks]
+        if isinstance(self.run.task, Mixture):
+            described = [f"{text} at {rate:.1%}" for text, rate in zip(described, self.rates, strict=True)]
+            described[0] = f"mixture {self.run.task_name}: {described[0]}"
+        inputs, targets, batches = self._truncated("inputs"), self._truncated("targets"), self.train_batches
+        shapes = ", ".join(f"{t}/{u}" for t, u in batches.shapes)
+        packed = f"packed in {batches.rows} rows of {shapes}, {batches.examples_per_batch:.1f} examples a step"
+        line = (
+            f"{'; '.join(described)}; {packed if self.run.packing else f'shapes {shapes}'}; "
+            f"padding {batches.padding_share:.0%}; {inputs} inputs truncated to {self.run.max_input_tokens} tokens"
+        )
+        return f"{line}, {targets} targets to {self.run.max_target_tokens}" if self.run.truncate_targets else line
+
+    def _truncated(self, side: str) -> int:
+        return sum(getattr(tokens, f"truncated_{side}") for task in self.tasks for tokens in task.tokens.values())
+
+    def measures(self) -> dict[str, float]:
+        """Return what was found of the data: of the first epoch, and truncations in all splits."""
+        batches = self.train_batches
+        return {
+            "examples_per_batch": round(batches.examples_per_batch, 2),
+            "batches_per_epoch": batches.batches_per_epoch,
+            "padding": round(batches.padding_share, 4),
+            "truncated_inputs": self._truncated("inputs"),
+            "truncated_targets": self._truncated("targets"),
+        }
+
+    def batches(self, first: int) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the batches from step `first` on."""
+        return self.train_batches.from_step(first)
+
+    def _scores(self, split: str, trainable: Any, frozen: Any, first: int | None = None) -> dict[str, dict[str, float]]:
+        """The metrics of each task that has the split, of its first examples or of all."""
+        return {
+            task.name: task.scores(split, self._decoder, trainable, frozen, self._longest, first)
+            for task in self.tasks
+            if split in task.tokens
+        }
+
+    def _mean(self, scores: dict[str, dict[str, float]]) -> float:
+        return float(np.mean([mean_score(task.task, scores[task.name]) for task in self.tasks if task.name in scores]))
+
+    def validate(self, trainable: Any, frozen: Any) -> tuple[dict[str, float], float]:
+        """Return the validation metrics and the number that selects the best checkpoint, their mean over tasks."""
+        scores = self._scores("validation", trainable, frozen, self.run.evaluation_examples)
+        mean = self._mean(scores)
+        if not isinstance(self.run.task, Mixture):
+            return scores[self.run.task_name], mean
+        flat = {f"{task}/{name}": value for task, each in scores.items() for name, value in each.items()}
+        return {"mean": mean, **flat}, mean
+
+    def result(self, trainable: Any, parts: Split) -> dict[str, Any]:
+        """Return the metrics of the chosen weights, beside the majority class and no training.
+
+        Those of a mixture are `mean` and `tasks`, by name.
+        """
+        scored = [task for task in self.tasks if "validation" in task.tokens]
+        measured = "test" if all("test" in task.tokens for task in scored) else "validation"
+        mixture = isinstance(self.run.task, Mixture)
+
+        def scores(split: str, values: Any) -> dict[str, Any] | None:
+            each = self._scores(split, values, parts.frozen)
+            if not each:
+                return None
+            return {"mean": self._mean(each), "tasks": each} if mixture else each[self.run.task_name]
+
+        majority = {task.name: task.majority(measured) for task in scored}
+        return {
+            "validation": scores("validation", trainable),
+            "test": scores("test", trainable),
+            "baselines": {
+                "split": measured,
+                "majority": majority if mixture else majority[self.run.task_name],
+                "untrained": scores(measured, parts.trainable),
+            },
+        }
+
+
+class TaskData:
+    """One task of a run: the tokens of its splits, and the examples that it is scored on."""
+
+    def __init__(self, task: Task, run: Run, assembly: Assembly, number: int):
+        task = within(task, run.max_input_tokens, run.max_target_tokens)
+        self.task, self.name, self._run, self._assembly = task, task.name, run, assembly
+        if isinstance(task.source, Seqio):
+            check_vocabulary(task.source, assembly.tokenizer)
+            if SEQIO in task.metrics:
+                check_metrics(task.source)
+        available = splits(task)
+        for needed in ("train",) if isinstance(run.task, Mixture) else ("train", "validation"):
+            if needed not in available:
+                raise UserError(
+                    f"task {task.name}: no {needed} split; found {', '.join(available)}; expected train and validation"
+                )
+        if "validation" not in available:  # a task of a mixture that is trained on and not scored
+            available = ["train"]
+        self.endless = isinstance(task.source, Seqio) and is_endless(task.source, "train")
+        self.examples: dict[str, list[Example]] = {}
+        self.tokens: dict[str, TokenizedSet] = {}
+        for split in ("train", "validation", "test"):
+            if split not in available:
+                continue
+            examples: Iterable[Example] = Reread(task, split)
+            if next(iter(examples), None) is None:
+                load(task, split)  # which says that the split is empty
+            if split != "train":  # which may be too large for a list
+                examples = self.examples[split] = load(task, split)
+            elif self.endless:
+                examples = list(itertools.islice(self.read(0), WINDOW * run.batch_size))
+            key = examples.key() if isinstance(examples, Reread) else None
+            self.tokens[split] = self.tokenize(examples, split, cache_folder() / "tokens", key)
+        around = assembly.prompt_ids
+        self._prompt_ids = around if around is None else around.of_task(number if run.own_prompts else 0)
+
+    def read(self, first: int) -> Iterator[Example]:
+        """Yield the train examples of a split without end from a number on."""
+        return seqio_examples(self.task, "train", first=first)
+
+    def tokenize(
+        self, examples: Iterable[Example], split: str = "train", cache: Path | None = None, key: str | None = None
+    ) -> TokenizedSet:
+        """Return examples as ids within the run's limits."""
+        run, model = self._run, self._assembly.model
+        limits = model.settings.vocabulary_rows, run.max_input_tokens, run.max_target_tokens
+        cut = run.truncate_targets
+        if run.target_sentinel:  # which is dropped again where answers are read
+            examples = (dataclasses.replace(example, target=SENTINEL + example.target) for example in examples)
+        try:
+            return tokenize(examples, self._assembly.tokenizer, *limits, truncate_targets=cut, cache=cache, key=key)
+        except UserError as error:
+            raise UserError(f"task {self.name}: {split}: {error}") from None
+
+    def describe(self) -> str:
+        """Say how many examples there are."""
+        sizes = {split: str(len(tokens)) for split, tokens in self.tokens.items()}
+        if self.endless:
+            sizes["train"] = "without end (a restart reads anew what was seen)"
+        if "validation" not in sizes:
+            sizes["train"] += " (no validation split: trained on, not scored)"
+        return f"task {self.name}: " + ", ".join(f"{split} {size}" for split, size in sizes.items())
+
+    def scores(
+        self, split: str, decoder: Decoder, trainable: Any, frozen: Any, longest: int, first: int | None = None
+    ) -> dict[str, float]:
+        """Return the metrics of a split, of its first examples or of all."""
+        batch_size, tokens = self._run.evaluation_batch_size, self.tokens[split].first(first)
+        answers = decoder.answers(trainable, frozen, tokens, batch_size, longest, self._prompt_ids, task=self.task)
+        likelihoods = None
+        if wants_likelihoods(self.task):
+            likelihoods = decoder.likelihoods(trainable, frozen, tokens, batch_size, self._prompt_ids)
+        best = [each[0] for each in answers]
+        outputs = Outputs([answer.ids for answer in best], [answer.score for answer in best], likelihoods)
+        return score(self.task, [answer.text for answer in best], self.examples[split][:first], outputs)
+
+    def majority(self, split: str) -> float:
+        """Return the accuracy of the train split's most frequent target, of an endless one's first window's."""
+        if isinstance(self.task.source, Seqio):  # whose preprocessors are not run again
+            train = self.tokens["train"]
+            ids, times = Counter(tuple(train.target(i).tolist()) for i in range(len(train))).most_common(1)[0]
+            counts = Counter({self._assembly.tokenizer.decode(ids): times})
+        else:
+            counts = Counter(example.target for example in Reread(self.task, "train"))
+        return metrics.majority(counts, [example.target for example in self.examples[split]])
+
+
+class Reread:
+    """The examples of a split, read anew each time that they are gone through."""
+
+    def __init__(self, task: Task, split: str):
+        self._task, self._split = task, split
+
+    def __iter__(self) -> Iterator[Example]:
+        return iterate(self._task, self._split)
+
+    def key(self) -> str | None:
+        """Return a name for all examples together, where they would be dear to go through again: seqio's."""
+        source = self._task.source
+        return f"{self._task!r} {digest(source, self._split)}" if isinstance(source, Seqio) else None
+
+
+class PretrainingRun:
+    """The data of pre-training; validation is the loss on text windows of another seed."""
+
+    select_best = False
+
+    def __init__(self, run: Run, assembly: Assembly, parts: Split):
+        settings = run.pretraining
+        assert settings is not None
+        folder = assembly.tokenizer_folder
+        if assembly.prompt_ids is not None:
+            kinds = ", ".join(method.kind for method in run.methods)
+            raise UserError(
+                f"methods: {kinds} with pre-training, whose texts have no place for a prompt; expected methods that "
+                "train weights; set methods to [{kind: full}]"
+            )
+        rows = assembly.model.settings.vocabulary_rows
+        if assembly.tokenizer.size > rows:
+            raise UserError(
+                f"backbone: vocabulary_rows {rows}; expected at least {assembly.tokenizer.size}, the pieces and "
+                "sentinels of the tokenizer"
+            )
+        self.data = PretrainingData(settings, folder, run.batch_size, run.seed, run.steps)
+        held_out = settings.model_copy(update={"stages": settings.stages[-1:]})
+        sample = PretrainingData(held_out, folder, run.batch_size, run.seed + 1, 32)
+        self._loss = mean_loss(parts, [sample.batch(i) for i in range(0, 32, 4)])
+
+    def describe(self) -> str:
+        """Say in a line what the data are."""
+        return f"pre-training: shapes {', '.join(f'{t}/{u}' for t, u in self.data.shapes)}"
+
+    def measures(self) -> dict[str, float]:
+        """Return nothing: the data are made as they are needed."""
+        return {}
+
+    def batches(self, first: int) -> Iterator[dict[str, np.ndarray]]:
+        """Yield the batches from step `first` on."""
+        index, count = mesh.process_share()
+
+        def share(step: int) -> dict[str, np.ndarray]:
+            return {name: np.split(rows, count)[index] for name, rows in self.data.batch(step).items()}
+
+        source = grain.MapDataset.source(_Numbers(len(self.data))).slice(slice(first, None)).map(share)
+        return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
+
+    def validate(self, trainable: Any, frozen: Any) -> tuple[dict[str, float], float]:
+        """Return the validation loss, and its negative as the score."""
+        loss = self._loss(trainable, frozen)
+        return {"loss": loss}, -loss
+
+    def result(self, trainable: Any, parts: Split) -> dict[str, Any]:
+        """Return the final loss."""
+        return {"validation": self.validate(trainable, parts.frozen)[0], "test": None}
+
+
+class _Numbers:
+    """0 to n - 1 as a data source."""
+
+    def __init__(self, count: int):
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> int:
+        return index

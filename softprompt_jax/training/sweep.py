@@ -1,0 +1,260 @@
+"""A sweep: one config over lists of settings. Prompts of one shape train together, all else one after another."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from softprompt_jax import config
+from softprompt_jax.analysis.report import summarise
+from softprompt_jax.assembly import backbone_of
+from softprompt_jax.checkpoints import artifact
+from softprompt_jax.config import Diverged, UserError
+from softprompt_jax.distributed.cloud_files import is_remote
+from softprompt_jax.distributed.multihost import alone_in
+from softprompt_jax.inference.evaluate import headline, shown, unit
+from softprompt_jax.optim.gradient_free import Scored
+from softprompt_jax.progress import Reporter
+from softprompt_jax.run import Run, Scratch
+from softprompt_jax.training.loop import prepare_folder, train
+from softprompt_jax.training.vmapped import FAILED_FILE, Together, shape_of
+
+SWEEP_FILE = "sweep.json"
+SHORT = {"learning_rate": "optimizer.learning_rate", "length": "methods.0.length", "init": "methods.0.init"}
+_GROUPS, _MEMBERS = "groups", "members.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """One run of a sweep: its name is that of its folder, `varied` are the settings that make it."""
+
+    name: str
+    varied: dict[str, Any]
+    run: Run
+
+
+def sweep(
+    path: str | Path,
+    over: Sequence[str],
+    out: str | Path,
+    overrides: Sequence[str] = (),
+    together: int = 8,
+    stop_after: int | None = None,
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Train the config in `path` with every combination of the settings in `over`, and return what `sweep.json` holds.
+
+    `over`: `seed=0..7`, `learning_rate=0.03,0.1,0.3`, any dotted setting with YAML values. Each run leaves the folder
+    `out/NAME` that `train` would leave. Runs that train nothing but prompts and differ in seed, task, learning rate or
+    initialisation only share one program, at most `together` at a time; all others train one after another.
+    `stop_after`: a prompt stops after so many evaluations without a better validation score (of those that train
+    together). The same call goes on where a killed one stopped. Raises Preempted after SIGTERM.
+
+    Returned: `runs` (name, settings, scores or why it failed), `table` (mean, sd and best over seeds of each setting)
+    and `best`, the name of the run with the best validation score.
+    """
+    reporter, folder = reporter or Reporter(quiet=True), Path(out)
+    if together < 1 or (stop_after is not None and stop_after < 1):
+        raise UserError(f"sweep: found together {together}, stop_after {stop_after}; expected 1 or more")
+    if is_remote(out):
+        raise UserError(f"{out}: is not on this machine; expected a local folder for a sweep; copy its runs afterwards")
+    if jax.process_count() > 1:
+        raise UserError(f"sweep: {jax.process_count()} processes; expected one; use softprompt train for each run")
+    found = members(path, over, overrides)
+    if stop_after is not None and (alone := [member.name for member in found if _alone(member.run)]):
+        raise UserError(f"sweep: {alone[0]} trains alone; expected prompts on one backbone; leave --stop-after out")
+    for member in found:
+        prepare_folder(member.run, folder / member.name)
+    reporter.line(f"{folder}: {len(found)} runs, {sum(_done(folder / m.name) for m in found)} of them finished")
+    programs: dict[str, Together] = {}
+    with alone_in(folder):
+        for group in _open_groups(found, folder, together):
+            _train_group(group, folder, reporter, stop_after, programs)
+    with contextlib.suppress(OSError):  # it is not there, or holds a group that was not asked for
+        (folder / _GROUPS).rmdir()
+    result = summary(found, folder)
+    artifact.dump(result, folder / SWEEP_FILE)
+    return result
+
+
+def members(path: str | Path, over: Sequence[str], overrides: Sequence[str] = ()) -> list[Member]:
+    """Return every run of a sweep, its settings checked."""
+    axes = dict(read_axis(text) for text in over)
+    if not axes or len(axes) < len(over):
+        raise UserError(f"sweep: --over {' --over '.join(over)}; expected one or more settings, each once")
+    lasts = [key.rpartition(".")[2] for key in axes]
+    short = {key: last if lasts.count(last) == 1 else key for key, last in zip(axes, lasts, strict=True)}
+    found = []
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        changes = [*overrides, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in chosen.items())]
+        run = config.parse(Run, config.read(path, changes), f"{path} with {', '.join(changes)}").expanded()
+        varied = {short[key]: value for key, value in chosen.items()}
+        found.append(Member(",".join(f"{key}={_file_name(value)}" for key, value in varied.items()), varied, run))
+    names = [member.name for member in found]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"sweep: two runs would be called {twice}; expected values that differ in letters or digits")
+    return found
+
+
+def read_axis(text: str) -> tuple[str, list[Any]]:
+    """Read `seed=0..7` or `task=boolq,cb` as a setting and its values; short names become dotted ones."""
+    key, equals, values = text.partition("=")
+    if not equals or not key or not values.strip():
+        raise UserError(
+            f"--over {text}: found no values; expected KEY=VALUES, such as seed=0..7 or learning_rate=0.1,0.3"
+        )
+    span = re.fullmatch(r"\s*(-?\d+)\.\.(-?\d+)\s*", values)
+    if span:
+        first, last = int(span[1]), int(span[2])
+        if last < first:
+            raise UserError(f"--over {text}: {first} is past {last}; expected the smaller number first")
+        found: list[Any] = list(range(first, last + 1))
+    else:
+        found = config.read_text(f"[{values}]", f"--over {text}")
+    if len({json.dumps(value) for value in found}) < len(found):
+        raise UserError(f"--over {text}: a value stands twice; expected each once")
+    return SHORT.get(key, key), found
+
+
+def _file_name(value: Any) -> str:
+    """Write a value as part of a folder's name; a long one is cut, and told apart by a hash."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    name = re.sub(r"[^\w.+-]+", "-", text).strip("-.")
+    return name if 0 < len(name) <= 40 else f"{name[:30]}-{hashlib.sha256(text.encode()).hexdigest()[:6]}"
+
+
+def _done(folder: Path) -> bool:
+    return (folder / "result.json").exists() or (folder / FAILED_FILE).exists()
+
+
+def _alone(run: Run) -> bool:
+    """Whether a run has frozen weights of its own, or no gradients to compute together."""
+    own = isinstance(run.backbone, Scratch) or any(method.draws_frozen for method in run.methods)
+    return run.pretraining is not None or own or isinstance(run.optimizer, Scored)
+
+
+def _open_groups(found: Sequence[Member], folder: Path, together: int) -> Iterator[list[Member]]:
+    """Yield what is left to do: groups that have begun as they were, then the other unfinished runs by their shape."""
+    known, begun = {member.name: member for member in found}, set()
+    for file in sorted((folder / _GROUPS).glob(f"*/{_MEMBERS}")):
+        names = json.loads(file.read_text())
+        if any(name in known and not _done(folder / name) for name in names):
+            group = [known.get(name) or _read_member(folder, name) for name in names]
+            begun |= set(names)
+            yield group
+    groups: dict[str, list[Member]] = {}
+    for member in found:
+        if member.name not in begun and not _done(folder / member.name):
+            key = member.name if _alone(member.run) else json.dumps(shape_of(member.run), sort_keys=True)
+            groups.setdefault(key, []).append(member)
+    for group in groups.values():
+        for first in range(0, len(group), together):
+            yield group[first : first + together]
+
+
+def _read_member(folder: Path, name: str) -> Member:
+    """Return a run that began in a group with others and is not asked for now."""
+    path = folder / name / "config.yaml"
+    return Member(name, {}, config.parse(Run, config.read(path), str(path)))
+
+
+def _train_group(
+    group: Sequence[Member], folder: Path, reporter: Reporter, stop_after: int | None, programs: dict[str, Together]
+) -> None:
+    """Train runs of one shape, together if that is possible."""
+    run, runs = group[0].run, [(member.run, folder / member.name) for member in group]
+    with jax.set_mesh(run.mesh.build()):
+        program = None if _alone(run) else _program(run, programs)
+        if program is not None and program.possible:
+            names = [member.name for member in group]
+            own = folder / _GROUPS / hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
+            own.mkdir(parents=True, exist_ok=True)
+            artifact.dump(names, own / _MEMBERS)
+            program.train(runs, own, reporter, stop_after)
+            shutil.rmtree(own)  # what it held is now in the runs' folders
+            return
+    if stop_after is not None:
+        raise UserError(
+            f"sweep: --stop-after is for prompts that train together; found methods "
+            f"{', '.join(method.kind for method in run.methods)}; leave --stop-after out"
+        )
+    programs.clear()  # with its copy of the backbone
+    for one, path in runs:
+        reporter.line(f"{path}:")
+        try:
+            train(one, path, reporter)
+        except Diverged as error:
+            reporter.line(f"{path}: {error}")
+            artifact.dump({"step": error.step, "reason": "the loss is no finite number"}, path / FAILED_FILE)
+
+
+def _program(run: Run, programs: dict[str, Together]) -> Together:
+    """Return the program of runs of this shape; the last backbone is kept."""
+    key, backbone = json.dumps(shape_of(run), sort_keys=True), None
+    if key not in programs:
+        for other in programs.values():
+            if all(
+                getattr(other.run, name) == getattr(run, name) for name in ("backbone", "dtype", "quantize", "mesh")
+            ):
+                backbone = other.backbone
+        programs.clear()
+        programs[key] = Together(run, backbone or backbone_of(run))
+    return programs[key]
+
+
+def summary(found: Sequence[Member], folder: Path) -> dict[str, Any]:
+    """Return the scores of each run, their table over seeds, and the best run of each task."""
+    runs, table, units, best = [], {}, {}, {}
+    for member in found:
+        line: dict[str, Any] = {"name": member.name, "settings": member.varied}
+        runs.append(line)
+        if (folder / member.name / FAILED_FILE).exists():
+            line["failed"] = json.loads((folder / member.name / FAILED_FILE).read_text())
+            continue
+        result = json.loads((folder / member.name / "result.json").read_text())
+        scores = {s: headline(member.run, result[s]) for s in ("validation", "test") if result[s] is not None}
+        line |= {"score": scores, **{name: result[name] for name in ("validation", "test", "best_step")}}
+        key = {name: value for name, value in member.varied.items() if name != "seed"}
+        row = json.dumps([member.run.task_name, key])
+        table.setdefault(row, []).append(scores)
+        units[row] = unit(member.run)
+        if scores["validation"] > best.get(member.run.task_name, ("", -float("inf")))[1]:
+            best[member.run.task_name] = member.name, scores["validation"]
+    rows = []
+    for key, each in table.items():
+        task, settings = json.loads(key)
+        measured = {split: summarise([scores[split] for scores in each]) for split in each[0]}
+        rows.append({"task": task, "settings": settings, "runs": len(each), "unit": units[key], **measured})
+    return {"runs": runs, "table": rows, "best": {task: name for task, (name, _) in best.items()}}
+
+
+def describe(result: dict[str, Any]) -> Iterator[str]:
+    """Yield a sweep's table as lines: mean, sd and best of the task's metric, in percent or its own unit."""
+    titles = [", ".join(f"{key} {value}" for key, value in row["settings"].items()) for row in result["table"]]
+    width = max([8, *map(len, titles)])
+    yield f"{'setting':{width}}  {'task':20} runs  " + "  ".join(f"{s:>22}" for s in ("validation", "test"))
+    for title, row in zip(titles, result["table"], strict=True):
+        cells = (_cell(row[split], row["unit"]) if split in row else "" for split in ("validation", "test"))
+        yield f"{title:{width}}  {row['task']:20} {row['runs']:4}  " + "  ".join(f"{cell:>22}" for cell in cells)
+    yield f"{'':{width}}  {'':20}       " + "  ".join(f"{'mean ± sd (best)':>22}" for _ in range(2))
+    for task, name in result["best"].items():
+        yield f"best on {task}: {name}"
+    for run in result["runs"]:
+        if "failed" in run:
+            yield f"{run['name']}: failed at step {run['failed']['step']}: {run['failed']['reason']}"
+
+
+def _cell(found: dict[str, Any], times: float) -> str:
+    sd = f" ± {shown(found['sd'], times)}" if found["sd"] is not None else ""
+    return f"{shown(found['mean'], times)}{sd} ({shown(found['best'], times)})"

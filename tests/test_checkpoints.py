@@ -1,0 +1,161 @@
+"""Checkpoints: complete or absent, the latest and the best stay, a broken one is told in one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from softprompt_jax.config import UserError
+from softprompt_jax.training.checkpoints import Checkpoints
+
+
+def state(value: float):
+    return {
+        "trainable": {"prompt": {"rows": jnp.full((3, 4), value)}},
+        "optimizer": [{"prompt.rows": jnp.full((2,), value)}, (), {"count": jnp.int32(value)}],
+        "step": jnp.int32(value),
+    }
+
+
+def saved(folder, scores: dict[int, float | None]) -> Checkpoints:
+    checkpoints = Checkpoints(folder)
+    for step, score in scores.items():
+        checkpoints.save(step, state(step), score)
+    checkpoints.wait()
+    return checkpoints
+
+
+def steps(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("scores", "best", "kept"),
+    [
+        ({1: 0.1, 2: 0.5, 3: 0.2}, 2, {"2", "3"}),
+        ({1: 0.5, 2: 0.5, 3: 0.5}, 1, {"1", "3"}),  # of equal ones the earliest
+        ({1: 0.1, 2: None, 3: 0.2, 4: None}, 3, {"3", "4"}),  # what was not scored is never the best
+        ({1: -2.0, 2: -1.0, 3: None}, 2, {"2", "3"}),
+        ({1: 0.8, 2: float("nan"), 3: 0.7}, 1, {"1", "3"}),  # what is no number neither
+        ({1: 0.1, 2: 0.5}, 2, {"1", "2"} - {"1"}),
+    ],
+)
+def test_latest_and_best_stay(tmp_path, scores, best, kept):
+    checkpoints = saved(tmp_path, scores)
+    assert (checkpoints.best(), checkpoints.latest()) == (best, max(scores))
+    checkpoints.close()
+    assert steps(tmp_path) == kept
+    reopened = Checkpoints(tmp_path)
+    assert (reopened.best(), reopened.latest()) == (best, max(scores))
+    reopened.close()
+
+
+def test_a_step_that_is_scored_later_is_the_best_from_then_on(tmp_path):
+    checkpoints = saved(tmp_path, {1: 0.1, 2: None})
+    assert checkpoints.best() == 1
+    checkpoints.score(2, 0.5)
+    assert checkpoints.best() == 2
+    checkpoints.close()
+    reopened = Checkpoints(tmp_path)
+    reopened.score(2, 0.5)
+    reopened.save(3, state(3), 0.2)
+    reopened.wait()
+    assert (reopened.best(), reopened.latest()) == (2, 3)
+    reopened.close()
+    assert steps(tmp_path) == {"2", "3"}
+
+
+def test_nothing_saved_is_no_step(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "new")
+    assert checkpoints.latest() is None
+    checkpoints.close()
+
+
+def test_state_comes_back_to_the_bit(tmp_path):
+    checkpoints = saved(tmp_path, {7: 0.5})
+    for restored in (checkpoints.restore(7, state(0)), checkpoints.restore(7)):
+        np.testing.assert_array_equal(restored["trainable"]["prompt"]["rows"], np.full((3, 4), 7, np.float32))
+        assert restored["step"] == 7
+        assert restored["step"].dtype == jnp.int32
+    checkpoints.close()
+
+
+def test_saving_copies_before_it_returns(tmp_path):
+    # Training donates the state's buffers to its next step.
+    checkpoints, first = Checkpoints(tmp_path), state(1)
+    checkpoints.save(1, first, 0.1)
+    first["trainable"]["prompt"]["rows"].delete()
+    np.testing.assert_array_equal(checkpoints.restore(1)["trainable"]["prompt"]["rows"], np.ones((3, 4)))
+    checkpoints.close()
+
+
+def test_what_a_kill_left_is_no_step_and_is_removed(tmp_path):
+    saved(tmp_path, {1: 0.1, 2: 0.05}).close()
+    # Names as Orbax gives them: a write that was not finished, and a deletion that was not.
+    shutil.copytree(tmp_path / "2", tmp_path / "3.orbax-checkpoint-tmp")
+    shutil.rmtree(tmp_path / "3.orbax-checkpoint-tmp" / "default")
+    (tmp_path / "0" / "default").mkdir(parents=True)
+    checkpoints = Checkpoints(tmp_path)
+    assert (checkpoints.latest(), checkpoints.best()) == (2, 1)
+    checkpoints.save(3, state(3), 0.2)
+    checkpoints.close()
+    assert steps(tmp_path) == {"3"}
+
+
+def test_reading_changes_nothing(tmp_path):
+    saved(tmp_path, {1: 0.5, 2: 0.1}).close()
+    (tmp_path / "3.orbax-checkpoint-tmp").mkdir()
+    before = sorted(map(str, tmp_path.rglob("*")))
+    checkpoints = Checkpoints(tmp_path, read_only=True)
+    assert (checkpoints.latest(), checkpoints.best()) == (2, 1)
+    assert checkpoints.restore(1)["step"] == 1
+    checkpoints.close()
+    assert sorted(map(str, tmp_path.rglob("*"))) == before
+
+
+@pytest.mark.parametrize("broken", ["gone", "cut"])
+def test_broken_checkpoint_is_one_line_that_names_it(tmp_path, broken):
+    saved(tmp_path, {1: 0.5, 2: 0.1}).close()
+    for path in list((tmp_path / "2" / "default").rglob("*")):
+        if path.is_file() and broken == "gone":
+            path.unlink()
+        elif path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[:10])
+    checkpoints = Checkpoints(tmp_path)
+    with pytest.raises(UserError, match="2: cannot be read") as error:
+        checkpoints.restore(2, state(0))
+    assert "\n" not in str(error.value)
+    assert "delete this folder to go on from the one before" in str(error.value)
+    assert checkpoints.restore(1, state(0))["step"] == 1
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        ValueError("RESOURCE_EXHAUSTED: Error writing \"x\": Failed: No space left on device [os_error_code='28']"),
+    ],
+    ids=["system", "tensorstore"],
+)
+def test_full_disk_is_one_line(tmp_path, monkeypatch, error):
+    checkpoints = Checkpoints(tmp_path)
+
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(checkpoints._manager, "save", full)
+    with pytest.raises(UserError, match=r"a checkpoint cannot be written \(No space left on device\)"):
+        checkpoints.save(1, state(1))
+    checkpoints.close()
+
+
+def test_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="a checkpoint cannot be written"):
+        Checkpoints(tmp_path / "file" / "checkpoints")

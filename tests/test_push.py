@@ -1,0 +1,143 @@
+"""What goes to the hub: a run's files and a card that says what, how well, with which settings, and how to load."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import yaml
+
+from softprompt_jax import UserError, load_backbone, load_predictor, load_prompt
+from softprompt_jax.config import parse, read, to_yaml
+from softprompt_jax.export.push import card, push
+from softprompt_jax.run import Run
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+@pytest.fixture
+def run(prompt_run, tmp_path):
+    return shutil.copytree(prompt_run, tmp_path / "run")
+
+
+def test_a_dry_run_writes_a_folder_that_loads_here_and_in_peft(run):
+    folder = push(run, "me/moods", dry_run=True)
+    assert folder == run / "hub"
+    assert {path.name for path in folder.iterdir()} == {
+        *("README.md", "config.yaml", "result.json", "prompt.safetensors"),
+        *("adapter_config.json", "adapter_model.safetensors"),
+    }
+    np.testing.assert_array_equal(load_prompt(folder), load_prompt(run))
+    text = (folder / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["library_name"] == "peft"
+    result = json.loads((run / "result.json").read_text())
+    assert f"| test | accuracy | {result['test']['accuracy']:.4f} |" in text
+    assert 'PeftModel.from_pretrained(model, "me/moods")' in text
+    assert "load_prompt(folder)" in text
+    assert "kind: prompt" in text
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    assert settings["methods"] == yaml.safe_load((run / "config.yaml").read_text())["methods"]
+    for file in ("README.md", "config.yaml"):
+        assert "/tmp" not in (folder / file).read_text()
+    push(run, "me/moods", dry_run=True)  # and again
+
+
+def test_a_tuned_model_is_published_whole(full_run, tmp_path):
+    run = shutil.copytree(full_run, tmp_path / "run")
+    folder = push(run, "me/model", dry_run=True)
+    load_backbone(folder)
+    assert 'load_backbone("me/model")' in (folder / "README.md").read_text()
+
+
+def test_a_published_backbone_is_named_and_what_peft_lacks_is_said():
+    run = parse(Run, {"task": "rte", "backbone": "google/t5-base-lm-adapt"}, "test")
+    text = card(run, {"test": {"accuracy": 0.5}, "steps": 3, "best_step": 2}, "me/x", {"prompt.safetensors"}, "m: why")
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == "google/t5-base-lm-adapt"
+    assert "No form for PEFT: why" in text
+    assert 'load_backbone("google/t5-base-lm-adapt")' in text
+    assert "step 2 of 3" in text
+
+
+def test_the_hub_is_asked_for_the_repository_and_given_the_folder(run, monkeypatch):
+    asked = []
+
+    class Api:
+        def create_repo(self, name, exist_ok):
+            asked.append((name, exist_ok))
+
+        def upload_folder(self, repo_id, folder_path):
+            asked.append((repo_id, sorted(path.name for path in folder_path.iterdir())[0]))
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    push(run, "me/moods")
+    assert asked == [("me/moods", True), ("me/moods", "README.md")]
+
+
+def test_what_cannot_be_pushed_is_refused_in_a_line(run, tmp_path, monkeypatch):
+    def refused(*arguments, match):
+        with pytest.raises(UserError, match=match) as caught:
+            push(*arguments)
+        assert "\n" not in str(caught.value)
+
+    refused(run, "moods", match="moods: not a hub name; expected OWNER/NAME")
+    refused(tmp_path, "me/moods", match="no finished run")
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: (_ for _ in ()).throw(OSError("off")))
+    refused(run, "me/moods", match=r"the hub did not take it \(off\); expected a login")
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: (_ for _ in ()).throw(LookupError("x")))
+    refused(run, "me/moods", match=r"the hub did not take it \(x\)")  # whatever carries its requests raises
+
+
+def test_no_file_tells_where_it_was_made(run):
+    folder = push(run, "me/moods", dry_run=True)
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "backbone"
+    for path in folder.iterdir():
+        assert b"/tmp" not in path.read_bytes(), path.name
+        assert str(run.parent).encode() not in path.read_bytes(), path.name
+
+
+def test_a_card_that_was_changed_by_hand_stays(run):
+    card = push(run, "me/moods", dry_run=True) / "README.md"
+    card.write_text(card.read_text() + "\nMine.\n")
+    push(run, "me/moods", dry_run=True)
+    assert card.read_text().endswith("\nMine.\n")
+    push(run, "me/other", dry_run=True)
+    assert "Mine." not in card.read_text()
+
+
+def test_a_card_of_a_name_that_only_begins_alike_is_written_anew(run):
+    card = push(run, "me/moods-2", dry_run=True) / "README.md"
+    assert "me/moods-2" in card.read_text()
+    assert "me/moods-2" not in (push(run, "me/moods", dry_run=True) / "README.md").read_text()
+
+
+def test_a_card_survives_a_push_that_fails(run, monkeypatch):
+    card = push(run, "me/moods", dry_run=True) / "README.md"
+    card.write_text(card.read_text() + "\nMine.\n")
+    monkeypatch.setattr("softprompt_jax.export.push.export", lambda *arguments: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        push(run, "me/moods", dry_run=True)
+    assert card.read_text().endswith("\nMine.\n")
+
+
+def test_rows_that_stand_elsewhere_are_loaded_by_what_knows_their_place(small):
+    run = parse(Run, small.short | {"methods": [{"kind": "prompt", "place": "after"}]}, "test")
+    text = card(run, {}, "me/moods", {"prompt.safetensors"}, None)
+    assert "load_predictor(folder" in text
+    assert "load_prompt" not in text
+
+
+def test_a_published_folder_answers_as_its_run(small, run):
+    texts = ["the garden is warm", "the old mill is dull"]
+    found = load_predictor(push(run, "me/moods", dry_run=True), str(small.backbone)).texts(texts)
+    assert found == load_predictor(run).texts(texts)
+
+
+def test_settings_that_look_like_numbers_are_read_again(small, run):
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["task"]["name"] = "1e5"
+    (run / "config.yaml").write_text(to_yaml(parse(Run, settings, "test")))
+    folder = push(run, "me/moods", dry_run=True)
+    assert parse(Run, read(folder / "config.yaml"), "published").task.name == "1e5"
