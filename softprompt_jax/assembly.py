@@ -15,9 +15,9 @@ from softprompt_jax import methods
 from softprompt_jax.checkpoints.artifact import check_backbone, read_prompt, read_trained
 from softprompt_jax.checkpoints.backbone import Backbone, find_folder, load_backbone
 from softprompt_jax.config import UserError
+from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from softprompt_jax.distributed import mesh
-from softprompt_jax.methods.prompt_layout import Placement
 from softprompt_jax.models.quantized import kind_of, quantized
 from softprompt_jax.models.t5 import T5
 from softprompt_jax.run import Run, Scratch

@@ -9,7 +9,6 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator
 
 from softprompt_jax import config
 from softprompt_jax.config import Settings, nearest
-from softprompt_jax.data.mixture import Mixture, expand
 from softprompt_jax.data.packing import Packing
 from softprompt_jax.data.task import Task
 from softprompt_jax.distributed.mesh import Mesh
@@ -22,6 +21,7 @@ from softprompt_jax.optim.gradient_free import Scored
 from softprompt_jax.optim.optimizers import Adafactor, Optimizer, Schedule
 from softprompt_jax.pretraining.data import Pretraining
 from softprompt_jax.tasks import complete, names, resolve
+from softprompt_jax.tasks.mixture import Mixture, expand
 
 MACHINE = frozenset({"mesh"})  # settings that say where a run computes, not what: it may go on with others
 

@@ -19,8 +19,8 @@ from softprompt_jax.assembly import assemble
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.checkpoints.backbone import Backbone, load_backbone, save_backbone
 from softprompt_jax.config import parse
+from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.methods import finish, put_trained, split
-from softprompt_jax.methods.prompt_layout import Placement
 from softprompt_jax.models import decode
 from softprompt_jax.models.t5 import T5, T5Settings
 

@@ -25,7 +25,7 @@ import tiny
 
 from softprompt_jax.distributed import mesh as sharding
 from softprompt_jax.methods import METHODS, Context, leaves, split
-from softprompt_jax.methods.trainable import linear_of
+from softprompt_jax.methods.wrap import linear_of
 from softprompt_jax.models.quantized import quantized
 from softprompt_jax.optim.optimizers import Adafactor, Schedule, build
 from softprompt_jax.run import Run

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, serialization
 
-from softprompt_jax.checkpoints.backbone import flatten, unflatten
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.models.t5 import T5, T5Settings, abstract
+from softprompt_jax.trees import flatten, unflatten
 
 SETTINGS = T5Settings(
     vocabulary_rows=256, d_model=64, d_kv=16, d_ff=128, num_heads=4, num_layers=2, num_decoder_layers=2
@@ -92,7 +92,7 @@ def parameters(fixtures: Path) -> dict[str, np.ndarray]:
 
 
 def weights(model) -> dict[str, np.ndarray]:
-    return {path: np.asarray(leaf) for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model)))}
+    return {path: np.asarray(leaf) for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model))).items()}
 
 
 def copied(fixtures: Path, name: str, to: Path) -> Path:

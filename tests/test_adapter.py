@@ -10,7 +10,7 @@ import tiny
 
 from softprompt_jax.config import UserError
 from softprompt_jax.methods import Adapter, Context, leaves
-from softprompt_jax.methods.trainable import merged
+from softprompt_jax.methods.wrap import merged
 
 CONTEXT = Context(list)
 

@@ -21,9 +21,10 @@ from softprompt_jax.checkpoints.artifact import (
     save_prompt,
     save_trained,
 )
-from softprompt_jax.checkpoints.backbone import fingerprint, flatten, load_backbone, save_backbone
+from softprompt_jax.checkpoints.backbone import fingerprint, load_backbone, save_backbone
 from softprompt_jax.config import UserError
 from softprompt_jax.methods import Context, Full
+from softprompt_jax.trees import flatten
 
 ROWS = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
 
@@ -134,9 +135,9 @@ def test_what_trains_returns_to_the_bit_with_the_backbones_fingerprint(tmp_path,
         Full().attach(model, jax.random.key(0), Context(list))
     save_trained(model, tmp_path / "trained.safetensors", {"task": "moods"})
     trained, metadata = load_trained(tmp_path / "trained.safetensors")
-    names = [name for name, _ in flatten(trained)]
+    names = [name for name, _ in flatten(trained).items()]
     assert (names == ["prompt.rows"]) == (method == "prompt")
-    for name, value in flatten(trained):
+    for name, value in flatten(trained).items():
         place = model
         for part in name.split("."):
             place = getattr(place, part)

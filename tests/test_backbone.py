@@ -14,8 +14,9 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from softprompt_jax.checkpoints import backbone as pretrained
-from softprompt_jax.checkpoints.backbone import find_folder, load_backbone, names, save_backbone
+from softprompt_jax.checkpoints.backbone import find_folder, load_backbone, save_backbone
 from softprompt_jax.config import UserError
+from softprompt_jax.models.families.t5 import names
 
 SHAPES = {
     **tiny.SHAPES,

@@ -9,9 +9,9 @@ import pytest
 import t5x_fixture
 import tiny
 
-from softprompt_jax.checkpoints.backbone import flatten
 from softprompt_jax.methods import Context, Full, LoRA, Wayward, split
 from softprompt_jax.methods.prompt import attach_rows
+from softprompt_jax.trees import flatten
 
 
 def test_the_gradient_of_the_embedding_table_equals_t5x(shared_fixtures):
@@ -55,6 +55,6 @@ def test_what_another_method_has_frozen_stays_frozen():
     for method in (Wayward(length=2), LoRA(), Full()):
         method.attach(model, jax.random.key(0), context)
     parts = split(model)
-    frozen = {path for path, _ in flatten(parts.frozen)}
+    frozen = {path for path, _ in flatten(parts.frozen).items()}
     assert frozen == {"prompt.words"}
-    assert any(path.endswith("inner.kernel") for path, _ in flatten(parts.trainable))
+    assert any(path.endswith("inner.kernel") for path, _ in flatten(parts.trainable).items())

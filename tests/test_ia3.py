@@ -10,7 +10,7 @@ import tiny
 
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.methods import IA3, Context, leaves
-from softprompt_jax.methods.trainable import merged, plain_kernel
+from softprompt_jax.methods.wrap import merged, plain_kernel
 
 DRAW = np.random.default_rng(0)
 

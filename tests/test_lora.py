@@ -11,7 +11,7 @@ from flax import nnx
 
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.methods import Context, LoRA, Trainable, split
-from softprompt_jax.methods.trainable import linears, merged
+from softprompt_jax.methods.wrap import linears, merged
 
 CONTEXT = Context(list)
 

@@ -23,12 +23,12 @@ from flax import nnx
 
 from softprompt_jax.assembly import check_own_prompts
 from softprompt_jax.checkpoints.artifact import load_trained, save_trained
-from softprompt_jax.checkpoints.backbone import flatten, load_backbone, save_backbone
+from softprompt_jax.checkpoints.backbone import load_backbone, save_backbone
 from softprompt_jax.checkpoints.peft import attach_adapter, save_adapter
 from softprompt_jax.config import UserError, parse, to_yaml
+from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.methods import METHODS, Context, MethodSettings, Split, leaves, put_trained, split
-from softprompt_jax.methods.prompt_layout import Placement
-from softprompt_jax.methods.trainable import merged
+from softprompt_jax.methods.wrap import merged
 from softprompt_jax.models.decode import greedy
 from softprompt_jax.models.quantized import quantized
 from softprompt_jax.models.t5 import T5
@@ -37,6 +37,7 @@ from softprompt_jax.optim.optimizers import AdamW, build
 from softprompt_jax.run import Run, load_run
 from softprompt_jax.training.checkpoints import Checkpoints
 from softprompt_jax.training.loop import make_step
+from softprompt_jax.trees import flatten
 
 QUICK = ("prompt", "lora")  # the others are slow: two dozen programs each
 pytestmark = pytest.mark.parametrize(
@@ -132,10 +133,10 @@ def test_it_says_what_it_is_and_survives_a_config(kind, tmp_path):
 
 
 def test_attaching_keeps_every_weight_and_the_same_key_gives_the_same_bits(kind):
-    plain = dict(flatten(nnx.to_pure_dict(nnx.state(tiny.model()))))
+    plain = flatten(nnx.to_pure_dict(nnx.state(tiny.model())))
     parts = split(attached(kind))
-    everything = {path.replace(".inner", ""): leaf for path, leaf in flatten(parts.frozen)}
-    everything |= {path.replace(".inner", ""): leaf for path, leaf in flatten(parts.trainable)}
+    everything = {path.replace(".inner", ""): leaf for path, leaf in flatten(parts.frozen).items()}
+    everything |= {path.replace(".inner", ""): leaf for path, leaf in flatten(parts.trainable).items()}
     for path, leaf in plain.items():
         np.testing.assert_array_equal(everything[path], leaf, err_msg=path)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(parts.trainable))
@@ -159,7 +160,7 @@ def _plain_logits() -> np.ndarray:
 def test_gradients_of_all_that_trains_are_finite_and_those_of_finite_differences(kind, case):
     made = case(kind)
     assert jax.tree.structure(made.gradient) == jax.tree.structure(made.parts.trainable)
-    slopes = {path: np.abs(slope).max() for path, slope in flatten(made.gradient)}
+    slopes = {path: np.abs(slope).max() for path, slope in flatten(made.gradient).items()}
     assert np.isfinite(list(slopes.values())).all(), slopes
     assert min(slopes.values()) > 1e-5 * max(slopes.values()), slopes  # of what has no effect, rounding is left
     draw = np.random.default_rng(0)

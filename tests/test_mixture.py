@@ -16,13 +16,13 @@ import softprompt_jax
 from softprompt_jax import Run, load_predictor, load_prompt
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.data.batches import TrainBatches
-from softprompt_jax.data.mixture import Equal, Mixture, Proportional, Temperature, draw_mixture
 from softprompt_jax.data.packing import Packing
 from softprompt_jax.data.tokenized import concatenate, tokenize
 from softprompt_jax.inference.predictor import named_task
 from softprompt_jax.methods import Context, Prompt
 from softprompt_jax.methods.trainable import leaves
 from softprompt_jax.progress import Reporter
+from softprompt_jax.tasks.mixture import Equal, Mixture, Proportional, Temperature, draw_mixture
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 

@@ -18,10 +18,10 @@ from softprompt_jax import load_backbone, load_predictor, load_prompt, train
 from softprompt_jax.checkpoints.artifact import read_trained
 from softprompt_jax.checkpoints.peft import attach_adapter, save_adapter
 from softprompt_jax.config import UserError, parse
+from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.export.export import export
 from softprompt_jax.methods import Context, Multitask, finish, put_trained, split
 from softprompt_jax.methods.prompt import attach_rows
-from softprompt_jax.methods.prompt_layout import Placement
 from softprompt_jax.run import Run
 
 V = tiny.ROWS

@@ -8,7 +8,7 @@ from flax import nnx
 
 from softprompt_jax.config import UserError
 from softprompt_jax.methods import Context, Norms, leaves, split
-from softprompt_jax.methods.trainable import merged
+from softprompt_jax.methods.wrap import merged
 
 CONTEXT = Context(list)
 

@@ -13,10 +13,10 @@ from softprompt_jax import load_run, train
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.checkpoints.peft import attach_adapter, save_adapter
 from softprompt_jax.config import UserError, parse
+from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.inference.predictor import load_predictor
 from softprompt_jax.methods import Context, PTuning, finish, split
 from softprompt_jax.methods.p_tuning import LSTM, MLP, Direction
-from softprompt_jax.methods.prompt_layout import Placement
 from softprompt_jax.run import Run
 
 CONTEXT = Context(lambda text: [5, 6], frozenset({0, 1, 2}))

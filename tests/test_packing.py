@@ -14,9 +14,9 @@ from tiny import ROWS
 from softprompt_jax.config import UserError
 from softprompt_jax.data.batches import TrainBatches, collate, examples_in, prompts_around
 from softprompt_jax.data.packing import Packing, choose_row_shape, pack
+from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.data.tokenized import TokenizedSet
 from softprompt_jax.methods import split
-from softprompt_jax.methods.prompt_layout import Placement
 
 P = 3
 

@@ -17,11 +17,11 @@ from softprompt_jax.checkpoints.artifact import save_prompt
 from softprompt_jax.checkpoints.backbone import Backbone
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.data.batches import TrainBatches, evaluation_batches
+from softprompt_jax.data.prompt_layout import Placement, place
 from softprompt_jax.data.tokenized import TokenizedSet
 from softprompt_jax.inference.predictor import generate, load_predictor
 from softprompt_jax.methods import Context, Prompt, split
 from softprompt_jax.methods.prompt import attach_rows
-from softprompt_jax.methods.prompt_layout import Placement, place
 from softprompt_jax.models.attention import same_segment
 
 V = tiny.ROWS

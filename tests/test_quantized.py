@@ -17,7 +17,7 @@ from softprompt_jax.export.import_source import import_source
 from softprompt_jax.inference.predictor import load_predictor
 from softprompt_jax.methods import Context, Full, LoRA, put_trained, split
 from softprompt_jax.methods.prompt import attach_rows
-from softprompt_jax.methods.trainable import merged
+from softprompt_jax.methods.wrap import merged
 from softprompt_jax.models.quantized import NF4_LEVELS, QuantizedLinear, pack, quantized, unpack
 from softprompt_jax.models.t5 import T5
 from softprompt_jax.run import Run

@@ -13,10 +13,10 @@ import pytest
 from small_runs import rows
 
 from softprompt_jax import UserError, load_predictor, load_prompt
+from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.data.tokenizer import load_tokenizer
 from softprompt_jax.export.export import export
 from softprompt_jax.export.stablehlo import surround
-from softprompt_jax.methods.prompt_layout import Placement
 from softprompt_jax.models import decode
 
 pytest.importorskip("flatbuffers", reason="this environment is older than pyproject.toml: make install")

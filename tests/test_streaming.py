@@ -18,11 +18,13 @@ import tiny
 from flax import nnx
 from safetensors.numpy import save_file
 
-from softprompt_jax.checkpoints.backbone import flatten, load_backbone, names, save_backbone
+from softprompt_jax.checkpoints.backbone import load_backbone, save_backbone
 from softprompt_jax.checkpoints.tensors import checksum, checksums, open_safetensors, read_stacked
 from softprompt_jax.config import UserError
+from softprompt_jax.models.families.t5 import names
 from softprompt_jax.models.presets import preset
 from softprompt_jax.models.t5 import T5Settings, abstract
+from softprompt_jax.trees import flatten
 
 HERE = Path(__file__).parent
 
@@ -48,7 +50,7 @@ def write_sparse(folder: Path, settings: T5Settings, shard_bytes: int) -> int:
         **{"vocab_size": settings.vocabulary_rows, "num_decoder_layers": settings.num_decoder_layers},
     }
     (folder / "config.json").write_text(json.dumps(config))
-    leaves = dict(flatten(nnx.to_pure_dict(nnx.state(abstract(settings)))))
+    leaves = flatten(nnx.to_pure_dict(nnx.state(abstract(settings))))
     shapes = {}
     for path, (tensor_names, transposed) in names(settings).items():
         shape = leaves[path].shape[1:] if ".layers." in path else leaves[path].shape
@@ -146,7 +148,7 @@ def test_a_sharding_is_asked_for_every_weight_and_kept(tmp_path):
         return one
 
     loaded = load_backbone(tmp_path, "bfloat16", where).model
-    leaves = dict(flatten(nnx.to_pure_dict(nnx.state(loaded))))
+    leaves = flatten(nnx.to_pure_dict(nnx.state(loaded)))
     assert len(asked) == len(leaves)
     assert (("embed", "heads"), (2, 16, 16)) in asked
     assert {leaf.sharding for leaf in leaves.values()} == {one}

@@ -13,11 +13,11 @@ from flax import nnx
 from scipy import special, stats
 
 from softprompt_jax.assembly import with_settings
-from softprompt_jax.checkpoints.backbone import flatten
 from softprompt_jax.methods import split
 from softprompt_jax.models import t5
 from softprompt_jax.models.t5 import T5, dropout
 from softprompt_jax.optim.losses import cross_entropy
+from softprompt_jax.trees import flatten
 
 # --------------------------------------------------------------------------- other implementations
 
@@ -54,7 +54,9 @@ def test_cross_attention_of_short_targets_needs_no_keys_and_values(monkeypatch):
     (loss, gradient), (expected_loss, expected) = (lowered.compile()(nnx.split(made)[1]) for lowered in (short, long))
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
     for (path, found), (_, wanted) in zip(
-        flatten(nnx.to_pure_dict(gradient)), flatten(nnx.to_pure_dict(expected)), strict=True
+        flatten(nnx.to_pure_dict(gradient)).items(),
+        flatten(nnx.to_pure_dict(expected)).items(),
+        strict=True,
     ):
         scale = max(1.0, float(np.abs(wanted).max()))
         np.testing.assert_allclose(found, wanted, atol=1e-5 * scale, err_msg=path)
@@ -93,7 +95,7 @@ def test_bfloat16_is_as_close_to_float32_as_t5x_bfloat16_is(shared_fixtures):
 def plain_t5(model, batch) -> np.ndarray:
     """Return the logits of a T5, written a second time: NumPy in float64, loops for layers and positions."""
     settings = model.settings
-    weights = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model)))}
+    weights = {path: np.asarray(leaf, np.float64) for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model))).items()}
     batch = jax.tree.map(np.asarray, batch)
     activation = {
         "relu": lambda x: np.maximum(x, 0),

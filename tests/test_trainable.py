@@ -9,16 +9,17 @@ import pytest
 import tiny
 from flax import nnx
 
-from softprompt_jax.checkpoints.backbone import flatten
 from softprompt_jax.config import UserError
 from softprompt_jax.methods import IA3, Context, Full, LoRA, Trainable, attach, leaves, put_trained, split
-from softprompt_jax.methods.trainable import linears, matching, merged, thaw
+from softprompt_jax.methods.trainable import thaw
+from softprompt_jax.methods.wrap import linears, matching, merged
+from softprompt_jax.trees import flatten
 
 CONTEXT = Context(list)
 
 
 def names(tree) -> set[str]:
-    return {name for name, _ in flatten(tree)}
+    return {name for name, _ in flatten(tree).items()}
 
 
 def test_of_a_prompted_model_the_rows_train_and_nothing_else():

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from softprompt_jax.checkpoints.backbone import flatten, unflatten
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.models.t5 import T5, T5Settings, abstract
 from softprompt_jax.optim.losses import cross_entropy
+from softprompt_jax.trees import flatten, unflatten
 
 ROWS = 50  # V: rows of the embedding table
 
@@ -41,7 +41,7 @@ def model(seed: int = 0, dtype: str = "float32", prompt: int = 0, **changes) -> 
     draw = np.random.default_rng(seed)
     graphdef, state = nnx.split(abstract(settings(**changes), dtype))
     leaves = {}
-    for path, leaf in flatten(nnx.to_pure_dict(state)):
+    for path, leaf in flatten(nnx.to_pure_dict(state)).items():
         values = draw.normal(size=leaf.shape)
         if path.endswith("scale"):
             values = 1 + 0.3 * values

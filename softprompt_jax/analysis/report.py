@@ -19,6 +19,7 @@ from softprompt_jax.config import UserError
 from softprompt_jax.data.task import SEQIO
 from softprompt_jax.inference.evaluate import headline, shown, unit
 from softprompt_jax.run import MACHINE, Run
+from softprompt_jax.statistics import summarise
 
 _IGNORED = frozenset({"seed", *MACHINE})
 _COUNTS = ("count",)  # of scores that are no measure
@@ -65,19 +66,6 @@ class Group:
         kinds = [has[key] for key in sorted(has, key="task".__ne__) if _is_kind(key)]
         others = [f"{key} {value}" for key, value in has.items() if not _is_kind(key)]
         return ", ".join(kinds + others) or self.runs[0].run.task_name
-
-
-def summarise(values: Sequence[float]) -> dict[str, Any]:
-    """Return mean, sample standard deviation (None of one value), half a 95% confidence interval of the mean, and best.
-
-    The interval is Student's, which few seeds need.
-    """
-    from scipy.stats import t
-
-    count = len(values)
-    sd = statistics.stdev(values) if count > 1 else None
-    interval = None if sd is None else float(t.ppf(0.975, count - 1)) * sd / count**0.5
-    return {"mean": statistics.fmean(values), "sd": sd, "interval": interval, "best": max(values)}
 
 
 def read_runs(sources: Sequence[str | Path]) -> list[Finished]:

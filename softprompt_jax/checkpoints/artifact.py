@@ -14,12 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from softprompt_jax.checkpoints import t5x
-from softprompt_jax.checkpoints.backbone import fingerprint, flatten, unflatten
+from softprompt_jax.checkpoints.backbone import fingerprint
 from softprompt_jax.checkpoints.tensors import CHECKSUMS, checksums, open_safetensors
 from softprompt_jax.config import UserError
 from softprompt_jax.distributed import cloud_files
 from softprompt_jax.methods import Trainable
 from softprompt_jax.models.t5 import T5
+from softprompt_jax.trees import flatten, unflatten
 
 PROMPT_FILE, TRAINED_FILE = "prompt.safetensors", "trained.safetensors"
 ROWS = "prompt"
@@ -27,7 +28,7 @@ ROWS = "prompt"
 
 def save_trained(model: T5, path: Path, metadata: dict[str, str]) -> None:
     """Write everything that trains as float32 under its path in the model, with `metadata`."""
-    arrays = {name: np.asarray(leaf) for name, leaf in flatten(nnx.to_pure_dict(nnx.state(model, Trainable)))}
+    arrays = {name: np.asarray(leaf) for name, leaf in flatten(nnx.to_pure_dict(nnx.state(model, Trainable))).items()}
     if "fingerprint" not in metadata:
         metadata = metadata | {"fingerprint": fingerprint(model)}
     write_tensors(arrays, path, metadata)

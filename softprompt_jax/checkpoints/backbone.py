@@ -16,24 +16,21 @@ from safetensors.numpy import save_file
 
 from softprompt_jax.checkpoints import quantized_folder, t5x
 from softprompt_jax.checkpoints.hugging_face import (
-    EMBEDDING_ALIASES,
-    HEAD,
     check,
     check_names,
     embedding_name,
-    is_stacked,
-    names,
     open_folder,
     parts_of,
     read_settings,
-    write_settings,
 )
-from softprompt_jax.checkpoints.tensors import Tensor, checksums, flatten, read_stacked, same, unflatten
+from softprompt_jax.checkpoints.tensors import Tensor, checksums, read_stacked, same
 from softprompt_jax.config import UserError
 from softprompt_jax.distributed.mesh import collect
+from softprompt_jax.models.families.t5 import EMBEDDING_ALIASES, HEAD, config_of, is_stacked, names
 from softprompt_jax.models.presets import hub_name
 from softprompt_jax.models.quantized import Quantization, pack_layers, quantized
 from softprompt_jax.models.t5 import T5, T5Settings, abstract
+from softprompt_jax.trees import flatten, unflatten
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 _IDENTITY = (
@@ -98,7 +95,7 @@ def load_backbone(
         )
 
     loaded = {}
-    for path, variable in flatten(nnx.to_pure_dict(state, extract_fn=lambda variable: variable)):
+    for path, variable in flatten(nnx.to_pure_dict(state, extract_fn=lambda variable: variable)).items():
         loaded[path] = load(path, variable)
         if quantize is not None and is_stacked(path) and path.endswith(".kernel"):
             # Reading must not run ahead of packing: the floats of many stacks would wait in memory.
@@ -163,10 +160,10 @@ def find_folder(source: str | Path) -> Path:
 def save_backbone(model: T5, folder: str | Path, dtype: str = "bfloat16") -> None:
     """Write `config.json` and `model.safetensors` in Hugging Face layout (no tokenizer)."""
     settings, folder = model.settings, Path(folder)
-    config = json.dumps(write_settings(settings, dtype), indent=2) + "\n"
+    config = json.dumps(config_of(settings, dtype), indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     table, tensors = names(settings), {}
-    for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model))):
+    for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model))).items():
         tensor_names, transposed = table[path]
         values = np.asarray(leaf)
         for name, value in zip(tensor_names, values if is_stacked(path) else [values], strict=True):
@@ -212,7 +209,7 @@ def write_backbone(settings: T5Settings, tensors: dict[str, Tensor], folder: Pat
             (folder / f"model-{number:05d}.safetensors").replace(folder / final)
         index = {"metadata": {}, "weight_map": {name: finals[number] for name, number in names_in.items()}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "config.json").write_text(json.dumps(write_settings(settings, dtype or found), indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config_of(settings, dtype or found), indent=2) + "\n")
     embedding = tensors[embedding_name(tensors)]
     step = _sample_step(settings.vocabulary_rows)
     rows = [embedding.read((slice(row, row + 1), slice(0, 16))) for row in range(0, settings.vocabulary_rows, step)]

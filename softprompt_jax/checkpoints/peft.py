@@ -15,11 +15,12 @@ from flax import nnx
 
 from softprompt_jax.checkpoints import backbone as pretrained
 from softprompt_jax.checkpoints.artifact import check_backbone, read_tensors, write_tensors
-from softprompt_jax.checkpoints.backbone import Backbone, flatten, unflatten
+from softprompt_jax.checkpoints.backbone import Backbone
 from softprompt_jax.checkpoints.torch_file import open_torch
 from softprompt_jax.config import UserError, nearest
 from softprompt_jax.methods import METHODS, Context, MethodSettings, put_trained, split
 from softprompt_jax.models.t5 import T5
+from softprompt_jax.trees import flatten, unflatten
 
 CONFIG_FILE, TENSOR_FILE, OLD_TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 TASK = "SEQ_2_SEQ_LM"
@@ -73,16 +74,18 @@ def attach_adapter(model: T5, folder: str | Path) -> MethodSettings:
         raise UserError(f"{folder}: no {error.args[0]!r}; expected it in an adapter of kind {kind}") from None
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    before = dict(flatten(split(model).trainable))
+    before = flatten(split(model).trainable)
     method.attach(model, jax.random.key(0), Context(encode=lambda text: []))
-    shapes = {path: leaf.shape for path, leaf in flatten(split(model).trainable) if path not in before}
+    shapes = {path: leaf.shape for path, leaf in flatten(split(model).trainable).items() if path not in before}
     for path in sorted({*shapes, *values}):
         found = list(values[path].shape) if path in values else "nothing"
         if path not in shapes or found != list(shapes[path]):
             expected = list(shapes[path]) if path in shapes else "nothing"
             raise UserError(f"{folder}: found {found} for {path}; expected {expected} on this backbone; give its own")
     put_trained(
-        model, unflatten(before | {path: jax.numpy.float32(value) for path, value in values.items()}), str(folder)
+        model,
+        unflatten(before | {path: jax.numpy.float32(value) for path, value in values.items()}),
+        str(folder),
     )
     return method
 

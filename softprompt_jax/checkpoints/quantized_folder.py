@@ -17,10 +17,11 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import save_file
 
-from softprompt_jax.checkpoints.tensors import Tensor, checksums, flatten, open_safetensors, read_stacked, unflatten
+from softprompt_jax.checkpoints.tensors import Tensor, checksums, open_safetensors, read_stacked
 from softprompt_jax.config import Settings, UserError, parse
 from softprompt_jax.models.quantized import Quantization, kind_of, quantized
 from softprompt_jax.models.t5 import T5, T5Settings
+from softprompt_jax.trees import flatten, unflatten
 
 ABOUT, TENSORS = "quantized.json", "quantized.safetensors"
 
@@ -55,7 +56,7 @@ def save(model: T5, folder: Path, source: str, fingerprint: str) -> None:
     if kind is None:
         raise UserError(f"{source}: is not quantised; expected a backbone in int8 or nf4; load it with quantize")
     about = About(quantize=kind, settings=model.settings, fingerprint=fingerprint, source=source)
-    arrays = {path: np.asarray(leaf) for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model)))}
+    arrays = {path: np.asarray(leaf) for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model))).items()}
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{TENSORS}.partial"
     save_file(arrays, partial, metadata=checksums(arrays))
@@ -93,7 +94,7 @@ def load(
             lambda index: read_stacked([tensors[path]], variable.shape, index, wanted),
         )
 
-    variables = dict(flatten(nnx.to_pure_dict(state, extract_fn=lambda variable: variable)))
+    variables = flatten(nnx.to_pure_dict(state, extract_fn=lambda variable: variable))
     kernels = {path for path, variable in variables.items() if jnp.issubdtype(variable.dtype, jnp.integer)}
     nnx.replace_by_pure_dict(state, unflatten({path: array(path, variable) for path, variable in variables.items()}))
     return nnx.merge(graphdef, state)

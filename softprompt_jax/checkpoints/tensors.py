@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,24 +193,3 @@ def _read(opened: Any, name: str, shape: tuple[int, ...], sums: Any, index: Inde
         # In files of before there were blocks: a number.
         _compare(values, start, shape, sums if isinstance(sums, list) else [shape[0] if shape else 1, sums])
     return values
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield ("a.b.c", leaf) of a nested dictionary."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def unflatten(leaves: dict[str, Any]) -> dict[str, Any]:
-    """Undo `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        *parents, last = path.split(".")
-        place = tree
-        for parent in parents:
-            place = place.setdefault(parent, {})
-        place[last] = leaf
-    return tree

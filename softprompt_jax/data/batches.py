@@ -25,8 +25,8 @@ from jaxtyping import Int
 from softprompt_jax.config import UserError
 from softprompt_jax.data.buckets import Shape, batch_plan, choose_shapes, fitting_shape
 from softprompt_jax.data.packing import Packing, Rows, choose_row_shape, pack
+from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.data.tokenized import TokenizedSet
-from softprompt_jax.methods.prompt_layout import Placement
 
 Batch = dict[str, np.ndarray]
 PromptIds = Placement | np.ndarray | None

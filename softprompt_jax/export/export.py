@@ -18,7 +18,7 @@ from softprompt_jax.export.import_source import tokenizer_files
 from softprompt_jax.export.stablehlo import write_program
 from softprompt_jax.inference.predictor import load_predictor
 from softprompt_jax.methods import put_trained
-from softprompt_jax.methods.trainable import merged
+from softprompt_jax.methods.wrap import merged
 from softprompt_jax.run import Run, load_run
 from softprompt_jax.training.checkpoints import Checkpoints
 

@@ -10,12 +10,12 @@ from typing import Any
 
 from softprompt_jax import config
 from softprompt_jax.checkpoints import artifact
-from softprompt_jax.checkpoints.backbone import flatten
 from softprompt_jax.checkpoints.peft import TENSOR_FILE
 from softprompt_jax.config import UserError
 from softprompt_jax.export.export import export
 from softprompt_jax.models.presets import SOURCES
 from softprompt_jax.run import Run
+from softprompt_jax.trees import flatten
 
 FOLDER = "hub"  # within the run's
 
@@ -83,13 +83,13 @@ def card(run: Run, result: dict[str, Any], repository: str, files: set[str], rea
         lines += [f"Answers: {', '.join(task.words)}." if task.words else "Answers: free text.", ""]
     lines += ["## Scores", "", "| split | metric | value |", "|---|---|---|"]
     for split in ("validation", "test"):
-        for metric, value in flatten(result.get(split) or {}):  # of a mixture: by task
+        for metric, value in flatten(result.get(split) or {}).items():  # of a mixture: by task
             lines.append(f"| {split} | {metric} | {value:.4f} |")
     baselines = result.get("baselines")
     if baselines:
-        for metric, value in flatten({"majority class": baselines.get("majority")}):
+        for metric, value in flatten({"majority class": baselines.get("majority")}).items():
             lines += [] if value is None else [f"| {baselines['split']} | {metric} | {value:.4f} |"]
-        for metric, value in flatten(baselines.get("untrained") or {}):
+        for metric, value in flatten(baselines.get("untrained") or {}).items():
             lines.append(f"| {baselines['split']} | {metric} before training | {value:.4f} |")
     lines += ["", f"One run, seed {run.seed}; step {result.get('best_step')} of {result.get('steps')}.", ""]
     before = all(getattr(method, "place", "before") == "before" for method in run.methods)

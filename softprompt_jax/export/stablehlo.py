@@ -18,13 +18,13 @@ from jaxtyping import Array, Int
 from safetensors.numpy import save_file
 
 from softprompt_jax.assembly import prompt_ids
-from softprompt_jax.checkpoints.backbone import flatten, unflatten
 from softprompt_jax.config import UserError
+from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.export.import_source import TOKENIZER_FILES
 from softprompt_jax.methods import finish, split
-from softprompt_jax.methods.prompt_layout import Placement
 from softprompt_jax.models import decode
 from softprompt_jax.models.t5 import T5
+from softprompt_jax.trees import flatten, unflatten
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 _EXAMPLE = '''"""Runs the program beside this file: python example.py 37 5 12   (ids of a text by the tokenizer here)"""
@@ -61,7 +61,7 @@ def write_program(model: T5, tokenizer_folder: Path, to: Path, max_tokens: int, 
     if prompt_input and model.prompt is None:
         raise UserError("export: has no prompt that could be an input; expected one; leave --prompt-input out")
     parts = split(model)
-    weights = dict(flatten({"frozen": parts.frozen, "trainable": parts.trainable}))
+    weights = flatten({"frozen": parts.frozen, "trainable": parts.trainable})
     rows = weights.pop("trainable.prompt.rows") if prompt_input else None
 
     def answer(weights: dict[str, Array], texts: Int[Array, "B T"], *prompt: Array) -> tuple[Array, Array]:

@@ -22,10 +22,10 @@ from softprompt_jax.checkpoints import artifact
 from softprompt_jax.checkpoints.backbone import Backbone, load_backbone
 from softprompt_jax.checkpoints.tensors import open_safetensors
 from softprompt_jax.config import UserError, nearest
+from softprompt_jax.data import prompt_layout
+from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.data.tokenizer import load_tokenizer
 from softprompt_jax.inference.prompt_cache import OnDevice, Stored, Structure
-from softprompt_jax.methods import prompt_layout
-from softprompt_jax.methods.prompt_layout import Placement
 from softprompt_jax.models import decode, per_example
 from softprompt_jax.models.decode import Decoding, Greedy
 from softprompt_jax.models.quantized import Quantization

@@ -23,16 +23,17 @@ from softprompt_jax.assembly import with_settings
 from softprompt_jax.checkpoints import artifact, quantized_folder
 from softprompt_jax.checkpoints.backbone import load_backbone
 from softprompt_jax.config import UserError
+from softprompt_jax.data import prompt_layout
 from softprompt_jax.data.batches import evaluation_batches
+from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.data.task import Example, Task
 from softprompt_jax.data.tokenized import TokenizedSet, tokenize
 from softprompt_jax.data.tokenizer import load_tokenizer
 from softprompt_jax.distributed import mesh
 from softprompt_jax.inference.evaluate import Decoder, mean_score, score
 from softprompt_jax.inference.predictor import named_task
-from softprompt_jax.methods import prompt_layout, split
+from softprompt_jax.methods import split
 from softprompt_jax.methods.prompt import SoftPrompt
-from softprompt_jax.methods.prompt_layout import Placement
 from softprompt_jax.models import decode
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import load

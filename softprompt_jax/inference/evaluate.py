@@ -16,8 +16,8 @@ from softprompt_jax.config import UserError
 from softprompt_jax.data import metrics
 from softprompt_jax.data.batches import PromptIds, evaluation_batches
 from softprompt_jax.data.buckets import Shape
-from softprompt_jax.data.mixture import Mixture
 from softprompt_jax.data.preprocessors import POSTPROCESSORS
+from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.data.seqio_source import Outputs, Seqio, check_metrics, needs_likelihoods, seqio_scores
 from softprompt_jax.data.submission import average
 from softprompt_jax.data.task import SEQIO, Example, Task
@@ -26,11 +26,11 @@ from softprompt_jax.data.tokenizer import Tokenizer
 from softprompt_jax.distributed import mesh
 from softprompt_jax.distributed.multihost import go_if_told
 from softprompt_jax.methods import Split
-from softprompt_jax.methods.prompt_layout import Placement
 from softprompt_jax.models import decode
 from softprompt_jax.models.decode import Decoding
 from softprompt_jax.optim.losses import cross_entropy
 from softprompt_jax.run import Run, load_run
+from softprompt_jax.tasks.mixture import Mixture
 
 
 class Answer(NamedTuple):

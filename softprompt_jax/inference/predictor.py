@@ -21,6 +21,7 @@ from softprompt_jax.assembly import assemble, prompt_ids
 from softprompt_jax.checkpoints import artifact, quantized_folder
 from softprompt_jax.checkpoints.backbone import Backbone, load_backbone
 from softprompt_jax.config import UserError
+from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.data.seqio_source import Outputs, Seqio, check_vocabulary
 from softprompt_jax.data.submission import check_server, write_submission
 from softprompt_jax.data.task import Example, Task, input_text, iterate, within
@@ -30,7 +31,6 @@ from softprompt_jax.distributed import cloud_files
 from softprompt_jax.inference.evaluate import Answer, Decoder, score, wants_likelihoods
 from softprompt_jax.methods import put_trained, split
 from softprompt_jax.methods.prompt import attach_rows
-from softprompt_jax.methods.prompt_layout import Placement
 from softprompt_jax.models import decode
 from softprompt_jax.models.decode import Decoding, Greedy
 from softprompt_jax.models.t5 import T5

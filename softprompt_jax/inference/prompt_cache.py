@@ -17,8 +17,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.methods.prompt import PromptTable
-from softprompt_jax.methods.prompt_layout import Placement
 from softprompt_jax.models import per_example
 from softprompt_jax.models.t5 import T5
 

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from pydantic import Field
 
 from softprompt_jax.methods.base import Context, MethodSettings
-from softprompt_jax.methods.trainable import Trainable, Wrapped, linear_of, replace
+from softprompt_jax.methods.trainable import Trainable
+from softprompt_jax.methods.wrap import Wrapped, linear_of, replace
 from softprompt_jax.models.t5 import ACTIVATIONS, T5, Linear
 
 _PLACES = {

@@ -15,7 +15,8 @@ from pydantic import Field, model_validator
 
 from softprompt_jax.config import UserError
 from softprompt_jax.methods.base import Context, MethodSettings
-from softprompt_jax.methods.trainable import Trainable, Wrapped, linear_of, replace, thaw
+from softprompt_jax.methods.trainable import Trainable, thaw
+from softprompt_jax.methods.wrap import Wrapped, linear_of, replace
 from softprompt_jax.models.t5 import T5, Linear
 
 

@@ -11,11 +11,11 @@ from jaxtyping import Array, Float
 from pydantic import Field
 
 from softprompt_jax.config import UserError
+from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.methods.base import Context, MethodSettings
 from softprompt_jax.methods.p_tuning_v2 import DeepRows, PTuningV2
 from softprompt_jax.methods.prefix import states
 from softprompt_jax.methods.prompt import Placed, Prompt, PromptTable, Uniform
-from softprompt_jax.methods.prompt_layout import Placement
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models.t5 import T5
 

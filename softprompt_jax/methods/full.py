@@ -6,9 +6,9 @@ from typing import Any, ClassVar, Literal
 
 import jax
 
-from softprompt_jax.checkpoints.backbone import names
 from softprompt_jax.methods.base import Context, MethodSettings
 from softprompt_jax.methods.trainable import thaw
+from softprompt_jax.models.families.t5 import names
 from softprompt_jax.models.t5 import T5
 
 

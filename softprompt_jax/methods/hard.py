@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from pydantic import Field, field_validator
 
 from softprompt_jax.config import UserError
-from softprompt_jax.methods import prompt_layout
+from softprompt_jax.data import prompt_layout
 from softprompt_jax.methods.base import Context, MethodSettings
 from softprompt_jax.methods.prompt import PromptTable, embedding_scale
 from softprompt_jax.methods.trainable import Trainable

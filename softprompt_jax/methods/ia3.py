@@ -12,7 +12,8 @@ from pydantic import Field, model_validator
 from softprompt_jax.config import UserError
 from softprompt_jax.methods import peft_names
 from softprompt_jax.methods.base import Context, MethodSettings, Tensors
-from softprompt_jax.methods.trainable import Trainable, Wrapped, kernel_shape, linear_of, linears, replace
+from softprompt_jax.methods.trainable import Trainable
+from softprompt_jax.methods.wrap import Wrapped, kernel_shape, linear_of, linears, replace
 from softprompt_jax.models.t5 import T5, Linear, T5Settings
 
 

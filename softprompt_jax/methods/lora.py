@@ -15,15 +15,8 @@ from pydantic import Field
 from softprompt_jax.config import UserError
 from softprompt_jax.methods import peft_names
 from softprompt_jax.methods.base import Context, MethodSettings, Tensors
-from softprompt_jax.methods.trainable import (
-    Trainable,
-    Wrapped,
-    kernel_shape,
-    linear_of,
-    linears,
-    plain_kernel,
-    replace,
-)
+from softprompt_jax.methods.trainable import Trainable
+from softprompt_jax.methods.wrap import Wrapped, kernel_shape, linear_of, linears, plain_kernel, replace
 from softprompt_jax.models.t5 import T5, Linear, T5Settings, dropout
 
 

@@ -18,10 +18,10 @@ from jaxtyping import Array, Float
 from pydantic import Field, model_validator
 
 from softprompt_jax.config import UserError
-from softprompt_jax.methods import prompt_layout
+from softprompt_jax.data import prompt_layout
+from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.methods.base import Context, MethodSettings, Tensors
 from softprompt_jax.methods.prompt import T5_EMBEDDING_RMS, Placed, PromptTable, Uniform, embedding_scale
-from softprompt_jax.methods.prompt_layout import Placement
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models.t5 import T5, T5Settings
 

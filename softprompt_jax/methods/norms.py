@@ -9,12 +9,14 @@ import numpy as np
 from flax import nnx
 from pydantic import Field
 
-from softprompt_jax.checkpoints.backbone import flatten, names
 from softprompt_jax.config import UserError
 from softprompt_jax.methods import peft_names
 from softprompt_jax.methods.base import Context, MethodSettings, Tensors
-from softprompt_jax.methods.trainable import Trainable, matching, thaw
+from softprompt_jax.methods.trainable import Trainable, thaw
+from softprompt_jax.methods.wrap import matching
+from softprompt_jax.models.families.t5 import names
 from softprompt_jax.models.t5 import T5, T5Settings
+from softprompt_jax.trees import flatten
 
 
 class Norms(MethodSettings):
@@ -37,7 +39,7 @@ class Norms(MethodSettings):
 
     def to_peft(self, model: T5) -> tuple[dict[str, Any], Tensors]:
         """Return the scales, which stand for the backbone's own."""
-        scales = dict(flatten(nnx.to_pure_dict(nnx.state(model, Trainable))))
+        scales = flatten(nnx.to_pure_dict(nnx.state(model, Trainable)))
         tensors: Tensors = {}
         for weight, values in scales.items():
             tensors |= peft_names.to_layers(model.settings, weight, _ENDING, np.asarray(values))

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field
 
+from softprompt_jax.data.prompt_layout import Placement, rows
 from softprompt_jax.methods.base import Context, MethodSettings, Tensors
 from softprompt_jax.methods.prompt import (
     T5_EMBEDDING_RMS,
@@ -20,7 +21,6 @@ from softprompt_jax.methods.prompt import (
     embedding_scale,
     peft_rows,
 )
-from softprompt_jax.methods.prompt_layout import Placement, rows
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models.t5 import T5, T5Settings
 

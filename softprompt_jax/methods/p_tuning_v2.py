@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from pydantic import Field
 
 from softprompt_jax.config import UserError
-from softprompt_jax.methods import prompt_layout
+from softprompt_jax.data import prompt_layout
 from softprompt_jax.methods.base import Context, MethodSettings
 from softprompt_jax.methods.prefix import states
 from softprompt_jax.methods.prompt import Placed, SoftPrompt, Uniform, embedding_scale

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from softprompt_jax.checkpoints.backbone import names
 from softprompt_jax.config import UserError
+from softprompt_jax.models.families.t5 import names
 from softprompt_jax.models.t5 import T5Settings
 
 _PREFIX = "base_model.model."

@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float, Int
 from pydantic import BeforeValidator, Field, model_validator
 
 from softprompt_jax.config import Settings, UserError
-from softprompt_jax.methods import prompt_layout
+from softprompt_jax.data import prompt_layout
+from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.methods.base import Context, MethodSettings, Tensors
-from softprompt_jax.methods.prompt_layout import Placement
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models.presets import published
 from softprompt_jax.models.t5 import T5, T5Settings
@@ -197,7 +197,7 @@ class PromptTable(nnx.Module):
     """What `model.prompt` is: `table()` gives the rows of the ids V onwards, `placement` says where those stand."""
 
     place: str
-    prompt_layout: Placement
+    placement: Placement
 
     def table(self) -> Float[Array, "P D"]:
         """Return all rows, in float32."""
@@ -235,7 +235,7 @@ class SoftPrompt(PromptTable):
         self.rows = Trainable(
             jnp.asarray(rows, jnp.float32), axes=("prompt", "embed"), learning_rate_scale=learning_rate_scale
         )
-        self.place, self.placement = place, prompt_layout or Placement()
+        self.place, self.placement = place, placement or Placement()
 
     def table(self) -> Float[Array, "NP D"]:
         rows = self.rows[...]

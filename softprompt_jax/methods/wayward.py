@@ -11,10 +11,10 @@ from jaxtyping import Array, Float
 from pydantic import Field
 
 from softprompt_jax.config import UserError
-from softprompt_jax.methods import prompt_layout
+from softprompt_jax.data import prompt_layout
+from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.methods.base import Context, MethodSettings
 from softprompt_jax.methods.prompt import Placed, Prompt, SoftPrompt, Text, Uniform, embedding_scale
-from softprompt_jax.methods.prompt_layout import Placement
 from softprompt_jax.models.t5 import T5
 
 

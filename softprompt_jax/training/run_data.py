@@ -16,7 +16,6 @@ from softprompt_jax.assembly import Assembly
 from softprompt_jax.config import UserError, cache_folder
 from softprompt_jax.data import metrics
 from softprompt_jax.data.batches import TrainBatches
-from softprompt_jax.data.mixture import Mixture, draw_mixture
 from softprompt_jax.data.seqio_source import Outputs, Seqio, check_metrics, check_vocabulary, digest, is_endless
 from softprompt_jax.data.streaming import StreamBatches
 from softprompt_jax.data.task import SEQIO, Example, Task, iterate, seqio_examples, within
@@ -27,6 +26,7 @@ from softprompt_jax.methods import Split
 from softprompt_jax.pretraining.data import PretrainingData
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import load, splits
+from softprompt_jax.tasks.mixture import Mixture, draw_mixture
 
 WINDOW = 64  # batches of a split without end that are in memory at a time
 SENTINEL = "<extra_id_0>"

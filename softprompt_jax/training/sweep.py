@@ -16,7 +16,6 @@ from typing import Any
 import jax
 
 from softprompt_jax import config
-from softprompt_jax.analysis.report import summarise
 from softprompt_jax.assembly import backbone_of
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.config import Diverged, UserError
@@ -26,6 +25,7 @@ from softprompt_jax.inference.evaluate import headline, shown, unit
 from softprompt_jax.optim.gradient_free import Scored
 from softprompt_jax.progress import Reporter
 from softprompt_jax.run import Run, Scratch
+from softprompt_jax.statistics import summarise
 from softprompt_jax.training.loop import prepare_folder, train
 from softprompt_jax.training.vmapped import FAILED_FILE, Together, shape_of
 

@@ -1,0 +1,124 @@
+"""The T5 family (t5, mt5, umt5): from `config.json` to settings and back, and what Hugging Face calls each weight."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from softprompt_jax.config import UserError, parse
+from softprompt_jax.models.t5 import T5Settings
+
+MODEL_TYPES = ("t5", "mt5", "umt5")
+EMBEDDING_ALIASES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+HEAD = "lm_head.weight"
+# Written by old versions of transformers, read by nobody.
+IGNORED = re.compile(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight")
+_ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu", "swish": "silu"}
+
+
+def settings_of(config: dict[str, Any], where: str) -> tuple[T5Settings, bool | None, bool]:
+    """Return settings, whether the output is scaled (None: `config.json` does not say), and whether there is a head.
+
+    `tied` and `scale_output` are decided by who also sees the weights. Errors: UserError names the field, at `where`.
+    """
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise UserError(f"{where}: model_type is {kind!r}; expected t5, mt5 or umt5 (this project is about T5)")
+    try:
+        projection = str(config.get("feed_forward_proj", "relu"))
+        gated = projection.startswith("gated-")
+        activation = "gelu_new" if projection == "gated-gelu" else projection.removeprefix("gated-")
+        if activation not in _ACTIVATIONS:
+            raise UserError(f"{where}: feed_forward_proj is {projection!r}; expected one of {', '.join(_ACTIVATIONS)}")
+        values = {
+            "vocabulary_rows": config["vocab_size"],
+            "d_model": config["d_model"],
+            "d_kv": config["d_kv"],
+            "d_ff": config["d_ff"],
+            "num_heads": config["num_heads"],
+            "num_layers": config["num_layers"],
+            "num_decoder_layers": config.get("num_decoder_layers") or config["num_layers"],
+            "activation": _ACTIVATIONS[activation],
+            "gated": gated,
+            "bias_in_every_layer": kind == "umt5",
+            "relative_buckets": config.get("relative_attention_num_buckets", 32),
+            "relative_max_distance": config.get("relative_attention_max_distance", 128),
+            "epsilon": config.get("layer_norm_epsilon", 1e-6),
+        }
+    except KeyError as error:
+        raise UserError(f"{where}: no {error.args[0]!r}; expected it in a T5 config") from None
+    settings = parse(T5Settings, values, where)
+    headed = config.get("tie_word_embeddings", True) is False  # true says nothing: transformers 5 writes it always
+    scaled = False if kind != "t5" else config.get("scale_decoder_outputs", False if headed else None)
+    return settings, scaled, headed
+
+
+def config_of(settings: T5Settings, dtype: str) -> dict[str, Any]:
+    """Return what `config.json` says of a T5 whose weights are stored as `dtype`."""
+    if settings.gated:
+        projections = {"gelu_tanh": "gated-gelu", "relu": "gated-relu", "silu": "gated-silu"}
+    else:
+        projections = {"gelu_tanh": "gelu_new", "gelu": "gelu", "relu": "relu", "silu": "silu"}
+    if settings.activation not in projections:
+        raise UserError("backbone: gated exact gelu; a T5 config has no name for it; use gelu_tanh")
+    return {
+        "architectures": [
+            "UMT5ForConditionalGeneration" if settings.bias_in_every_layer else "T5ForConditionalGeneration"
+        ],
+        "model_type": "umt5" if settings.bias_in_every_layer else "t5",
+        "vocab_size": settings.vocabulary_rows,
+        "d_model": settings.d_model,
+        "d_kv": settings.d_kv,
+        "d_ff": settings.d_ff,
+        "num_heads": settings.num_heads,
+        "num_layers": settings.num_layers,
+        "num_decoder_layers": settings.num_decoder_layers,
+        "feed_forward_proj": projections[settings.activation],
+        "relative_attention_num_buckets": settings.relative_buckets,
+        "relative_attention_max_distance": settings.relative_max_distance,
+        "layer_norm_epsilon": settings.epsilon,
+        "tie_word_embeddings": settings.tied,
+        "scale_decoder_outputs": settings.scale_output,
+        "is_encoder_decoder": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+        "decoder_start_token_id": 0,
+        "dropout_rate": 0.1,
+        "dtype": dtype,
+    }
+
+
+def _block(stack: str, depth: int, name: str) -> list[str]:
+    return [f"{stack}.block.{i}.layer.{name}.weight" for i in range(depth)]
+
+
+def names(settings: T5Settings) -> dict[str, tuple[list[str], bool]]:
+    """Map each weight of ours to its Hugging Face tensors (one a layer if stacked) and "is transposed"."""
+    table: dict[str, tuple[list[str], bool]] = {"embedding": ([EMBEDDING_ALIASES[0]], False)}
+    if not settings.tied:
+        table["head.kernel"] = ([HEAD], True)
+    depths = {"encoder": settings.num_layers, "decoder": settings.num_decoder_layers}
+    for stack, depth in depths.items():
+        table[f"{stack}.norm.scale"] = ([f"{stack}.final_layer_norm.weight"], False)
+        own_bias = settings.bias_in_every_layer
+        bias = _block(stack, depth if own_bias else 1, "0.SelfAttention.relative_attention_bias")
+        table[f"{stack}.layers.bias.table" if own_bias else f"{stack}.bias.table"] = (bias, False)
+        attentions = [("attention", "0.SelfAttention", "0")]
+        if stack == "decoder":
+            attentions.append(("cross", "1.EncDecAttention", "1"))
+        for ours, theirs, index in attentions:
+            for part, letter in (("query", "q"), ("key", "k"), ("value", "v"), ("output", "o")):
+                table[f"{stack}.layers.{ours}.{part}.kernel"] = (_block(stack, depth, f"{theirs}.{letter}"), True)
+            table[f"{stack}.layers.{ours}_norm.scale"] = (_block(stack, depth, f"{index}.layer_norm"), False)
+        last = len(attentions)
+        parts = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if settings.gated else {"gate": "wi", "down": "wo"}
+        for ours, theirs in parts.items():
+            kernel = _block(stack, depth, f"{last}.DenseReluDense.{theirs}")
+            table[f"{stack}.layers.feed_forward.{ours}.kernel"] = (kernel, True)
+        table[f"{stack}.layers.feed_forward_norm.scale"] = (_block(stack, depth, f"{last}.layer_norm"), False)
+    return table
+
+
+def is_stacked(path: str) -> bool:
+    """Tell whether a weight of ours has a leading axis of layers."""
+    return ".layers." in path
