@@ -21,7 +21,7 @@ from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.models.t5 import T5
 from softprompt_jax.optim import optimizers
 from softprompt_jax.run import Run
-from softprompt_jax.training.loop import make_step
+from softprompt_jax.training.step import make_step
 
 
 def of_folder(folder: str, dtype: str, variant: str, threads: int) -> Ours:

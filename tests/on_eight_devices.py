@@ -29,7 +29,7 @@ from softprompt_jax.methods.wrap import linear_of
 from softprompt_jax.models.quantized import quantized
 from softprompt_jax.optim.optimizers import Adafactor, Schedule, build
 from softprompt_jax.run import Run
-from softprompt_jax.training.loop import make_step
+from softprompt_jax.training.step import make_step
 
 TASK = {"name": "none", "source": {"kind": "files", "train": "none.jsonl"}}
 

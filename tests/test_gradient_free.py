@@ -19,7 +19,7 @@ from softprompt_jax.optim import gradient_free
 from softprompt_jax.optim.gradient_free import CMAES, Constants, Evolution, search_words, tune_rows
 from softprompt_jax.optim.optimizers import build
 from softprompt_jax.run import Run
-from softprompt_jax.training.loop import make_step
+from softprompt_jax.training.step import make_step
 
 CONTEXT = Context(lambda text: [5 + len(word) for word in text.split()], frozenset({0, 1}), word_ids=range(10, 30))
 

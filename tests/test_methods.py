@@ -36,7 +36,7 @@ from softprompt_jax.optim.losses import cross_entropy
 from softprompt_jax.optim.optimizers import AdamW, build
 from softprompt_jax.run import Run, load_run
 from softprompt_jax.training.checkpoints import Checkpoints
-from softprompt_jax.training.loop import make_step
+from softprompt_jax.training.step import make_step
 from softprompt_jax.trees import flatten
 
 QUICK = ("prompt", "lora")  # the others are slow: two dozen programs each

@@ -13,7 +13,7 @@ from softprompt_jax.distributed import mesh
 from softprompt_jax.methods import split
 from softprompt_jax.run import Run
 from softprompt_jax.training import remat
-from softprompt_jax.training.loop import first_state, make_step
+from softprompt_jax.training.step import first_state, make_step
 
 TASK = {"name": "none", "source": {"kind": "files", "train": "none.jsonl"}}
 GIB = 2**30

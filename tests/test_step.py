@@ -16,7 +16,7 @@ from softprompt_jax.models.t5 import T5
 from softprompt_jax.optim.losses import cross_entropy
 from softprompt_jax.optim.optimizers import Adafactor, build
 from softprompt_jax.run import Run
-from softprompt_jax.training.loop import make_step
+from softprompt_jax.training.step import make_step
 
 TASK = {"name": "none", "source": {"kind": "files", "train": "none.jsonl"}}
 P = 3

@@ -225,7 +225,7 @@ def abstract_step(run: Any, memory: int | None = None) -> tuple[Callable, tuple,
     from softprompt_jax.models.quantized import quantized
     from softprompt_jax.models.t5 import T5
     from softprompt_jax.optim import optimizers
-    from softprompt_jax.training.loop import make_step
+    from softprompt_jax.training.step import make_step
 
     settings = backbone_settings(run).model_copy(update=run.of_the_backbone)
     kind = kept_as(run)

@@ -6,36 +6,28 @@ import contextlib
 import functools
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
 import softprompt_jax
-from softprompt_jax import config
 from softprompt_jax.assembly import assemble, check_mesh
-from softprompt_jax.checkpoints import artifact
-from softprompt_jax.config import Diverged, Preempted, UserError, differences, settings_hash, to_yaml
+from softprompt_jax.config import Diverged, Preempted, settings_hash
 from softprompt_jax.data.batches import examples_in
 from softprompt_jax.distributed import mesh as sharding
 from softprompt_jax.distributed.cloud_files import RunFolder
 from softprompt_jax.distributed.multihost import CutShort, Preemption, agreed, alone_in, is_first, on_first
-from softprompt_jax.inference.evaluate import headline
-from softprompt_jax.methods import Split, finish, leaves, split
+from softprompt_jax.methods import leaves, split
 from softprompt_jax.optim import optimizers
 from softprompt_jax.optim.gradient_free import Search
-from softprompt_jax.optim.losses import cross_entropy, finite_mean
 from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import MACHINE, Run
-from softprompt_jax.training import remat
 from softprompt_jax.training.checkpoints import Checkpoints
 from softprompt_jax.training.run_data import PretrainingRun, TaskRun
-
-State = dict[str, Any]  # trainable, optimizer, step (which is also the data position)
+from softprompt_jax.training.run_folder import Log, leave_files, prepare_folder, scores_in
+from softprompt_jax.training.step import State, first_state, make_step
 
 
 def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -215,240 +207,3 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
         home.send()
     reporter.line(f"{home.place}: done in {duration(result['seconds'])}")
     return result
-
-
-def leave_files(
-    run: Run, folder: Path, identity: str, parts: Split, trainable: dict[str, Any], result: dict[str, Any]
-) -> None:
-    """Write what a finished run leaves for others: everything trained, prompts, and last `result.json`."""
-    whole = jax.tree.map(lambda leaf: jnp.asarray(sharding.collect(leaf)), trainable)
-    final = parts.merge(whole, parts.frozen)
-    metadata = {
-        "backbone": identity,
-        "task": run.task_name,
-        "settings_hash": settings_hash(run, without=MACHINE),
-        "step": str(result["best_step"]),
-        "settings": json.dumps(run.model_dump(mode="json")),
-        "fingerprint": artifact.fingerprint(final),
-    }
-
-    def write() -> None:
-        artifact.save_trained(finish(final), folder / artifact.TRAINED_FILE, metadata)
-        if set(parts.trainable) == {"prompt"}:
-            rows, placed = np.asarray(final.prompt.table()), metadata | {"place": final.prompt.place}
-            if run.own_prompts:
-                save_own_prompts(run, rows, folder, placed)
-            else:
-                artifact.save_prompt(rows, folder / artifact.PROMPT_FILE, placed)
-        artifact.dump(result, folder / "result.json")
-
-    on_first(write, str(folder))
-
-
-def save_own_prompts(run: Run, rows: np.ndarray, folder: Path, metadata: dict[str, str]) -> None:
-    """Write the prompt of each task of a mixture as if the task had had a run of its own."""
-    for task, own in zip(run.tasks, np.split(rows, len(run.tasks)), strict=True):
-        settings = run.model_copy(update={"task": task}).model_dump(mode="json")
-        path = artifact.own_prompt_file(folder, task.name)
-        path.parent.mkdir(exist_ok=True)
-        artifact.save_prompt(own, path, metadata | {"task": task.name, "settings": json.dumps(settings)})
-
-
-def first_state(optimizer: optax.GradientTransformation | Search, trainable: Any) -> State:
-    """Return the state before the first step."""
-    return {
-        "trainable": jax.tree.map(jnp.copy, trainable),  # donated; the start is compared with later
-        "optimizer": optimizer.init(trainable),
-        "step": jnp.zeros((), jnp.int32),
-    }
-
-
-def make_step(
-    run: Run,
-    parts: Split,
-    optimizer: optax.GradientTransformation | Search,
-    state_shardings: Any = None,
-    memory: int | None = None,
-) -> Callable:
-    """Return the jitted `step(state, frozen, batch, key) -> state, metrics`; `state` is donated.
-
-    `state_shardings` keeps the state where it lies, which XLA would be free to change. `memory` are the bytes of a
-    device, by default what it tells itself.
-    """
-    memory, room = memory or remat.memory(), None
-    if run.remat == "auto" and memory is not None:
-        state = jax.eval_shape(functools.partial(first_state, optimizer), parts.trainable)
-        state = sharding.described(state, state_shardings)
-        held = sharding.local_bytes(parts.frozen) + 2 * sharding.local_bytes(state)  # with gradient and updates
-        room = remat.room(held, memory)
-    step = plain_step(run, parts, optimizer, room)
-    return jax.jit(step, donate_argnums=0, out_shardings=(state_shardings, None))
-
-
-def plain_step(
-    run: Run, parts: Split, optimizer: optax.GradientTransformation | Search, room: int | None = None
-) -> Callable:
-    """Return `step(state, frozen, batch, key) -> state, metrics`.
-
-    With `remat: auto` each shape of a batch keeps as many activations as fit into `room` bytes of a device.
-
-    Only the trainable argument is differentiated, so that no weight gradient of the frozen backbone is
-    ever computed. A search differentiates nothing: all its candidates are scored at once, without dropout. With
-    accumulation losses and weights are summed over the parts and divided once.
-    """
-
-    def summed_loss(trainable: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array | None, policy=None):
-        model = parts.merge(trainable, jax.lax.stop_gradient(frozen))
-        if policy is not None:
-            model.encoder.remat = model.decoder.remat = policy
-        hidden = model.hidden(batch, key)
-        logits = model.project(hidden)
-        loss, weight = cross_entropy(logits, batch["decoder_targets"], run.z_loss, run.label_smoothing)
-        return loss + sum(method.penalty(model, batch, hidden, logits) for method in run.methods), weight
-
-    gradient = jax.value_and_grad(summed_loss, has_aux=True)
-
-    def part_gradient(trainable: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array | None):
-        def kept(policy: remat.Policy) -> int:
-            return remat.kept_bytes(lambda own, some: summed_loss(own, frozen, some, key, policy)[0], trainable, batch)
-
-        policy = remat.choose(kept, room) if run.remat == "auto" and room is not None else None
-        (loss, weight), gradients = gradient(trainable, frozen, batch, key, policy)
-        return loss, weight, gradients
-
-    def divided(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return jax.tree.map(lambda x: x.reshape(run.accumulate, -1, *x.shape[1:]), batch)
-
-    def search_step(state: State, frozen: Any, batch: dict[str, jax.Array], key: jax.Array):
-        assert isinstance(optimizer, Search)
-        key = jax.random.fold_in(key, state["step"])
-        candidates, drawn = optimizer.propose(state["optimizer"], state["trainable"], frozen, key)
-        score = jax.vmap(lambda one, part: summed_loss(one, frozen, part, None), (0, None))
-        losses, weights = jax.tree.map(
-            lambda x: x.sum(0), jax.lax.map(lambda part: score(candidates, part), divided(batch))
-        )
-        losses = losses / jnp.maximum(weights, 1)
-        trainable, searched = optimizer.choose(state["optimizer"], state["trainable"], drawn, losses)
-        state = {"trainable": trainable, "optimizer": searched, "step": state["step"] + 1}
-        return state, {"loss": finite_mean(losses)}
-
-    if isinstance(optimizer, Search):
-        return search_step
-
-    def step(state: State, frozen: Any, batch: dict[str, jax.Array], key: jax.Array):
-        dropout_key = jax.random.fold_in(key, state["step"]) if run.draws_dropout else None
-        trainable = state["trainable"]
-        if run.accumulate == 1:
-            loss, weight, gradients = part_gradient(trainable, frozen, batch, dropout_key)
-        else:
-            keys = None if dropout_key is None else jax.random.split(dropout_key, run.accumulate)
-
-            def add(total, part):
-                return jax.tree.map(jnp.add, total, part_gradient(trainable, frozen, *part)), None
-
-            zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, trainable))
-            (loss, weight, gradients), _ = jax.lax.scan(add, zeros, (divided(batch), keys))
-        weight = jnp.maximum(weight, 1)
-        if run.loss == "mean":
-            gradients = jax.tree.map(lambda g: g / weight, gradients)
-        updates, optimizer_state = optimizer.update(gradients, state["optimizer"], trainable)
-        new = {
-            "trainable": optax.apply_updates(trainable, updates),
-            "optimizer": optimizer_state,
-            "step": state["step"] + 1,
-        }
-        return new, {"loss": loss / weight}
-
-    return step
-
-
-def scores_in(folder: Path, run: Run) -> dict[int, float]:
-    """Return the score of each validation in a run's `metrics.jsonl`, by step."""
-    path, found = folder / "metrics.jsonl", {}
-    for text in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):  # the last line of a killed run
-            line = json.loads(text)
-            if "validation" in line:
-                found[line["step"]] = headline(run, line["validation"])
-    return found
-
-
-class Log:
-    """`metrics.jsonl` and TensorBoard events; what a killed run wrote past its checkpoint is dropped.
-
-    Only the first process writes.
-    """
-
-    def __init__(self, folder: Path, first: int, validated: bool = True):
-        """Go on after step `first`; unless that is `validated`, its validation is written anew."""
-        from tensorboardX import SummaryWriter
-
-        self._path = folder / "metrics.jsonl"
-        self._before, self._start = 0.0, time.monotonic()
-        self._events: Any = None
-        if not is_first():
-            return
-        if self._path.exists():
-            kept = []
-            for text in self._path.read_text().splitlines():
-                try:
-                    line = json.loads(text)
-                except ValueError:  # the last line of a killed run
-                    continue
-                if line["step"] <= first and first > 0 and (validated or line["step"] < first or "loss" in line):
-                    kept.append(text)
-                    self._before = line.get("seconds", self._before)
-            partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(f"{text}\n" for text in kept))
-            partial.replace(self._path)
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=first or None)
-
-    def seconds(self) -> float:
-        """Return the seconds of this run, those before a restart included."""
-        return self._before + time.monotonic() - self._start
-
-    def write(self, line: dict[str, Any]) -> None:
-        """Append one line, and its numbers as curves."""
-        if self._events is None:
-            return
-        with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-        for name, value in line.items():
-            if isinstance(value, dict):
-                for inner, number in value.items():
-                    self._events.add_scalar(f"{name}/{inner}", number, line["step"])
-            elif name != "step":
-                self._events.add_scalar(name, value, line["step"])
-        self._events.flush()  # what a kill loses of a curve would not be drawn again
-
-    def close(self) -> None:
-        """End the curves."""
-        if self._events is not None:
-            self._events.close()
-
-
-def prepare_folder(run: Run, folder: Path) -> dict[str, Any] | None:
-    """Create a run's folder; return the result if it is finished; refuse one with other settings."""
-    settings, partial = folder / "config.yaml", folder / "config.partial"
-    if settings.exists():
-        saved = config.parse(Run, config.read(settings), str(settings))  # fills in settings that are newer than it
-        old, new = (each.model_dump(mode="json", exclude=set(MACHINE)) for each in (saved, run))
-        changed = differences(old, new)
-        if changed:
-            raise UserError(
-                f"{folder}: was made with other settings ({'; '.join(changed[:6])}); "
-                "expected the same; use another --out, or delete the folder"
-            )
-        finished = folder / "result.json"
-        return json.loads(finished.read_text()) if finished.exists() else None
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; expected a folder for the run; use another --out")
-    try:
-        if folder.exists() and set(folder.iterdir()) - {partial}:
-            raise UserError(f"{folder}: is not empty and no run; expected a new folder; use another --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(to_yaml(run))
-        partial.replace(settings)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror}); expected a writable folder") from None
-    return None

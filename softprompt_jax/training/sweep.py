@@ -26,7 +26,8 @@ from softprompt_jax.optim.gradient_free import Scored
 from softprompt_jax.progress import Reporter
 from softprompt_jax.run import Run, Scratch
 from softprompt_jax.statistics import summarise
-from softprompt_jax.training.loop import prepare_folder, train
+from softprompt_jax.training.loop import train
+from softprompt_jax.training.run_folder import prepare_folder
 from softprompt_jax.training.vmapped import FAILED_FILE, Together, shape_of
 
 SWEEP_FILE = "sweep.json"

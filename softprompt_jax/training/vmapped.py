@@ -35,8 +35,9 @@ from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import Run
 from softprompt_jax.training import remat
 from softprompt_jax.training.checkpoints import Checkpoints
-from softprompt_jax.training.loop import Log, first_state, leave_files, plain_step
 from softprompt_jax.training.run_data import TaskData, TaskRun
+from softprompt_jax.training.run_folder import Log, leave_files
+from softprompt_jax.training.step import first_state, plain_step
 
 FAILED_FILE = "failed.json"  # what a run leaves whose loss is no number
 _PLANNED_STEPS = 1000  # whose shapes are looked at when common ones are chosen
