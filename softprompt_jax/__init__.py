@@ -6,10 +6,51 @@ Training    Run, load_run, train, sweep, report
 Prompts     load_prompt, rank_sources, recycle, inspect
 """
 
-import importlib
-from typing import Any
+from __future__ import annotations
 
-_PUBLIC = {
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # what type checkers and editors see; the table below is what runs
+    from softprompt_jax.analysis.inspect import inspect
+    from softprompt_jax.analysis.report import report
+    from softprompt_jax.analysis.transfer import rank_sources, recycle
+    from softprompt_jax.checkpoints.artifact import load_prompt
+    from softprompt_jax.checkpoints.backbone import Backbone
+    from softprompt_jax.checkpoints.peft import load_backbone
+    from softprompt_jax.config import UserError
+    from softprompt_jax.inference.bank import PromptBank
+    from softprompt_jax.inference.ensemble import ensemble
+    from softprompt_jax.inference.predictor import generate, load_predictor, logits
+    from softprompt_jax.models.decode import Beam, Greedy, Sampling
+    from softprompt_jax.run import Run, load_run
+    from softprompt_jax.training.loop import train
+    from softprompt_jax.training.sweep import sweep
+
+__version__ = "0.1.0"
+__all__ = [
+    "Backbone",
+    "Beam",
+    "Greedy",
+    "PromptBank",
+    "Run",
+    "Sampling",
+    "UserError",
+    "ensemble",
+    "generate",
+    "inspect",
+    "load_backbone",
+    "load_predictor",
+    "load_prompt",
+    "load_run",
+    "logits",
+    "rank_sources",
+    "recycle",
+    "report",
+    "sweep",
+    "train",
+]
+_MODULE_OF = {
     "PromptBank": "inference.bank",
     "Backbone": "checkpoints.backbone",
     "Beam": "models.decode",
@@ -31,13 +72,10 @@ _PUBLIC = {
     "sweep": "training.sweep",
     "train": "training.loop",
 }
-__all__ = list(_PUBLIC)
-__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """Import on first use, so that `softprompt --help` does not wait for JAX."""
-    if name not in _PUBLIC:
+    """Import a public name on first use, so that `softprompt --help` does not wait for JAX."""
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'softprompt_jax' has no attribute {name!r}")
-    module = importlib.import_module(f"softprompt_jax.{_PUBLIC[name]}")
-    return getattr(module, name)
+    return getattr(importlib.import_module(f"softprompt_jax.{_MODULE_OF[name]}"), name)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import itertools
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -49,13 +51,28 @@ DECODER = np.array([[0, 5, 6], [0, 7, 8]], np.int32)
 
 def test_public_names_are_what_they_say():
     for name in softprompt_jax.__all__:
-        importlib.import_module(f"softprompt_jax.{softprompt_jax._PUBLIC[name]}")
+        importlib.import_module(f"softprompt_jax.{softprompt_jax._MODULE_OF[name]}")
         assert not isinstance(getattr(softprompt_jax, name), type(softprompt_jax)), name
     from softprompt_jax import train
 
     assert callable(train)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = softprompt_jax.nonsense
+
+
+def test_type_checkers_see_the_public_names_where_they_are_imported_from():
+    tree = ast.parse(Path(softprompt_jax.__file__).read_text())
+    seen = {
+        alias.name: node.module.removeprefix("softprompt_jax.")
+        for branch in tree.body
+        if isinstance(branch, ast.If)
+        for node in branch.body
+        if isinstance(node, ast.ImportFrom) and node.module is not None
+        for alias in node.names
+    }
+    assert seen == softprompt_jax._MODULE_OF
+    assert sorted(softprompt_jax.__all__) == sorted(seen)
+    assert (Path(softprompt_jax.__file__).parent / "py.typed").exists()
 
 
 def test_logits_are_float32_over_the_vocabulary(backbone):
