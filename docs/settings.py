@@ -114,7 +114,8 @@ def _collect(cls: type[Settings], path: str, found: dict[type[Settings], str]) -
     if cls in found:
         return
     kind = cls.model_fields.get("kind")
-    found[cls] = path if kind is None or kind.default in (None, path) else f"{path}: {kind.default}"
+    chosen = kind.default if kind is not None and isinstance(kind.default, str) else ""
+    found[cls] = path if chosen in ("", path) else f"{path}: {chosen}"
     for name, field in cls.model_fields.items():
         for each in _classes(field.annotation):
             _collect(each, name, found)
