@@ -46,7 +46,7 @@ def prompt_ids(model: T5) -> Placement | None:
 def check_mesh(run: Run, assembly: Assembly) -> None:
     """Refuse a mesh that does not divide a run's batch or heads."""
     rows = mesh.row_shards() if run.packing else run.batch_size // run.accumulate  # packed rows follow the mesh
-    mesh.check(rows, assembly.model.settings.num_heads)
+    mesh.check_divisible(rows, assembly.model.settings.num_heads)
 
 
 def assemble(run: Run, backbone: Backbone | None = None) -> Assembly:
@@ -70,7 +70,7 @@ def backbone_of(run: Run) -> Backbone:
     """Load the run's backbone, or make it."""
     if isinstance(run.backbone, Scratch):
         return new_backbone(run.backbone, run.seed)
-    return load_backbone(run.backbone, run.dtype, mesh.of_weights(), run.quantize)
+    return load_backbone(run.backbone, run.dtype, mesh.weight_sharding_fn(), run.quantize)
 
 
 def new_backbone(scratch: Scratch, seed: int) -> Backbone:

@@ -54,8 +54,8 @@ def steps(sizes: tuple[int, ...] | None, kind: str, count: int):
         if sizes is not None:
             mesh = sharding.Mesh(**dict(zip(sharding.AXES, sizes, strict=True))).build()
             opened.enter_context(jax.set_mesh(mesh))
-        sharding.check(16, 8)
-        model = sharding.place(model)
+        sharding.check_divisible(16, 8)
+        model = sharding.shard_model(model)
         parts, about = split(model), leaves(model)
         rate = 0.01 if full else 0.3
         kept = optax.GradientTransformation(lambda new: jax.tree.map(jnp.zeros_like, new), lambda g, *_: (g, g))
@@ -65,15 +65,15 @@ def steps(sizes: tuple[int, ...] | None, kind: str, count: int):
         def begin(trainable):
             return {"trainable": trainable, "optimizer": optimizer.init(trainable), "step": jnp.zeros((), int)}
 
-        layout = sharding.layout(jax.eval_shape(begin, parts.trainable), parts.trainable)
+        layout = sharding.state_sharding(jax.eval_shape(begin, parts.trainable), parts.trainable)
         state = jax.jit(lambda t: begin(jax.tree.map(jnp.copy, t)), out_shardings=layout)(parts.trainable)
         step = make_step(run, parts, optimizer, layout)
         found = []
         for _ in range(max(1, count)):
-            state, measured = step(state, parts.frozen, sharding.spread(batch), jax.random.key(7))
+            state, measured = step(state, parts.frozen, sharding.shard_local_batch(batch), jax.random.key(7))
             if not found:
-                found = [float(measured["loss"]), jax.tree.map(sharding.collect, state["optimizer"][0])]
-        trained = jax.tree.map(sharding.collect, state["trainable"])
+                found = [float(measured["loss"]), jax.tree.map(sharding.gather, state["optimizer"][0])]
+        trained = jax.tree.map(sharding.gather, state["trainable"])
         query = linear_of(model.encoder.layers.attention.query)
         return *found, trained, list(getattr(query.kernel[...].sharding, "spec", []))
 

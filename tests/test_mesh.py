@@ -107,7 +107,7 @@ def chips(*shape: int, slices: int = 1, kind: str = "TPU v5") -> list[Chip]:
 )
 def test_every_mesh_of_a_slice_is_laid_out(shape, kind, sizes):
     devices = chips(*shape, kind=kind)
-    found = sharding.arranged(sizes, devices)
+    found = sharding.arrange_devices(sizes, devices)
     assert found.shape == sizes
     assert sorted(chip.id for chip in found.flat) == list(range(len(devices)))
 
@@ -118,7 +118,7 @@ def test_neighbours_on_an_axis_are_near_each_other():
         return max(int(np.abs(np.subtract(one.coords, other.coords)).sum()) for one, other in pairs)
 
     devices = chips(4, 4, kind="TPU v5 lite")
-    assert farthest(sharding.arranged((1, 2, 8), devices)) == 2
+    assert farthest(sharding.arrange_devices((1, 2, 8), devices)) == 2
     assert farthest(np.asarray(devices, object).reshape(1, 2, 8)) == 4  # in their order
 
 
@@ -127,7 +127,7 @@ def test_neighbours_on_an_axis_are_near_each_other():
     [((16, 1, 1), None), ((2, 8, 1), (1, 2)), ((4, 1, 4), (1, 2)), ((1, 16, 1), None), ((1, 2, 8), (2,))],
 )
 def test_slices_share_rows_before_weights(sizes, alike):
-    found = sharding.arranged(sizes, chips(2, 4, slices=2, kind="TPU v5 lite"))
+    found = sharding.arrange_devices(sizes, chips(2, 4, slices=2, kind="TPU v5 lite"))
     assert sorted(chip.id for chip in found.flat) == list(range(16))
     slices = np.vectorize(lambda chip: chip.slice_index)(found)
     assert (np.diff(slices.reshape(-1)) != 0).sum() == 1  # one half each
@@ -138,7 +138,7 @@ def test_slices_share_rows_before_weights(sizes, alike):
 def test_one_device_needs_no_mesh():
     with jax.set_mesh(Mesh().build(jax.devices()[:1])):
         batch = {"rows": np.arange(6)}
-        assert sharding.spread(batch) is batch
+        assert sharding.shard_local_batch(batch) is batch
         assert sharding.row_shards() == 1
         assert sharding.process_share() == (0, 1)
 
@@ -179,4 +179,4 @@ def test_a_mesh_that_does_not_divide_rows_or_heads_is_told_in_one_line(monkeypat
     monkeypatch.setattr(sharding, "_mesh", lambda: mesh)
     monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
     with pytest.raises(UserError, match=message):
-        sharding.check(16, 8)
+        sharding.check_divisible(16, 8)

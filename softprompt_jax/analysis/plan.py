@@ -245,8 +245,8 @@ def abstract_step(run: Any, memory: int | None = None) -> tuple[Callable, tuple,
         methods.attach(run.methods, model, jax.random.key(0), context)
         return model
 
-    mesh.check(run.batch_size // run.accumulate, settings.num_heads)
-    model = mesh.place(nnx.eval_shape(build))
+    mesh.check_divisible(run.batch_size // run.accumulate, settings.num_heads)
+    model = mesh.shard_model(nnx.eval_shape(build))
     parts = split(model)
     optimizer = optimizers.build(
         run.optimizer, run.schedule.build(run.optimizer.learning_rate, run.steps), leaves(model), run.clip_norm
@@ -256,7 +256,7 @@ def abstract_step(run: Any, memory: int | None = None) -> tuple[Callable, tuple,
         return {"trainable": trainable, "optimizer": optimizer.init(trainable), "step": jnp.zeros((), jnp.int32)}
 
     state = jax.eval_shape(begin, parts.trainable)
-    layout = mesh.layout(state, parts.trainable)
+    layout = mesh.state_sharding(state, parts.trainable)
     placement = None if model.prompt is None else model.prompt.placement
     around = 0 if placement is None else np.shape(placement.before)[-1] + np.shape(placement.after)[-1]
     limits = run.pretraining or run
@@ -272,7 +272,7 @@ def abstract_step(run: Any, memory: int | None = None) -> tuple[Callable, tuple,
         rows |= {"encoder_segments": wide, "decoder_segments": long}
     batch = {name: jax.ShapeDtypeStruct((run.batch_size, length), jnp.int32) for name, length in rows.items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
-    arguments = (mesh.described(state, layout), parts.frozen, mesh.spread_whole(batch), key)
+    arguments = (mesh.with_sharding(state, layout), parts.frozen, mesh.shard_batch(batch), key)
     return make_step(run, parts, optimizer, layout, memory), arguments, parts
 
 

@@ -25,7 +25,7 @@ from softprompt_jax.checkpoints.hugging_face import (
 )
 from softprompt_jax.checkpoints.tensors import Tensor, checksums, read_stacked, same
 from softprompt_jax.config import UserError
-from softprompt_jax.distributed.mesh import collect
+from softprompt_jax.distributed.mesh import gather
 from softprompt_jax.models.families.t5 import EMBEDDING_ALIASES, HEAD, config_of, is_stacked, names
 from softprompt_jax.models.presets import hub_name
 from softprompt_jax.models.quantized import Quantization, pack_layers, quantized
@@ -219,7 +219,7 @@ def write_backbone(settings: T5Settings, tensors: dict[str, Tensor], folder: Pat
 def fingerprint(model: T5) -> str:
     """Hash a model's shapes and a sample of its embedding table as bfloat16."""
     table = model.embedding[...]
-    return _hashed(model.settings, collect(table[:: _sample_step(table.shape[0]), :16].astype(jnp.bfloat16)))
+    return _hashed(model.settings, gather(table[:: _sample_step(table.shape[0]), :16].astype(jnp.bfloat16)))
 
 
 def _sample_step(rows: int) -> int:

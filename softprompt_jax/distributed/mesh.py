@@ -55,11 +55,11 @@ class Mesh(Settings):
         """Lay the devices (default: all of all processes) out as a mesh."""
         devices = jax.devices() if devices is None else list(devices)
         return jax.sharding.Mesh(
-            arranged(self.sizes(len(devices)), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES)
+            arrange_devices(self.sizes(len(devices)), devices), AXES, axis_types=(AxisType.Auto,) * len(AXES)
         )
 
 
-def arranged(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
+def arrange_devices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     """Return the devices in the shape `sizes`, neighbours by the chips' own links, slices apart on the first axes.
 
     Any size is laid out: where no arrangement follows the links, the devices stand in their order.
@@ -99,27 +99,27 @@ def variable_sharding(mesh: jax.sharding.Mesh, variable: nnx.Variable) -> NamedS
     return NamedSharding(mesh, weight_spec(mesh.shape, axes, variable.shape))
 
 
-def of_weights() -> Callable[[nnx.Variable], NamedSharding] | None:
+def weight_sharding_fn() -> Callable[[nnx.Variable], NamedSharding] | None:
     """Return what tells a loader where each weight lies; None without a mesh."""
     mesh = _mesh()
     return None if mesh is None else lambda variable: variable_sharding(mesh, variable)
 
 
-def place(model: Model) -> Model:
+def shard_model(model: Model) -> Model:
     """Return the model with its weights laid out on the mesh."""
     mesh = _mesh()
     if mesh is None:
         return model
     graphdef, state = nnx.split(model)
     placed = jax.tree.map(
-        lambda variable: variable.replace(put(variable.get_value(), variable_sharding(mesh, variable))),
+        lambda variable: variable.replace(put_sharded(variable.get_value(), variable_sharding(mesh, variable))),
         state,
         is_leaf=lambda node: isinstance(node, nnx.Variable),
     )
     return nnx.merge(graphdef, placed)
 
 
-def layout(state: Any, weights: Any) -> Any:
+def state_sharding(state: Any, weights: Any) -> Any:
     """Return where a training state lies: what has a weight's path and shape as that weight, all else whole.
 
     `state` may be abstract. None without a mesh.
@@ -138,7 +138,7 @@ def layout(state: Any, weights: Any) -> Any:
     return jax.tree_util.tree_map_with_path(choose, state)
 
 
-def check(rows: int, heads: int) -> None:
+def check_divisible(rows: int, heads: int) -> None:
     """Refuse a mesh that cannot share so many rows (of a batch's part) or attention heads evenly."""
     mesh = _mesh()
     if mesh is None:
@@ -153,9 +153,9 @@ def check(rows: int, heads: int) -> None:
         raise UserError(f"mesh: tensor is {tensor}; expected a divisor of the backbone's {heads} heads; change mesh")
 
 
-def described(state: Any, layout: Any) -> Any:
+def with_sharding(state: Any, layout: Any) -> Any:
     """Return an abstract state that knows where it lies."""
-    return state if layout is None else jax.tree.map(put, state, layout)
+    return state if layout is None else jax.tree.map(put_sharded, state, layout)
 
 
 def local_bytes(tree: Any) -> int:
@@ -168,7 +168,7 @@ def local_bytes(tree: Any) -> int:
     return sum(of(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def put(value: Any, sharding: NamedSharding) -> Any:
+def put_sharded(value: Any, sharding: NamedSharding) -> Any:
     """Lay an array out that every process holds whole or has its part of; say of an abstract one where it lies."""
     if isinstance(value, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
@@ -214,7 +214,7 @@ def process_share() -> tuple[int, int]:
     return first // count, shards // count
 
 
-def spread(rows: Any) -> Any:
+def shard_local_batch(rows: Any) -> Any:
     """Join every process's share of a batch (arrays [B / count, ...]) to arrays cut along the rows."""
     mesh = _mesh()
     if mesh is None:
@@ -233,25 +233,25 @@ def spread(rows: Any) -> Any:
     return jax.tree.map(join, rows)
 
 
-def spread_whole(rows: Any) -> Any:
+def shard_batch(rows: Any) -> Any:
     """Cut arrays along the rows that every process holds whole."""
     mesh = _mesh()
     if mesh is None:
         return rows
     sharding = NamedSharding(mesh, PartitionSpec(ROWS))
-    return jax.tree.map(lambda whole: put(whole, sharding), rows)
+    return jax.tree.map(lambda whole: put_sharded(whole, sharding), rows)
 
 
-def spread_stacked(rows: Any) -> Any:
+def shard_stacked_batch(rows: Any) -> Any:
     """Cut arrays [N, B, ...] along B that every process holds whole."""
     mesh = _mesh()
     if mesh is None:
         return rows
     sharding = NamedSharding(mesh, PartitionSpec(None, ROWS))
-    return jax.tree.map(lambda whole: put(whole, sharding), rows)
+    return jax.tree.map(lambda whole: put_sharded(whole, sharding), rows)
 
 
-def collect(x: jax.Array | np.ndarray) -> np.ndarray:
+def gather(x: jax.Array | np.ndarray) -> np.ndarray:
     """Return an array whole, in every process."""
     if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)

@@ -155,8 +155,8 @@ class Ensemble:
         first, size = np.shape(self._placement.decoder)[-1], self.batch_size * count
         for batch, numbers in evaluation_batches(tokens, min(size, len(tokens)), self._placement):
             example, prompt = np.divmod(np.maximum(numbers, 0), count)
-            given = mesh.spread_whole((batch["encoder_tokens"], batch["decoder_inputs"][:, :first], table[example]))
-            log_p, real = mesh.collect(self._scored(trainable, frozen, *given)), numbers >= 0
+            given = mesh.shard_batch((batch["encoder_tokens"], batch["decoder_inputs"][:, :first], table[example]))
+            log_p, real = mesh.gather(self._scored(trainable, frozen, *given)), numbers >= 0
             scores[example[real], prompt[real]] = log_p[real]
         for row, texts in zip(scores, candidates, strict=True):
             row[:, len(texts) :] = _NEVER

@@ -122,13 +122,13 @@ class Decoder:
         batch_size = -(-min(batch_size, len(tokenized)) // shards) * shards
         for batch, ids in evaluation_batches(tokenized, batch_size, prompt_ids, shapes=shapes):
             go_if_told()
-            given = mesh.spread_whole((batch["encoder_tokens"], batch["decoder_inputs"][:, :first]))
+            given = mesh.shard_batch((batch["encoder_tokens"], batch["decoder_inputs"][:, :first]))
             if not labels:
-                rest = mesh.spread_whole((np.asarray(ids + first_number, np.int32), beginnings[ids]))
-                rows, scores = map(mesh.collect, self._decoded(trainable, frozen, *given, *rest, max_tokens))
+                rest = mesh.shard_batch((np.asarray(ids + first_number, np.int32), beginnings[ids]))
+                rows, scores = map(mesh.gather, self._decoded(trainable, frozen, *given, *rest, max_tokens))
                 found = [list(map(self._answer, *each)) for each in zip(rows, scores.tolist(), strict=True)]
             else:
-                best, scores = map(mesh.collect, self._scored(trainable, frozen, *given, words, divisors))
+                best, scores = map(mesh.gather, self._scored(trainable, frozen, *given, words, divisors))
                 found = [[Answer(labels[n], _real(words[n]), float(s))] for n, s in zip(best, scores, strict=True)]
             for each, index in zip(found, ids, strict=True):
                 if index >= 0:
@@ -148,7 +148,7 @@ class Decoder:
         batch_size = -(-min(batch_size, len(tokenized)) // shards) * shards
         for batch, ids in evaluation_batches(tokenized, batch_size, prompt_ids):
             go_if_told()
-            values = mesh.collect(self._likely(trainable, frozen, mesh.spread_whole(batch)))
+            values = mesh.gather(self._likely(trainable, frozen, mesh.shard_batch(batch)))
             found[ids[ids >= 0]] = values[ids >= 0]
         return found
 
@@ -252,7 +252,7 @@ def mean_loss(parts: Split, batches: Sequence[dict[str, np.ndarray]]):
         sums = []
         for batch in batches:
             go_if_told()
-            sums.append(summed(trainable, frozen, mesh.spread_whole(batch)))
+            sums.append(summed(trainable, frozen, mesh.shard_batch(batch)))
         return float(sum(loss for loss, _ in sums) / sum(weight for _, weight in sums))
 
     return mean

@@ -72,7 +72,7 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
     # ---- model, data, step
     assembly = assemble(run)
     check_mesh(run, assembly)
-    model = sharding.place(assembly.model)
+    model = sharding.shard_model(assembly.model)
     parts = split(model)
     about = leaves(model)
     data = PretrainingRun(run, assembly, parts) if run.pretraining else TaskRun(run, assembly, parts)
@@ -83,7 +83,7 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
         optimizer = optimizers.from_slots(optimizer, slots, assembly.identity)
 
     begin = functools.partial(first_state, optimizer)
-    layout = sharding.layout(jax.eval_shape(begin, parts.trainable), parts.trainable)
+    layout = sharding.state_sharding(jax.eval_shape(begin, parts.trainable), parts.trainable)
     state = jax.jit(begin, out_shardings=layout)(parts.trainable)
     step_function = make_step(run, parts, optimizer, layout)
     _, shares = sharding.process_share()
@@ -147,7 +147,7 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
         batch = next(batches)
         tokens = [batch[name] for name in ("encoder_tokens", "decoder_targets")]
         real, padded = sum(int(np.count_nonzero(side)) for side in tokens), sum(side.size for side in tokens)
-        state, measured = step_function(state, parts.frozen, sharding.spread(batch), key)
+        state, measured = step_function(state, parts.frozen, sharding.shard_local_batch(batch), key)
         recent.append((measured, shares * real, shares * examples_in(batch), shares * padded))
         evaluated = run.evaluates(step)
         leaving = preemption.reached(measured) and step < run.steps

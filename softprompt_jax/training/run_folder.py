@@ -26,7 +26,7 @@ def leave_files(
     run: Run, folder: Path, identity: str, parts: Split, trainable: dict[str, Any], result: dict[str, Any]
 ) -> None:
     """Write what a finished run leaves for others: everything trained, prompts, and last `result.json`."""
-    whole = jax.tree.map(lambda leaf: jnp.asarray(sharding.collect(leaf)), trainable)
+    whole = jax.tree.map(lambda leaf: jnp.asarray(sharding.gather(leaf)), trainable)
     final = parts.merge(whole, parts.frozen)
     metadata = {
         "backbone": identity,

@@ -44,7 +44,7 @@ def make_step(
     memory, room = memory or remat.memory(), None
     if run.remat == "auto" and memory is not None:
         state = jax.eval_shape(functools.partial(first_state, optimizer), parts.trainable)
-        state = sharding.described(state, state_shardings)
+        state = sharding.with_sharding(state, state_shardings)
         held = sharding.local_bytes(parts.frozen) + 2 * sharding.local_bytes(state)  # with gradient and updates
         room = remat.room(held, memory)
     step = plain_step(run, parts, optimizer, room)

@@ -67,7 +67,7 @@ class Together:
     def _assemble(self, run: Run) -> tuple[Assembly, Split]:
         assembly = assemble(run, self.backbone)
         check_mesh(run, assembly)
-        return assembly, split(mesh.place(assembly.model))
+        return assembly, split(mesh.shard_model(assembly.model))
 
     @property
     def possible(self) -> bool:
@@ -201,7 +201,7 @@ class _Training:
                 break
             own = [next(each) for each in batches]
             joined = stack_batches(own, shapes)
-            spread = mesh.spread_stacked({name: rows[source] for name, rows in joined.items()})
+            spread = mesh.shard_stacked_batch({name: rows[source] for name, rows in joined.items()})
             running = self.running
             self.state, losses = self.shared._step(self.state, running, rates, self.frozen, spread, keys)
             real, examples = np.array([_real(batch) for batch in own]), np.array([examples_in(batch) for batch in own])
