@@ -219,11 +219,11 @@ def _pieces(rows: list[list[str]]) -> str:
     return f"nearest pieces of each of the first rows, seed 0, a semicolon after each row: {said}"
 
 
-def trained(name: str, form: paper.Form) -> str:
+def trained(name: str, form: paper.Grid) -> str:
     """Say what each line of an experiment trains, without what differs among its points."""
     runs = collections.defaultdict(list)
-    for cell in paper.cells(form, paper.load(name)[1], seeds=1):
-        runs[cell.line].append((cell.read, cell.run))
+    for member in paper.members(form, paper.load(name)[1], seeds=1):
+        runs[member.line].append((member.read, member.run))
     lines = collections.defaultdict(list)
     for line, found in runs.items():
         facts = zip(*(_facts(*each) for each in found), strict=True)
@@ -245,7 +245,7 @@ def _facts(read: str, run: Run) -> list[str]:
     return [*what, optimizer + schedule, steps, f"on the backbone {backbone}"]
 
 
-def _form(form: paper.Form) -> str:
+def _form(form: paper.Grid) -> str:
     parts = [f"Lines: {'; '.join(form.lines)}"]
     parts += [f"Points: {'; '.join(form.points)}"] if list(form.points) != [""] else []
     parts += [f"Tasks: {'; '.join(form.tasks)}"] if form.tasks else []

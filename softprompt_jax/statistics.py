@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 
-def summarise(values: Sequence[float]) -> dict[str, Any]:
+def score_statistics(values: Sequence[float]) -> dict[str, Any]:
     """Return mean, sample standard deviation (None of one value), half a 95% confidence interval of the mean, and best.
 
     The interval is Student's, which few seeds need.

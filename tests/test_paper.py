@@ -55,18 +55,18 @@ def test_every_figure_and_table_of_the_issue_is_an_experiment():
 def test_every_run_of_every_miniature_is_valid(name):
     """Those of the published forms are counted, and so read, by the test of the list below."""
     experiment, path = experiments.load(name)
-    cells = list(experiments.cells(experiment.miniature, path, seeds=1))
-    assert {cell.line for cell in cells} == set(experiment.miniature.lines)
-    assert all(isinstance(cell.run, Run) and cell.run.seed == 0 for cell in cells)
+    members = list(experiments.members(experiment.miniature, path, seeds=1))
+    assert {member.line for member in members} == set(experiment.miniature.lines)
+    assert all(isinstance(member.run, Run) and member.run.seed == 0 for member in members)
 
 
-def build(cell: measures.Cell) -> int:
+def build(member: measures.Member) -> int:
     """Build a run's step abstractly and return how many numbers train."""
     import jax
 
-    step, arguments, parts = plan.abstract_step(cell.run)
+    step, arguments, parts = plan.abstract_step(member.run)
     state, measured = jax.eval_shape(step, *arguments)
-    assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, arguments[0]), cell.label
+    assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, arguments[0]), member.label
     assert measured["loss"].shape == ()
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(parts.trainable))
 
@@ -74,9 +74,9 @@ def build(cell: measures.Cell) -> int:
 def test_a_published_run_is_built_without_weights():
     experiment, path = experiments.load("length")
     (xxl,) = [
-        cell
-        for cell in experiments.cells(experiment.published, path, seeds=1)
-        if (cell.line, cell.point, cell.task) == ("xxl", "150", "boolq")
+        member
+        for member in experiments.members(experiment.published, path, seeds=1)
+        if (member.line, member.point, member.task) == ("xxl", "150", "boolq")
     ]
     assert xxl.run.backbone == "google/t5-xxl-lm-adapt"
     assert build(xxl) == 150 * 4096
@@ -86,7 +86,7 @@ def test_a_published_run_is_built_without_weights():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_published_run_is_built_without_weights(name):
     experiment, path = experiments.load(name)
-    for same in experiments.distinct_steps(experiments.cells(experiment.published, path, seeds=1)).values():
+    for same in experiments.distinct_steps(experiments.members(experiment.published, path, seeds=1)).values():
         assert build(same[0]) > 0
 
 
@@ -94,7 +94,7 @@ def test_steps_of_one_size_are_planned_once_whatever_they_begin_with():
     for name, stated, sizes in (("initialisation", 15, 5), ("optimizer", 5, 1), ("length", 25, 25)):
         experiment, path = experiments.load(name)
         found = [
-            experiments.distinct_steps(experiments.cells(experiment.published, path, 1), alike)
+            experiments.distinct_steps(experiments.members(experiment.published, path, 1), alike)
             for alike in (False, True)
         ]
         assert [len(steps) for steps in found] == [stated, sizes]
@@ -137,7 +137,8 @@ def test_a_grid_is_trained_once_and_goes_on(grid, tmp_path, monkeypatch):
     file, runs, to = grid(), tmp_path / "runs", tmp_path / "result.json"
     accuracy = {"few": (0.5, 0.7), "more": (0.6, 0.9)}
     labels = {
-        cell.key: (cell.line, cell.seed) for cell in experiments.cells(experiments.load(str(file))[0].miniature, file)
+        member.name: (member.line, member.seed)
+        for member in experiments.members(experiments.load(str(file))[0].miniature, file)
     }
     trained = []
 
@@ -197,15 +198,15 @@ def test_a_seed_counts_when_all_its_tasks_are_there_and_untrained_is_read(grid, 
         lines={"start": {"read": "untrained"}}, tasks={name: {"task": small.task} | c for name, c in tasks.items()}
     )
     experiment, path = experiments.load(str(file))
-    cells = list(experiments.cells(experiment.miniature, path))
-    for number, cell in enumerate(cells[:3]):
-        (tmp_path / cell.key).mkdir()
+    members = list(experiments.members(experiment.miniature, path))
+    for number, member in enumerate(members[:3]):
+        (tmp_path / member.name).mkdir()
         baselines = {"split": "test", "majority": 0.5, "untrained": {"accuracy": 0.1 * (number + 1)}}
         found = {"test": {"accuracy": 1.0}, "baselines": baselines, "seconds": 1.0}
-        (tmp_path / cell.key / "result.json").write_text(json.dumps(found))
-    result = experiments.collect("x", "miniature", experiment, cells, tmp_path)
+        (tmp_path / member.name / "result.json").write_text(json.dumps(found))
+    result = experiments.collect("x", "miniature", experiment, members, tmp_path)
     assert result["lines"] == {"start": {"score": {"mean": 15.0, "sd": None, "values": [15.0]}}}
-    assert result["missing"] == [cells[3].label]
+    assert result["missing"] == [members[3].label]
 
 
 def test_the_majority_class_is_scored_as_the_table_is(grid, tmp_path, small):
@@ -214,13 +215,13 @@ def test_the_majority_class_is_scored_as_the_table_is(grid, tmp_path, small):
     source = {"kind": "files", **dict.fromkeys(("train", "validation"), str(write_rows(tmp_path / "rows.jsonl", rows)))}
     file = grid(change={"task": small.task | {"source": source, "metrics": ["accuracy", "f1_macro"]}})
     experiment, path = experiments.load(str(file))
-    cells = list(experiments.cells(experiment.miniature, path))
-    (cell, *_) = cells
-    (tmp_path / cell.key).mkdir()
+    members = list(experiments.members(experiment.miniature, path))
+    (member, *_) = members
+    (tmp_path / member.name).mkdir()
     scores = {"accuracy": 1.0, "f1_macro": 0.5}
     found = {"validation": scores, "baselines": {"split": "validation", "untrained": scores}, "seconds": 1.0}
-    (tmp_path / cell.key / "result.json").write_text(json.dumps(found))
-    result = experiments.collect("x", "miniature", experiment, cells, tmp_path)
+    (tmp_path / member.name / "result.json").write_text(json.dumps(found))
+    result = experiments.collect("x", "miniature", experiment, members, tmp_path)
     assert result["metric"] == "mean of accuracy and f1_macro"
     assert result["majority"] == {"moods": pytest.approx(100 * (3 / 4 + (6 / 7) / 2) / 2, abs=0.01)}
 
@@ -233,11 +234,11 @@ def test_what_is_read_off_prompts_agrees_with_reading_them_one_by_one(grid, tmp_
 
     runs, to, lines = tmp_path / "runs", tmp_path / "result.json", {"few": {}}
     file = grid(measure="ensemble", lines=lines)
-    cells = list(experiments.cells(experiments.load(str(file))[0].miniature, file))
+    members = list(experiments.members(experiments.load(str(file))[0].miniature, file))
     voted = experiments.run_experiment(str(file), "miniature", runs, to)["lines"]["few"]
     examples = load(resolve(small.task), "test")
     inputs, targets = [example.input for example in examples], np.asarray([example.target for example in examples])
-    right = np.asarray([np.asarray(load_predictor(runs / cell.key).texts(inputs)) == targets for cell in cells])
+    right = np.asarray([np.asarray(load_predictor(runs / member.name).texts(inputs)) == targets for member in members])
     assert voted["average"]["values"] == pytest.approx(100 * right.mean(1), abs=0.01)
     assert voted["best"]["mean"] == pytest.approx(100 * right.mean(1).max(), abs=0.01)
     vote = voted["majority vote"]["mean"]  # one of the two answers
@@ -269,15 +270,15 @@ def test_names_stand_for_line_and_point(grid):
         points={"x": {}, "y": {}},
         change={"methods.0.length": "{line}", "backbone": "backbones/{point}"},
     )
-    cells = list(experiments.cells(experiments.load(str(file))[0].miniature, file, seeds=1))
-    found = [(cell.run.methods[0].model_dump()["length"], cell.run.backbone) for cell in cells]
+    members = list(experiments.members(experiments.load(str(file))[0].miniature, file, seeds=1))
+    found = [(member.run.methods[0].model_dump()["length"], member.run.backbone) for member in members]
     assert found == [(3, "backbones/x"), (3, "backbones/y"), (5, "backbones/x")]
 
 
 def test_words_of_a_grid_are_any_letters(grid):
     file = grid(change={"methods.0.init": {"kind": "text", "text": "\N{GRINNING FACE}"}})
-    for cell in experiments.cells(experiments.load(str(file))[0].miniature, file):
-        assert cell.run.methods[0].model_dump()["init"]["text"] == "\N{GRINNING FACE}"
+    for member in experiments.members(experiments.load(str(file))[0].miniature, file):
+        assert member.run.methods[0].model_dump()["init"]["text"] == "\N{GRINNING FACE}"
 
 
 def test_places_that_are_taken_are_one_line(grid, refused, tmp_path):

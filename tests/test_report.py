@@ -16,7 +16,7 @@ from softprompt_jax.analysis.report import (
     flatten,
     group_runs,
     read_runs,
-    summarise,
+    score_statistics,
     table,
 )
 from softprompt_jax.config import UserError
@@ -76,7 +76,7 @@ def test_table_has_mean_sd_and_students_interval(runs):
     assert first["test"]["best"] == pytest.approx(0.8)
     assert second["finished"] == 1
     assert second["validation"] == {"mean": 0.5, "sd": None, "interval": None, "best": 0.5}
-    assert summarise([0.0, 1.0])["interval"] == pytest.approx(12.7062 * 0.5**0.5 / 2**0.5, rel=1e-4)
+    assert score_statistics([0.0, 1.0])["interval"] == pytest.approx(12.7062 * 0.5**0.5 / 2**0.5, rel=1e-4)
 
 
 def test_curves_and_breakdown(runs, small, tmp_path):

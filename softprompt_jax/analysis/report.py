@@ -19,14 +19,14 @@ from softprompt_jax.config import UserError
 from softprompt_jax.data.task import SEQIO
 from softprompt_jax.inference.evaluate import headline, shown, unit
 from softprompt_jax.run import MACHINE, Run
-from softprompt_jax.statistics import summarise
+from softprompt_jax.statistics import score_statistics
 
 _IGNORED = frozenset({"seed", *MACHINE})
 _COUNTS = ("count",)  # of scores that are no measure
 
 
 @dataclasses.dataclass(frozen=True)
-class Finished:
+class RunRecord:
     """What a run's folder says; `result` is None of a run that has not finished."""
 
     folder: Path
@@ -52,7 +52,7 @@ class Group:
     """Runs that differ in their seed only; `settings` are those in which it differs from other groups."""
 
     settings: dict[str, Any]
-    runs: list[Finished]
+    runs: list[RunRecord]
 
     @property
     def unit(self) -> float:
@@ -68,9 +68,9 @@ class Group:
         return ", ".join(kinds + others) or self.runs[0].run.task_name
 
 
-def read_runs(sources: Sequence[str | Path]) -> list[Finished]:
+def read_runs(sources: Sequence[str | Path]) -> list[RunRecord]:
     """Read run folders, and all runs in folders of runs such as a sweep's. Errors: UserError where there is none."""
-    found: dict[Path, Finished] = {}
+    found: dict[Path, RunRecord] = {}
     for source in map(Path, sources):
         folders = [path.parent for path in sorted(source.rglob("config.yaml"))]
         if not folders:
@@ -81,7 +81,7 @@ def read_runs(sources: Sequence[str | Path]) -> list[Finished]:
     return list(found.values())
 
 
-def _read(folder: Path) -> Finished:
+def _read(folder: Path) -> RunRecord:
     path, measured, result = folder / "config.yaml", folder / "metrics.jsonl", folder / "result.json"
     run = config.parse(Run, config.read(path), str(path))
     lines = []
@@ -91,12 +91,14 @@ def _read(folder: Path) -> Finished:
         except ValueError:  # the last line of a run that was killed, or is being written
             continue
     try:
-        return Finished(folder, run, lines, json.loads(result.read_text(encoding="utf-8")) if result.exists() else None)
+        return RunRecord(
+            folder, run, lines, json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
+        )
     except ValueError as error:
         raise UserError(f"{result}: not JSON ({error}); expected a run's result; run it again") from None
 
 
-def group_runs(runs: Sequence[Finished]) -> list[Group]:
+def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
     """Put runs together that differ in their seed only, and say in which settings the groups differ."""
     flat = [
         flatten(run.run.model_dump(mode="json", exclude={"task", *_IGNORED}))
@@ -166,7 +168,7 @@ def table(groups: Sequence[Group]) -> list[dict[str, Any]]:
         row["finished"] = sum(run.result is not None for run in group.runs)
         for split in ("validation", "test"):
             values = [value for run in group.runs if (value := run.score(split)) is not None]
-            row[split] = summarise(values) if values else None
+            row[split] = score_statistics(values) if values else None
         rows.append(row)
     return rows
 
@@ -183,7 +185,7 @@ def breakdown(groups: Sequence[Group]) -> list[dict[str, Any]]:
                     if name not in _COUNTS:
                         found.setdefault((task, split), {}).setdefault(name, []).append(value)
         for (task, split), metrics in found.items():
-            measured = {name: summarise(values) for name, values in metrics.items()}
+            measured = {name: score_statistics(values) for name, values in metrics.items()}
             rows.append({"settings": group.settings, "task": task, "split": split, "metrics": measured})
     return rows
 

@@ -27,13 +27,13 @@ from softprompt_jax import config
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.config import Settings, UserError, nearest
 from softprompt_jax.paper import measures
-from softprompt_jax.paper.measures import Cell
+from softprompt_jax.paper.measures import Member
 from softprompt_jax.run import load_run
 
 if TYPE_CHECKING:
     from softprompt_jax.data.task import Task
 
-Forms = Literal["miniature", "published"]
+FormName = Literal["miniature", "published"]
 Changes = dict[str, Any]  # dotted settings, as on the command line
 HERE = Path("configs") / "paper"
 
@@ -48,7 +48,7 @@ class Line(Settings):
     read: Literal["trained", "untrained"] = "trained"  # untrained: the score before the first step
 
 
-class Form(Settings):
+class Grid(Settings):
     """The runs of an experiment: lines x points x tasks x seeds, and what is read off them.
 
     `{line}` and `{point}` in the texts of changes stand for the names of the run's line and point.
@@ -70,7 +70,7 @@ class Form(Settings):
     cost: str  # what all of it takes, and on what
 
     @model_validator(mode="after")
-    def _consistent(self) -> Form:
+    def _consistent(self) -> Grid:
         if set(self.score_on) != (set(self.tasks or {"": None}) if self.measure == "transfer" else set()):
             raise ValueError(
                 "score_on names where each of `tasks` is scored with measure: transfer; expected all or none"
@@ -89,8 +89,8 @@ class Experiment(Settings):
     question: str
     plot: Literal["lines", "bars"] = "bars"
     x: str = ""  # what the points are
-    published: Form
-    miniature: Form
+    published: Grid
+    miniature: Grid
     found: list[str] = Field(default=[])  # what the result says, by hand; the README has the first
 
     @field_validator("found")
@@ -100,7 +100,7 @@ class Experiment(Settings):
             raise ValueError("expected sentences, each with its full stop")
         return found
 
-    def form(self, name: Forms) -> Form:
+    def grid(self, name: FormName) -> Grid:
         """Return one of the two forms."""
         return self.published if name == "published" else self.miniature
 
@@ -130,7 +130,7 @@ def load(name: str) -> tuple[Experiment, Path]:
     return config.parse(Experiment, config.read(path), str(path)), path
 
 
-def cells(form: Form, path: Path, seeds: int | None = None) -> Iterator[Cell]:
+def members(form: Grid, path: Path, seeds: int | None = None) -> Iterator[Member]:
     """Yield every run of a form: all of one seed before the next, so that a part of it compares like with like.
 
     A run that two lines have in common comes twice. Errors: UserError naming the line for settings that are wrong.
@@ -148,7 +148,7 @@ def cells(form: Form, path: Path, seeds: int | None = None) -> Iterator[Cell]:
                     run = load_run(path.parent / (line.base or form.base), overrides)
                 except UserError as error:
                     raise UserError(f"{path}: {', '.join(filter(None, (name, point, task)))}: {error}") from None
-                yield Cell(name, point, task, seed, line.read, run)
+                yield Member(name, point, task, seed, line.read, run)
 
 
 def _filled(value: Any, named: dict[str, str]) -> str:
@@ -158,43 +158,43 @@ def _filled(value: Any, named: dict[str, str]) -> str:
     return text
 
 
-def write_configs(name: str, form_name: Forms, to: Path, seeds: int | None = None) -> list[Path]:
+def write_configs(name: str, form_name: FormName, to: Path, seeds: int | None = None) -> list[Path]:
     """Write each run of a form as a config, for `softprompt train` or `plan` on another machine; return the files."""
     experiment, path = load(name)
     to.mkdir(parents=True, exist_ok=True)
     written = {}
-    for cell in cells(experiment.form(form_name), path, seeds):
-        file = to / f"{cell.key}.yaml"
+    for member in members(experiment.grid(form_name), path, seeds):
+        file = to / f"{member.name}.yaml"
         if file not in written:
-            file.write_text(f"# {experiment.title}: {cell.label}\n{config.to_yaml(cell.run)}", encoding="utf-8")
+            file.write_text(f"# {experiment.title}: {member.label}\n{config.to_yaml(member.run)}", encoding="utf-8")
         written[file] = None
     return list(written)
 
 
-def distinct_steps(cells: Iterator[Cell], of_one_size: bool = False) -> dict[str, list[Cell]]:
+def distinct_steps(members: Iterator[Member], of_one_size: bool = False) -> dict[str, list[Member]]:
     """Group runs by what their compiled steps depend on: not on seeds, texts, losses and numbers of steps.
 
     `of_one_size`: by what their memory and time depend on, which weights, rates and initial values do not change.
     """
     from softprompt_jax.analysis.plan import backbone_settings, kept_as
 
-    found: dict[str, list[Cell]] = {}
-    for cell in cells:
-        settings = cell.run.model_dump(mode="json", exclude={"seed", "task", "loss", "steps"})
+    found: dict[str, list[Member]] = {}
+    for member in members:
+        settings = member.run.model_dump(mode="json", exclude={"seed", "task", "loss", "steps"})
         if of_one_size:
-            settings["backbone"] = backbone_settings(cell.run).model_dump(mode="json")
-            settings["quantize"] = kept_as(cell.run)
+            settings["backbone"] = backbone_settings(member.run).model_dump(mode="json")
+            settings["quantize"] = kept_as(member.run)
             settings["methods"] = [method | {"init": None} for method in settings["methods"]]
             settings["optimizer"] |= dict.fromkeys(("learning_rate", "weight_decay", "step_origin"))
             settings |= dict.fromkeys(("schedule", "target_sentinel"))
-        key = json.dumps([settings, len(cell.run.tasks)], sort_keys=True)
-        found.setdefault(hashlib.sha256(key.encode()).hexdigest()[:16], []).append(cell)
+        key = json.dumps([settings, len(member.run.tasks)], sort_keys=True)
+        found.setdefault(hashlib.sha256(key.encode()).hexdigest()[:16], []).append(member)
     return found
 
 
 def plan_experiment(
     name: str,
-    form_name: Forms,
+    form_name: FormName,
     runs: Path,
     topologies: Sequence[str],
     seeds: int | None = None,
@@ -208,7 +208,7 @@ def plan_experiment(
     from softprompt_jax.analysis.plan import plan
 
     experiment, path = load(name)
-    steps = distinct_steps(cells(experiment.form(form_name), path, seeds), of_one_size=True)
+    steps = distinct_steps(members(experiment.grid(form_name), path, seeds), of_one_size=True)
     (runs / "plans").mkdir(parents=True, exist_ok=True)
     answers = []
     for number, (key, shared) in enumerate(steps.items(), 1):
@@ -222,16 +222,16 @@ def plan_experiment(
                 artifact.dump(plan(str(settings), [], [topology])[0], kept)
             plans[topology] = json.loads(kept.read_text())
         names = {
-            "lines": list(dict.fromkeys(cell.line for cell in shared)),
-            "points": list(dict.fromkeys(cell.point for cell in shared if cell.point)),
+            "lines": list(dict.fromkeys(member.line for member in shared)),
+            "points": list(dict.fromkeys(member.point for member in shared if member.point)),
         }
-        answers.append(names | {"runs": len({cell.key for cell in shared}), "plans": plans})
+        answers.append(names | {"runs": len({member.name for member in shared}), "plans": plans})
     return answers
 
 
 def run_experiment(
     name: str,
-    form_name: Forms,
+    form_name: FormName,
     runs: Path,
     to: Path,
     seeds: int | None = None,
@@ -245,15 +245,15 @@ def run_experiment(
     from softprompt_jax.training.loop import train
 
     experiment, path = load(name)
-    form = experiment.form(form_name)
-    grid = list(cells(form, path, seeds))
+    form = experiment.grid(form_name)
+    grid = list(members(form, path, seeds))
     result = collect(path.stem, form_name, experiment, grid, runs)
-    for number, cell in enumerate(grid, 1):
-        place = runs / cell.key
+    for number, member in enumerate(grid, 1):
+        place = runs / member.name
         if not (place / "result.json").exists():
-            tell(f"{number}/{len(grid)} {cell.label}: {place}")
+            tell(f"{number}/{len(grid)} {member.label}: {place}")
             try:
-                train(cell.run, place)
+                train(member.run, place)
             except config.Diverged as error:  # it stays missing
                 tell(f"{place}: {error}")
         result = collect(path.stem, form_name, experiment, grid, runs)
@@ -261,26 +261,27 @@ def run_experiment(
     return result
 
 
-def collect(name: str, form_name: Forms, experiment: Experiment, grid: list[Cell], runs: Path) -> dict[str, Any]:
+def collect(name: str, form_name: FormName, experiment: Experiment, grid: list[Member], runs: Path) -> dict[str, Any]:
     """Return the result of the runs of a grid that are finished."""
-    form = experiment.form(form_name)
-    finished = [cell for cell in grid if (runs / cell.key / "result.json").exists()]
+    form = experiment.grid(form_name)
+    finished = [member for member in grid if (runs / member.name / "result.json").exists()]
     extra: dict[str, Any] = {}
     if form.measure in ("score", "transfer"):
         values = _per_seed(finished, grid, form, runs)
     else:
         values, extra = measures.MEASURES[form.measure](finished, grid, runs)
-    results = [json.loads((runs / cell.key / "result.json").read_text()) for cell in finished]
+    results = [json.loads((runs / member.name / "result.json").read_text()) for member in finished]
     return {
         "experiment": name,
         "form": form_name,
         "title": experiment.title,
         "metric": _metric(grid, form),
-        "seeds": 1 + max((cell.seed for cell in grid), default=0),
+        "seeds": 1 + max((member.seed for member in grid), default=0),
         "cells": len(finished),
-        "missing": [cell.label for cell in grid if cell not in finished],
+        "missing": [member.label for member in grid if member not in finished],
         "lines": {
-            line: {column: summary(found) for column, found in columns.items()} for line, columns in values.items()
+            line: {column: percent_statistics(found) for column, found in columns.items()}
+            for line, columns in values.items()
         },
         "majority": _majority(finished, form),
         **extra,
@@ -291,85 +292,85 @@ def collect(name: str, form_name: Forms, experiment: Experiment, grid: list[Cell
     }
 
 
-def summary(values: list[float]) -> dict[str, Any]:
+def percent_statistics(values: list[float]) -> dict[str, Any]:
     """Return mean, sample standard deviation (None of one value) and the values, in percent."""
     percent = [round(100 * value, 2) for value in values]
     deviation = round(statistics.stdev(percent), 2) if len(percent) > 1 else None
     return {"mean": round(statistics.mean(percent), 2), "sd": deviation, "values": percent}
 
 
-def _per_seed(finished: list[Cell], grid: list[Cell], form: Form, runs: Path) -> measures.Values:
+def _per_seed(finished: list[Member], grid: list[Member], form: Grid, runs: Path) -> measures.Values:
     """The values of each line and column by seed, several tasks' mean; a seed counts when all of them are finished."""
     found: dict[tuple[str, str, int], list[float]] = {}
-    wanted = collections.Counter((cell.line, cell.point, cell.seed) for cell in grid)
-    there = collections.Counter((cell.line, cell.point, cell.seed) for cell in finished)
-    for cell in finished:
+    wanted = collections.Counter((member.line, member.point, member.seed) for member in grid)
+    there = collections.Counter((member.line, member.point, member.seed) for member in finished)
+    for member in finished:
         if form.measure == "transfer":
-            for column, value in _transfers(cell, form, runs):
-                found[cell.line, column, cell.seed] = [value]
-        elif there[cell.line, cell.point, cell.seed] == wanted[cell.line, cell.point, cell.seed]:
-            found.setdefault((cell.line, cell.point or "score", cell.seed), []).append(_score(cell, runs))
+            for column, value in _transfers(member, form, runs):
+                found[member.line, column, member.seed] = [value]
+        elif there[member.line, member.point, member.seed] == wanted[member.line, member.point, member.seed]:
+            found.setdefault((member.line, member.point or "score", member.seed), []).append(_score(member, runs))
     values: measures.Values = {}
     for (line, column, _), of_tasks in found.items():
         values.setdefault(line, {}).setdefault(column, []).append(statistics.mean(of_tasks))
     return values
 
 
-def _score(cell: Cell, runs: Path) -> float:
+def _score(member: Member, runs: Path) -> float:
     """The mean metric of a run's result, after training or before."""
     from softprompt_jax.inference.evaluate import mean_score
 
-    result = json.loads((runs / cell.key / "result.json").read_text())
-    scores = result[result["baselines"]["split"]] if cell.read == "trained" else result["baselines"]["untrained"]
-    return scores["mean"] if "tasks" in scores else mean_score(cell.run.tasks[0], scores)
+    result = json.loads((runs / member.name / "result.json").read_text())
+    scores = result[result["baselines"]["split"]] if member.read == "trained" else result["baselines"]["untrained"]
+    return scores["mean"] if "tasks" in scores else mean_score(member.run.tasks[0], scores)
 
 
-def _transfers(cell: Cell, form: Form, runs: Path) -> Iterator[tuple[str, float]]:
+def _transfers(member: Member, form: Grid, runs: Path) -> Iterator[tuple[str, float]]:
     """The scores of what a run has learnt on other tasks; they are kept in its folder."""
     from softprompt_jax.inference.predictor import load_predictor
     from softprompt_jax.tasks import resolve, splits
 
-    kept = runs / cell.key / "scored_on.json"
+    kept = runs / member.name / "scored_on.json"
     known = json.loads(kept.read_text()) if kept.exists() else {}
     predictor = None
-    for target in form.score_on[cell.task]:
+    for target in form.score_on[member.task]:
         task = resolve(target)
         if target not in known:
-            predictor = predictor or load_predictor(runs / cell.key)
+            predictor = predictor or load_predictor(runs / member.name)
             known[target] = predictor.evaluate(task, "test" if "test" in splits(task) else "validation")
             artifact.dump(known, kept)
-        yield _column(form, cell.task, target), known[target][task.metrics[0]]
+        yield _column(form, member.task, target), known[target][task.metrics[0]]
 
 
-def _metric(grid: list[Cell], form: Form) -> str:
+def _metric(grid: list[Member], form: Grid) -> str:
     """Say what is averaged: the mean of a task's metrics, or a target's first one."""
     if form.measure == "transfer":
         return " and ".join(dict.fromkeys(task.metrics[0] for task in _targets(form).values()))
-    said = {task.name: " and ".join(task.metrics) for cell in grid for task in cell.run.tasks}
+    said = {task.name: " and ".join(task.metrics) for member in grid for task in member.run.tasks}
     said = {name: f"mean of {metrics}" if " and " in metrics else metrics for name, metrics in said.items()}
     if len(set(said.values())) == 1:
         return next(iter(said.values()))
     return "; ".join(f"{name}: {metrics}" for name, metrics in said.items())
 
 
-def _targets(form: Form) -> dict[str, Task]:
+def _targets(form: Grid) -> dict[str, Task]:
     """Return the tasks of `score_on` by the column that they have in the table."""
     from softprompt_jax.tasks import resolve
 
     return {_column(form, of, target): resolve(target) for of, on in form.score_on.items() for target in on}
 
 
-def _column(form: Form, trained_on: str, target: str) -> str:
+def _column(form: Grid, trained_on: str, target: str) -> str:
     return target if len(form.tasks) < 2 else f"{trained_on} to {target}"
 
 
-def _majority(finished: list[Cell], form: Form) -> dict[str, float]:
+def _majority(finished: list[Member], form: Grid) -> dict[str, float]:
     """The score of always giving the most frequent label of the train split, in percent, in the table's metric.
 
     By task, or by column where runs are scored on several; without those whose targets are no label words.
     """
     transfer = form.measure == "transfer"
-    scored = _targets(form) if transfer else {task.name: task for cell in finished for task in cell.run.tasks}
+    scored = _targets(form) if transfer else {task.name: task for member in finished for task in member.run.tasks}
     levels = {name: _level(task.model_dump_json(), transfer) for name, task in scored.items()} if finished else {}
     return {name: round(100 * level, 2) for name, level in levels.items() if level is not None}
 
@@ -415,6 +416,6 @@ def listing() -> Iterator[str]:
         experiment, path = load(name)
         yield f"{name:22} {experiment.title} ({experiment.source})"
         for form_name in ("miniature", "published"):
-            form = experiment.form(form_name)
-            count = form.seeds * len({cell.key for cell in cells(form, path, seeds=1)})
+            form = experiment.grid(form_name)
+            count = form.seeds * len({member.name for member in members(form, path, seeds=1)})
             yield f"{'':22} {form_name:10} {count:4} runs; {form.cost}"

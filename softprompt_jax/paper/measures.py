@@ -17,7 +17,7 @@ NEAREST = 5
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class Member:
     """One run of a grid, and where its score goes."""
 
     line: str
@@ -28,7 +28,7 @@ class Cell:
     run: Run
 
     @property
-    def key(self) -> str:
+    def name(self) -> str:
         """What the run is filed under."""
         return settings_hash(self.run, without=MACHINE)
 
@@ -38,28 +38,28 @@ class Cell:
         return ", ".join(filter(None, (self.line, self.point, self.task, f"seed {self.seed}")))
 
 
-def by_line(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """Group cells by their line."""
-    found: dict[str, list[Cell]] = {}
-    for cell in cells:
-        found.setdefault(cell.line, []).append(cell)
+def by_line(members: Sequence[Member]) -> dict[str, list[Member]]:
+    """Group members by their line."""
+    found: dict[str, list[Member]] = {}
+    for member in members:
+        found.setdefault(member.line, []).append(member)
     return found
 
 
-def ensemble(finished: Sequence[Cell], grid: Sequence[Cell], runs: Path) -> tuple[Values, dict[str, Any]]:
+def ensemble(finished: Sequence[Member], grid: Sequence[Member], runs: Path) -> tuple[Values, dict[str, Any]]:
     """Let the seeds of a line vote on the test split, or on validation where there is none, once all are finished."""
     from softprompt_jax.inference.ensemble import Ensemble
     from softprompt_jax.inference.evaluate import mean_score, score
     from softprompt_jax.tasks import load, splits
 
     values: Values = {}
-    wanted = {line: len(cells) for line, cells in by_line(grid).items()}
+    wanted = {line: len(members) for line, members in by_line(grid).items()}
     for line, members in by_line(finished).items():
         if len(members) < wanted[line] or len(members) < 2:
             continue
         task = members[0].run.tasks[0]
         examples = load(task, "test" if "test" in splits(task) else "validation")
-        found = Ensemble([runs / cell.key for cell in members]).answers(examples, task)
+        found = Ensemble([runs / member.name for member in members]).answers(examples, task)
         alone = [mean_score(task, score(task, found.of(number), examples)) for number in range(len(members))]
         values[line] = {
             "average": alone,
@@ -70,7 +70,7 @@ def ensemble(finished: Sequence[Cell], grid: Sequence[Cell], runs: Path) -> tupl
     return values, {}
 
 
-def neighbours(finished: Sequence[Cell], grid: Sequence[Cell], runs: Path) -> tuple[Values, dict[str, Any]]:
+def neighbours(finished: Sequence[Member], grid: Sequence[Member], runs: Path) -> tuple[Values, dict[str, Any]]:
     """Read prompts as pieces: the nearest of each row by cosine, whether those are label words, how unlike rows are.
 
     Columns: "label words found" is the share of the task's label words with a piece among the nearest of any row;
@@ -82,16 +82,16 @@ def neighbours(finished: Sequence[Cell], grid: Sequence[Cell], runs: Path) -> tu
 
     values: Values = {}
     nearest: dict[str, list[list[str]]] = {}
-    for line, cells in by_line(finished).items():
-        for cell in cells:
-            assert isinstance(cell.run.backbone, str)
-            backbone = load_backbone(cell.run.backbone)
+    for line, members in by_line(finished).items():
+        for member in members:
+            assert isinstance(member.run.backbone, str)
+            backbone = load_backbone(member.run.backbone)
             tokenizer = load_tokenizer(backbone.folder)
             table = np.asarray(backbone.model.embedding[...], np.float32)[: tokenizer.size]
-            cosines = _directions(load_prompt(runs / cell.key / PROMPT_FILE)) @ _directions(table).T
+            cosines = _directions(load_prompt(runs / member.name / PROMPT_FILE)) @ _directions(table).T
             cosines[:, sorted(tokenizer.special_ids)] = -1
             order = np.argsort(-cosines, axis=1)[:, :NEAREST]
-            words = [set(tokenizer.encode(word)) for word in cell.run.tasks[0].words or ()]
+            words = [set(tokenizer.encode(word)) for word in member.run.tasks[0].words or ()]
             near = set(order.flat)
             columns = values.setdefault(line, {})
             if words:
@@ -108,7 +108,7 @@ def _directions(rows: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
-def mixed(finished: Sequence[Cell], grid: Sequence[Cell], runs: Path) -> tuple[Values, dict[str, Any]]:
+def mixed(finished: Sequence[Member], grid: Sequence[Member], runs: Path) -> tuple[Values, dict[str, Any]]:
     """Answer the tests of all tasks of a seed in common batches, and one task at a time; they must not differ.
 
     Columns: the score of each task when its texts stand among the others', and "same answers", the share of texts
@@ -120,18 +120,18 @@ def mixed(finished: Sequence[Cell], grid: Sequence[Cell], runs: Path) -> tuple[V
 
     values: Values = {}
     for line, members in by_line(finished).items():
-        for seed in sorted({cell.seed for cell in members}):
-            cells = [cell for cell in members if cell.seed == seed]
-            if len(cells) < sum(cell.line == line and cell.seed == seed for cell in grid):
+        for seed in sorted({member.seed for member in members}):
+            members = [member for member in members if member.seed == seed]
+            if len(members) < sum(member.line == line and member.seed == seed for member in grid):
                 continue
-            first = cells[0].run
+            first = members[0].run
             bank = PromptBank(str(first.backbone), max_input_tokens=first.max_input_tokens, dtype=first.dtype)
             sets, longest = {}, 0
-            for cell in cells:
-                bank.add(cell.task, runs / cell.key)
-                task = cell.run.tasks[0]
-                sets[cell.task] = task, load(task, "test" if "test" in splits(task) else "validation")
-                longest = max(longest, cell.run.max_target_tokens)
+            for member in members:
+                bank.add(member.task, runs / member.name)
+                task = member.run.tasks[0]
+                sets[member.task] = task, load(task, "test" if "test" in splits(task) else "validation")
+                longest = max(longest, member.run.max_target_tokens)
             texts, names = [], []
             for name, (_, examples) in sets.items():
                 texts += [example.input for example in examples]
@@ -152,7 +152,7 @@ def mixed(finished: Sequence[Cell], grid: Sequence[Cell], runs: Path) -> tuple[V
     return values, {}
 
 
-MEASURES: dict[str, Callable[[Sequence[Cell], Sequence[Cell], Path], tuple[Values, dict[str, Any]]]] = {
+MEASURES: dict[str, Callable[[Sequence[Member], Sequence[Member], Path], tuple[Values, dict[str, Any]]]] = {
     "ensemble": ensemble,
     "neighbours": neighbours,
     "mixed": mixed,

@@ -25,7 +25,7 @@ from softprompt_jax.inference.evaluate import headline, shown, unit
 from softprompt_jax.optim.gradient_free import Scored
 from softprompt_jax.progress import Reporter
 from softprompt_jax.run import Run, Scratch
-from softprompt_jax.statistics import summarise
+from softprompt_jax.statistics import score_statistics
 from softprompt_jax.training.loop import train
 from softprompt_jax.training.run_folder import prepare_folder
 from softprompt_jax.training.vmapped import FAILED_FILE, Together, shape_of
@@ -235,7 +235,7 @@ def summary(found: Sequence[Member], folder: Path) -> dict[str, Any]:
     rows = []
     for key, each in table.items():
         task, settings = json.loads(key)
-        measured = {split: summarise([scores[split] for scores in each]) for split in each[0]}
+        measured = {split: score_statistics([scores[split] for scores in each]) for split in each[0]}
         rows.append({"task": task, "settings": settings, "runs": len(each), "unit": units[key], **measured})
     return {"runs": runs, "table": rows, "best": {task: name for task, (name, _) in best.items()}}
 
