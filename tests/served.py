@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from softprompt_jax import PromptBank, load_backbone
-from softprompt_jax.serve import make_server
+from softprompt_jax.serve.server import make_server
 from softprompt_jax.serve.engine import Engine
 from softprompt_jax.serve.limits import Limits
 

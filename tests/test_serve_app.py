@@ -22,8 +22,9 @@ import served
 from safetensors.numpy import save
 from served import PATIENCE_S, ask, events, rows
 
-from softprompt_jax import UserError, serve
+from softprompt_jax import UserError
 from softprompt_jax.models.quantized import kind_of
+from softprompt_jax.serve import server
 from softprompt_jax.serve.app import make_app
 
 TEXT = "the garden is warm"
@@ -271,21 +272,21 @@ def test_a_token_is_asked_for_where_there_is_one(engine, given, status):
 
 def test_without_a_token_only_this_machine_is_served(engine, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"--host 0.0.0.0: others can reach it, and there is no token"):
-        serve.serve(engine.bank, engine.limits, "0.0.0.0", 0, None)
-    assert [serve.is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "10.0.0.1", "::")] == [True] * 3 + [
+        server.serve(engine.bank, engine.limits, "0.0.0.0", 0, None)
+    assert [server.is_loopback(host) for host in ("127.0.0.1", "::1", "localhost", "10.0.0.1", "::")] == [True] * 3 + [
         False
     ] * 2
-    monkeypatch.setenv(serve.TOKEN, "one")
+    monkeypatch.setenv(server.TOKEN, "one")
     (tmp_path / "token").write_text("two\n")
-    assert [serve.read_token(None), serve.read_token(str(tmp_path / "token"))] == ["one", "two"]
+    assert [server.read_token(None), server.read_token(str(tmp_path / "token"))] == ["one", "two"]
     (tmp_path / "token").write_text("\n")
     with pytest.raises(UserError, match="is empty; expected the token"):
-        serve.read_token(str(tmp_path / "token"))
+        server.read_token(str(tmp_path / "token"))
 
 
 def test_an_address_in_use_is_one_line(engine, port):
     with pytest.raises(UserError, match=rf"--port {port}: .*expected an address that is free here"):
-        serve.serve(engine.bank, engine.limits, "127.0.0.1", port, None)
+        server.serve(engine.bank, engine.limits, "127.0.0.1", port, None)
 
 
 def test_serving_what_is_no_bank_is_one_line(refused, tmp_path):
@@ -296,7 +297,7 @@ def test_serving_what_is_no_bank_is_one_line(refused, tmp_path):
 def test_the_backbone_is_kept_as_the_command_says(small, softprompt, tmp_path, monkeypatch):
     np.save(tmp_path / "p.npy", rows(2, 0))
     served = []
-    monkeypatch.setattr(serve, "serve", lambda bank, *rest: served.append(bank.backbone.model))
+    monkeypatch.setattr(server, "serve", lambda bank, *rest: served.append(bank.backbone.model))
     command = ["serve", tmp_path, "--backbone", small.backbone]
     softprompt(*command)
     softprompt(*command, "--quantize", "int8", "--dtype", "bfloat16")

@@ -87,7 +87,7 @@ def serve(
 
     SIGTERM: what is here is answered, nothing more is taken.
     """
-    from softprompt_jax import serve as serving
+    from softprompt_jax.serve import server as serving
 
     kind = None if quantize is None else quantize.value
     serving.serve_folder(source, backbone, host, port, token_file, limits or [], dtype.value, kind, any_backbone)

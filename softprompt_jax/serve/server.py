@@ -1,0 +1,143 @@
+"""A server process: its address and token, uvicorn around the app, and an orderly end."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import socket
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from softprompt_jax.config import UserError, parse
+from softprompt_jax.inference.bank import PromptBank
+from softprompt_jax.models.quantized import Quantization
+from softprompt_jax.serve.engine import Engine
+from softprompt_jax.serve.limits import Limits
+
+TOKEN = "SOFTPROMPT_TOKEN"  # the environment variable
+
+
+def serve(bank: PromptBank, limits: Limits, host: str, port: int, token: str | None) -> None:
+    """Serve a bank until SIGTERM or SIGINT; then answer what is here, and return. Port 0: any that is free.
+
+    Errors: UserError for an address that is not this machine's loopback and no token, or that cannot be had.
+    """
+    loopback = is_loopback(host)
+    if token is None and not loopback:
+        raise UserError(
+            f"--host {host}: others can reach it, and there is no token; expected one; set {TOKEN} or --token-file"
+        )
+    try:
+        listener = socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+        )
+    except OSError as error:
+        raise UserError(
+            f"--host {host} --port {port}: {error.strerror}; expected an address that is free here"
+        ) from None
+    engine = Engine(bank, limits)
+    server = make_server(engine, token, loopback)
+    _many_connections()
+    engine.start()
+    shown = f"[{host}]" if ":" in host else host
+    print(
+        f"softprompt: serving {len(bank.names)} prompts over {bank.backbone.identity} on "
+        f"http://{shown}:{listener.getsockname()[1]}",
+        file=sys.stderr,
+        flush=True,
+    )
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:  # uvicorn raises a caught SIGINT once more, when all is answered
+        pass
+    finally:
+        engine.stop()
+
+
+def make_server(engine: Engine, token: str | None, loopback: bool) -> Any:
+    """Return a uvicorn server; when it is told to stop, the engine takes no more, and it waits for the answers."""
+    try:
+        import uvicorn
+
+        from softprompt_jax.serve.app import make_app
+
+        app = make_app(engine, token, loopback)
+    except ImportError as error:
+        raise UserError(
+            f"serve: {error.name} is not installed; expected it; pip install 'softprompt-jax[serve]'"
+        ) from None
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            engine.drain()
+            super().handle_exit(sig, frame)
+
+    settings = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        lifespan="off",
+        timeout_graceful_shutdown=round(engine.limits.timeout_s) + 1,
+    )
+    return Server(settings)
+
+
+def serve_folder(
+    folder: str,
+    backbone: str | None,
+    host: str,
+    port: int,
+    token_file: str | None,
+    limits: list[str],
+    dtype: str,
+    quantize: Quantization | None,
+    any_backbone: bool,
+) -> None:
+    """Serve the prompts of a folder; `limits` are KEY=VALUE."""
+    chosen = parse(Limits, {key: value for key, _, value in (one.partition("=") for one in limits)}, "--limit")
+    token = read_token(token_file)
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such folder; expected one with prompt files and finished runs")
+    serve(
+        PromptBank.open(folder, backbone, dtype=dtype, quantize=quantize, any_backbone=any_backbone),
+        chosen,
+        host,
+        port,
+        token,
+    )
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def read_token(file: str | None) -> str | None:
+    """Return the token of a file, or of the environment; None: there is none."""
+    if file is None:
+        return os.environ.get(TOKEN) or None
+    try:
+        token = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error}); expected a file with the token") from None
+    if not token:
+        raise UserError(f"{file}: is empty; expected the token")
+    return token
+
+
+def _many_connections() -> None:
+    """Let this process hold as many connections as it may."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit, and does not take it either
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
