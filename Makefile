@@ -24,7 +24,7 @@ STAMP = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo paper ladder docs test test-slow test-torch test-libtpu test-network test-seqio test-cloud benchmark lint format clean
+.PHONY: help install demo paper ladder docs site test test-slow test-torch test-libtpu test-network test-seqio test-cloud benchmark lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -88,6 +88,9 @@ ladder: install  ## pre-train backbones of four sizes in three forms (hours; see
 
 docs: install  ## write the pages and tables that come from configs, methods and results
 	$(VENV)/bin/python docs/build.py
+
+site: install  ## build the documentation site into build/site; a link that leads nowhere is an error
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 lint: install  ## check format, style and types
 	$(VENV)/bin/ruff format --check .

@@ -1,4 +1,4 @@
-"""Write the pages that are facts: one for each experiment and method, their plots, the tables of the README.
+"""Write the pages that are facts: settings, commands, one for each experiment and method, plots and tables.
 
     python docs/build.py            write what has changed
     python docs/build.py --check    only say what has changed; exit code 1
@@ -23,6 +23,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
+import commands  # noqa: E402
 import settings  # noqa: E402
 import speed  # noqa: E402
 from plot import curves, plot  # noqa: E402
@@ -72,16 +73,12 @@ def all_pages() -> Iterator[tuple[Path, str]]:
             picture = plot(experiment.title, lines, experiment.plot, y, majority, experiment.x)
             yield ROOT / "docs" / "experiments" / f"{name}.svg", picture
     yield ROOT / "docs" / "settings.md", HEAD + settings.page(Run)
+    yield ROOT / "docs" / "command-line.md", HEAD + commands.page()
     methods = dict(method_pages())
     for kind, text in methods.items():
         yield ROOT / "docs" / "methods" / f"{kind}.md", HEAD + text
-    index = "\n".join(
-        f"| [{e.title}](experiments/{name}.md) | {e.source} | {finished(_result(name), e.miniature.seeds)} |"
-        for name, e in experiments.items()
-    )
-    index = f"| experiment | in the paper | miniature |\n|---|---|---|\n{index}"
     listed = ", ".join(f"[{kind}](methods/{kind}.md)" for kind in methods)
-    yield _filled(ROOT / "docs" / "README.md", {"experiments": index, "methods": listed})
+    yield _filled(ROOT / "docs" / "README.md", {"methods": listed})
     yield ROOT / "docs" / "tutorial.ipynb", notebook((ROOT / "docs" / "tutorial.md").read_text("utf-8"))
     shown = [ladder_table()]
     for form, title in (("span", "Span corruption"), ("lm", "LM adaptation"), ("mixture", "Mixture with instructions")):
@@ -91,11 +88,11 @@ def all_pages() -> Iterator[tuple[Path, str]]:
             every = {size: found.get(size, []) for size, _ in ladder_curves()}  # so that a size has one colour
             yield ROOT / "docs" / f"ladder_{form}.svg", curves(title, every)
             shown.append(f"![{title}](ladder_{form}.svg)")
-    yield _filled(ROOT / "docs" / "pretraining.md", {"ladder": "\n\n".join(shown)})
+    yield _filled(ROOT / "docs" / "pretraining.md", {"ladder": "\n\n".join(shown), "embedded": embedded_table()})
     compared = speed.speeds(RESULTS)
     yield ROOT / "docs" / "speed.svg", speed.picture("Times as fast as PEFT's best", compared)
     yield _filled(ROOT / "benchmarks" / "README.md", {"speed": speed.table(compared)})
-    yield _filled(ROOT / "README.md", {"embedded": embedded_table(), "paper": paper_table(experiments)})
+    yield _filled(ROOT / "docs" / "experiments" / "README.md", {"paper": paper_table(experiments)})
 
 
 def _filled(path: Path, tables: dict[str, str]) -> tuple[Path, str]:
@@ -253,17 +250,17 @@ def _form(form: paper.Grid) -> str:
 
 
 def paper_table(experiments: dict[str, paper.Experiment]) -> str:
-    """Return the README's list of experiments with the first of what was found."""
+    """Return the list of experiments with the first of what was found."""
     rows = []
     for name, experiment in experiments.items():
         said = experiment.found[0] if _result(name) else ""
         run = finished(_result(name), experiment.miniature.seeds)
-        rows.append(f"| [{experiment.title}](docs/experiments/{name}.md) | {run} | {said} |")
-    return "| `softprompt paper` | miniature | |\n|---|---|---|\n" + "\n".join(rows)
+        rows.append(f"| [{experiment.title}]({name}.md) | {experiment.source} | {run} | {said} |")
+    return "| experiment | in the paper | miniature | what came out |\n|---|---|---|---|\n" + "\n".join(rows)
 
 
 def embedded_table() -> str:
-    """Return the README's table of the embedded backbone: accuracy, and F1 of the rare class where that is measured."""
+    """Return the table of the embedded backbone: accuracy, and F1 of the rare class where that is measured."""
     rows = json.loads((RESULTS / "embedded.json").read_text())["rows"]
     tasks, methods = ({row[key]: None for row in rows} for key in ("task", "method"))
     by_both = {(row["task"], row["method"]): row for row in rows}
