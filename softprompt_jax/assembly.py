@@ -18,7 +18,7 @@ from softprompt_jax.config import UserError
 from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from softprompt_jax.distributed import mesh
-from softprompt_jax.models.quantized import kind_of, quantized
+from softprompt_jax.models.quantized import quantization_of, quantized
 from softprompt_jax.models.t5 import T5
 from softprompt_jax.run import Run, Scratch
 
@@ -81,7 +81,7 @@ def new_backbone(scratch: Scratch, seed: int) -> Backbone:
 
 def with_settings(model: T5, **changes) -> T5:
     """Return the model with other dropout or remat, sharing its weights."""
-    settings, quantize = model.settings.model_copy(update=changes), kind_of(model)
+    settings, quantize = model.settings.model_copy(update=changes), quantization_of(model)
 
     def build() -> T5:
         shell = T5(settings, jax.random.key(0), model.dtype)

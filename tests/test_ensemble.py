@@ -14,7 +14,7 @@ from softprompt_jax.checkpoints.artifact import load_prompt, read_prompt, save_p
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.inference.ensemble import Answers, Ensemble, ensemble
 from softprompt_jax.models import decode
-from softprompt_jax.models.quantized import kind_of
+from softprompt_jax.models.quantized import quantization_of
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import load
 
@@ -153,7 +153,7 @@ def test_backbone_is_kept_as_the_runs_had_it_and_padding_may_come_first(prompts,
         sources.append(tmp_path / path.name)
         save_prompt(rows, sources[-1], metadata | {"settings": settings})
     joined = Ensemble(sources)
-    assert (kind_of(joined._model), joined._model.settings.attention) == ("int8", "plain")
+    assert (quantization_of(joined._model), joined._model.settings.attention) == ("int8", "plain")
 
 
 def test_words_are_scored_behind_the_sentinel_that_answers_begin_with(small, tmp_path):

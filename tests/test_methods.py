@@ -202,7 +202,7 @@ def test_it_attaches_to_every_family_in_bfloat16_with_dropout_and_rematerialisat
 
     def run(trainable):  # traced only: the scan over layers refuses an activation whose dtype or shape has changed
         merged = parts.merge(trainable, parts.frozen)
-        return merged.encode(rows["encoder_tokens"], key=tiny.key(0)), merged(rows, tiny.key(0))
+        return merged.encode(rows["encoder_tokens"], rng=tiny.key(0)), merged(rows, tiny.key(0))
 
     encoded, logits = jax.eval_shape(run, parts.trainable)
     assert encoded.dtype == jnp.bfloat16

@@ -107,18 +107,20 @@ def test_a_longer_prefix_that_comes_later_makes_the_tables_grow(more):
 
 def test_an_entry_holds_what_is_shorter_and_nothing():
     prefix, placed = np.ones((2, 1, 2, 4), np.float32), np.ones((2, 1, 1, 4), np.float32)
-    shapes = per_example.joined({"prefix encoder": (2, 1, 3, 4)}, {"prefix encoder": prefix, "placed encoder": placed})
-    shapes = per_example.joined(
-        shapes, {"placed encoder": np.ones((2, 1, 3, 4)), "outputs decoder.layers.x": np.ones((1, 5))}
+    shapes = per_example.union_shapes(
+        {"prefix encoder": (2, 1, 3, 4)}, {"prefix encoder": prefix, "positioned encoder": placed}
     )
-    entry = per_example.entry(shapes, {"prefix encoder": prefix, "placed encoder": placed})
-    assert (entry["count prefix encoder"], entry["count placed encoder"]) == (2, 1)
+    shapes = per_example.union_shapes(
+        shapes, {"positioned encoder": np.ones((2, 1, 3, 4)), "outputs decoder.layers.x": np.ones((1, 5))}
+    )
+    entry = per_example.table_entry(shapes, {"prefix encoder": prefix, "positioned encoder": placed})
+    assert (entry["count prefix encoder"], entry["count positioned encoder"]) == (2, 1)
     assert entry["prefix encoder"][0, 0, :, 0].tolist() == [1, 1, 0]
-    assert entry["placed encoder"][0, 0, :, 0].tolist() == [0, 0, 1]  # next to the text
+    assert entry["positioned encoder"][0, 0, :, 0].tolist() == [0, 0, 1]  # next to the text
     assert (entry["outputs decoder.layers.x"] == 1).all()
-    rows = per_example.gathered(per_example.tables(shapes, 4), jnp.zeros(2, jnp.int32))
-    assert per_example.lengths(rows, "encoder") == (3, 3)
-    assert list(per_example.of_steps(rows)) == ["outputs decoder.layers.x"]
+    rows = per_example.gather(per_example.empty_tables(shapes, 4), jnp.zeros(2, jnp.int32))
+    assert per_example.prefix_lengths(rows, "encoder") == (3, 3)
+    assert list(per_example.decoder_factors(rows)) == ["outputs decoder.layers.x"]
 
 
 def test_a_folder_of_runs_and_their_files_is_a_bank(many, tmp_path):

@@ -23,7 +23,7 @@ from safetensors.numpy import save
 from served import PATIENCE_S, ask, events, rows
 
 from softprompt_jax import UserError
-from softprompt_jax.models.quantized import kind_of
+from softprompt_jax.models.quantized import quantization_of
 from softprompt_jax.serve import server
 from softprompt_jax.serve.app import make_app
 
@@ -301,7 +301,7 @@ def test_the_backbone_is_kept_as_the_command_says(small, softprompt, tmp_path, m
     command = ["serve", tmp_path, "--backbone", small.backbone]
     softprompt(*command)
     softprompt(*command, "--quantize", "int8", "--dtype", "bfloat16")
-    assert [kind_of(model) for model in served] == [None, "int8"]
+    assert [quantization_of(model) for model in served] == [None, "int8"]
     assert served[1].embedding[...].dtype == "bfloat16"
 
 

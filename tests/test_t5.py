@@ -47,7 +47,7 @@ def test_cross_attention_of_short_targets_needs_no_keys_and_values(monkeypatch):
 
     assert made.settings.d_kv >= 2 * 3
     short = gradients()
-    monkeypatch.setattr(t5.Attention, "over", _through_keys_and_values)
+    monkeypatch.setattr(t5.Attention, "cross_attend", _through_keys_and_values)
     long = gradients()
     flops = [lowered.cost_analysis()["flops"] for lowered in (short, long)]
     assert flops[0] < flops[1]
@@ -62,8 +62,8 @@ def test_cross_attention_of_short_targets_needs_no_keys_and_values(monkeypatch):
         np.testing.assert_allclose(found, wanted, atol=1e-5 * scale, err_msg=path)
 
 
-def _through_keys_and_values(attention, x, source, prefix, visible, key=None):
-    return attention(x, attention.keys_values(source, key), None, visible, key)
+def _through_keys_and_values(attention, x, source, prefix, visible, rng=None):
+    return attention(x, attention.keys_values(source, rng), None, visible, rng)
 
 
 @pytest.mark.parametrize("name", peft_fixture.PLAIN)

@@ -280,7 +280,7 @@ def kept_as(run: Any) -> Literal["int8", "nf4"] | None:
     """Return how a run's frozen layers are kept, int8 or nf4, by its settings or in the folder that it reads."""
     from softprompt_jax.checkpoints import quantized_folder
 
-    if run.quantize is None and isinstance(run.backbone, str) and quantized_folder.is_stored(run.backbone):
+    if run.quantize is None and isinstance(run.backbone, str) and quantized_folder.is_quantized_folder(run.backbone):
         return quantized_folder.read_about(run.backbone).quantize
     return run.quantize
 

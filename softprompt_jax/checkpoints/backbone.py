@@ -73,7 +73,7 @@ def load_backbone(
     or nf4 as they come in, so that the model is never whole in `dtype`. A folder that holds it quantised is one too.
     Errors: UserError names the folder, tensor or setting that does not fit.
     """
-    if quantized_folder.is_stored(source):
+    if quantized_folder.is_quantized_folder(source):
         return Backbone(
             quantized_folder.load(source, dtype, sharding, quantize), Path(source).expanduser(), str(source)
         )
@@ -234,13 +234,15 @@ def _hashed(settings: T5Settings, sample: np.ndarray) -> str:
 def load_settings(source: str | Path) -> T5Settings:
     """Read what a source is, without its weights."""
     return (
-        quantized_folder.read_about(source).settings if quantized_folder.is_stored(source) else open_source(source)[0]
+        quantized_folder.read_about(source).settings
+        if quantized_folder.is_quantized_folder(source)
+        else open_source(source)[0]
     )
 
 
 def open_source(source: str | Path) -> tuple[T5Settings, dict[str, Tensor], Path]:
     """Return a source's settings, its tensors under Hugging Face names, and the folder of its tokenizer."""
-    if quantized_folder.is_stored(source):
+    if quantized_folder.is_quantized_folder(source):
         raise UserError(f"{source}: is quantised; expected float weights; give what it was made from")
     checkpoint = t5x.find_checkpoint(source)
     if checkpoint is not None:

@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from softprompt_jax.checkpoints.tensors import Tensor, checksums, open_safetensors, read_stacked
 from softprompt_jax.config import Settings, UserError, parse
-from softprompt_jax.models.quantized import Quantization, kind_of, quantized
+from softprompt_jax.models.quantized import Quantization, quantization_of, quantized
 from softprompt_jax.models.t5 import T5, T5Settings
 from softprompt_jax.trees import flatten, unflatten
 
@@ -35,7 +35,7 @@ class About(Settings):
     source: str  # what it was made from
 
 
-def is_stored(source: str | Path) -> bool:
+def is_quantized_folder(source: str | Path) -> bool:
     """Is it the folder of a quantised backbone?"""
     return (Path(source).expanduser() / ABOUT).is_file()
 
@@ -52,7 +52,7 @@ def read_about(folder: str | Path) -> About:
 
 def save(model: T5, folder: Path, source: str, fingerprint: str) -> None:
     """Write a quantised model as it is: its floats stay in their dtype."""
-    kind = kind_of(model)
+    kind = quantization_of(model)
     if kind is None:
         raise UserError(f"{source}: is not quantised; expected a backbone in int8 or nf4; load it with quantize")
     about = About(quantize=kind, settings=model.settings, fingerprint=fingerprint, source=source)

@@ -18,7 +18,7 @@ import msgpack
 import numpy as np
 import tensorstore as ts
 
-from softprompt_jax.checkpoints.tensors import Tensor, stored
+from softprompt_jax.checkpoints.tensors import Tensor, in_memory
 from softprompt_jax.config import UserError
 from softprompt_jax.models.presets import PRESETS
 from softprompt_jax.models.t5 import T5Settings
@@ -253,7 +253,7 @@ class Checkpoint:
             for key, value in tree.items():
                 self._collect(value, f"{name}.{key}" if name else str(key), arrays)
         elif isinstance(tree, np.ndarray | np.generic | int):
-            arrays[name] = stored(name, np.asarray(tree))
+            arrays[name] = in_memory(name, np.asarray(tree))
 
     def _outside(self, spec: dict[str, Any], name: str) -> Tensor:
         """Return the array that a tensorstore spec means, found by the name of its folder."""

@@ -76,7 +76,7 @@ class Tensor:
         return Tensor(self.name, (*self.shape[:axis], heads * width, *self.shape[axis + 2 :]), part)
 
 
-def stored(name: str, array: np.ndarray) -> Tensor:
+def in_memory(name: str, array: np.ndarray) -> Tensor:
     """Return a tensor that is in memory already."""
     return Tensor(name, array.shape, lambda index: np.asarray(array[index]))
 

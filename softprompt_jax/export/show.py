@@ -31,7 +31,7 @@ def show(source: str, norms: bool = False) -> Iterator[str]:
         raise UserError(f"{source}: no such file or folder; expected a prompt, an adapter, a checkpoint or a run")
     elif path.is_file():
         yield from _file(path, norms)
-    elif quantized_folder.is_stored(path):
+    elif quantized_folder.is_quantized_folder(path):
         yield f"{path}: a quantised T5, {quantized_folder.read_about(path).settings.parameters():,} parameters"
         yield from quantized_folder.describe(path)
         tensors = quantized_folder.open_tensors(path)

@@ -172,7 +172,7 @@ class PromptBank:
         try:  # what starts from a file or a label word has lost that with `finished`: nothing else is read
             methods.attach(run.methods, model, jax.random.key(0), methods.Context(self.tokenizer.encode))
             methods.put_trained(model, trained, path.name)
-            extras = {key: part for method in run.methods for key, part in method.by_row(model).items()}
+            extras = {key: part for method in run.methods for key, part in method.per_example_state(model).items()}
         except UserError as error:
             raise UserError(f"prompt {name}: {error}") from None
         rows = (
@@ -368,11 +368,11 @@ def _answer(
     max_tokens: int,
     tokens: Array,
     before: Array,
-    tables: per_example.Rows,
+    tables: per_example.BatchState,
     entries: Array,
     numbers: Array,
     forced: Array,
 ) -> Any:
     model = structure.merge(table, frozen)
-    per_example.put(model, per_example.gathered(tables, entries))
+    per_example.install(model, per_example.gather(tables, entries))
     return decode.answers(model, tokens, max_tokens, how, numbers, before, forced)

@@ -82,7 +82,9 @@ class Ensemble:
                 f"{self.members[0].source}: says no backbone; expected one; add --backbone with a folder or hub name"
             )
         dtype, quantize = ("float32", None) if first is None else (first.dtype, first.quantize)
-        loaded = load_backbone(source, dtype, quantize=None if quantized_folder.is_stored(source) else quantize)
+        loaded = load_backbone(
+            source, dtype, quantize=None if quantized_folder.is_quantized_folder(source) else quantize
+        )
         for member in self.members:
             if not any_backbone:
                 artifact.check_backbone(member.metadata, loaded.model, member.source, source)

@@ -277,7 +277,7 @@ def _from_prompt(path: Path, run: Run | None, backbone: str | None, any_backbone
     if not isinstance(source, str):
         raise UserError(f"{path}: says no backbone; expected one; add --backbone with a folder or hub name")
     dtype, quantize = ("float32", None) if run is None else (run.dtype, run.quantize)
-    loaded = load_backbone(source, dtype, quantize=None if quantized_folder.is_stored(source) else quantize)
+    loaded = load_backbone(source, dtype, quantize=None if quantized_folder.is_quantized_folder(source) else quantize)
     if not any_backbone:
         artifact.check_backbone(metadata, loaded.model, str(path), source)
     tokenizer = load_tokenizer(loaded.folder)

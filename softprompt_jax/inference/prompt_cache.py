@@ -1,6 +1,6 @@
 """What of a prompt bank lies on the device: the rows and extras of the prompts used last, in tables of fixed size.
 
-Each prompt holds some of the rows, wherever they are free, and an entry of the tables of extras (backbone/by_row.py).
+Each prompt holds some of the rows, wherever they are free, and an entry of the tables of models/per_example.py.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Stored:
     task: str | None = None
     label_words: tuple[str, ...] = ()
     target_sentinel: bool = False  # answers begin with <extra_id_0>
-    extras: per_example.Extras = dataclasses.field(default_factory=dict)
+    extras: per_example.PerExampleState = dataclasses.field(default_factory=dict)
 
     @property
     def encoder_length(self) -> int:
@@ -97,7 +97,7 @@ class OnDevice:
         self._places: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()  # by last use
         self._free = list(range(rows))
         self._shapes: per_example.Shapes = {}  # of the extras that there may be
-        self._tables: per_example.Rows = {}
+        self._tables: per_example.BatchState = {}
         self._entries: collections.OrderedDict[str, int] = collections.OrderedDict()  # by last use; from 1
 
     @property
@@ -110,13 +110,13 @@ class OnDevice:
         """How much memory the tables have, used or free."""
         return sum(table.nbytes for table in (*jax.tree.leaves(self._table), *self._tables.values()))
 
-    def expect(self, extras: per_example.Extras) -> None:
+    def expect(self, extras: per_example.PerExampleState) -> None:
         """Make room for such extras at the next load; the tables grow by what is longer or of another kind."""
-        self._shapes = per_example.joined(self._shapes, extras)
+        self._shapes = per_example.union_shapes(self._shapes, extras)
 
-    def has_room(self, extras: per_example.Extras) -> bool:
+    def has_room(self, extras: per_example.PerExampleState) -> bool:
         """Tell whether the tables would not grow by such extras."""
-        return per_example.joined(self._shapes, extras) == self._shapes
+        return per_example.union_shapes(self._shapes, extras) == self._shapes
 
     def fit(self, prompts: Sequence[Stored]) -> bool:
         """Tell whether different prompts have room together."""
@@ -148,19 +148,19 @@ class OnDevice:
             self._places.move_to_end(name)
         self._load_extras({name: one.extras for name, one in wanted.items() if one.extras})
 
-    def _load_extras(self, wanted: dict[str, per_example.Extras]) -> None:
+    def _load_extras(self, wanted: dict[str, per_example.PerExampleState]) -> None:
         if (
             wanted
             and {name: self._tables[name].shape[1:] for name in self._tables if name in self._shapes} != self._shapes
         ):
             self._entries.clear()
-            self._tables = per_example.tables(self._shapes, self.extras + 1)
+            self._tables = per_example.empty_tables(self._shapes, self.extras + 1)
         for name in sorted(set(wanted) - set(self._entries)):
             if len(self._entries) == self.extras:
                 place = self._entries.pop(next(other for other in self._entries if other not in wanted))
             else:
                 place = min(set(range(1, self.extras + 1)) - set(self._entries.values()))
-            self._tables = _write_entry(self._tables, place, per_example.entry(self._shapes, wanted[name]))
+            self._tables = _write_entry(self._tables, place, per_example.table_entry(self._shapes, wanted[name]))
             self._entries[name] = place
         for name in wanted:
             self._entries.move_to_end(name)
@@ -170,7 +170,7 @@ class OnDevice:
         rows = self._places[name]
         return [int(i) if i < self.first else self.first + int(rows[i - self.first]) for i in ids]
 
-    def entries(self, names: Sequence[str]) -> tuple[per_example.Rows, np.ndarray]:
+    def entries(self, names: Sequence[str]) -> tuple[per_example.BatchState, np.ndarray]:
         """Return the tables of extras and the entries of a batch's prompts; 0, which is nothing, for one without."""
         return self._tables, np.asarray([self._entries.get(name, 0) for name in names], np.int32)
 
@@ -181,5 +181,5 @@ def _write(table: Any, where: Int[Array, " n"], rows: Float[Array, "n D"]) -> An
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _write_entry(tables: per_example.Rows, where: Any, new: dict[str, Any]) -> per_example.Rows:
+def _write_entry(tables: per_example.BatchState, where: Any, new: dict[str, Any]) -> per_example.BatchState:
     return {name: table.at[where].set(new[name]) for name, table in tables.items()}

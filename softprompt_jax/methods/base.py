@@ -55,8 +55,8 @@ class MethodSettings(Settings):
         """Return the settings of what is left after training, without what only training needed."""
         return self
 
-    def by_row(self, model: T5) -> Tensors:
-        """Return what it has besides prompt rows that may differ from row to row of a batch (backbone/by_row.py).
+    def per_example_state(self, model: T5) -> Tensors:
+        """Return what it has besides prompt rows that may differ from row to row of a batch (models/per_example.py).
 
         Errors: UserError where a model can have it for all rows only.
         """

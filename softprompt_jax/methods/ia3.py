@@ -46,7 +46,7 @@ class IA3(MethodSettings):
                     f"methods: ia3 {side}",
                 )
 
-    def by_row(self, model: T5) -> Tensors:
+    def per_example_state(self, model: T5) -> Tensors:
         """Return the factors behind and before every target."""
         found: Tensors = {}
         for path, (owner, name) in linears(model).items():

@@ -15,7 +15,7 @@ from softprompt_jax.config import UserError
 from softprompt_jax.methods.base import Context, MethodSettings, Tensors
 from softprompt_jax.methods.prompt import Init, Labels, Vocabulary
 from softprompt_jax.methods.trainable import Trainable
-from softprompt_jax.models.attention import Before
+from softprompt_jax.models.attention import PrefixKeyValues
 from softprompt_jax.models.t5 import T5, Stack, T5Settings
 
 Attended = Literal["encoder", "decoder", "cross"]
@@ -92,9 +92,9 @@ class Prefix(MethodSettings):
         """Return the settings of the prefix without its network."""
         return self.model_copy(update={"network": None, "init": "zero"})
 
-    def by_row(self, model: T5) -> Tensors:
+    def per_example_state(self, model: T5) -> Tensors:
         """Return keys and values of every attention that has a prefix."""
-        name, found = "placed" if self.positions == "before" else "prefix", {}
+        name, found = "positioned" if self.positions == "before" else "prefix", {}
         for stack, sides in ((model.encoder, ("encoder", "")), (model.decoder, ("decoder", "cross"))):
             parts = () if stack.prefix is None else (stack.prefix.attention, stack.prefix.cross)
             for side, part in zip(sides, parts, strict=False):
@@ -169,16 +169,16 @@ class Prefixes(nnx.Module):
         self.cross: Any = nnx.data(None) if cross is None else cross
         self.heads, self.positions = heads, positions
         length = 0 if attention is None else attention.length
-        self.unplaced, self.placed = (0, length) if positions else (length, 0)
+        self.unpositioned, self.positioned = (0, length) if positions else (length, 0)
 
-    def __call__(self) -> tuple[Before | None, Before | None]:
+    def __call__(self) -> tuple[PrefixKeyValues | None, PrefixKeyValues | None]:
         """Return keys and values [L, H, P, K] of both attentions."""
         return self._split(self.attention), self._split(self.cross)
 
-    def _split(self, part: KeysValues | Network | None) -> Before | None:
+    def _split(self, part: KeysValues | Network | None) -> PrefixKeyValues | None:
         if part is None:
             return None
-        return Before(*(x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2) for x in part()))
+        return PrefixKeyValues(*(x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2) for x in part()))
 
     def finished(self) -> Prefixes:
         """Return the same prefixes without their networks."""

@@ -140,9 +140,9 @@ class Placed(MethodSettings):
         init = self.init or (Labels() if context.label_words else Vocabulary())
         return init.rows(prompt_layout.rows(self.place, self.length), model, key, context)
 
-    def by_row(self, model: T5) -> Tensors:
+    def per_example_state(self, model: T5) -> Tensors:
         """Return nothing: rows are read like words, so that they differ anyway; refuse rows at every layer."""
-        return {} if model.encoder.deep is None and model.decoder.deep is None else super().by_row(model)
+        return {} if model.encoder.deep is None and model.decoder.deep is None else super().per_example_state(model)
 
     def peft_rows(self, model: T5) -> tuple[dict[str, Any], Tensors]:
         """Return the rows as PEFT saves those of all its prompts; elsewhere than before the text is a UserError."""

@@ -43,7 +43,7 @@ def same_segment(query_segments: Int[Array, "B T"], key_segments: Int[Array, "B 
     return visible[:, None]
 
 
-class Before(NamedTuple):
+class PrefixKeyValues(NamedTuple):
     """Keys and values before those of the text, the same for all rows or of each row; in a stack with L in front."""
 
     keys: Float[Array, "*LB H P K"]
@@ -51,7 +51,7 @@ class Before(NamedTuple):
     real: Bool[Array, "*L B P"] | None = None  # which of them a row has; None: all, and all rows the same
 
 
-def with_prefix(prefix: Before | None, keys: Array, values: Array) -> tuple[Array, Array]:
+def with_prefix(prefix: PrefixKeyValues | None, keys: Array, values: Array) -> tuple[Array, Array]:
     """Put a prefix's keys and values, [H, P, K] or [B, H, P, K], before those [B, H, S, K] of every row."""
     if prefix is None:
         return keys, values
@@ -63,7 +63,7 @@ def with_prefix(prefix: Before | None, keys: Array, values: Array) -> tuple[Arra
     return joined[0], joined[1]
 
 
-def sees_prefix(visible: Bool[Array, "#B 1 #T S"], prefix: Before | None) -> Bool[Array, "#B 1 #T PS"]:
+def sees_prefix(visible: Bool[Array, "#B 1 #T S"], prefix: PrefixKeyValues | None) -> Bool[Array, "#B 1 #T PS"]:
     """Let every query see what its row has of a stack's prefix [L, ..., P, K], which stands before its S keys."""
     if prefix is None:
         return visible
@@ -78,18 +78,18 @@ def bias_before(
     bias: Callable[[Array, Array], Any],
     text: Float[Array, "#B H U S"],
     queries: Int[Array, "#B U"],
-    unplaced: int,
-    placed: int,
+    unpositioned: int,
+    positioned: int,
 ) -> Float[Array, "#B H U PS"]:
     """Put the bias of a prefix before that of the text: none for the keys without positions, which come first.
 
-    `queries`: positions from a row's own first token; `placed` keys count as the tokens before that.
+    `queries`: positions from a row's own first token; `positioned` keys count as the tokens before that.
     """
-    if placed:
-        near = jax.vmap(lambda row: bias(row, jnp.arange(-placed, 0))[0])(queries)
+    if positioned:
+        near = jax.vmap(lambda row: bias(row, jnp.arange(-positioned, 0))[0])(queries)
         rows = max(len(near), len(text))
         text = jnp.concatenate([jnp.broadcast_to(part, (rows, *part.shape[1:])) for part in (near, text)], -1)
-    return jnp.pad(text, ((0, 0), (0, 0), (0, 0), (unplaced, 0))) if unplaced else text
+    return jnp.pad(text, ((0, 0), (0, 0), (0, 0), (unpositioned, 0))) if unpositioned else text
 
 
 def attend(
@@ -99,7 +99,7 @@ def attend(
     bias: Float[Array, "#B H T S"] | None,
     visible: Bool[Array, "#B 1 #T S"],
     dropout_rate: float = 0.0,
-    dropout_key: jax.Array | None = None,
+    dropout_rng: jax.Array | None = None,
 ) -> Float[Array, "B H T K"]:
     """Mix the values by softmax(query . key + bias) over the visible keys; scores stay in float32.
 
@@ -115,8 +115,8 @@ def attend(
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
     total = weights.sum(-1, keepdims=True)  # divided by at the end, where there are fewer numbers
     weights = weights.astype(value.dtype)
-    if dropout_key is not None and dropout_rate > 0:
+    if dropout_rng is not None and dropout_rate > 0:
         batch, heads, _, keys = weights.shape
-        kept = jax.random.bernoulli(dropout_key, 1 - dropout_rate, (batch, heads, 1, keys))
+        kept = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, (batch, heads, 1, keys))
         weights = jnp.where(kept, weights / (1 - dropout_rate), 0).astype(value.dtype)
     return ((weights @ value) / total).astype(value.dtype)

@@ -27,7 +27,7 @@ class Wanted(NamedTuple):
 
     limit: Int[Array, "N"]  # tokens at most
     forced: Int[Array, "N R"]  # what it begins with; 0: free
-    key: UInt32[Array, "N 2"]
+    rng: UInt32[Array, "N 2"]
     temperature: Float[Array, "N"]  # 0: the most likely token each time
     top_k: Int[Array, "N"]  # 0: all
     top_p: Float[Array, "N"]
@@ -40,7 +40,7 @@ class Slots(NamedTuple):
     cross: tuple[Array, Array]  # those of the encodings, behind their prefixes [L, S, H, PT, K]
     seen: Bool[Array, "S PT"]  # which of these are real
     prefix: tuple[Bool[Array, "S P"], ...]  # those before the ring, without and with positions
-    factors: per_example.Rows  # of the decoder [S, L, W]
+    factors: per_example.BatchState  # of the decoder [S, L, W]
     pointer: Int[Array, ""]  # place in the ring of the token at hand
     age: Int[Array, "S"]  # keys of its own that stand before it
     count: Int[Array, "S"]  # tokens written; `limit` is where it ends
@@ -48,7 +48,7 @@ class Slots(NamedTuple):
     wanted: Wanted
 
 
-def empty(model: T5, slots: int, ring: int, length: int, rows: per_example.Rows) -> Slots:
+def empty(model: T5, slots: int, ring: int, length: int, rows: per_example.BatchState) -> Slots:
     """Return so many free slots, for at most `length` encoder positions and `ring` decoder positions.
 
     `rows`: those of a batch, which say what answers may have of their own; only their shapes are read.
@@ -69,9 +69,9 @@ def empty(model: T5, slots: int, ring: int, length: int, rows: per_example.Rows)
         jnp.zeros((slots,), jnp.int32),
         jnp.ones((slots,)),
     )
-    own, length = per_example.lengths(rows, "decoder"), sum(per_example.lengths(rows, "cross")) + length
+    own, length = per_example.prefix_lengths(rows, "decoder"), sum(per_example.prefix_lengths(rows, "cross")) + length
     prefix = tuple(jnp.zeros((slots, size), bool) for size in own)
-    factors = {name: jnp.ones((slots, *part.shape[1:])) for name, part in per_example.of_steps(rows).items()}
+    factors = {name: jnp.ones((slots, *part.shape[1:])) for name, part in per_example.decoder_factors(rows).items()}
     seen, start = jnp.zeros((slots, length), bool), jnp.array(0, jnp.int32)
     age, count, last = (jnp.zeros((slots,), jnp.int32) for _ in range(3))
     return Slots(pair(sum(own) + ring), pair(length), seen, prefix, factors, start, age, count, last, wanted)
@@ -80,7 +80,7 @@ def empty(model: T5, slots: int, ring: int, length: int, rows: per_example.Rows)
 def join(
     model: T5,
     slots: Slots,
-    rows: per_example.Rows,
+    rows: per_example.BatchState,
     tokens: Int[Array, "B T"],
     before: Int[Array, "B P"],
     count: Int[Array, ""],
@@ -93,7 +93,7 @@ def join(
     Answer n is to the text `source[n]` and gets the slot `place[n]`; N - `count` of them are not there. `rows` is what
     the methods of the B texts have; it is put into the model.
     """
-    per_example.put(model, rows)
+    per_example.install(model, rows)
     segments = (tokens != 0).astype(jnp.int32)
     encoded = model.encode(tokens, segments)
     decoder, (before_own, before_cross) = model.decoder, model.decoder.prefixes()
@@ -173,7 +173,7 @@ def advance(
     Return the tokens that each step wrote (-1: none) and their log-probabilities.
     """
     capacity = len(slots.age)
-    per_example.put(model, {name: part[:rows] for name, part in slots.factors.items()})
+    per_example.install(model, {name: part[:rows] for name, part in slots.factors.items()})
 
     def step(state: Any) -> Any:
         index, slots, tokens, scores = state
@@ -190,17 +190,17 @@ def advance(
 
 
 def _step(model: T5, slots: Slots, rows: int, length: int) -> tuple[Slots, Int[Array, "S"], Float[Array, "S"]]:
-    unplaced, placed = (part.shape[1] for part in slots.prefix)
-    ring = slots.caches[0].shape[3] - unplaced - placed
+    unpositioned, positioned = (part.shape[1] for part in slots.prefix)
+    ring = slots.caches[0].shape[3] - unpositioned - positioned
     age, count, last = (part[:rows] for part in (slots.age, slots.count, slots.last))
     wanted = Wanted(*(part[:rows] for part in slots.wanted))
     behind = (slots.pointer - jnp.arange(ring)) % ring  # how long ago each place of the ring was written
     past = jnp.concatenate([*(part[:rows] for part in slots.prefix), behind <= age[:, None]], 1)[:, None, None, :]
 
     def biased(bias: Any) -> Float[Array, "#B H 1 S"]:
-        return bias_before(bias, bias(jnp.zeros((1,), jnp.int32), -behind), age[:, None], unplaced, placed)
+        return bias_before(bias, bias(jnp.zeros((1,), jnp.int32), -behind), age[:, None], unpositioned, positioned)
 
-    place = unplaced + placed + slots.pointer
+    place = unpositioned + positioned + slots.pointer
     seen = slots.seen[:rows, None, None, :length]
     x, caches = through_decoder(model, last[:, None], slots.caches, place, biased, past, slots.cross, seen)
     log_p = jax.nn.log_softmax(model.project(model.decoder.norm(x)))[:, 0]
@@ -229,7 +229,7 @@ def _draw(log_p: Float[Array, "S V"], wanted: Wanted, count: Int[Array, "S"]) ->
     scaled = log_p / jnp.where(wanted.temperature > 0, wanted.temperature, 1)[:, None]
     kept = likely(scaled, wanted.top_k, wanted.top_p)
 
-    def draw(key: Array, number: Array, row: Array) -> Array:
-        return jax.random.categorical(jax.random.fold_in(jax.random.wrap_key_data(key), number), row)
+    def draw(rng: Array, number: Array, row: Array) -> Array:
+        return jax.random.categorical(jax.random.fold_in(jax.random.wrap_key_data(rng), number), row)
 
-    return jax.vmap(draw)(wanted.key, count, kept).astype(jnp.int32)
+    return jax.vmap(draw)(wanted.rng, count, kept).astype(jnp.int32)

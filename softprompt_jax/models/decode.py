@@ -79,8 +79,8 @@ def answers(
     if isinstance(how, Beam):
         return beam(model, encoder_tokens, max_tokens, how, decoder_prompt, forced)
     if isinstance(how, Sampling):
-        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(how.seed)))(numbers)
-        return sample(model, encoder_tokens, max_tokens, keys, how, decoder_prompt, forced)
+        rngs = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(how.seed)))(numbers)
+        return sample(model, encoder_tokens, max_tokens, rngs, how, decoder_prompt, forced)
     output, score = greedy(model, encoder_tokens, max_tokens, None, decoder_prompt, forced)
     return output[:, None], score[:, None]
 
@@ -180,7 +180,7 @@ def through_decoder(
         x = layer.feed(layer.attend_cross(x, cross_keys_values, seen))
         return (x, *written), None
 
-    deep, put = decoder.deep_rows(tokens - model.settings.vocabulary_rows)
+    deep, put = decoder.layer_prompt_rows(tokens - model.settings.vocabulary_rows)
     xs = (decoder.layers, jnp.arange(decoder.depth), deep)
     (x, *written), _ = jax.lax.scan(run, (model.embed(tokens), *caches), xs)
     return x, tuple(written)
@@ -208,23 +208,23 @@ def sample(
     model: T5,
     encoder_tokens: Int[Array, "B T"],
     max_tokens: int,
-    keys: Key[Array, "B"],
+    rngs: Key[Array, "B"],
     how: Sampling,
     decoder_prompt: Int[Array, "B P"] | None = None,
     forced: Int[Array, "B F"] | None = None,
 ) -> tuple[Int[Array, "B N U"], Float[Array, "B N"]]:
     """Draw N = `how.samples` answers to each row; return their tokens up to EOS (then 0) and log-probabilities.
 
-    The log-probabilities are the model's, before temperature and cuts. A row's answers follow from its key alone.
+    The log-probabilities are the model's, before temperature and cuts. A row's answers follow from its rng alone.
     """
     read, caches = start(model, encoder_tokens, max_tokens, None, decoder_prompt, how.samples)
-    own = jax.vmap(lambda key: jax.random.split(key, how.samples))(keys).reshape(-1)
+    own = jax.vmap(lambda rng: jax.random.split(rng, how.samples))(rngs).reshape(-1)
     tokens = jnp.repeat(encoder_tokens, how.samples, axis=0)
     forced = None if forced is None else jnp.repeat(forced, how.samples, axis=0)
 
     def draw(log_p, position):
         kept = likely(log_p / how.temperature, how.top_k, how.top_p)
-        return jax.vmap(lambda key, row: jax.random.categorical(jax.random.fold_in(key, position), row))(own, kept)
+        return jax.vmap(lambda rng, row: jax.random.categorical(jax.random.fold_in(rng, position), row))(own, kept)
 
     output, score = _one_by_one(read, caches, tokens, max_tokens, draw, forced)
     return output.reshape(-1, how.samples, max_tokens), score.reshape(-1, how.samples)

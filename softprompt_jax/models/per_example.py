@@ -3,7 +3,7 @@
 The extras of one trained method, by name, as arrays in host memory:
 
     prefix encoder    keys and values [2, L, P, HK] of the encoder's attention (or decoder, cross), without positions
-    placed decoder    the same, counted as the P tokens before the first
+    positioned decoder  the same, counted as the P tokens before the first
     outputs PATH      factors [L, W] behind the product of this path, such as decoder.layers.cross.key
     inputs PATH       factors before it
 
@@ -22,29 +22,29 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from softprompt_jax.models.attention import Before
+from softprompt_jax.models.attention import PrefixKeyValues
 from softprompt_jax.models.t5 import T5, Linear
 
-Extras = dict[str, np.ndarray]
+PerExampleState = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
-Rows = dict[str, Array]  # [B, ...], and `count NAME` [B]: how many keys a row has there
+BatchState = dict[str, Array]  # [B, ...], and `count NAME` [B]: how many keys a row has there
 
-_PREFIXES = ("prefix", "placed")
+_PREFIXES = ("prefix", "positioned")
 
 
-def joined(shapes: Shapes, extras: Extras) -> Shapes:
+def union_shapes(shapes: Shapes, extras: PerExampleState) -> Shapes:
     """Return the shapes of entries that hold these extras too."""
     found = shapes | {name: tuple(map(max, part.shape, shapes.get(name, part.shape))) for name, part in extras.items()}
     return dict(sorted(found.items()))
 
 
-def tables(shapes: Shapes, count: int) -> Rows:
+def empty_tables(shapes: Shapes, count: int) -> BatchState:
     """Return tables of so many entries, all of them nothing."""
     made = {name: jnp.full((count, *shape), _nothing(name), jnp.float32) for name, shape in shapes.items()}
     return made | {f"count {name}": jnp.zeros((count,), jnp.int32) for name in shapes if is_prefix(name)}
 
 
-def entry(shapes: Shapes, extras: Extras) -> dict[str, np.ndarray]:
+def table_entry(shapes: Shapes, extras: PerExampleState) -> dict[str, np.ndarray]:
     """Return what an entry of such tables is for these extras."""
     found: dict[str, np.ndarray] = {}
     for name, shape in shapes.items():
@@ -60,39 +60,39 @@ def entry(shapes: Shapes, extras: Extras) -> dict[str, np.ndarray]:
     return found
 
 
-def gathered(tables: Rows, entries: Int[Array, "B"]) -> Rows:
+def gather(tables: BatchState, entries: Int[Array, "B"]) -> BatchState:
     """Return the entries of the rows of a batch."""
     return {name: table[entries] for name, table in tables.items()}
 
 
-def of_steps(rows: Rows) -> Rows:
+def decoder_factors(rows: BatchState) -> BatchState:
     """Return what a decoder needs at each of its steps, when its caches hold the prefixes: its factors."""
     return {name: part for name, part in rows.items() if name.partition(" ")[2].startswith("decoder.")}
 
 
-def lengths(rows: Rows, kind: str) -> tuple[int, int]:
+def prefix_lengths(rows: BatchState, kind: str) -> tuple[int, int]:
     """Return how many keys without and with positions stand before those of an attention."""
-    without, placed = (rows[f"{name} {kind}"].shape[3] if f"{name} {kind}" in rows else 0 for name in _PREFIXES)
-    return without, placed
+    without, positioned = (rows[f"{name} {kind}"].shape[3] if f"{name} {kind}" in rows else 0 for name in _PREFIXES)
+    return without, positioned
 
 
-def put(model: T5, rows: Rows) -> None:
+def install(model: T5, rows: BatchState) -> None:
     """Give a model, while it is traced, what each row of its batches has."""
     heads = model.settings.num_heads
     encoder, decoder, cross = (_before(rows, kind, heads) for kind in ("encoder", "decoder", "cross"))
     if encoder is not None:
-        model.encoder.prefix = RowPrefixes(encoder, None, *lengths(rows, "encoder"))
+        model.encoder.prefix = PerExamplePrefixes(encoder, None, *prefix_lengths(rows, "encoder"))
     if decoder is not None or cross is not None:
-        model.decoder.prefix = RowPrefixes(decoder, cross, *lengths(rows, "decoder"))
+        model.decoder.prefix = PerExamplePrefixes(decoder, cross, *prefix_lengths(rows, "decoder"))
     for name, part in rows.items():
         side, _, path = name.partition(" ")
         if side in ("outputs", "inputs"):
             *owners, attribute = path.split(".")
             owner = functools.reduce(getattr, owners, model)
-            setattr(owner, attribute, RowScaled(getattr(owner, attribute), part.swapaxes(0, 1), side))
+            setattr(owner, attribute, PerExampleScaled(getattr(owner, attribute), part.swapaxes(0, 1), side))
 
 
-def _before(rows: Rows, kind: str, heads: int) -> Before | None:
+def _before(rows: BatchState, kind: str, heads: int) -> PrefixKeyValues | None:
     parts = []
     for name in (f"{each} {kind}" for each in _PREFIXES):
         if name not in rows:
@@ -100,12 +100,12 @@ def _before(rows: Rows, kind: str, heads: int) -> Before | None:
         pair = rows[name].transpose(1, 2, 0, 3, 4)  # keys or values, L, B, P, HK
         keys, values = pair.reshape(*pair.shape[:-1], heads, -1).swapaxes(3, 4)
         numbers, count = jnp.arange(pair.shape[3]), rows[f"count {name}"][:, None]
-        real = numbers >= len(numbers) - count if name.startswith("placed") else numbers < count
+        real = numbers >= len(numbers) - count if name.startswith("positioned") else numbers < count
         parts.append((keys, values, jnp.broadcast_to(real, (len(keys), *real.shape))))
     if not parts:
         return None
     keys, values, real = zip(*parts, strict=True)
-    return Before(jnp.concatenate(keys, 3), jnp.concatenate(values, 3), jnp.concatenate(real, 2))
+    return PrefixKeyValues(jnp.concatenate(keys, 3), jnp.concatenate(values, 3), jnp.concatenate(real, 2))
 
 
 def is_prefix(name: str) -> bool:
@@ -119,28 +119,30 @@ def _nothing(name: str) -> float:
 
 def _where(name: str, length: int, longest: int) -> slice:
     """Return where in a padded entry a prefix stands: with positions at the end, next to the text."""
-    return slice(longest - length, longest) if name.startswith("placed") else slice(length)
+    return slice(longest - length, longest) if name.startswith("positioned") else slice(length)
 
 
-class RowPrefixes(nnx.Module):
+class PerExamplePrefixes(nnx.Module):
     """What `Stack.prefix` is where each row has its own: keys and values [L, B, H, P, K]."""
 
-    def __init__(self, attention: Before | None, cross: Before | None, unplaced: int, placed: int):
+    def __init__(
+        self, attention: PrefixKeyValues | None, cross: PrefixKeyValues | None, unpositioned: int, positioned: int
+    ):
         self.attention, self.cross = nnx.data(attention), nnx.data(cross)
-        self.unplaced, self.placed = unplaced, placed
+        self.unpositioned, self.positioned = unpositioned, positioned
 
-    def __call__(self) -> tuple[Before | None, Before | None]:
+    def __call__(self) -> tuple[PrefixKeyValues | None, PrefixKeyValues | None]:
         return self.attention, self.cross
 
 
-class RowScaled(nnx.Module):
+class PerExampleScaled(nnx.Module):
     """`inner(x) * factors`, or `inner(x * factors)`, with factors [L, B, W] of each row."""
 
-    def __init__(self, inner: Linear | RowScaled, factors: Float[Array, "L B W"], side: str):
+    def __init__(self, inner: Linear | PerExampleScaled, factors: Float[Array, "L B W"], side: str):
         self.inner: Any = inner
         self.factors, self.side = nnx.Param(factors), side
 
-    def __call__(self, x: Float[Array, "N T in"], key: jax.Array | None = None) -> Float[Array, "N T out"]:
+    def __call__(self, x: Float[Array, "N T in"], rng: jax.Array | None = None) -> Float[Array, "N T out"]:
         factors = self.factors[...].astype(x.dtype)
         factors = jnp.repeat(factors, len(x) // len(factors), axis=0)[:, None]  # copies of a row follow each other
-        return self.inner(x, key) * factors if self.side == "outputs" else self.inner(x * factors, key)
+        return self.inner(x, rng) * factors if self.side == "outputs" else self.inner(x * factors, rng)

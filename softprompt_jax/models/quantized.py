@@ -43,24 +43,24 @@ class QuantizedLinear(Linear):
     """A Linear whose kernel is stored in a few bits; it cannot train."""
 
     def __init__(self, linear: Linear, kind: Quantization):
-        stored, scale = pack(linear.kernel[...], kind)
+        packed, scale = pack(linear.kernel[...], kind)
         into, out = linear.kernel.get_metadata()["axes"]
-        self.kernel = nnx.Param(stored, axes=(into, out))
+        self.kernel = nnx.Param(packed, axes=(into, out))
         self.scale = nnx.Param(scale, axes=(out,) if kind == "int8" else (None, out))
         self.kind: Quantization = kind
 
     def weight(self) -> Float[Array, "*L in out"]:
-        """Return the kernel that the stored numbers stand for, in float32."""
+        """Return the kernel that the packed numbers stand for, in float32."""
         return unpack(self.kernel[...], self.scale[...], self.kind, jnp.float32)
 
-    def __call__(self, x: Float[Array, "*B in"], key: jax.Array | None = None) -> Float[Array, "*B out"]:
+    def __call__(self, x: Float[Array, "*B in"], rng: jax.Array | None = None) -> Float[Array, "*B out"]:
         rows = x.reshape(-1, x.shape[-1])
         made = _product(self.kind, rows, self.kernel[...], self.scale[...])
         return made.reshape(*x.shape[:-1], -1)
 
 
 def pack(kernel: Float[Array, "*L in out"], kind: Quantization) -> tuple[jax.Array, jax.Array]:
-    """Return the stored integers and float32 scales of a kernel.
+    """Return the packed integers and float32 scales of a kernel.
 
     int8: [*L, in, out] and [*L, out]. nf4: two numbers a byte, [*L, in / 2, out] uint8, and [*L, in / 64, out].
     """
@@ -77,12 +77,12 @@ def pack(kernel: Float[Array, "*L in out"], kind: Quantization) -> tuple[jax.Arr
     return index[..., 0::2, :] | (index[..., 1::2, :] << 4), scale
 
 
-def unpack(stored: jax.Array, scale: jax.Array, kind: Quantization, dtype: Any) -> jax.Array:
+def unpack(packed: jax.Array, scale: jax.Array, kind: Quantization, dtype: Any) -> jax.Array:
     """Return the kernel [*L, in, out] that `pack` approximated."""
     if kind == "int8":
-        return (stored.astype(jnp.float32) * scale[..., None, :]).astype(dtype)
-    *layers, half, columns = stored.shape
-    index = jnp.stack([stored & 15, stored >> 4], axis=-2).reshape(*layers, 2 * half, columns)
+        return (packed.astype(jnp.float32) * scale[..., None, :]).astype(dtype)
+    *layers, half, columns = packed.shape
+    index = jnp.stack([packed & 15, packed >> 4], axis=-2).reshape(*layers, 2 * half, columns)
     blocks = jnp.asarray(NF4_LEVELS)[index].reshape(*layers, scale.shape[-2], -1, columns)
     return (blocks * scale[..., None, :]).reshape(*layers, 2 * half, columns).astype(dtype)
 
@@ -105,7 +105,7 @@ def quantized(model: T5, kind: Quantization) -> T5:
     return model
 
 
-def kind_of(model: T5) -> Quantization | None:
+def quantization_of(model: T5) -> Quantization | None:
     """Return how a model's layers are stored, None as floats."""
     linear = model.encoder.layers.attention.query
     return linear.kind if isinstance(linear, QuantizedLinear) else None
@@ -119,26 +119,26 @@ def _block(width: int) -> int:
     return block
 
 
-def _forward(kind: Quantization, rows: jax.Array, stored: jax.Array, scale: jax.Array) -> jax.Array:
+def _forward(kind: Quantization, rows: jax.Array, packed: jax.Array, scale: jax.Array) -> jax.Array:
     if kind == "int8":  # scale the sums, not the weights: columns many times fewer
-        return (rows @ stored.astype(rows.dtype)) * scale.astype(rows.dtype)
-    return rows @ unpack(stored, scale, kind, rows.dtype)
+        return (rows @ packed.astype(rows.dtype)) * scale.astype(rows.dtype)
+    return rows @ unpack(packed, scale, kind, rows.dtype)
 
 
 _product = jax.custom_vjp(_forward, nondiff_argnums=(0,))
 
 
-def _keep(kind: Quantization, rows: jax.Array, stored: jax.Array, scale: jax.Array) -> Any:
-    # Only the stored integers are kept for the backward pass. Left to itself, a scan over layers keeps their
+def _keep(kind: Quantization, rows: jax.Array, packed: jax.Array, scale: jax.Array) -> Any:
+    # Only the packed integers are kept for the backward pass. Left to itself, a scan over layers keeps their
     # conversions, which is the memory that quantising was to save.
-    return _forward(kind, rows, stored, scale), (stored, scale)
+    return _forward(kind, rows, packed, scale), (packed, scale)
 
 
-def _backward(kind: Quantization, kept: tuple[jax.Array, jax.Array], change: jax.Array) -> Any:
-    stored, scale = kept
+def _backward(kind: Quantization, saved: tuple[jax.Array, jax.Array], change: jax.Array) -> Any:
+    packed, scale = saved
     if kind == "int8":
-        return (change * scale.astype(change.dtype)) @ stored.astype(change.dtype).T, None, None
-    return change @ unpack(stored, scale, kind, change.dtype).T, None, None
+        return (change * scale.astype(change.dtype)) @ packed.astype(change.dtype).T, None, None
+    return change @ unpack(packed, scale, kind, change.dtype).T, None, None
 
 
 _product.defvjp(_keep, _backward)

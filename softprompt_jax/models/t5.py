@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from softprompt_jax.config import Settings
 from softprompt_jax.distributed.mesh import constrain
 from softprompt_jax.models.attention import (
-    Before,
+    PrefixKeyValues,
     attend,
     bias_before,
     relative_buckets,
@@ -73,30 +73,30 @@ ACTIVATIONS = {
 }
 
 
-def dropout(x: Float[Array, "B T F"], rate: float, key: jax.Array | None) -> Float[Array, "B T F"]:
-    """Zero features at random, the same ones along the whole length of a row; no key: evaluation."""
-    if key is None or rate == 0:
+def dropout(x: Float[Array, "B T F"], rate: float, rng: jax.Array | None) -> Float[Array, "B T F"]:
+    """Zero features at random, the same ones along the whole length of a row; no `rng`: evaluation."""
+    if rng is None or rate == 0:
         return x
-    kept = jax.random.bernoulli(key, 1 - rate, (x.shape[0], 1, x.shape[-1]))
+    kept = jax.random.bernoulli(rng, 1 - rate, (x.shape[0], 1, x.shape[-1]))
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
-def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
-    """Split a dropout key, or hand on None (evaluation)."""
-    return [None] * count if key is None else list(jax.random.split(key, count))
+def split_rng(rng: jax.Array | None, count: int) -> list[jax.Array | None]:
+    """Split a random key, or hand on None (evaluation)."""
+    return [None] * count if rng is None else list(jax.random.split(rng, count))
 
 
 class Linear(nnx.Module):
-    """A product with a kernel [in, out] and no bias; methods may replace it, and may use the dropout key."""
+    """A product with a kernel [in, out] and no bias; methods may replace it, and may use the random key of dropout."""
 
-    def __init__(self, key: jax.Array, shape: tuple[int, int], axes: tuple[str, str], deviation: float):
-        self.kernel = nnx.Param(deviation * jax.random.normal(key, shape, jnp.float32), axes=axes)
+    def __init__(self, rng: jax.Array, shape: tuple[int, int], axes: tuple[str, str], deviation: float):
+        self.kernel = nnx.Param(deviation * jax.random.normal(rng, shape, jnp.float32), axes=axes)
 
     def weight(self) -> Float[Array, "*L in out"]:
         """Return the kernel in float32."""
         return self.kernel[...].astype(jnp.float32)
 
-    def __call__(self, x: Float[Array, "*B in"], key: jax.Array | None = None) -> Float[Array, "*B out"]:
+    def __call__(self, x: Float[Array, "*B in"], rng: jax.Array | None = None) -> Float[Array, "*B out"]:
         rows = x.reshape(-1, x.shape[-1])  # a plain matrix: its weight gradient is 1.4 times faster on a CPU
         return (rows @ self.kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
 
@@ -117,23 +117,23 @@ class Norm(nnx.Module):
 class Attention(nnx.Module):
     """Query, key, value and output products around `attend`."""
 
-    def __init__(self, key: jax.Array, settings: T5Settings):
+    def __init__(self, rng: jax.Array, settings: T5Settings):
         width, inner = settings.d_model, settings.num_heads * settings.d_kv
-        keys = jax.random.split(key, 4)
-        self.query = Linear(keys[0], (width, inner), ("embed", "heads"), (width * settings.d_kv) ** -0.5)
-        self.key = Linear(keys[1], (width, inner), ("embed", "heads"), width**-0.5)
-        self.value = Linear(keys[2], (width, inner), ("embed", "heads"), width**-0.5)
-        self.output = Linear(keys[3], (inner, width), ("heads", "embed"), inner**-0.5)
+        rngs = jax.random.split(rng, 4)
+        self.query = Linear(rngs[0], (width, inner), ("embed", "heads"), (width * settings.d_kv) ** -0.5)
+        self.key = Linear(rngs[1], (width, inner), ("embed", "heads"), width**-0.5)
+        self.value = Linear(rngs[2], (width, inner), ("embed", "heads"), width**-0.5)
+        self.output = Linear(rngs[3], (inner, width), ("heads", "embed"), inner**-0.5)
         self.heads, self.head_width, self.dropout = settings.num_heads, settings.d_kv, settings.dropout
         self.how: Implementation = settings.attention
 
-    def split(self, x: Float[Array, "B T HK"]) -> Float[Array, "B H T K"]:
+    def split_heads(self, x: Float[Array, "B T HK"]) -> Float[Array, "B H T K"]:
         """Give every head its part of the width."""
         return x.reshape(*x.shape[:-1], self.heads, -1).swapaxes(1, 2)
 
-    def keys_values(self, source: Float[Array, "B S D"], key: jax.Array | None = None) -> tuple[Array, Array]:
+    def keys_values(self, source: Float[Array, "B S D"], rng: jax.Array | None = None) -> tuple[Array, Array]:
         """Return keys and values [B, H, S, K] of a source: the input itself, or the encoding."""
-        return self.split(self.key(source, key)), self.split(self.value(source, key))
+        return self.split_heads(self.key(source, rng)), self.split_heads(self.value(source, rng))
 
     def __call__(
         self,
@@ -141,27 +141,27 @@ class Attention(nnx.Module):
         keys_values: tuple[Array, Array],
         bias: Float[Array, "#B H T S"] | None,
         visible: Bool[Array, "#B 1 #T S"],
-        key: jax.Array | None = None,
+        rng: jax.Array | None = None,
         lengths: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Attend; `lengths`, where given, says the same as `visible`: of each row the first so many keys."""
-        query = self.split(self.query(x, key))
+        query = self.split_heads(self.query(x, rng))
 
         def plain() -> jax.Array:
-            return attend(query, *keys_values, bias, visible, self.dropout, key)
+            return attend(query, *keys_values, bias, visible, self.dropout, rng)
 
-        dropping = key is not None and self.dropout > 0  # of weights, which the fused ways never write down
+        dropping = rng is not None and self.dropout > 0  # of weights, which the fused ways never write down
         fast = None if lengths is None or dropping else fused(self.how, query, *keys_values, bias, lengths)
         mixed = plain() if fast is None else fast(plain)
-        return self.output(mixed.swapaxes(1, 2).reshape(*x.shape[:-1], -1), key)
+        return self.output(mixed.swapaxes(1, 2).reshape(*x.shape[:-1], -1), rng)
 
-    def over(
+    def cross_attend(
         self,
         x: Float[Array, "B U D"],
         source: Float[Array, "B S D"],
-        prefix: Before | None,
+        prefix: PrefixKeyValues | None,
         visible: Bool[Array, "B 1 #U PS"],
-        key: jax.Array | None = None,
+        rng: jax.Array | None = None,
     ) -> Float[Array, "B U D"]:
         """Attend over a source; for few queries without ever making its keys and values.
 
@@ -170,41 +170,41 @@ class Attention(nnx.Module):
         """
         plain = type(self.key) is Linear and type(self.value) is Linear  # a method may have replaced them
         if prefix is not None or not plain or 2 * x.shape[1] > self.head_width:
-            return self(x, with_prefix(prefix, *self.keys_values(source, key)), None, visible, key)
+            return self(x, with_prefix(prefix, *self.keys_values(source, rng)), None, visible, rng)
         to_keys, to_values = (
             linear.kernel[...].astype(x.dtype).reshape(-1, self.heads, self.head_width)
             for linear in (self.key, self.value)
         )
-        query = jnp.einsum("BHUK,DHK->BHUD", self.split(self.query(x, key)), to_keys)
-        mixed = attend(query, source[:, None], source[:, None], None, visible, self.dropout, key)
-        return self.output(jnp.einsum("BHUD,DHK->BUHK", mixed, to_values).reshape(*x.shape[:-1], -1), key)
+        query = jnp.einsum("BHUK,DHK->BHUD", self.split_heads(self.query(x, rng)), to_keys)
+        mixed = attend(query, source[:, None], source[:, None], None, visible, self.dropout, rng)
+        return self.output(jnp.einsum("BHUD,DHK->BUHK", mixed, to_values).reshape(*x.shape[:-1], -1), rng)
 
 
 class FeedForward(nnx.Module):
     """The feed-forward block, gated (T5 1.1) or plain (T5 1.0)."""
 
-    def __init__(self, key: jax.Array, settings: T5Settings):
+    def __init__(self, rng: jax.Array, settings: T5Settings):
         width, inner = settings.d_model, settings.d_ff
-        keys = jax.random.split(key, 3)
-        self.gate = Linear(keys[0], (width, inner), ("embed", "mlp"), width**-0.5)
-        self.up = Linear(keys[1], (width, inner), ("embed", "mlp"), width**-0.5) if settings.gated else nnx.data(None)
-        self.down = Linear(keys[2], (inner, width), ("mlp", "embed"), inner**-0.5)
+        rngs = jax.random.split(rng, 3)
+        self.gate = Linear(rngs[0], (width, inner), ("embed", "mlp"), width**-0.5)
+        self.up = Linear(rngs[1], (width, inner), ("embed", "mlp"), width**-0.5) if settings.gated else nnx.data(None)
+        self.down = Linear(rngs[2], (inner, width), ("mlp", "embed"), inner**-0.5)
         self.activation, self.dropout = settings.activation, settings.dropout
 
-    def __call__(self, x: Float[Array, "B T D"], key: jax.Array | None = None) -> Float[Array, "B T D"]:
-        hidden = ACTIVATIONS[self.activation](self.gate(x, key))
+    def __call__(self, x: Float[Array, "B T D"], rng: jax.Array | None = None) -> Float[Array, "B T D"]:
+        hidden = ACTIVATIONS[self.activation](self.gate(x, rng))
         if self.up is not None:
-            hidden = hidden * self.up(x, key)
-        return self.down(dropout(hidden, self.dropout, key), key)
+            hidden = hidden * self.up(x, rng)
+        return self.down(dropout(hidden, self.dropout, rng), rng)
 
 
 class RelativeBias(nnx.Module):
     """One learned number per distance bucket and head, added to the attention scores."""
 
-    def __init__(self, key: jax.Array, settings: T5Settings, bidirectional: bool):
+    def __init__(self, rng: jax.Array, settings: T5Settings, bidirectional: bool):
         shape = (settings.relative_buckets, settings.num_heads)
         self.table = nnx.Param(
-            settings.d_model**-0.5 * jax.random.normal(key, shape, jnp.float32), axes=("buckets", "heads")
+            settings.d_model**-0.5 * jax.random.normal(rng, shape, jnp.float32), axes=("buckets", "heads")
         )
         self.bidirectional, self.max_distance = bidirectional, settings.relative_max_distance
 
@@ -219,21 +219,21 @@ class RelativeBias(nnx.Module):
 class Layer(nnx.Module):
     """An encoder layer, or with `cross` a decoder layer: attention, cross attention, feed-forward."""
 
-    def __init__(self, key: jax.Array, settings: T5Settings, cross: bool):
-        keys = jax.random.split(key, 4)
+    def __init__(self, rng: jax.Array, settings: T5Settings, cross: bool):
+        rngs = jax.random.split(rng, 4)
         self.attention_norm = Norm(settings.d_model, settings.epsilon)
-        self.attention = Attention(keys[0], settings)
+        self.attention = Attention(rngs[0], settings)
         self.cross_norm: Any = Norm(settings.d_model, settings.epsilon) if cross else nnx.data(None)
-        self.cross: Any = Attention(keys[1], settings) if cross else nnx.data(None)
+        self.cross: Any = Attention(rngs[1], settings) if cross else nnx.data(None)
         self.feed_forward_norm = Norm(settings.d_model, settings.epsilon)
-        self.feed_forward = FeedForward(keys[2], settings)
+        self.feed_forward = FeedForward(rngs[2], settings)
         own_bias = settings.bias_in_every_layer
-        self.bias = RelativeBias(keys[3], settings, not cross) if own_bias else nnx.data(None)
+        self.bias = RelativeBias(rngs[3], settings, not cross) if own_bias else nnx.data(None)
         self.dropout = settings.dropout
 
-    def attend_self(self, x, bias, visible, key=None, cache=None, lengths=None):
+    def attend_self(self, x, bias, visible, rng=None, cache=None, lengths=None):
         """Add self-attention over x itself, or over `cache(keys, values) -> keys, values`."""
-        inner, outer = split_key(key, 2)
+        inner, outer = split_rng(rng, 2)
         normed = self.attention_norm(x)
         keys_values = self.attention.keys_values(normed, inner)
         if cache is not None:
@@ -244,26 +244,28 @@ class Layer(nnx.Module):
         """Add attention over the encoding's keys and values."""
         return x + self.cross(self.cross_norm(x), keys_values, None, visible)
 
-    def attend_encoded(self, x, encoded, prefix, visible, key=None):
+    def attend_encoded(self, x, encoded, prefix, visible, rng=None):
         """Add attention over the encoding, behind a prefix where there is one."""
-        inner, outer = split_key(key, 2)
-        return x + dropout(self.cross.over(self.cross_norm(x), encoded, prefix, visible, inner), self.dropout, outer)
+        inner, outer = split_rng(rng, 2)
+        return x + dropout(
+            self.cross.cross_attend(self.cross_norm(x), encoded, prefix, visible, inner), self.dropout, outer
+        )
 
-    def feed(self, x, key=None):
+    def feed(self, x, rng=None):
         """Add the feed-forward block."""
-        inner, outer = split_key(key, 2)
+        inner, outer = split_rng(rng, 2)
         return x + dropout(self.feed_forward(self.feed_forward_norm(x), inner), self.dropout, outer)
 
 
 class Stack(nnx.Module):
     """L layers with a leading axis L on every weight, run by one scan, and a final norm."""
 
-    def __init__(self, key: jax.Array, settings: T5Settings, cross: bool):
+    def __init__(self, rng: jax.Array, settings: T5Settings, cross: bool):
         layers = settings.num_decoder_layers if cross else settings.num_layers
-        layers_key, bias_key = jax.random.split(key)
-        self.layers = jax.vmap(lambda k: Layer(k, settings, cross))(jax.random.split(layers_key, layers))
+        layers_rng, bias_rng = jax.random.split(rng)
+        self.layers = jax.vmap(lambda k: Layer(k, settings, cross))(jax.random.split(layers_rng, layers))
         shared_bias = not settings.bias_in_every_layer
-        self.bias = RelativeBias(bias_key, settings, not cross) if shared_bias else nnx.data(None)
+        self.bias = RelativeBias(bias_rng, settings, not cross) if shared_bias else nnx.data(None)
         self.norm = Norm(settings.d_model, settings.epsilon)
         self.prefix: Any = nnx.data(None)  # a module that gives keys and values, once a method attaches one
         self.deep: Any = nnx.data(None)  # a module that puts rows at prompt positions in every layer
@@ -275,18 +277,18 @@ class Stack(nnx.Module):
         visible: Bool[Array, "#B 1 T T"],
         encoded: Float[Array, "B S D"] | None = None,
         encoded_visible: Bool[Array, "B 1 #T S"] | None = None,
-        key: jax.Array | None = None,
+        rng: jax.Array | None = None,
         prompt_rows: Int[Array, "B T"] | None = None,
         lengths: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B T D"]:
-        first, last, keys = None, None, None
-        if key is not None:
-            first, last, scanned = jax.random.split(key, 3)
-            keys = jax.random.split(scanned, self.depth)
+        first, last, rngs = None, None, None
+        if rng is not None:
+            first, last, scanned = jax.random.split(rng, 3)
+            rngs = jax.random.split(scanned, self.depth)
         positions = jnp.arange(x.shape[1])
         shared_bias = None if self.bias is None else self.biased(self.bias, positions, positions)
         before, before_cross = self.prefixes()
-        deep, put = self.deep_rows(prompt_rows)
+        deep, put = self.layer_prompt_rows(prompt_rows)
         visible = sees_prefix(visible, before)
         if lengths is not None and before is not None:
             lengths = lengths + before.keys.shape[-2] if before.real is None else None  # unlike rows have gaps
@@ -294,28 +296,28 @@ class Stack(nnx.Module):
             encoded_visible = sees_prefix(encoded_visible, before_cross)
 
         def run(x, scanned):
-            layer, layer_key, before, before_cross, deep = scanned
+            layer, layer_rng, before, before_cross, deep = scanned
             x = put(x, deep)
-            keys = split_key(layer_key, 3)
+            rngs = split_rng(layer_rng, 3)
             bias = shared_bias if layer.bias is None else self.biased(layer.bias, positions, positions)
-            x = layer.attend_self(x, bias, visible, keys[0], functools.partial(with_prefix, before), lengths)
+            x = layer.attend_self(x, bias, visible, rngs[0], functools.partial(with_prefix, before), lengths)
             if layer.cross is not None:
-                x = layer.attend_encoded(x, encoded, before_cross, encoded_visible, keys[1])
-            return constrain(layer.feed(x, keys[2]), "rows", None, None), None
+                x = layer.attend_encoded(x, encoded, before_cross, encoded_visible, rngs[1])
+            return constrain(layer.feed(x, rngs[2]), "rows", None, None), None
 
         if self.remat != "none":
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
             run = jax.checkpoint(run, policy=policy, prevent_cse=self.unroll)  # a loop prevents it by itself
         x = constrain(dropout(x, self.dropout, first), "rows", None, None)
-        xs = (self.layers, keys, before, before_cross, deep)
+        xs = (self.layers, rngs, before, before_cross, deep)
         x, _ = jax.lax.scan(run, x, xs, unroll=self.unroll)
         return dropout(self.norm(x), self.dropout, last)
 
-    def prefixes(self) -> tuple[Before | None, Before | None]:
+    def prefixes(self) -> tuple[PrefixKeyValues | None, PrefixKeyValues | None]:
         """Return what stands before the keys of self and of cross attention, with L in front; None where nothing."""
         return (None, None) if self.prefix is None else self.prefix()
 
-    def deep_rows(self, prompt_rows: Int[Array, "B T"] | None) -> tuple[Any, Any]:
+    def layer_prompt_rows(self, prompt_rows: Int[Array, "B T"] | None) -> tuple[Any, Any]:
         """Return what each layer puts at the positions of prompt rows, and the function that does; none: nothing."""
         return (None, lambda x, _: x) if self.deep is None or prompt_rows is None else self.deep(prompt_rows)
 
@@ -333,24 +335,26 @@ class Stack(nnx.Module):
         text = bias(queries, keys)
         if self.prefix is None:
             return text
-        return bias_before(bias, text, queries[None] if own is None else own, self.prefix.unplaced, self.prefix.placed)
+        return bias_before(
+            bias, text, queries[None] if own is None else own, self.prefix.unpositioned, self.prefix.positioned
+        )
 
 
 class T5(nnx.Module):
     """A T5 encoder-decoder. `prompt` is the seam of soft prompts: rows for the ids past the vocabulary."""
 
-    def __init__(self, settings: T5Settings, key: jax.Array, dtype: str = "float32"):
-        keys = jax.random.split(key, 4)
+    def __init__(self, settings: T5Settings, rng: jax.Array, dtype: str = "float32"):
+        rngs = jax.random.split(rng, 4)
         rows, width = settings.vocabulary_rows, settings.d_model
-        self.embedding = nnx.Param(jax.random.normal(keys[0], (rows, width), jnp.float32), axes=("vocab", "embed"))
-        self.encoder = Stack(keys[1], settings, cross=False)
-        self.decoder = Stack(keys[2], settings, cross=True)
-        head = None if settings.tied else Linear(keys[3], (width, rows), ("embed", "vocab"), width**-0.5)
+        self.embedding = nnx.Param(jax.random.normal(rngs[0], (rows, width), jnp.float32), axes=("vocab", "embed"))
+        self.encoder = Stack(rngs[1], settings, cross=False)
+        self.decoder = Stack(rngs[2], settings, cross=True)
+        head = None if settings.tied else Linear(rngs[3], (width, rows), ("embed", "vocab"), width**-0.5)
         self.head: Any = nnx.data(None) if head is None else head
         self.prompt: Any = nnx.data(None)  # a module with `length` rows, once a method attaches one
         self.settings, self.dtype = settings, dtype
 
-    def embed(self, tokens: Int[Array, "B T"], key: jax.Array | None = None) -> Float[Array, "B T D"]:
+    def embed(self, tokens: Int[Array, "B T"], rng: jax.Array | None = None) -> Float[Array, "B T D"]:
         """Look ids < V up in the frozen table and ids >= V in the prompt's rows."""
         table = self.embedding[...].astype(self.dtype)
         rows = self.settings.vocabulary_rows
@@ -358,18 +362,18 @@ class T5(nnx.Module):
         if self.prompt is None:
             return text
         virtual = tokens >= rows
-        return jnp.where(virtual[..., None], self.prompt(tokens - rows, virtual, key).astype(text.dtype), text)
+        return jnp.where(virtual[..., None], self.prompt(tokens - rows, virtual, rng).astype(text.dtype), text)
 
     def encode(
-        self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None, key: jax.Array | None = None
+        self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None, rng: jax.Array | None = None
     ) -> Float[Array, "B T D"]:
         """Encode token ids; `segments` keeps packed examples apart (default: one a row, 0 is padding)."""
         lengths = (tokens != 0).sum(-1) if segments is None else None  # padding comes last
         segments = (tokens != 0).astype(jnp.int32) if segments is None else segments
-        prompt_key, stack_key = split_key(key, 2)
+        prompt_rng, stack_rng = split_rng(rng, 2)
         visible, prompt_rows = same_segment(segments, segments), tokens - self.settings.vocabulary_rows
         return self.encoder(
-            self.embed(tokens, prompt_key), visible, key=stack_key, prompt_rows=prompt_rows, lengths=lengths
+            self.embed(tokens, prompt_rng), visible, rng=stack_rng, prompt_rows=prompt_rows, lengths=lengths
         )
 
     def decode(
@@ -378,7 +382,7 @@ class T5(nnx.Module):
         encoded: Float[Array, "B T D"],
         encoder_segments: Int[Array, "B T"],
         segments: Int[Array, "B U"] | None = None,
-        key: jax.Array | None = None,
+        rng: jax.Array | None = None,
     ) -> Float[Array, "B U D"]:
         """Decode already shifted inputs against an encoding; the mask is causal (and by segment if packed)."""
         length = tokens.shape[1]
@@ -389,7 +393,7 @@ class T5(nnx.Module):
             visible = visible & same_segment(segments, segments)
             encoded_visible = same_segment(segments, encoder_segments)
         prompt_rows = tokens - self.settings.vocabulary_rows
-        return self.decoder(self.embed(tokens), visible, encoded, encoded_visible, key, prompt_rows)
+        return self.decoder(self.embed(tokens), visible, encoded, encoded_visible, rng, prompt_rows)
 
     def project(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Return float32 logits over the V vocabulary rows."""
@@ -398,18 +402,18 @@ class T5(nnx.Module):
         kernel = self.embedding[...].T if self.head is None else self.head.kernel[...]
         return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
-    def hidden(self, batch: dict[str, Array], key: jax.Array | None = None) -> Float[Array, "B U D"]:
+    def hidden(self, batch: dict[str, Array], rng: jax.Array | None = None) -> Float[Array, "B U D"]:
         """Return the decoder's output for a batch: `encoder_tokens`, `decoder_inputs`, and if packed `*_segments`."""
         tokens = batch["encoder_tokens"]
         segments = batch.get("encoder_segments")
         segments = (tokens != 0).astype(jnp.int32) if segments is None else segments
-        encoder_key, decoder_key = split_key(key, 2)
-        encoded = self.encode(tokens, batch.get("encoder_segments"), encoder_key)
-        return self.decode(batch["decoder_inputs"], encoded, segments, batch.get("decoder_segments"), decoder_key)
+        encoder_rng, decoder_rng = split_rng(rng, 2)
+        encoded = self.encode(tokens, batch.get("encoder_segments"), encoder_rng)
+        return self.decode(batch["decoder_inputs"], encoded, segments, batch.get("decoder_segments"), decoder_rng)
 
-    def __call__(self, batch: dict[str, Array], key: jax.Array | None = None) -> Float[Array, "B U V"]:
+    def __call__(self, batch: dict[str, Array], rng: jax.Array | None = None) -> Float[Array, "B U V"]:
         """Return float32 logits of a batch."""
-        return self.project(self.hidden(batch, key))
+        return self.project(self.hidden(batch, rng))
 
 
 def abstract(settings: T5Settings, dtype: str = "float32") -> T5:

@@ -87,7 +87,7 @@ class Engine:
         self.ring = limits.max_tokens + self.decoder_rows
         longest = limits.max_input_tokens + limits.max_prompt_rows
         self.lengths = [length for length in (_SHORTEST * 4**n for n in range(12)) if length < longest] + [longest]
-        self._before = sum(per_example.lengths(bank.device.entries([])[0], "cross"))  # keys of prefixes
+        self._before = sum(per_example.prefix_lengths(bank.device.entries([])[0], "cross"))  # keys of prefixes
         self.tokens = 0  # written so far
         self._rows = sorted({max(1, limits.slots // 8), limits.slots})
         self._wake = threading.Condition()
@@ -275,7 +275,7 @@ class Engine:
                 wanted.temperature[count], wanted.top_k[count] = answer.temperature, answer.top_k
                 wanted.top_p[count] = answer.top_p
                 if answer.key is not None:
-                    wanted.key[count] = answer.key
+                    wanted.rng[count] = answer.key
                 count += 1
         tables, entries = self.bank.device.entries([job.prompt for job in group])
         entries = np.pad(entries, (0, len(tokens) - len(group)))
@@ -367,11 +367,11 @@ def _empty(
     size: int,
     ring: int,
     length: int,
-    tables: per_example.Rows,
+    tables: per_example.BatchState,
     entries: Any,
 ) -> continuous_batching.Slots:
     return continuous_batching.empty(
-        structure.merge(table, frozen), size, ring, length, per_example.gathered(tables, entries)
+        structure.merge(table, frozen), size, ring, length, per_example.gather(tables, entries)
     )
 
 
@@ -381,12 +381,12 @@ def _join(
     table: Any,
     frozen: Any,
     state: continuous_batching.Slots,
-    tables: per_example.Rows,
+    tables: per_example.BatchState,
     entries: Any,
     *arguments: Any,
 ) -> continuous_batching.Slots:
     return continuous_batching.join(
-        structure.merge(table, frozen), state, per_example.gathered(tables, entries), *arguments
+        structure.merge(table, frozen), state, per_example.gather(tables, entries), *arguments
     )
 
 
