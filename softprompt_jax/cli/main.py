@@ -20,10 +20,12 @@ from typing import IO, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from softprompt_jax.cli import deploy_commands, paper_command, run_commands, task_commands
+from softprompt_jax.cli import data as task_commands
+from softprompt_jax.cli import paper as paper_command
+from softprompt_jax.cli import share as deploy_commands
+from softprompt_jax.cli import train as run_commands
 from softprompt_jax.cli.allocator import keep_freed_memory
-from softprompt_jax.cli.deploy_commands import Dtype, Quantize
-from softprompt_jax.cli.task_commands import (
+from softprompt_jax.cli.data import (
     JSON_INDENT,
     AnyBackbone,
     Backbone,
@@ -32,6 +34,7 @@ from softprompt_jax.cli.task_commands import (
     predictor_and_task,
     report_truncated,
 )
+from softprompt_jax.cli.share import Dtype, Quantize
 from softprompt_jax.config import UserError
 from softprompt_jax.distributed import cloud_files
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from softprompt_jax.cli.task_commands import JSON_INDENT, AnyBackbone, Backbone
+from softprompt_jax.cli.data import JSON_INDENT, AnyBackbone, Backbone
 from softprompt_jax.config import Preempted, UserError
 
 Over = Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from softprompt_jax.cli.task_commands import AnyBackbone, Backbone, Source
+from softprompt_jax.cli.data import AnyBackbone, Backbone, Source
 
 
 class Format(enum.StrEnum):
