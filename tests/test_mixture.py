@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from small_runs import write_config, write_rows
-from test_pipeline import ROWS, Letters, some_examples
+from test_batches import ROWS, Letters, some_examples
 
 import softprompt_jax
 from softprompt_jax import Run, load_predictor, load_prompt
@@ -71,7 +71,7 @@ def test_draws_are_pure_shuffled_and_as_many_as_a_batch_needs():
 
 
 @pytest.mark.parametrize("packing", [None, Packing(length=48)])
-def test_processes_share_a_mixtures_batches_and_every_example_meets_its_own_prompt(packing):
+def test_multihost_share_a_mixtures_batches_and_every_example_meets_its_own_prompt(packing):
     sets = [tokenize(some_examples(count, seed=count), Letters(), ROWS, 30, 8) for count in (30, 90)]
     prompts = ROWS + np.arange(6).reshape(2, 3)
     options = {"packing": packing, "draw": draw_mixture([30, 90], np.array([0.5, 0.5]), 1)}

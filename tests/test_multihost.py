@@ -278,8 +278,9 @@ def test_a_sweeps_validation_is_cut_short_and_made_up_for(small, softprompt, own
 def test_two_processes_cut_a_validation_short_together(config, whole, tmp_path):
     out, port = tmp_path / "told", free_port()
     script = (
-        "import sys, test_processes; from softprompt_jax.cli import main; from softprompt_jax.task_run import TaskRun\n"
-        "if sys.argv.pop() == '0': test_processes.Told(TaskRun, 'validate', 2, after_s=5)\n"
+        "import sys, test_multihost; from softprompt_jax.cli.main import main\n"
+        "from softprompt_jax.training.run_data import TaskRun\n"
+        "if sys.argv.pop() == '0': test_multihost.Told(TaskRun, 'validate', 2, after_s=5)\n"
         "main()"
     )
     environment = os.environ | {"SOFTPROMPT_CACHE": str(tmp_path / "cache")}
@@ -297,8 +298,9 @@ def test_two_processes_cut_a_validation_short_together(config, whole, tmp_path):
 
 def test_a_run_told_to_stop_while_it_loads_ends_at_once(config, tmp_path):
     script = (
-        "import os, signal, time; from softprompt_jax import cli, processes\n"
-        "processes.connect = lambda *_: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)]\n"
+        "import os, signal, time; from softprompt_jax.cli import main as cli\n"
+        "from softprompt_jax.distributed import multihost\n"
+        "multihost.connect = lambda *_: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)]\n"
         "cli.main()"
     )
     ended = subprocess.run(
@@ -313,7 +315,7 @@ def test_a_run_told_to_stop_while_it_loads_ends_at_once(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_with_unlike_settings_are_told_apart(config, tmp_path):
+def test_multihost_with_unlike_settings_are_told_apart(config, tmp_path):
     port = free_port()
     environment = os.environ | {"PYTHONPATH": str(ROOT), "SOFTPROMPT_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "softprompt_jax", "train", str(config), "--out", str(tmp_path / "out")]
@@ -355,7 +357,11 @@ def test_others_that_do_not_come_are_waited_for_in_bounds(slurm, index):
     found |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(index), "SLURM_LOCALID": "0"}
     arguments = "" if slurm else f"'localhost:{port}', 2, {index}, "
     ended = subprocess.run(
-        [sys.executable, "-c", f"from softprompt_jax import processes; processes.connect({arguments}timeout_s=2)"],
+        [
+            sys.executable,
+            "-c",
+            f"from softprompt_jax.distributed import multihost; multihost.connect({arguments}timeout_s=2)",
+        ],
         env=os.environ | (found if slurm else {}) | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -428,7 +434,7 @@ def test_a_process_without_a_device_is_told_in_one_line(monkeypatch):
 
 
 @pytest.mark.parametrize("other", ["jax 0.10.2", "jax 0.9.0"])
-def test_processes_of_unlike_versions_are_told_apart(monkeypatch, other):
+def test_multihost_of_unlike_versions_are_told_apart(monkeypatch, other):
     def gather(own):
         return np.stack([own, np.frombuffer(other.encode().ljust(256), np.uint8)])
 

@@ -294,7 +294,7 @@ def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(sma
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_bytes((prompt_run / "config.yaml").read_bytes())
     before = sorted((tmp_path / "run").iterdir())
-    code = "import sys, time; from pathlib import Path; from softprompt_jax.processes import alone_in\n"
+    code = "import sys, time; from pathlib import Path; from softprompt_jax.distributed.multihost import alone_in\n"
     code += "with alone_in(Path(sys.argv[1])): print('in', flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "in\n"
