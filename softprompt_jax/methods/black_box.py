@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,8 @@ from softprompt_jax.methods.prefix import states
 from softprompt_jax.methods.prompt import Placed, Prompt, PromptTable, Uniform
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models.t5 import T5
+from softprompt_jax.optim.gradient_free import CMAES, projection
+from softprompt_jax.optim.optimizers import Optimizer
 
 
 class BlackBox(Placed):
@@ -30,7 +32,7 @@ class BlackBox(Placed):
 
     paper: ClassVar[str] = "Sun et al., 2022"
     draws_frozen: ClassVar[bool] = True
-    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "cma_es"}
+    default_optimizer: ClassVar[Optimizer] = CMAES()
     kind: Literal["black_box"] = "black_box"
     length: int = Field(default=20, ge=1)
     dimensions: int = Field(default=500, ge=1)
@@ -59,13 +61,6 @@ class BlackBox(Placed):
         if self.deep:
             return PTuningV2(length=self.length, place=self.place, init=Uniform())
         return Prompt(length=self.length, place=self.place, init=Uniform())
-
-
-def projection(key: jax.Array, dimensions: int, rows: Float[Array, "*L P D"], scale: float) -> Float[Array, "*L d P D"]:
-    """Return random directions: a normal vector times them has `scale` times the root mean square of `rows`."""
-    size = jnp.sqrt(jnp.mean(jnp.square(rows), axis=(-1, -2), keepdims=True))[..., None, :, :]
-    shape = (*rows.shape[:-2], dimensions, *rows.shape[-2:])
-    return scale * size * dimensions**-0.5 * jax.random.normal(key, shape)
 
 
 class Subspace(nnx.Module):

@@ -23,6 +23,7 @@ from softprompt_jax.methods.prompt import (
 )
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models.t5 import T5, T5Settings
+from softprompt_jax.optim.optimizers import AdamW, Optimizer
 
 
 class PTuning(Placed):
@@ -34,7 +35,7 @@ class PTuning(Placed):
 
     paper: ClassVar[str] = "Liu et al., 2021"
     peft_type: ClassVar[str | None] = "P_TUNING"
-    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "adamw", "learning_rate": 1e-3}
+    default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=1e-3)
     kind: Literal["p_tuning"] = "p_tuning"
     length: int = Field(default=20, ge=1)
     network: Literal["lstm", "mlp"] = "lstm"

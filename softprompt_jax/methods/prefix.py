@@ -17,6 +17,7 @@ from softprompt_jax.methods.prompt import Init, Labels, Vocabulary
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models.attention import PrefixKeyValues
 from softprompt_jax.models.t5 import T5, Stack, T5Settings
+from softprompt_jax.optim.optimizers import AdamW, Optimizer
 
 Attended = Literal["encoder", "decoder", "cross"]
 Pair = tuple[Array, Array]  # keys and values
@@ -32,7 +33,7 @@ class Prefix(MethodSettings):
 
     paper: ClassVar[str] = "Li and Liang, 2021"
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
-    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "adamw", "learning_rate": 1e-3}
+    default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=1e-3)
     kind: Literal["prefix"] = "prefix"
     length: int = Field(default=20, ge=1)
     attentions: list[Attended] = Field(["encoder", "decoder", "cross"], min_length=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,20 +12,16 @@ from flax import nnx
 from softprompt_jax.config import UserError
 from softprompt_jax.models.quantized import QuantizedLinear
 from softprompt_jax.models.t5 import T5
+from softprompt_jax.optim.leaf import Leaf
 from softprompt_jax.trees import flatten
 
 
 class Trainable(nnx.Param):
-    """A parameter that training changes. Metadata: `axes`, and `learning_rate_scale` (default 1)."""
+    """A parameter that training changes.
 
-
-@dataclasses.dataclass(frozen=True)
-class Leaf:
-    """What an optimizer needs to know about one trainable array."""
-
-    stacked: bool  # has a leading axis of layers, each of which is a weight of its own
-    learning_rate_scale: float
-    shape: tuple[int, ...] = ()
+    Metadata: `axes`; `learning_rate_scale` (default 1); `method`, the number of the method that has attached it
+    (default 0); `word_ids` of rows that may only be words (default None), see `Leaf`.
+    """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +46,15 @@ def split(model: T5) -> Split:
 def leaves(model: T5) -> dict[str, Leaf]:
     """Describe every trainable array by its path."""
     variables = nnx.to_pure_dict(nnx.state(model, Trainable), extract_fn=lambda variable: variable)
-    return {path: Leaf(*_describe(variable)) for path, variable in flatten(variables).items()}
+    return {path: _describe(variable) for path, variable in flatten(variables).items()}
+
+
+def mark_owner(model: T5, method: int, learning_rate_scale: float = 1.0) -> None:
+    """Write the number of a method on what it has attached, which is what no other method is written on."""
+    for _, node in nnx.iter_graph(model):
+        if isinstance(node, Trainable) and "method" not in (metadata := node.get_metadata()):
+            scale = learning_rate_scale * metadata.get("learning_rate_scale", 1.0)
+            node.set_metadata(method=method, learning_rate_scale=scale)
 
 
 def put_trained(model: T5, trained: dict[str, Any], where: str) -> None:
@@ -65,7 +70,7 @@ def put_trained(model: T5, trained: dict[str, Any], where: str) -> None:
     nnx.update(model, nnx.state(parts.merge(trained, parts.frozen)))
 
 
-def thaw(model: T5, wanted=lambda path: True, learning_rate_scale: float = 1.0) -> list[str]:
+def thaw(model: T5, wanted: Callable[[str], bool] = lambda path: True) -> list[str]:
     """Make every parameter whose path is wanted trainable, in float32, and return the paths."""
     changed = []
     for place, node in nnx.iter_graph(model):
@@ -79,13 +84,13 @@ def thaw(model: T5, wanted=lambda path: True, learning_rate_scale: float = 1.0) 
                         f"methods: {path} is quantised and cannot train; expected float weights; "
                         "set quantize to null, or train weights beside it (a prompt, LoRA)"
                     )
-                value = variable[...].astype(jax.numpy.float32)
-                metadata: dict[str, Any] = variable.get_metadata() | {"learning_rate_scale": learning_rate_scale}
-                setattr(node, name, Trainable(value, **metadata))
+                setattr(node, name, Trainable(variable[...].astype(jax.numpy.float32), **variable.get_metadata()))
                 changed.append(path)
     return changed
 
 
-def _describe(variable: nnx.Variable) -> tuple[bool, float, tuple[int, ...]]:
+def _describe(variable: nnx.Variable) -> Leaf:
     metadata = variable.get_metadata()
-    return len(variable.shape) > len(metadata["axes"]), metadata.get("learning_rate_scale", 1.0), variable.shape
+    stated = {name: metadata[name] for name in ("method", "word_ids") if name in metadata}
+    stacked = len(variable.shape) > len(metadata["axes"])
+    return Leaf(stacked, metadata.get("learning_rate_scale", 1.0), variable.shape, **stated)

@@ -19,11 +19,11 @@ from jaxtyping import Array, Float, Int
 from pydantic import Field
 
 from softprompt_jax.config import Settings, UserError
-from softprompt_jax.methods.black_box import projection
-from softprompt_jax.methods.hard import TEXT, words_of
-from softprompt_jax.methods.trainable import Leaf
+from softprompt_jax.optim.leaf import Leaf
+from softprompt_jax.trees import flatten, unflatten
 
 LARGEST = 5000  # numbers whose covariance CMA-ES keeps: 100 MB in float32
+TEXT = "{text}"  # where the text stands in a template
 
 
 class Search:
@@ -247,29 +247,29 @@ class GreedyWords(Scored):
         return self.candidates + 1
 
     def search(self, leaves: Mapping[str, Leaf]) -> Search:
-        if set(leaves) != {"prompt.words"}:
+        if len(leaves) != 1 or (ids := next(iter(leaves.values())).word_ids) is None:
             raise UserError(
                 f"optimizer: greedy_words searches words, and {', '.join(list(leaves)[:3])} train; expected the "
                 "method hard alone; set methods to [{kind: hard}], or use another optimizer"
             )
-        return Words(self.calls_per_step)
+        return Words(self.calls_per_step, next(iter(leaves)), ids)
 
 
 class Words(Search):
-    """What trains is the embedded words [P, D] of a prompt."""
+    """The embedded words [P, D] at `path` train; `ids` is the path of the ids of all words that a search may use."""
 
-    def __init__(self, population: int):
-        self.population = population
+    def __init__(self, population: int, path: str, ids: str):
+        self.population, self.path, self.ids = population, path, ids
 
     def init(self, trainable: Any) -> Any:
         return {"steps": jnp.zeros((), jnp.int32)}
 
     def propose(self, state: Any, trainable: Any, frozen: Any, key: jax.Array) -> tuple[Any, Any]:
-        words, known = trainable["prompt"]["words"], frozen["prompt"]["known"]
+        words, known = flatten(trainable)[self.path], flatten(frozen)[self.ids]
         drawn = jax.random.choice(key, known, (self.population - 1,), replace=self.population > len(known))
         rows = frozen["embedding"][drawn].astype(words.dtype)
         proposed = jax.vmap(lambda row: words.at[state["steps"] % len(words)].set(row))(rows)
-        proposed = {"prompt": {"words": jnp.concatenate([words[None], proposed])}}  # the first stays as it is
+        proposed = unflatten({self.path: jnp.concatenate([words[None], proposed])})  # the first stays as it is
         return proposed, proposed
 
     def choose(self, state: Any, trainable: Any, drawn: Any, losses: Float[Array, "N"]) -> tuple[Any, Any]:
@@ -306,6 +306,24 @@ class Nothing(Search):
 
 
 # ---------------------------------------------------------------------------------------------- models of others
+
+
+def projection(key: jax.Array, dimensions: int, rows: Float[Array, "*L P D"], scale: float) -> Float[Array, "*L d P D"]:
+    """Return random directions: a normal vector times them has `scale` times the root mean square of `rows`."""
+    size = jnp.sqrt(jnp.mean(jnp.square(rows), axis=(-1, -2), keepdims=True))[..., None, :, :]
+    shape = (*rows.shape[:-2], dimensions, *rows.shape[-2:])
+    return scale * size * dimensions**-0.5 * jax.random.normal(key, shape)
+
+
+def words_of(template: str) -> list[str]:
+    """Return the words of a template, `{text}` among them.
+
+    Errors: UserError where it has no words, or `{text}` not once.
+    """
+    words = template.split()
+    if words.count(TEXT) != 1 or len(words) < 2 or set("".join(words).replace(TEXT, "")) & set("{}"):
+        raise UserError(f"template {template!r}; expected words and {{text}} once, such as '{{text}} it was'")
+    return words
 
 
 @dataclasses.dataclass(frozen=True)

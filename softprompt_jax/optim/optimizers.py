@@ -1,20 +1,22 @@
-"""Optimizers and schedules as settings: the paper's Adafactor, AdamW, warm-up, decay, clipping."""
+"""Optimizers and schedules as settings: the paper's Adafactor, AdamW, warm-up, decay, clipping.
+
+Each method of a run has an optimizer; methods with equal settings share one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from softprompt_jax.checkpoints.backbone import load_adafactor
 from softprompt_jax.config import Settings, UserError
-from softprompt_jax.methods.trainable import Leaf
 from softprompt_jax.optim.gradient_free import CMAES, GreedyWords, Scored, Search, Untrained
+from softprompt_jax.optim.leaf import Leaf
 
 
 class Schedule(Settings):
@@ -97,15 +99,56 @@ class AdamW(Settings):
         ]
 
 
-def _adafactor_by_default(value: Any) -> Any:
-    """Let `optimizer: {learning_rate: 0.1}` keep the default kind."""
-    return {"kind": "adafactor", **value} if isinstance(value, dict) else value
+Optimizer = Annotated[Adafactor | AdamW | CMAES | GreedyWords | Untrained, Field(discriminator="kind")]
+OPTIMIZERS: dict[str, type[Settings]] = {
+    cls.model_fields["kind"].default: cls for cls in get_args(get_args(Optimizer)[0])
+}
 
 
-Optimizer = Annotated[
-    Annotated[Adafactor | AdamW | CMAES | GreedyWords | Untrained, Field(discriminator="kind")],
-    BeforeValidator(_adafactor_by_default),
-]
+def build_for_methods(
+    optimizers: Sequence[Optimizer],
+    schedule: Schedule,
+    steps: int,
+    leaves: Mapping[str, Leaf],
+    clip_norm: float | None = None,
+) -> optax.GradientTransformation | Search:
+    """Build what updates the arrays of a list of methods: each method's under its own settings, with one schedule.
+
+    Where all settings are equal the state is that of one optimizer over everything. `clip_norm` is of the gradient of
+    all that trains.
+    """
+    first, *others = optimizers
+    if all(settings == first for settings in others):
+        return build(first, schedule.build(first.learning_rate, steps), leaves, clip_norm)
+    parts: dict[Hashable, optax.GradientTransformation] = {}
+    for index, settings in enumerate(optimizers):
+        built = (
+            None
+            if isinstance(settings, Untrained)
+            else build(settings, schedule.build(settings.learning_rate, steps), leaves)
+        )
+        assert not isinstance(built, Search), "Run refuses a search beside an optimizer"
+        parts[str(index)] = optax.set_to_zero() if built is None else built
+
+    def owners(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda keys, _: str(leaves[_path(keys)].method), params)
+
+    def untrained(params: Any) -> Any:
+        return jax.tree.map(lambda owner: isinstance(optimizers[int(owner)], Untrained), owners(params))
+
+    clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+    return optax.chain(optax.masked(optax.set_to_zero(), untrained), *clip, optax.partition(parts, owners))
+
+
+def describe_rates(names: Sequence[str], optimizers: Sequence[Optimizer], leaves: Mapping[str, Leaf]) -> str:
+    """Return a line with the learning rate of each method: its optimizer's, times the scales of its arrays."""
+    found = []
+    for index, (name, settings) in enumerate(zip(names, optimizers, strict=True)):
+        scales = sorted({leaf.learning_rate_scale for leaf in leaves.values() if leaf.method == index})
+        rates = " and ".join(f"{settings.learning_rate * scale:.4g}" for scale in scales)
+        factors = f", {settings.learning_rate:g} x {', '.join(f'{s:.4g}' for s in scales)}" if scales != [1.0] else ""
+        found.append(f"{name} {rates} ({settings.kind}{factors})")
+    return f"learning rate: {'; '.join(found)}"
 
 
 def build(
@@ -114,7 +157,7 @@ def build(
     leaves: Mapping[str, Leaf],
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation | Search:
-    """Build the transformation of a nested dictionary of trainable arrays, or the search over them.
+    """Build what updates a nested dictionary of trainable arrays under one optimizer: a transformation or a search.
 
     Stacked leaves [L, ...] are updated per layer, since clipping, scaling and factoring are per matrix.
     """
@@ -128,14 +171,6 @@ def build(
     if clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(clip_norm))
     return optax.chain(*parts)
-
-
-def read_slots(settings: Optimizer, backbone: str) -> tuple[Optimizer, dict[str, dict[str, np.ndarray]]]:
-    """Return the settings at a T5X checkpoint's step, and its slots, if they ask to go on from there."""
-    if settings.kind != "adafactor" or not settings.restore:
-        return settings, {}
-    step, slots = load_adafactor(backbone)
-    return settings.model_copy(update={"step_origin": step}), slots
 
 
 def from_slots(

@@ -20,14 +20,14 @@ from softprompt_jax.distributed import mesh as sharding
 from softprompt_jax.distributed.cloud_files import RunFolder
 from softprompt_jax.distributed.multihost import CutShort, Preemption, agreed, alone_in, is_first, on_first
 from softprompt_jax.methods import leaves, split
-from softprompt_jax.optim import optimizers
 from softprompt_jax.optim.gradient_free import Search
+from softprompt_jax.optim.optimizers import describe_rates
 from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import MACHINE, Run
 from softprompt_jax.training.checkpoints import Checkpoints
 from softprompt_jax.training.run_data import PretrainingRun, TaskRun
 from softprompt_jax.training.run_folder import Log, leave_files, prepare_folder, scores_in
-from softprompt_jax.training.step import State, first_state, make_step
+from softprompt_jax.training.step import State, build_optimizer, first_state, make_step
 
 
 def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
@@ -76,11 +76,7 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
     parts = split(model)
     about = leaves(model)
     data = PretrainingRun(run, assembly, parts) if run.pretraining else TaskRun(run, assembly, parts)
-    schedule = run.schedule.build(run.optimizer.learning_rate, run.steps)
-    settings, slots = optimizers.read_slots(run.optimizer, assembly.identity)
-    optimizer = optimizers.build(settings, schedule, about, run.clip_norm)
-    if slots:
-        optimizer = optimizers.from_slots(optimizer, slots, assembly.identity)
+    optimizer = build_optimizer(run, about, assembly.identity)
 
     begin = functools.partial(first_state, optimizer)
     layout = sharding.state_sharding(jax.eval_shape(begin, parts.trainable), parts.trainable)
@@ -88,19 +84,14 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
     step_function = make_step(run, parts, optimizer, layout)
     _, shares = sharding.process_share()
     trained = sum(leaf.size for leaf in jax.tree.leaves(parts.trainable))
-    scales = sorted({leaf.learning_rate_scale for leaf in about.values()})
     reporter.line(
         f"backbone {assembly.identity}: {assembly.model.settings.parameters():,} parameters, {trained:,} train; "
         f"{sharding.describe()}, {run.dtype}"
     )
-    rate = run.optimizer.learning_rate
     if isinstance(optimizer, Search):
         reporter.line(f"no gradients: {run.optimizer.kind}, {optimizer.population} candidates a step")
     else:
-        reporter.line(
-            f"learning rate {' and '.join(f'{rate * scale:.4g}' for scale in scales)} "
-            f"({rate:g} x scale {', '.join(f'{scale:.4g}' for scale in scales)} of the embedding)"
-        )
+        reporter.line(describe_rates(run.method_names, run.optimizers, about))
     reporter.line(data.describe())
 
     # ---- resume: state, then everything that is derived from it
@@ -159,7 +150,7 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
             line = {
                 "step": step,
                 "loss": loss,
-                "learning_rate": float(np.asarray(schedule(step - 1))),
+                "learning_rate": run.learning_rate(step - 1),
                 "examples_per_s": round(per_second[1], 2),
                 "tokens_per_s": round(per_second[0], 1),
                 "padding": round(1 - sum(entry[1] for entry in recent) / sum(entry[3] for entry in recent), 4),

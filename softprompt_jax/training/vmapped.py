@@ -30,14 +30,13 @@ from softprompt_jax.distributed import mesh
 from softprompt_jax.distributed.multihost import CutShort, Preemption
 from softprompt_jax.inference.evaluate import Decoder
 from softprompt_jax.methods import Split, leaves, split
-from softprompt_jax.optim import optimizers
 from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import Run
 from softprompt_jax.training import remat
 from softprompt_jax.training.checkpoints import Checkpoints
 from softprompt_jax.training.run_data import TaskData, TaskRun
 from softprompt_jax.training.run_folder import Log, leave_files
-from softprompt_jax.training.step import first_state, plain_step
+from softprompt_jax.training.step import build_optimizer, first_state, plain_step
 
 FAILED_FILE = "failed.json"  # what a run leaves whose loss is no number
 _PLANNED_STEPS = 1000  # whose shapes are looked at when common ones are chosen
@@ -62,7 +61,7 @@ class Together:
         self._decoder = Decoder(self._parts, self.assembly.tokenizer, run.decoding)
         self._tasks: dict[str, list[TaskData]] = {}
         self._step = jax.jit(self._mapped_step, donate_argnums=0)
-        self._begin = jax.jit(jax.vmap(functools.partial(first_state, self._optimizer(run.optimizer.learning_rate))))
+        self._begin = jax.jit(jax.vmap(functools.partial(first_state, build_optimizer(run, self._about))))
 
     def _assemble(self, run: Run) -> tuple[Assembly, Split]:
         assembly = assemble(run, self.backbone)
@@ -76,8 +75,8 @@ class Together:
         return set(self._parts.trainable) == {"prompt"} and "prompt" not in self._parts.frozen and not alone
 
     def _optimizer(self, learning_rate: Any) -> Any:
-        schedule = self.run.schedule.build(learning_rate, self.run.steps)
-        return optimizers.build(self.run.optimizer, schedule, self._about, self.run.clip_norm)
+        optimizer = self.run.optimizer.model_copy(update={"learning_rate": learning_rate})
+        return build_optimizer(self.run.model_copy(update={"optimizer": optimizer}), self._about)
 
     def _mapped_step(self, states: Any, running: Any, rates: Any, frozen: Any, batches: Any, keys: Any) -> Any:
         """Take a step of each run that is still running."""
@@ -176,7 +175,6 @@ class _Training:
         """Train all to their end and leave their files."""
         run, count = self.run, len(self.runs)
         rates = jnp.asarray([each.optimizer.learning_rate for each in self.runs], jnp.float32)
-        schedules = [each.schedule.build(each.optimizer.learning_rate, run.steps) for each in self.runs]
         keys = jnp.stack([jax.random.fold_in(jax.random.key(each.seed), 2) for each in self.runs])
         unlike = list({id(data): data for data in self.data}.values())
         source = [unlike.index(data) for data in self.data]
@@ -212,7 +210,7 @@ class _Training:
             if step % run.log_every == 0 or saved:
                 found = np.stack([np.asarray(each) for each, *_ in recent]).mean(0)
                 now = time.monotonic()
-                self.log(step, found, schedules, recent, now - clock)
+                self.log(step, found, recent, now - clock)
                 note = f"loss {np.nanmean(found[running]) if np.isfinite(found[running]).any() else np.nan:.4f}"
                 self.reporter.update(step, run.steps, f"{note}  {self.running.sum()} of {count} running")
                 recent, clock = [], now
@@ -233,7 +231,7 @@ class _Training:
         except CutShort:
             raise Preempted("told to stop while results were measured; the same command goes on") from None
 
-    def log(self, step: int, losses: Float[np.ndarray, " N"], schedules: list, recent: list, seconds: float) -> None:
+    def log(self, step: int, losses: Float[np.ndarray, " N"], recent: list, seconds: float) -> None:
         """Write a line for each running run; one whose loss is no number has failed."""
         real, examples = (np.sum([entry[i] for entry in recent], axis=0) for i in (1, 2))
         padded = sum(entry[3] for entry in recent)
@@ -246,7 +244,7 @@ class _Training:
                 {
                     "step": step,
                     "loss": float(losses[index]),
-                    "learning_rate": float(np.asarray(schedules[index](step - 1))),
+                    "learning_rate": self.runs[index].learning_rate(step - 1),
                     "examples_per_s": round(float(examples[index]) / seconds, 2),
                     "tokens_per_s": round(float(real[index]) / seconds, 1),
                     "padding": round(1 - float(real[index]) / padded, 4),
