@@ -22,7 +22,9 @@ from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models.presets import published
 from softprompt_jax.models.t5 import T5, T5Settings
 
-T5_EMBEDDING_RMS = 10.7  # of the published T5s, for which the paper's widths and learning rate were found
+# Root mean square of a published T5's embeddings, for which the paper's widths and learning rate were found; 1 in a
+# T5 that has not been trained.
+T5_EMBEDDING_RMS = 10.7
 
 
 class Uniform(Settings):
@@ -243,14 +245,22 @@ class SoftPrompt(PromptTable):
 
 
 def embedding_scale(model: T5) -> float:
-    """Return the backbone's embedding RMS over T5's 10.7; exactly 1 for every published T5 size."""
-    if published(model.settings):
+    """Return the root mean square of the backbone's embeddings over that of a published T5; 1 where it has no weights.
+
+    Exactly 1 for a backbone that has the shapes of a published T5 and embeddings nearer (by ratio) to a published one's
+    than to new ones. The published sizes differ among each other (11.6 in T5 1.1 small), and the paper has one recipe.
+    """
+    table = model.embedding.get_value()
+    if isinstance(table, Tracer | jax.ShapeDtypeStruct):
         return 1.0
-    table = model.embedding[...]
-    if isinstance(table, Tracer):  # only shapes are asked for
-        return 1.0
-    table = table.astype(jnp.float32)
-    return float(jnp.sqrt(jnp.mean(table * table))) / T5_EMBEDDING_RMS
+    scale = float(_root_mean_square(table)) / T5_EMBEDDING_RMS
+    close = T5_EMBEDDING_RMS**-0.5 < scale < T5_EMBEDDING_RMS**0.5
+    return 1.0 if close and published(model.settings) else scale
+
+
+@jax.jit
+def _root_mean_square(table: Float[Array, "V D"]) -> Float[Array, ""]:
+    return jnp.sqrt(jnp.mean(jnp.square(table.astype(jnp.float32))))
 
 
 def peft_rows(config: dict[str, Any], tensors: Tensors) -> np.ndarray:
