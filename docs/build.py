@@ -312,7 +312,7 @@ def method_result(row: dict[str, Any]) -> str:
 def method_pages() -> Iterator[tuple[str, str]]:
     """Yield the page of each kind of method."""
     from softprompt_jax.methods import METHODS
-    from softprompt_jax.methods.listing import parameters
+    from softprompt_jax.methods.listing import optimizer_of, parameters
     from softprompt_jax.models.presets import preset
 
     headings, sizes = settings.titles(Run), preset("t5-v1_1-base")
@@ -326,7 +326,7 @@ def method_pages() -> Iterator[tuple[str, str]]:
         parts = [f"# {kind}", settings.prose(method), f"Paper: {method.paper}."]
         share = trained / sizes.parameters()
         facts = [f"trains {trained:,} numbers of a T5 1.1 base with default settings ({share:.3%})"]
-        facts.append(f"optimizer, if a run states none: {(method.default_optimizer or {'kind': 'adafactor'})['kind']}")
+        facts.append(f"default optimizer and learning rate: {optimizer_of(method)}")
         facts.append(f"PEFT: {method.peft_type}" if method.peft_type else "not in PEFT")
         facts.append(
             "leaves every output as it was at the start" if method.identity_at_start else "changes outputs at once"
