@@ -24,6 +24,7 @@ from softprompt_jax.pretraining.data import Pretraining
 from softprompt_jax.tasks import complete, names, resolve
 from softprompt_jax.tasks.mixture import Mixture, expand
 
+DEFAULT_METHOD = Prompt()
 MACHINE = frozenset({"mesh"})  # settings that say where a run computes, not what: it may go on with others
 
 
@@ -92,7 +93,7 @@ class Run(Settings):
     backbone: str | Scratch = "embedded"  # a Hugging Face folder, a hub name, or "embedded"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen weights and activations
     quantize: Quantization | None = None  # of the frozen layers: int8, or nf4
-    methods: list[Method] = Field([Prompt()], min_length=1)
+    methods: list[Method] = Field([DEFAULT_METHOD], min_length=1)
     # optimizer of the first method, and with a `kind` of all methods that state none; else each has its own default
     optimizer: Optimizer = Adafactor()
     schedule: Schedule = Schedule()  # factor of all learning rates over the run; constant
@@ -130,9 +131,9 @@ class Run(Settings):
         """Let `methods.0.length=20` change the default method, and give each method its optimizer."""
         if not isinstance(values, dict):
             return values
-        methods, shared = values.get("methods", [Prompt()]), _plain(values.get("optimizer"))
+        methods, shared = values.get("methods", [DEFAULT_METHOD]), _plain(values.get("optimizer"))
         if isinstance(methods, dict) and list(methods) == ["0"] and isinstance(methods["0"], dict):
-            methods = [{"kind": "prompt"} | methods["0"]]
+            methods = [{"kind": DEFAULT_METHOD.kind} | methods["0"]]
         if not isinstance(methods, list | tuple) or not all(map(_is_method, methods)) or not methods:
             return values | {"methods": methods}  # what is wrong with it is said when it is validated
         if not isinstance(shared, dict | None):

@@ -36,6 +36,7 @@ class MethodSettings(Settings):
     paper: ClassVar[str]  # Author et al., year
     identity_at_start: ClassVar[bool] = False  # attaching it leaves every logit as it was
     refuses_packing: ClassVar[str | None] = None  # why several examples cannot share a row
+    trains_backbone: ClassVar[bool] = False  # every weight, so that the run leaves a whole model
     draws_frozen: ClassVar[bool] = False  # what it freezes differs from seed to seed
     default_optimizer: ClassVar[Optimizer] = Adafactor()  # where neither the method nor the run states one
     peft_type: ClassVar[str | None] = None  # what PEFT calls it, if it has it

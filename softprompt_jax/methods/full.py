@@ -18,6 +18,7 @@ class Full(MethodSettings):
 
     paper: ClassVar[str] = "Raffel et al., 2020"
     identity_at_start: ClassVar[bool] = True
+    trains_backbone: ClassVar[bool] = True
     default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=5e-4)
     kind: Literal["full"] = "full"
 

@@ -32,6 +32,11 @@ class Split:
     trainable: dict[str, Any]  # nested dictionary of float32 arrays
     frozen: dict[str, Any]
 
+    @property
+    def trains_prompt_only(self) -> bool:
+        """Whether the rows of the prompt are all that training changes."""
+        return set(self.trainable) == {"prompt"}
+
     def merge(self, trainable: dict[str, Any], frozen: dict[str, Any]) -> T5:
         """Build the model of these arrays."""
         return nnx.merge(self.graphdef, trainable, frozen)

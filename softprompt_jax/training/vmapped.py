@@ -72,7 +72,7 @@ class Together:
     def possible(self) -> bool:
         """Whether nothing but the prompt trains, and all else is the same for every run."""
         alone = getattr(self.run.optimizer, "restore", False)  # whose slots are a checkpoint's
-        return set(self._parts.trainable) == {"prompt"} and "prompt" not in self._parts.frozen and not alone
+        return self._parts.trains_prompt_only and "prompt" not in self._parts.frozen and not alone
 
     def _optimizer(self, learning_rate: Any) -> Any:
         optimizer = self.run.optimizer.model_copy(update={"learning_rate": learning_rate})
