@@ -53,7 +53,7 @@ class MethodSettings(Settings):
         """Return all settings of an optimizer; what is not stated is the method's default where the kind is equal."""
         default = cls.default_optimizer
         if (kind := stated.get("kind", default.kind)) != default.kind:
-            return stated if kind not in OPTIMIZERS else OPTIMIZERS[kind]().model_dump() | stated
+            return OPTIMIZERS[kind]().model_dump() | stated if str(kind) in OPTIMIZERS else stated
         return default.model_dump() | stated
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
