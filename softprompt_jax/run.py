@@ -18,7 +18,7 @@ from softprompt_jax.models.decode import Decoding, Greedy
 from softprompt_jax.models.flash import Implementation
 from softprompt_jax.models.quantized import Quantization
 from softprompt_jax.models.t5 import T5Settings
-from softprompt_jax.optim.gradient_free import Scored
+from softprompt_jax.optim.gradient_free import GradientFree
 from softprompt_jax.optim.optimizers import Adafactor, Optimizer, Schedule
 from softprompt_jax.pretraining.data import Pretraining
 from softprompt_jax.tasks import complete, names, resolve
@@ -178,7 +178,7 @@ class Run(Settings):
             if self.packing is not None and (reason := method.refuses_packing):
                 raise ValueError(f"packing with the method {method.kind}: {reason}")
         if len(set(self.optimizers)) > 1:
-            searches = [each.kind for each in self.optimizers if isinstance(each, Scored) and each.kind != "none"]
+            searches = [each.kind for each in self.optimizers if isinstance(each, GradientFree) and each.kind != "none"]
             if searches:
                 raise ValueError(
                     f"optimizer {searches[0]} beside another one: expected one optimizer for all methods, or "
@@ -186,7 +186,7 @@ class Run(Settings):
                 )
             if any(getattr(optimizer, "restore", False) for optimizer in self.optimizers):
                 raise ValueError("optimizer.restore for one method of several: expected one optimizer for all")
-        elif isinstance(self.optimizer, Scored):
+        elif isinstance(self.optimizer, GradientFree):
             if self.clip_norm is not None or self.schedule != Schedule():
                 raise ValueError(f"optimizer {self.optimizer.kind} has no gradients; expected no clip_norm or schedule")
             self.optimizer.check(self.steps)

@@ -323,7 +323,7 @@ def test_a_mixed_batch_gives_each_task_its_own_prompt_or_it_says_why_not(kind):
     run = parse(Run, {"task": own, "methods": [settings(kind).model_dump()]}, "test")
     model, reason = tiny.model(), ""
     try:
-        settings(kind).attach(model, tiny.key(0), dataclasses.replace(CONTEXT, tasks=((), ())))
+        settings(kind).attach(model, tiny.key(0), dataclasses.replace(CONTEXT, words_by_task=((), ())))
         check_own_prompts(run, model)
     except UserError as error:
         reason = str(error)

@@ -224,7 +224,7 @@ def test_prompts_of_a_mixture_start_from_their_tasks_label_words_and_are_weights
 
     model = tiny.model()
     words = (("a", "b"), ("c",))
-    context = Context(lambda text: [ord(letter) - 90 for letter in text], tasks=words)
+    context = Context(lambda text: [ord(letter) - 90 for letter in text], words_by_task=words)
     Prompt(length=3).attach(model, jax.random.key(0), context)
     rows, table = np.asarray(model.prompt.rows[...]), np.asarray(model.embedding[...])
     assert rows.shape == (2, 3, 16)

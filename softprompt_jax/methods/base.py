@@ -26,7 +26,9 @@ class Context:
     label_words: tuple[str, ...] = ()
     word_ids: Sequence[int] = ()  # of the pieces that are whole words, the most common first
     load_rows: Callable[[str], np.ndarray] | None = None
-    tasks: tuple[tuple[str, ...], ...] = ()  # the label words of each task, where each wants a prompt of its own
+    words_by_task: tuple[
+        tuple[str, ...], ...
+    ] = ()  # the label words of each task, where each wants a prompt of its own
     load_trained: Callable[[str], dict[str, Any]] | None = None  # what a run has trained, nested
 
 

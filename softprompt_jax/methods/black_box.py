@@ -15,14 +15,14 @@ from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.methods.base import Context, MethodSettings
 from softprompt_jax.methods.p_tuning_v2 import DeepRows, PTuningV2
 from softprompt_jax.methods.prefix import states
-from softprompt_jax.methods.prompt import Placed, Prompt, PromptTable, Uniform
+from softprompt_jax.methods.prompt import Prompt, PromptMethod, PromptTable, Uniform
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models.t5 import T5
 from softprompt_jax.optim.gradient_free import CMAES, projection
 from softprompt_jax.optim.optimizers import Optimizer
 
 
-class BlackBox(Placed):
+class BlackBox(PromptMethod):
     """Black-box tuning: `length` rows that are words plus a fixed random projection of `dimensions` numbers.
 
     The numbers train, by CMA-ES unless the run says otherwise. `deep`: every encoder layer has rows and numbers of its
@@ -41,8 +41,8 @@ class BlackBox(Placed):
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Give the model a prompt in a subspace, and with `deep` every encoder layer."""
-        placed = self.placed(model, context)
-        if context.tasks:
+        placement = self.find_placement(model, context)
+        if context.words_by_task:
             raise UserError("methods: black_box has one prompt for all tasks; expected prompts: shared")
         if self.deep and self.place in ("decoder", "both"):
             raise UserError(f"methods: black_box deep with place {self.place}; expected a place in the encoder's text")
@@ -54,7 +54,7 @@ class BlackBox(Placed):
             later = states(model, start)["encoder"][1:].astype(jnp.float32)
             model.encoder.deep = DeepSubspace(Subspace(later, keys[2], self.dimensions, self.scale))
         subspace = Subspace(start, keys[1], self.dimensions, self.scale)
-        model.prompt = SubspacePrompt(subspace, self.place, placed)
+        model.prompt = SubspacePrompt(subspace, self.place, placement)
 
     def finished(self) -> MethodSettings:
         """Return the settings of the plain rows."""
@@ -79,9 +79,9 @@ class Subspace(nnx.Module):
 class SubspacePrompt(PromptTable):
     """The rows of a subspace as a model's prompt."""
 
-    def __init__(self, subspace: Subspace, place: str, placed: Placement):
+    def __init__(self, subspace: Subspace, place: str, placement: Placement):
         self.subspace: Subspace = subspace
-        self.place, self.placement = place, placed
+        self.place, self.placement = place, placement
 
     def table(self) -> Float[Array, "P D"]:
         return self.subspace()

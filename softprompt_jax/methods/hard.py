@@ -48,29 +48,29 @@ class Hard(MethodSettings):
         """Give the model a prompt of the template's pieces."""
         if model.prompt is not None:
             raise UserError("methods: two methods want the prompt; expected one; remove the other")
-        if context.tasks:
+        if context.words_by_task:
             raise UserError("methods: hard has one template for all tasks; expected prompts: shared")
         before, _, after = self.template.partition(TEXT)
         sides = [context.encode(side.strip()) if side.strip() else [] for side in (before, after)]
         ids = [*sides[0], *sides[1]]
         place = "{text}".join(f"{{prompt:{len(side)}}}" if side else "" for side in sides)
-        placed = prompt_layout.place(place, len(ids), model.settings.vocabulary_rows, context.encode)
+        placement = prompt_layout.place(place, len(ids), model.settings.vocabulary_rows, context.encode)
         rows = range(model.settings.vocabulary_rows)
         words = context.word_ids or [i for i in rows if i not in context.special_ids]
         rows = model.embedding[...][jnp.asarray(ids)].astype(jnp.float32)
         known = jnp.asarray(words[: self.most_common], jnp.int32)
-        model.prompt = HardPrompt(rows, known, embedding_scale(model), place, placed)
+        model.prompt = HardPrompt(rows, known, embedding_scale(model), place, placement)
 
 
 class HardPrompt(PromptTable):
     """P words as rows of the embedding, and the ids of the words that may take their places."""
 
     def __init__(
-        self, words: Float[Array, "P D"], known: Array, scale: float, place: str, placed: prompt_layout.Placement
+        self, words: Float[Array, "P D"], known: Array, scale: float, place: str, placement: prompt_layout.Placement
     ):
         self.words = Trainable(words, axes=("prompt", "embed"), learning_rate_scale=scale, word_ids="prompt.known")
         self.known = nnx.Param(known, axes=("prompt",))
-        self.place, self.placement = place, placed
+        self.place, self.placement = place, placement
 
     def table(self) -> Float[Array, "P D"]:
         return self.words[...]

@@ -108,7 +108,7 @@ Init = Annotated[
 ]
 
 
-class Placed(MethodSettings):
+class PromptMethod(MethodSettings):
     """What all methods with prompt rows share: how many, where they stand, what they start from.
 
     `place`: "before" the text, "after" it (before its EOS), on the "decoder" side (before its first input), "both"
@@ -121,23 +121,25 @@ class Placed(MethodSettings):
     init: Init | None = None  # None: labels where the task has label words, otherwise vocabulary
 
     @model_validator(mode="after")
-    def _place_fits(self) -> Placed:
+    def _place_fits(self) -> PromptMethod:
         prompt_layout.check(self.place, self.length)
         return self
 
-    def placed(self, model: T5, context: Context) -> Placement:
+    def find_placement(self, model: T5, context: Context) -> Placement:
         """Return where the rows stand; a second method that wants the prompt is a UserError."""
         if model.prompt is not None:
             raise UserError("methods: two methods want the prompt; expected one; remove the other")
         first = model.settings.vocabulary_rows
-        placed = prompt_layout.place(self.place, self.length, first, context.encode)
+        placement = prompt_layout.place(self.place, self.length, first, context.encode)
         rows = prompt_layout.rows(self.place, self.length)
-        return placed.for_tasks(len(context.tasks), first, rows) if context.tasks else placed
+        return placement.for_tasks(len(context.words_by_task), first, rows) if context.words_by_task else placement
 
     def first_rows(self, model: T5, key: jax.Array, context: Context) -> Float[Array, "*N P D"]:
         """Return the rows that training starts from, [N, P, D] where N tasks have each its own."""
-        if context.tasks:
-            alone = [dataclasses.replace(context, label_words=words, tasks=()) for words in context.tasks]
+        if context.words_by_task:
+            alone = [
+                dataclasses.replace(context, label_words=words, words_by_task=()) for words in context.words_by_task
+            ]
             return jnp.stack([self.first_rows(model, jax.random.fold_in(key, n), c) for n, c in enumerate(alone)])
         init = self.init or (Labels() if context.label_words else Vocabulary())
         return init.rows(prompt_layout.rows(self.place, self.length), model, key, context)
@@ -165,7 +167,7 @@ class Placed(MethodSettings):
         return config, {"prompt_embeddings": np.asarray(model.prompt.table())}
 
 
-class Prompt(Placed):
+class Prompt(PromptMethod):
     """Prompt tuning: `length` rows, by default before the encoder's input; nothing else trains."""
 
     paper: ClassVar[str] = "Lester et al., 2021"
@@ -174,9 +176,9 @@ class Prompt(Placed):
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Give the model a trainable prompt."""
-        placed = self.placed(model, context)
+        placement = self.find_placement(model, context)
         rows = self.first_rows(model, key, context)
-        model.prompt = SoftPrompt(rows, embedding_scale(model), self.place, placed)
+        model.prompt = SoftPrompt(rows, embedding_scale(model), self.place, placement)
 
     def finished(self) -> MethodSettings:
         """Return the settings of rows that start from nothing in particular."""
@@ -285,10 +287,10 @@ def attach_rows(
         )
     try:
         length = len(rows) // prompt_layout.rows(place, 1)
-        placed = prompt_layout.place(place, length, model.settings.vocabulary_rows, encode or _no_anchors)
+        placement = prompt_layout.place(place, length, model.settings.vocabulary_rows, encode or _no_anchors)
     except ValueError as error:
         raise UserError(f"prompt: {error}") from None
-    model.prompt = SoftPrompt(rows, 1.0, place, placed)
+    model.prompt = SoftPrompt(rows, 1.0, place, placement)
 
 
 def _no_anchors(text: str) -> list[int]:

@@ -49,7 +49,7 @@ class Search:
         return {"calls": steps * self.population} | ({} if words is None else {"template": words(model, decode)})
 
 
-class Scored(Settings):
+class GradientFree(Settings):
     """The settings of an optimizer that needs no gradients."""
 
     learning_rate: ClassVar[float] = 0.0  # there is none; the log has a number all the same
@@ -80,7 +80,7 @@ class Scored(Settings):
 # ---------------------------------------------------------------------------------------------- CMA-ES
 
 
-class CMAES(Scored):
+class CMAES(GradientFree):
     """CMA-ES (Hansen, 2016), as black-box tuning uses it (Sun et al., 2022): candidates drawn from a normal
     distribution whose mean and covariance follow the better half of them. The mean is what trains.
 
@@ -232,7 +232,7 @@ class Evolution(Search):
 # ---------------------------------------------------------------------------------------------- words
 
 
-class GreedyWords(Scored):
+class GreedyWords(GradientFree):
     """A greedy search over words: each step draws `candidates` for one place of the method `hard`, the places in
     turns, and keeps the word with which the batch is most likely, the present one included.
 
@@ -252,10 +252,10 @@ class GreedyWords(Scored):
                 f"optimizer: greedy_words searches words, and {', '.join(list(leaves)[:3])} train; expected the "
                 "method hard alone; set methods to [{kind: hard}], or use another optimizer"
             )
-        return Words(self.calls_per_step, next(iter(leaves)), ids)
+        return WordSearch(self.calls_per_step, next(iter(leaves)), ids)
 
 
-class Words(Search):
+class WordSearch(Search):
     """The embedded words [P, D] at `path` train; `ids` is the path of the ids of all words that a search may use."""
 
     def __init__(self, population: int, path: str, ids: str):
@@ -277,7 +277,7 @@ class Words(Search):
         return jax.tree.map(lambda x: x[best], drawn), {"steps": state["steps"] + 1}
 
 
-class Untrained(Scored):
+class NoTraining(GradientFree):
     """No training: what the methods start from, such as a template by hand, is evaluated as it is."""
 
     kind: Literal["none"] = "none"
@@ -287,10 +287,10 @@ class Untrained(Scored):
         return 1
 
     def search(self, leaves: Mapping[str, Leaf]) -> Search:
-        return Nothing()
+        return IdentitySearch()
 
 
-class Nothing(Search):
+class IdentitySearch(Search):
     """One candidate, which is chosen."""
 
     population = 1
@@ -327,7 +327,7 @@ def words_of(template: str) -> list[str]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class SearchResult:
     """What a search over somebody else's model has found."""
 
     best: Any  # rows float32 [P, D], or a text
@@ -343,7 +343,7 @@ def tune_rows(
     dimensions: int = 500,
     scale: float = 1.0,
     seed: int = 0,
-) -> Found:
+) -> SearchResult:
     """Tune a prompt for a model that takes embeddings, seen only through scores (Sun et al., 2022).
 
     `score(rows, batch)` gets all candidates, float32 [N, P, D], and returns N numbers, higher being better. One batch
@@ -380,7 +380,7 @@ def tune_rows(
             f"tune_rows: max_calls {settings.max_calls} and the batches allow no generation of {settings.population} "
             "calls; expected a batch and at least as many calls"
         )
-    return Found(start + np.einsum("d,dpw->pw", np.asarray(found), directions), last, calls)
+    return SearchResult(start + np.einsum("d,dpw->pw", np.asarray(found), directions), last, calls)
 
 
 def search_words(
@@ -391,7 +391,7 @@ def search_words(
     candidates: int = 31,
     max_calls: int = 1000,
     seed: int = 0,
-) -> Found:
+) -> SearchResult:
     """Search the words of a template for a model that takes text only, one word after another, keeping the best.
 
     `score(text, batch)` gets a template with its `{text}` left in, and returns a number, higher being better. Every
@@ -419,7 +419,7 @@ def search_words(
             f"search_words: max_calls {max_calls} and the batches allow no round of {candidates + 1} calls; expected "
             "a batch and at least as many calls"
         )
-    return Found(" ".join(parts), best, calls)
+    return SearchResult(" ".join(parts), best, calls)
 
 
 def _check_numbers(what: str, scores: Any) -> None:

@@ -15,7 +15,7 @@ import optax
 from pydantic import Field
 
 from softprompt_jax.config import Settings, UserError
-from softprompt_jax.optim.gradient_free import CMAES, GreedyWords, Scored, Search, Untrained
+from softprompt_jax.optim.gradient_free import CMAES, GradientFree, GreedyWords, NoTraining, Search
 from softprompt_jax.optim.leaf import Leaf
 
 
@@ -99,7 +99,7 @@ class AdamW(Settings):
         ]
 
 
-Optimizer = Annotated[Adafactor | AdamW | CMAES | GreedyWords | Untrained, Field(discriminator="kind")]
+Optimizer = Annotated[Adafactor | AdamW | CMAES | GreedyWords | NoTraining, Field(discriminator="kind")]
 OPTIMIZERS: dict[str, type[Settings]] = {
     cls.model_fields["kind"].default: cls for cls in get_args(get_args(Optimizer)[0])
 }
@@ -124,7 +124,7 @@ def build_for_methods(
     for index, settings in enumerate(optimizers):
         built = (
             None
-            if isinstance(settings, Untrained)
+            if isinstance(settings, NoTraining)
             else build(settings, schedule.build(settings.learning_rate, steps), leaves)
         )
         assert not isinstance(built, Search), "Run refuses a search beside an optimizer"
@@ -134,7 +134,7 @@ def build_for_methods(
         return jax.tree_util.tree_map_with_path(lambda keys, _: str(leaves[_path(keys)].method), params)
 
     def untrained(params: Any) -> Any:
-        return jax.tree.map(lambda owner: isinstance(optimizers[int(owner)], Untrained), owners(params))
+        return jax.tree.map(lambda owner: isinstance(optimizers[int(owner)], NoTraining), owners(params))
 
     clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
     return optax.chain(optax.masked(optax.set_to_zero(), untrained), *clip, optax.partition(parts, owners))
@@ -161,7 +161,7 @@ def build(
 
     Stacked leaves [L, ...] are updated per layer, since clipping, scaling and factoring are per matrix.
     """
-    if isinstance(settings, Scored):
+    if isinstance(settings, GradientFree):
         return settings.search(leaves)
     parts = [_per_layer(part, leaves) for part in settings.transform(schedule)]
     parts.append(_scaled(leaves))

@@ -22,7 +22,7 @@ from softprompt_jax.config import Diverged, UserError
 from softprompt_jax.distributed.cloud_files import is_remote
 from softprompt_jax.distributed.multihost import alone_in
 from softprompt_jax.inference.evaluate import headline, shown, unit
-from softprompt_jax.optim.gradient_free import Scored
+from softprompt_jax.optim.gradient_free import GradientFree
 from softprompt_jax.progress import Reporter
 from softprompt_jax.run import Run, Scratch
 from softprompt_jax.statistics import score_statistics
@@ -142,7 +142,7 @@ def _done(folder: Path) -> bool:
 def _alone(run: Run) -> bool:
     """Whether a run has frozen weights of its own, or no gradients to compute together."""
     own = isinstance(run.backbone, Scratch) or any(method.draws_frozen for method in run.methods)
-    return run.pretraining is not None or own or isinstance(run.optimizer, Scored)
+    return run.pretraining is not None or own or isinstance(run.optimizer, GradientFree)
 
 
 def _open_groups(found: Sequence[Member], folder: Path, together: int) -> Iterator[list[Member]]:
