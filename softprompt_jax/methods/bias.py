@@ -28,8 +28,9 @@ class Bias(WeightMethod):
     identity_at_start: ClassVar[bool] = True
     default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=5e-3)
     kind: Literal["bias"] = "bias"
-    targets: list[str] = Field(default=["query", "value", "output", "feed_forward.*"])  # patterns over paths
-    positions: bool = True
+    # patterns over the paths of the products that get a vector
+    targets: list[str] = Field(default=["query", "value", "output", "feed_forward.*"])
+    positions: bool = True  # training of the relative position biases
 
     @model_validator(mode="after")
     def _something(self) -> Bias:

@@ -34,10 +34,10 @@ class BlackBox(PromptMethod):
     draws_frozen: ClassVar[bool] = True
     default_optimizer: ClassVar[Optimizer] = CMAES()
     kind: Literal["black_box"] = "black_box"
-    length: int = Field(default=20, ge=1)
-    dimensions: int = Field(default=500, ge=1)
-    scale: float = Field(default=1.0, gt=0)
-    deep: bool = False
+    length: int = Field(default=20, ge=1)  # rows of the prompt
+    dimensions: int = Field(default=500, ge=1)  # trained numbers, of each layer with `deep`
+    scale: float = Field(default=1.0, gt=0)  # rows' movement for numbers of size 1, over the rows' own size
+    deep: bool = False  # rows and numbers for every encoder layer
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Give the model a prompt in a subspace, and with `deep` every encoder layer."""

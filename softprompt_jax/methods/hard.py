@@ -32,8 +32,8 @@ class Hard(MethodSettings):
     paper: ClassVar[str] = "Schick and Schütze, 2021"
     default_optimizer: ClassVar[Optimizer] = GreedyWords()
     kind: Literal["hard"] = "hard"
-    template: str = "{text} it was"
-    most_common: int = Field(default=5000, ge=1)  # words of the vocabulary that a search may use
+    template: str = "{text} it was"  # words around `{text}`, the place of the text
+    most_common: int = Field(default=5000, ge=1)  # words of the vocabulary that a search may use, the most common first
 
     @field_validator("template")
     @classmethod

@@ -26,8 +26,8 @@ class IA3(WeightMethod):
     peft_type: ClassVar[str | None] = "IA3"
     default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=1e-2)
     kind: Literal["ia3"] = "ia3"
-    outputs: list[str] = Field(default=["key", "value"])  # patterns over paths of the backbone
-    inputs: list[str] = Field(default=["down"])
+    outputs: list[str] = Field(default=["key", "value"])  # patterns over the paths of products whose outputs are scaled
+    inputs: list[str] = Field(default=["down"])  # patterns over the paths of products whose inputs are scaled
 
     @model_validator(mode="after")
     def _something(self) -> IA3:

@@ -29,12 +29,14 @@ class LoRA(WeightMethod):
     peft_type: ClassVar[str | None] = "LORA"
     default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=2e-3)
     kind: Literal["lora"] = "lora"
-    rank: int = Field(default=8, ge=1)
-    alpha: float = Field(default=16.0, gt=0)
-    targets: list[str] = Field(default=["query", "value"], min_length=1)  # patterns over paths of the backbone
-    dropout: float = Field(default=0.0, ge=0, lt=1)  # of the input of A, T5's way: whole features of an example
-    rslora: bool = False  # alpha / sqrt(rank) (Kalajdzievski, 2023)
-    dora: bool = False  # the length of each column trains by itself (Liu et al., 2024)
+    rank: int = Field(default=8, ge=1)  # inner width of the two matrices
+    alpha: float = Field(default=16.0, gt=0)  # factor of their product, divided by the rank
+    # patterns over the paths of the adapted products
+    targets: list[str] = Field(default=["query", "value"], min_length=1)
+    # share of the features that A does not see in training, the same at every position
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    rslora: bool = False  # division of alpha by sqrt(rank) instead of rank (Kalajdzievski, 2023)
+    dora: bool = False  # trained length for each column of the sum (Liu et al., 2024)
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Put the two matrices beside every target."""

@@ -46,12 +46,15 @@ class Multitask(PromptMethod):
     paper: ClassVar[str] = "Wang et al., 2023"
     peft_type: ClassVar[str | None] = "MULTITASK_PROMPT_TUNING"
     kind: Literal["multitask"] = "multitask"
+    # way in which shared and own parts make a prompt
     combine: Literal["product", "add", "concatenate", "project"] = "product"
-    rank: int = Field(default=1, ge=1)
-    tasks: int | None = Field(default=None, ge=1)  # None: as many as the mixture has, or one
-    teachers: list[str] | None = None  # runs or prompt files, in the order of the mixture's tasks
+    rank: int = Field(default=1, ge=1)  # rank of a task's matrix, for combine: product
+    tasks: int | None = Field(default=None, ge=1)  # number of tasks; null: as many as the mixture has, or one
+    teachers: list[str] | None = None  # runs or prompt files, one a task, in the order of the mixture's tasks
+    # weight of the teachers' answers and hidden states beside the targets
     distillation: float = Field(default=0.9, ge=0)
-    source: str | None = None
+    source: str | None = None  # run of a first stage to start from
+    # task of the first stage to start from: the tasks' mean, a number, or only the shared part
     source_task: int | Literal["mean", "shared"] = "mean"
 
     @model_validator(mode="after")
@@ -96,7 +99,8 @@ class Multitask(PromptMethod):
         count = len(context.words_by_task) or self.tasks or 1
         if self.teachers is not None and len(self.teachers) != count:
             raise UserError(
-                f"methods: found {len(self.teachers)} teachers for {count} task(s); expected one for each, in their order"
+                f"methods: found {len(self.teachers)} teachers for {count} task(s); "
+                "expected one for each, in their order"
             )
         return count
 

@@ -37,10 +37,10 @@ class PTuning(PromptMethod):
     peft_type: ClassVar[str | None] = "P_TUNING"
     default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=1e-3)
     kind: Literal["p_tuning"] = "p_tuning"
-    length: int = Field(default=20, ge=1)
-    network: Literal["lstm", "mlp"] = "lstm"
-    hidden: int = Field(default=256, ge=1)  # width of the network
-    layers: int = Field(default=2, ge=1)  # of the LSTM
+    length: int = Field(default=20, ge=1)  # rows of the prompt
+    network: Literal["lstm", "mlp"] = "lstm"  # network that makes the rows: lstm mixes them, mlp maps each by itself
+    hidden: int = Field(default=256, ge=1)  # network's width
+    layers: int = Field(default=2, ge=1)  # number of LSTM layers
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Give the model a prompt that a network makes."""

@@ -35,11 +35,15 @@ class Prefix(MethodSettings):
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
     default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=1e-3)
     kind: Literal["prefix"] = "prefix"
-    length: int = Field(default=20, ge=1)
+    length: int = Field(default=20, ge=1)  # keys and values at every layer
+    # kinds of attention that get a prefix
     attentions: list[Attended] = Field(["encoder", "decoder", "cross"], min_length=1)
+    # width of the network that makes the prefix in training; null: no network
     network: int | None = Field(default=512, ge=1)
+    # position bias of the prefix: none, or that of tokens before the text
     positions: Literal["none", "before"] = "none"
-    init: Init | Literal["zero"] | None = None  # without a network; None: label words where there are, or vocabulary
+    # start without a network; null: label words where the task has some, else vocabulary
+    init: Init | Literal["zero"] | None = None
 
     @field_validator("attentions")
     @classmethod

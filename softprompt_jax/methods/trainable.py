@@ -1,4 +1,9 @@
-"""What trains is a type: `Trainable` parameters are split from the frozen rest here and nowhere else."""
+"""What trains is a type: `Trainable`. This file splits a model into trainable and frozen parameters, and merges them.
+
+model = T5 with frozen `nnx.Param`s, in which methods have put `Trainable`s
+parts = split(model)                                the structure, a dictionary of each kind
+model = parts.merge(parts.trainable, parts.frozen)  the same model, also inside `jax.jit`
+"""
 
 from __future__ import annotations
 
@@ -19,22 +24,22 @@ from softprompt_jax.trees import flatten
 class Trainable(nnx.Param):
     """A parameter that training changes.
 
-    Metadata: `axes`; `learning_rate_scale` (default 1); `method`, the number of the method that has attached it
-    (default 0); `word_ids` of rows that may only be words (default None), see `Leaf`.
+    Metadata: the names of its `axes`, and where they differ from their defaults the fields of `Leaf`:
+    `learning_rate_scale`, `method` and `word_ids`.
     """
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A model taken apart: `merge(trainable, frozen)` puts it together again, also inside `jax.jit`."""
+    """A model as its structure and two nested dictionaries of arrays."""
 
     graphdef: Any
-    trainable: dict[str, Any]  # nested dictionary of float32 arrays
+    trainable: dict[str, Any]  # float32
     frozen: dict[str, Any]
 
     @property
     def trains_prompt_only(self) -> bool:
-        """Whether the rows of the prompt are all that training changes."""
+        """Whether only the prompt trains, so that its rows hold all that a run has trained."""
         return set(self.trainable) == {"prompt"}
 
     def merge(self, trainable: dict[str, Any], frozen: dict[str, Any]) -> T5:
@@ -43,7 +48,7 @@ class Split:
 
 
 def split(model: T5) -> Split:
-    """Split a model into what trains and what is frozen."""
+    """Split a model into trainable and frozen arrays."""
     graphdef, trainable, frozen = nnx.split(model, Trainable, ...)
     return Split(graphdef, nnx.to_pure_dict(trainable), nnx.to_pure_dict(frozen))
 
@@ -55,7 +60,10 @@ def leaves(model: T5) -> dict[str, Leaf]:
 
 
 def mark_owner(model: T5, method: int, learning_rate_scale: float = 1.0) -> None:
-    """Write the number of a method on what it has attached, which is what no other method is written on."""
+    """Mark what a method has just attached, every trainable parameter without an owner, with the method's number.
+
+    `learning_rate_scale` is a factor of the scales that they have.
+    """
     for _, node in nnx.iter_graph(model):
         if isinstance(node, Trainable) and "method" not in (metadata := node.get_metadata()):
             scale = learning_rate_scale * metadata.get("learning_rate_scale", 1.0)
@@ -63,7 +71,10 @@ def mark_owner(model: T5, method: int, learning_rate_scale: float = 1.0) -> None
 
 
 def put_trained(model: T5, trained: dict[str, Any], where: str) -> None:
-    """Give the model's trainable arrays their trained values."""
+    """Give the model's trainable arrays their trained values.
+
+    Errors: UserError, which names `where`, for arrays of other paths or shapes.
+    """
     parts = split(model)
     expected = {path: leaf.shape for path, leaf in flatten(parts.trainable).items()}
     found = {path: leaf.shape for path, leaf in flatten(trained).items()}
@@ -76,7 +87,10 @@ def put_trained(model: T5, trained: dict[str, Any], where: str) -> None:
 
 
 def thaw(model: T5, wanted: Callable[[str], bool] = lambda path: True) -> list[str]:
-    """Make every parameter whose path is wanted trainable, in float32, and return the paths."""
+    """Make the parameters whose paths are wanted trainable, in float32, and return these paths.
+
+    Errors: UserError for a quantised weight.
+    """
     changed = []
     for place, node in nnx.iter_graph(model):
         if not isinstance(node, nnx.Module):

@@ -1,8 +1,8 @@
-"""Optimizers that need scores instead of gradients: CMA-ES, a greedy search over words, and none at all.
+"""Training from scores, without gradients: CMA-ES, a greedy search over words, and no training at all.
 
-In a run they are optimizers like any other: `propose` makes a population, the step scores it in one batch, `choose`
-moves what trains. In Python they serve models of which one sees no weights: `tune_rows` where the model takes
-embeddings, `search_words` where it takes text only.
+In a run each is an optimizer: `propose` makes candidates, the step scores them all in one batch, `choose` changes the
+trainable parameters. Two functions tune prompts for a model whose weights nobody sees: `tune_rows` if it takes
+embeddings, `search_words` if it takes text only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TEXT = "{text}"  # where the text stands in a template
 
 
 class Search:
-    """What a step does with scores; the state is a nested dictionary of arrays, as an optimizer's."""
+    """Proposes candidates and chooses by their losses. Its state is a nested dictionary of arrays."""
 
     population: int  # candidates that a step scores
 
@@ -36,24 +36,24 @@ class Search:
         raise NotImplementedError
 
     def propose(self, state: Any, trainable: Any, frozen: Any, key: jax.Array) -> tuple[Any, Any]:
-        """Return candidates, shaped as `trainable` with a leading axis N, and what `choose` must know of them."""
+        """Return candidates, shaped as `trainable` with a leading axis N, and what `choose` needs to know of them."""
         raise NotImplementedError
 
     def choose(self, state: Any, trainable: Any, drawn: Any, losses: Float[Array, "N"]) -> tuple[Any, Any]:
-        """Return what trains after the step, and the state."""
+        """Return the trainable parameters after the step, and the state."""
         raise NotImplementedError
 
     def report(self, model: Any, steps: int, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-        """Return what the result of a run of so many steps says of the search, given the model that it found."""
+        """Return the search's part of the result of a run: the number of calls, and the words that it has found."""
         words = getattr(model.prompt, "template", None)
         return {"calls": steps * self.population} | ({} if words is None else {"template": words(model, decode)})
 
 
 class GradientFree(Settings):
-    """The settings of an optimizer that needs no gradients."""
+    """Settings of an optimizer that needs no gradients."""
 
-    learning_rate: ClassVar[float] = 0.0  # there is none; the log has a number all the same
-    max_calls: int | None = Field(default=None, ge=1)  # candidates scored on a batch, in the whole run
+    learning_rate: ClassVar[float] = 0.0  # for the log, in which every step has a rate
+    max_calls: int | None = Field(default=None, ge=1)  # limit of candidates scored in the whole run; null: none
 
     @property
     def calls_per_step(self) -> int:
@@ -61,7 +61,7 @@ class GradientFree(Settings):
         raise NotImplementedError
 
     def check(self, steps: int) -> None:
-        """Raise a ValueError where so many steps need more calls than there may be."""
+        """Raise a ValueError if `steps` steps need more calls than `max_calls`."""
         calls, most = steps * self.calls_per_step, self.max_calls
         if most is not None and calls > most:
             raise ValueError(
@@ -70,9 +70,9 @@ class GradientFree(Settings):
             )
 
     def search(self, leaves: Mapping[str, Leaf]) -> Search:
-        """Return the search over what trains.
+        """Return the search over these arrays.
 
-        Errors: UserError where it cannot search that.
+        Errors: UserError for arrays that it cannot search.
         """
         raise NotImplementedError
 
@@ -81,16 +81,18 @@ class GradientFree(Settings):
 
 
 class CMAES(GradientFree):
-    """CMA-ES (Hansen, 2016), as black-box tuning uses it (Sun et al., 2022): candidates drawn from a normal
-    distribution whose mean and covariance follow the better half of them. The mean is what trains.
+    """CMA-ES (Hansen, 2016), as black-box tuning uses it (Sun et al., 2022).
+
+    Candidates are drawn from a normal distribution. Its mean, which is the trained prompt, and its covariance follow
+    the better half of the candidates.
 
     `alternate`: each layer's weights have a distribution of their own and move in turns (BBTv2, Sun et al., 2022).
     """
 
     kind: Literal["cma_es"] = "cma_es"
-    population: int = Field(default=20, ge=4)  # all of them scored in one batch: N times the rows
-    deviation: float = Field(default=1.0, gt=0)  # of the first candidates
-    alternate: bool = False
+    population: int = Field(default=20, ge=4)  # candidates a step, scored in one batch of N times the rows
+    deviation: float = Field(default=1.0, gt=0)  # standard deviation of the first candidates
+    alternate: bool = False  # turns: each step moves one layer
 
     @property
     def calls_per_step(self) -> int:
@@ -148,7 +150,11 @@ class Constants:
 
 
 class Evolution(Search):
-    """CMA-ES over K blocks of n numbers each, of which a step moves one."""
+    """CMA-ES over K blocks of n numbers each; a step moves one block.
+
+    It is not taken from the package `cma`, which draws and updates in NumPy on one host: here everything is arrays in
+    the compiled step, which checkpoints hold and a mesh shares. A test follows `cma` generation by generation.
+    """
 
     def __init__(
         self, population: int, deviation: float, blocks: int, dimensions: int, constants: Constants | None = None
@@ -169,7 +175,7 @@ class Evolution(Search):
         }
 
     def _blocks(self, trainable: Any) -> Float[Array, "K n"]:
-        """Return what trains, its leaves one behind the other; a layer of a stacked leaf is a block."""
+        """Return all trainable numbers, leaf after leaf, in K blocks; with several, a block is a layer of a leaf."""
         return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(trainable)]).reshape(self.blocks, -1)
 
     def _trainable(self, blocks: Float[Array, "K n"], like: Any) -> Any:
@@ -196,7 +202,7 @@ class Evolution(Search):
         return self._trainable(mean, trainable), new | {"steps": state["steps"] + 1}
 
     def _updated(self, state: Any, best: Float[Array, "M n"], age: Int[Array, ""]) -> tuple[Array, Any]:
-        """Return how the mean moves, in deviations, and the distribution after a step, given its better half."""
+        """Return the move of the mean, in deviations, and the distribution after a step with these better moves."""
         fixed, n = self.constants, self.dimensions
         usual = math.sqrt(2) * math.exp(math.lgamma((n + 1) / 2) - math.lgamma(n / 2))  # length of a normal vector
         weights = jnp.asarray(fixed.weights)
@@ -233,14 +239,14 @@ class Evolution(Search):
 
 
 class GreedyWords(GradientFree):
-    """A greedy search over words: each step draws `candidates` for one place of the method `hard`, the places in
-    turns, and keeps the word with which the batch is most likely, the present one included.
+    """A greedy search over the words of the method `hard`.
 
-    A call is a candidate scored on a batch; a run whose steps need more than `max_calls` is refused.
+    Each step takes the next place, draws `candidates` words for it, and keeps the one with which the batch is most
+    likely; the present word is among them. A call is a candidate scored on a batch.
     """
 
     kind: Literal["greedy_words"] = "greedy_words"
-    candidates: int = Field(default=31, ge=1)
+    candidates: int = Field(default=31, ge=1)  # words tried for one place in a step, beside the present one
 
     @property
     def calls_per_step(self) -> int:
@@ -278,7 +284,10 @@ class WordSearch(Search):
 
 
 class NoTraining(GradientFree):
-    """No training: what the methods start from, such as a template by hand, is evaluated as it is."""
+    """No training: a method stays where it starts, such as a template written by hand.
+
+    Beside other optimizers it holds one method of a list.
+    """
 
     kind: Literal["none"] = "none"
 
@@ -291,7 +300,7 @@ class NoTraining(GradientFree):
 
 
 class IdentitySearch(Search):
-    """One candidate, which is chosen."""
+    """Proposes the parameters as they are and keeps them."""
 
     population = 1
 
@@ -328,10 +337,10 @@ def words_of(template: str) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult:
-    """What a search over somebody else's model has found."""
+    """The result of a search over a model whose weights nobody sees."""
 
     best: Any  # rows float32 [P, D], or a text
-    score: float  # of the last batch that it was scored on
+    score: float  # of the best candidate on the last batch
     calls: int
 
 

@@ -9,8 +9,8 @@ import dataclasses
 class Leaf:
     """One trainable array."""
 
-    stacked: bool  # has a leading axis of layers, each of which is a weight of its own
+    stacked: bool  # whether it has a leading axis of layers, each of which is updated as a weight of its own
     learning_rate_scale: float  # factor of the learning rate
     shape: tuple[int, ...] = ()
-    method: int = 0  # which method of the run's list has attached it
-    word_ids: str | None = None  # path of the frozen ids [N] whose embeddings may be its rows; None: any numbers may
+    method: int = 0  # number of the method that has attached it, in the run's list
+    word_ids: str | None = None  # path of frozen ids [N], if its rows must be embeddings of these words

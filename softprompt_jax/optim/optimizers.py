@@ -22,7 +22,8 @@ from softprompt_jax.optim.leaf import Leaf
 class Schedule(Settings):
     """The learning rate's factor over the run: linear warm-up, then constant or decaying to `final`."""
 
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: int = Field(default=0, ge=0)  # steps in which the factor rises to 1
+    # course of the factor after the warm-up
     decay: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"
     final: float = Field(default=0.0, ge=0, le=1)  # share of the learning rate that is left at the last step
 
@@ -51,13 +52,15 @@ class Adafactor(Settings):
     """
 
     kind: Literal["adafactor"] = "adafactor"
-    learning_rate: float = Field(default=0.3, gt=0)
-    decay: float = Field(default=0.8, gt=0, lt=1)
-    clipping: float | None = Field(default=1.0, gt=0)  # of each update's RMS
-    weight_decay: float = Field(default=1e-5, ge=0)  # per step, not times the learning rate
-    parameter_scaling: bool = False
-    step_origin: int = Field(default=1_100_000, ge=0)
-    restore: bool = False
+    learning_rate: float = Field(default=0.3, gt=0)  # step's size (root mean square of an update that is clipped to 1)
+    decay: float = Field(default=0.8, gt=0, lt=1)  # exponent of the second moments' decay
+    # largest root mean square of an update, before the learning rate; null: no limit
+    clipping: float | None = Field(default=1.0, gt=0)
+    # share of each weight that is lost in a step, whatever the learning rate
+    weight_decay: float = Field(default=1e-5, ge=0)
+    parameter_scaling: bool = False  # factor of each update: the weight's root mean square
+    step_origin: int = Field(default=1_100_000, ge=0)  # first value of the step counter (see above)
+    restore: bool = False  # start from the step and the second moments of the backbone's T5X checkpoint
 
     def transform(self, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
         parts = [
@@ -83,12 +86,13 @@ class AdamW(Settings):
     """
 
     kind: Literal["adamw"] = "adamw"
-    learning_rate: float = Field(default=0.3, gt=0)
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.999, ge=0, lt=1)
-    epsilon: float = Field(default=1e-8, gt=0)
+    learning_rate: float = Field(default=0.3, gt=0)  # step's size; the default is for prompts
+    beta1: float = Field(default=0.9, ge=0, lt=1)  # decay of the first moments
+    beta2: float = Field(default=0.999, ge=0, lt=1)  # decay of the second moments
+    epsilon: float = Field(default=1e-8, gt=0)  # addition to the second moment's root
+    # share of each weight that is lost in a step, times the learning rate
     weight_decay: float = Field(default=0.0, ge=0)
-    parameter_scaling: bool = False
+    parameter_scaling: bool = False  # factor of each update: the weight's root mean square
 
     def transform(self, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
         return [
