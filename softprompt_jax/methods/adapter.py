@@ -28,8 +28,8 @@ class Adapter(WeightMethod):
     identity_at_start: ClassVar[bool] = True
     default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=1e-3)
     kind: Literal["adapter"] = "adapter"
-    # place of the networks: behind attention and feed-forward (houlsby), or feed-forward only (pfeiffer)
-    style: Literal["houlsby", "pfeiffer"] = "houlsby"
+    style: Literal["houlsby", "pfeiffer"] = "houlsby"  # place of the networks: behind attention and feed-forward
+    # (houlsby), or feed-forward only (pfeiffer)
     width: int = Field(default=64, ge=1)  # inner width of each network
     activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "relu"  # function between its two layers
 

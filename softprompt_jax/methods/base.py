@@ -42,8 +42,8 @@ class MethodSettings(Settings):
     draws_frozen: ClassVar[bool] = False  # what it freezes differs from seed to seed
     default_optimizer: ClassVar[Optimizer] = Adafactor()  # where neither the method nor the run states one
     peft_type: ClassVar[str | None] = None  # what PEFT calls it, if it has it
-    # optimizer of this method alone; null: the one that the run's `optimizer` says
-    optimizer: Optimizer | None = Field(default=None, exclude_if=lambda value: value is None)
+    optimizer: Optimizer | None = Field(default=None, exclude_if=lambda value: value is None)  # optimizer of this
+    # method alone; null: the one that the run's `optimizer` says
 
     @field_validator("optimizer", mode="before")
     @classmethod
@@ -109,5 +109,5 @@ class MethodSettings(Settings):
 class WeightMethod(MethodSettings):
     """What methods on the backbone's weights share."""
 
-    # factor of the learning rate; with another than 1 the method shares the run's optimizer. `optimizer` says it better
-    learning_rate_scale: float = Field(default=1.0, gt=0)
+    learning_rate_scale: float = Field(default=1.0, gt=0)  # factor of the learning rate; with another than 1 the method
+    # shares the run's optimizer. `optimizer` says it better

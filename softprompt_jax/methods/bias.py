@@ -28,8 +28,8 @@ class Bias(WeightMethod):
     identity_at_start: ClassVar[bool] = True
     default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=5e-3)
     kind: Literal["bias"] = "bias"
-    # patterns over the paths of the products that get a vector
-    targets: list[str] = Field(default=["query", "value", "output", "feed_forward.*"])
+    targets: list[str] = Field(default=["query", "value", "output", "feed_forward.*"])  # patterns over the paths of the
+    # products that get a vector
     positions: bool = True  # training of the relative position biases
 
     @model_validator(mode="after")

@@ -31,10 +31,10 @@ class LoRA(WeightMethod):
     kind: Literal["lora"] = "lora"
     rank: int = Field(default=8, ge=1)  # inner width of the two matrices
     alpha: float = Field(default=16.0, gt=0)  # factor of their product, divided by the rank
-    # patterns over the paths of the adapted products
-    targets: list[str] = Field(default=["query", "value"], min_length=1)
-    # share of the features that A does not see in training, the same at every position
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    targets: list[str] = Field(default=["query", "value"], min_length=1)  # patterns over the paths of the adapted
+    # products
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # share of the features that A does not see in training, the same
+    # at every position
     rslora: bool = False  # division of alpha by sqrt(rank) instead of rank (Kalajdzievski, 2023)
     dora: bool = False  # trained length for each column of the sum (Liu et al., 2024)
 

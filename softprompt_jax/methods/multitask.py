@@ -46,16 +46,16 @@ class Multitask(PromptMethod):
     paper: ClassVar[str] = "Wang et al., 2023"
     peft_type: ClassVar[str | None] = "MULTITASK_PROMPT_TUNING"
     kind: Literal["multitask"] = "multitask"
-    # way in which shared and own parts make a prompt
-    combine: Literal["product", "add", "concatenate", "project"] = "product"
+    combine: Literal["product", "add", "concatenate", "project"] = "product"  # way in which shared and own parts make a
+    # prompt
     rank: int = Field(default=1, ge=1)  # rank of a task's matrix, for combine: product
     tasks: int | None = Field(default=None, ge=1)  # number of tasks; null: as many as the mixture has, or one
     teachers: list[str] | None = None  # runs or prompt files, one a task, in the order of the mixture's tasks
-    # weight of the teachers' answers and hidden states beside the targets
-    distillation: float = Field(default=0.9, ge=0)
+    distillation: float = Field(default=0.9, ge=0)  # weight of the teachers' answers and hidden states beside the
+    # targets
     source: str | None = None  # run of a first stage to start from
-    # task of the first stage to start from: the tasks' mean, a number, or only the shared part
-    source_task: int | Literal["mean", "shared"] = "mean"
+    source_task: int | Literal["mean", "shared"] = "mean"  # task of the first stage to start from: the tasks' mean, a
+    # number, or only the shared part
 
     @model_validator(mode="after")
     def _stages(self) -> Multitask:

@@ -28,8 +28,8 @@ class Norms(WeightMethod):
     peft_type: ClassVar[str | None] = "LN_TUNING"
     default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=5e-3)
     kind: Literal["norms"] = "norms"
-    # patterns over the paths of the norms, such as decoder.layers.cross_norm
-    targets: list[str] = Field(default=["*"], min_length=1)
+    targets: list[str] = Field(default=["*"], min_length=1)  # patterns over the paths of the norms, such as
+    # decoder.layers.cross_norm
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Make the scales trainable."""

@@ -31,8 +31,8 @@ class PTuningV2(PromptMethod):
     paper: ClassVar[str] = "Liu et al., 2022"
     kind: Literal["p_tuning_v2"] = "p_tuning_v2"
     length: int = Field(default=20, ge=1)  # rows at every layer
-    # replacement of what the layer before has left there, or addition to it
-    mode: Literal["replace", "add"] = "replace"
+    mode: Literal["replace", "add"] = "replace"  # replacement of what the layer before has left there, or addition to
+    # it
 
     def finished(self) -> MethodSettings:
         """Return the settings of rows that start from nothing in particular."""

@@ -36,14 +36,14 @@ class Prefix(MethodSettings):
     default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=1e-3)
     kind: Literal["prefix"] = "prefix"
     length: int = Field(default=20, ge=1)  # keys and values at every layer
-    # kinds of attention that get a prefix
-    attentions: list[Attended] = Field(["encoder", "decoder", "cross"], min_length=1)
-    # width of the network that makes the prefix in training; null: no network
-    network: int | None = Field(default=512, ge=1)
-    # position bias of the prefix: none, or that of tokens before the text
-    positions: Literal["none", "before"] = "none"
-    # start without a network; null: label words where the task has some, else vocabulary
-    init: Init | Literal["zero"] | None = None
+    attentions: list[Attended] = Field(["encoder", "decoder", "cross"], min_length=1)  # kinds of attention that get a
+    # prefix
+    network: int | None = Field(default=512, ge=1)  # width of the network that makes the prefix in training; null: no
+    # network
+    positions: Literal["none", "before"] = "none"  # position bias of the prefix: none, or that of tokens before the
+    # text
+    init: Init | Literal["zero"] | None = None  # start without a network; null: label words where the task has some,
+    # else vocabulary
 
     @field_validator("attentions")
     @classmethod

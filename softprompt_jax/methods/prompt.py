@@ -121,8 +121,8 @@ class PromptMethod(MethodSettings):
     """
 
     length: int = Field(default=100, ge=1)  # rows of the prompt
-    # place of the rows: before, after, decoder, both, or a template with `{text}` and `{prompt:N}`
-    place: str = "before"
+    place: str = "before"  # place of the rows: before, after, decoder, both, or a template with `{text}` and
+    # `{prompt:N}`
     init: Init | None = None  # rows to start from; null: label words where the task has some, else vocabulary
 
     @model_validator(mode="after")

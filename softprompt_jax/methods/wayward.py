@@ -28,8 +28,8 @@ class Wayward(PromptMethod):
     paper: ClassVar[str] = "Khashabi et al., 2022"
     kind: Literal["wayward"] = "wayward"
     length: int = Field(default=20, ge=1)  # rows of the prompt
-    # text whose words the rows are held near
-    text: str = Field(default="Answer the question about this text.", min_length=1)
+    text: str = Field(default="Answer the question about this text.", min_length=1)  # text whose words the rows are
+    # held near
     weight: float = Field(default=0.01, ge=0)  # weight of the distance in the loss of each target token
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:

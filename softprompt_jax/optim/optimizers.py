@@ -23,8 +23,8 @@ class Schedule(Settings):
     """The learning rate's factor over the run: linear warm-up, then constant or decaying to `final`."""
 
     warmup_steps: int = Field(default=0, ge=0)  # steps in which the factor rises to 1
-    # course of the factor after the warm-up
-    decay: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"
+    decay: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"  # course of the factor after the
+    # warm-up
     final: float = Field(default=0.0, ge=0, le=1)  # share of the learning rate that is left at the last step
 
     def build(self, learning_rate: float | jax.Array, steps: int) -> optax.Schedule:
@@ -54,10 +54,10 @@ class Adafactor(Settings):
     kind: Literal["adafactor"] = "adafactor"
     learning_rate: float = Field(default=0.3, gt=0)  # step's size (root mean square of an update that is clipped to 1)
     decay: float = Field(default=0.8, gt=0, lt=1)  # exponent of the second moments' decay
-    # largest root mean square of an update, before the learning rate; null: no limit
-    clipping: float | None = Field(default=1.0, gt=0)
-    # share of each weight that is lost in a step, whatever the learning rate
-    weight_decay: float = Field(default=1e-5, ge=0)
+    clipping: float | None = Field(default=1.0, gt=0)  # largest root mean square of an update, before the learning
+    # rate; null: no limit
+    weight_decay: float = Field(default=1e-5, ge=0)  # share of each weight that is lost in a step, whatever the
+    # learning rate
     parameter_scaling: bool = False  # factor of each update: the weight's root mean square
     step_origin: int = Field(default=1_100_000, ge=0)  # first value of the step counter (see above)
     restore: bool = False  # start from the step and the second moments of the backbone's T5X checkpoint
@@ -90,8 +90,8 @@ class AdamW(Settings):
     beta1: float = Field(default=0.9, ge=0, lt=1)  # decay of the first moments
     beta2: float = Field(default=0.999, ge=0, lt=1)  # decay of the second moments
     epsilon: float = Field(default=1e-8, gt=0)  # addition to the second moment's root
-    # share of each weight that is lost in a step, times the learning rate
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)  # share of each weight that is lost in a step, times the learning
+    # rate
     parameter_scaling: bool = False  # factor of each update: the weight's root mean square
 
     def transform(self, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
