@@ -38,6 +38,9 @@ import small_runs  # noqa: E402
 import yaml  # noqa: E402
 from legacy.measure import asked, logits_of_backbone, measured, prompts_of, without_plane  # noqa: E402
 from safetensors.numpy import load_file  # noqa: E402
+from softprompt_jax.backbone.pretrained import save_backbone  # noqa: E402
+from softprompt_jax.backbone.t5 import T5, T5Settings  # noqa: E402
+from softprompt_jax.interop import save_prompt  # noqa: E402
 
 from softprompt_jax import (  # noqa: E402
     ensemble,
@@ -49,10 +52,7 @@ from softprompt_jax import (  # noqa: E402
     sweep,
     train,
 )
-from softprompt_jax.backbone.pretrained import save_backbone  # noqa: E402
-from softprompt_jax.backbone.t5 import T5, T5Settings  # noqa: E402
 from softprompt_jax.config import Preempted  # noqa: E402
-from softprompt_jax.interop import save_prompt  # noqa: E402
 from softprompt_jax.progress import Reporter  # noqa: E402
 
 PREFIX = {"kind": "prefix", "length": 3, "network": 6}
