@@ -29,6 +29,7 @@ import speed  # noqa: E402
 from plot import curves, plot  # noqa: E402
 
 from softprompt_jax.paper import experiments as paper  # noqa: E402
+from softprompt_jax.paper import results  # noqa: E402
 from softprompt_jax.run import Run  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -159,7 +160,7 @@ def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, A
     if result is None:
         parts.append("Not run yet: there is no result to show.")
     else:
-        parts += [paper.table(result), f"{metric_of(experiment, result)} ({finished(result, miniature.seeds)})."]
+        parts += [results.table(result), f"{metric_of(experiment, result)} ({finished(result, miniature.seeds)})."]
         if miniature.measure != "neighbours":
             levels = {column.rpartition(" to ")[2]: value for column, value in result["majority"].items()}
             level = ", ".join(f"{task} {value:.1f}" for task, value in levels.items())
@@ -220,7 +221,8 @@ def trained(name: str, form: paper.Grid) -> str:
     """Say what each line of an experiment trains, without what differs among its points."""
     runs = collections.defaultdict(list)
     for member in paper.members(form, paper.load(name)[1], seeds=1):
-        runs[member.line].append((member.read, member.run))
+        line = member.varied["line"]
+        runs[line].append((form.lines[line].read, member.run))
     lines = collections.defaultdict(list)
     for line, found in runs.items():
         facts = zip(*(_facts(*each) for each in found), strict=True)

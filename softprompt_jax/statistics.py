@@ -1,9 +1,9 @@
-"""Mean, spread and confidence of the scores of several runs: one definition for every table and page."""
+"""Mean, standard deviation and confidence of the scores of several runs: one definition for every table and page."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 
@@ -18,3 +18,8 @@ def score_statistics(values: Sequence[float]) -> dict[str, Any]:
     sd = statistics.stdev(values) if count > 1 else None
     interval = None if sd is None else float(t.ppf(0.975, count - 1)) * sd / count**0.5
     return {"mean": statistics.fmean(values), "sd": sd, "interval": interval, "best": max(values)}
+
+
+def mean_sd_text(found: Mapping[str, Any], number: Callable[[float], str] = "{:.1f}".format) -> str:
+    """Write mean ± sd, the mean alone where there is one run; `number` writes a single value."""
+    return number(found["mean"]) + ("" if found["sd"] is None else f" ± {number(found['sd'])}")
