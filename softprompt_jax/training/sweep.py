@@ -25,7 +25,7 @@ from softprompt_jax.inference.evaluate import headline, shown, unit
 from softprompt_jax.optim.gradient_free import Scored
 from softprompt_jax.progress import Reporter
 from softprompt_jax.run import Run, Scratch
-from softprompt_jax.statistics import mean_sd_text, score_statistics
+from softprompt_jax.statistics import CELL, SCORE, mean_sd_text, score_statistics
 from softprompt_jax.training.loop import train
 from softprompt_jax.training.run_folder import prepare_folder
 from softprompt_jax.training.vmapped import FAILED_FILE, Together, shape_of
@@ -264,14 +264,14 @@ def summary(found: Sequence[Member], folder: Path) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> Iterator[str]:
-    """Yield a sweep's table as lines: mean, sd and best of the task's metric, in percent or its own unit."""
+    """Yield a sweep's table as lines: mean, sd and best of the scores of each setting."""
     titles = [", ".join(f"{key} {value}" for key, value in row["settings"].items()) for row in result["table"]]
     width = max([8, *map(len, titles)])
     yield f"{'setting':{width}}  {'task':20} runs  " + "  ".join(f"{s:>22}" for s in ("validation", "test"))
     for title, row in zip(titles, result["table"], strict=True):
         cells = (_cell(row[split], row["unit"]) if split in row else "" for split in ("validation", "test"))
         yield f"{title:{width}}  {row['task']:20} {row['runs']:4}  " + "  ".join(f"{cell:>22}" for cell in cells)
-    yield f"{'':{width}}  {'':20}       " + "  ".join(f"{'mean ± sd (best)':>22}" for _ in range(2))
+    yield f"{SCORE} A cell: {CELL}."
     for task, name in result["best"].items():
         yield f"best on {task}: {name}"
     for run in result["runs"]:
@@ -280,4 +280,4 @@ def describe(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _cell(found: dict[str, Any], times: float) -> str:
-    return f"{mean_sd_text(found, lambda value: shown(value, times))} ({shown(found['best'], times)})"
+    return mean_sd_text(found, lambda value: shown(value, times), best=True)
