@@ -6,10 +6,11 @@ import dataclasses
 import itertools
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from softprompt_jax import config
@@ -26,7 +27,6 @@ _NO_METRICS = ("count",)  # in a split's scores
 # Settings of how a run is watched or computed, not of what it learns.
 _BOOKKEEPING = {"log_every", "evaluate_every", "checkpoint_every", "evaluation_batch_size", "evaluation_examples"}
 _BOOKKEEPING |= {"shapes", "accumulate", "attention", "remat", "unroll"}
-_LAST = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,65 +108,57 @@ def _read(folder: Path) -> RunRecord:
 
 
 def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
-    """Put runs together that differ in their seed only, and say in which settings the groups differ."""
-    flat = [
-        flatten(run.run.model_dump(mode="json", exclude={"task", *_IGNORED}))
-        | {"task": run.run.task_name}
-        | flatten({"task.settings": run.run.model_dump(mode="json", include={"task"})["task"]})
-        for run in runs
+    """Put runs together that differ in their seed only, and name each group by the fewest settings that it needs."""
+    grouped: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        grouped.setdefault(run.run.model_dump_json(exclude=set(_IGNORED)), []).append(run)
+    flat = [_settings_of(members[0].run) for members in grouped.values()]
+    keys = [
+        key
+        for key in dict.fromkeys(itertools.chain.from_iterable(flat))
+        if len({_shown(settings.get(key)) for settings in flat}) > 1
     ]
-    by_task: dict[str, list[dict[str, Any]]] = {}
-    for run, settings in zip(runs, flat, strict=True):
-        by_task.setdefault(run.run.task_name, []).append(settings)
+    # What only one kind of method or optimizer has is said by the kind.
+    own = {key for key in keys if len({_shown(one[key]) for one in flat if key in one}) == 1 and not _is_kind(key)}
+    naming: list[str] = []
+    told_apart = 1
+    for key in sorted(keys, key=lambda key: (key in own, _rank(key))):
+        count = len({json.dumps([settings.get(name) for name in (*naming, key)]) for settings in flat})
+        if count > told_apart:
+            naming, told_apart = [*naming, key], count
+    others = [key for key in keys if key not in naming and key not in own and not key.startswith("task.")]
+    short = _short_names(keys)
 
-    def differs(key: str) -> bool:
-        # What a task is made of says no more than its name, unless there are several tasks of one name.
-        among = by_task.values() if key.startswith("task.") else [flat]
-        return any(len({_shown(settings.get(key)) for settings in part}) > 1 for part in among)
+    def named(settings: dict[str, Any], chosen: Sequence[str]) -> dict[str, Any]:
+        return {short[key]: settings.get(key) for key in keys if key in chosen}
 
-    grouped: dict[str, list[int]] = {}
-    for index, settings in enumerate(flat):
-        grouped.setdefault(json.dumps(settings, sort_keys=True), []).append(index)
-    firsts = [flat[members[0]] for members in grouped.values()]
-    keys = [key for key in dict.fromkeys(itertools.chain.from_iterable(flat)) if differs(key)]
-    # What only a kind of method or optimizer has is said by the kind.
-    of_kinds = {key for key in keys if len({_shown(first[key]) for first in firsts if key in first}) == 1} - {
-        *filter(_is_kind, keys)
-    }
-    naming, kinds_of_groups = [], 1
-    for key in sorted(keys, key=lambda key: _rank(key) + (key in of_kinds) * _LAST):
-        count = len({json.dumps([first.get(name) for name in (*naming, key)]) for first in firsts})
-        if count > kinds_of_groups:
-            naming, kinds_of_groups = [*naming, key], count
-    short, naming = _short_names(keys), [key for key in keys if key in naming]
-    others = [key for key in keys if key not in naming and key not in of_kinds]
     return [
-        Group(
-            {short[key]: first.get(key) for key in naming},
-            [runs[index] for index in members],
-            {short[key]: first.get(key) for key in others},
-        )
-        for first, members in zip(firsts, grouped.values(), strict=True)
+        Group(named(settings, naming), members, named(settings, others))
+        for settings, members in zip(flat, grouped.values(), strict=True)
     ]
+
+
+def _settings_of(run: Run) -> dict[str, Any]:
+    """Return the settings of a run by dotted keys; `task` is the task's name, `task.settings` what it is made of."""
+    settings = run.model_dump(mode="json", exclude=set(_IGNORED))
+    return flatten(settings | {"task": run.task_name}) | flatten({"task.settings": settings["task"]})
 
 
 def _rank(key: str) -> int:
-    """Return how soon a setting names a group: the task, kinds, what changes learning, what does not."""
-    return 0 if key == "task" else 1 if _is_kind(key) else _LAST if key in _BOOKKEEPING else 2
+    """Return how soon a setting names a group: task, kinds, what changes learning, what the task is made of, others."""
+    if key.startswith("task."):
+        return 3
+    return 0 if key == "task" else 1 if _is_kind(key) else 4 if key in _BOOKKEEPING else 2
 
 
-def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
+def flatten(settings: Any) -> dict[str, Any]:
     """Return nested settings as dotted keys and values, as the command line takes them."""
-    if isinstance(settings, Mapping) and settings:
-        parts = ((str(key), value) for key, value in settings.items())
-    elif isinstance(settings, list) and any(isinstance(value, Mapping) for value in settings):
-        parts = ((str(number), value) for number, value in enumerate(settings))
-    else:
-        return {prefix: settings}
-    found: dict[str, Any] = {}
-    for key, value in parts:
-        found |= flatten(value, f"{prefix}.{key}" if prefix else key)
-    return found
+
+    def is_value(part: Any) -> bool:
+        return not part or (isinstance(part, list) and not any(isinstance(each, dict) for each in part))
+
+    leaves, _ = jax.tree.flatten_with_path(settings, is_leaf=is_value)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in leaves}
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -193,10 +185,7 @@ def table(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Return the scores of each group, as fractions: mean, sd, 95% interval and best over its finished runs."""
     rows = []
     for group in groups:
-        row: dict[str, Any] = {
-            "settings": group.settings | group.others,
-            "seeds": [run.run.seed for run in group.runs],
-        }
+        row: dict[str, Any] = {"settings": group.settings | group.others, "seeds": [r.run.seed for r in group.runs]}
         row["finished"] = sum(run.result is not None for run in group.runs)
         for split in ("validation", "test"):
             values = [value for run in group.runs if (value := run.score(split)) is not None]
@@ -225,28 +214,24 @@ def breakdown(groups: Sequence[Group]) -> list[dict[str, Any]]:
 
 
 def curves(group: Group, name: str) -> list[tuple[list[int], list[float]]]:
-    """Return steps and values of each run, by the name of a number in `metrics.jsonl`.
+    """Return steps and values of each run that has some.
 
-    `score` is the mean of the task's metrics on validation, in the unit in which tables show it; `validation_loss` the
-    loss there.
+    `name`: `loss`, `learning_rate` or another number of `metrics.jsonl`; `validation_loss`; or `score`, the mean of the
+    task's metrics on validation in the unit in which tables show it.
     """
+
+    def value(run: Run, line: dict[str, Any]) -> float | None:
+        validation = line.get("validation")
+        if name == "score":
+            return None if validation is None or run.pretraining else group.unit * headline(run, validation)
+        return (validation or {}).get("loss") if name == "validation_loss" else line.get(name)
+
     found = []
     for run in group.runs:
-        points = [(line["step"], value) for line in run.lines if (value := _value(group, run, line, name)) is not None]
+        points = {line["step"]: number for line in run.lines if (number := value(run.run, line)) is not None}
         if points:
-            steps, values = zip(*points, strict=True)
-            found.append((list(steps), list(values)))
+            found.append((list(points), list(points.values())))
     return found
-
-
-def _value(group: Group, run: RunRecord, line: dict[str, Any], name: str) -> float | None:
-    if name not in ("score", "validation_loss"):
-        return line.get(name)
-    if (validation := line.get("validation")) is None:
-        return None
-    if name == "validation_loss":
-        return validation.get("loss")
-    return None if run.run.pretraining else group.unit * headline(run.run, validation)
 
 
 # ------------------------------------------------------------------------------------------------------------- page
@@ -301,19 +286,19 @@ def _scores(page: Page, groups: Sequence[Group], rows: Sequence[dict[str, Any]])
         f"{SCORE} A cell: {CELL}. The interval is Student's. The majority class is scored by accuracy."
         + (" Green: the best setting of each task on validation." if len(groups) > 1 else "")
     )
-    shown_split = splits[0] if splits else ""
-    drawn = [(number, group, row[shown_split]) for number, (group, row) in enumerate(zip(groups, rows, strict=True))
-             if splits and row[shown_split]]  # fmt: skip
-    if not drawn:
+    if not splits:
         return
-    axes = page.figure("scores", f"The {shown_split} score of each setting, mean and sd", 1 + 0.35 * len(drawn))
-    for place, (number, group, found) in enumerate(reversed(drawn)):
-        values = [group.unit * value for run in group.runs if (value := run.score(shown_split)) is not None]
+    split = splits[0]
+    drawn = [number for number, row in enumerate(rows) if row[split]]
+    axes = page.figure("scores", f"The {split} score of each setting, mean and sd", 1 + 0.35 * len(drawn))
+    for place, number in enumerate(reversed(drawn)):
+        times, found = groups[number].unit, rows[number][split]
+        values = [times * value for run in groups[number].runs if (value := run.score(split)) is not None]
         axes.plot(values, [place] * len(values), ".", color=GREY)
-        spread = group.unit * (found["sd"] or 0)
-        axes.errorbar(group.unit * found["mean"], place, xerr=spread, fmt="o", color=_colour(number), capsize=3)
-    axes.set_yticks(range(len(drawn)), [plot_text(group.title) for _, group, _ in reversed(drawn)], fontsize=8)
-    axes.set(xlabel=f"{shown_split} score{_percent(groups)}: mean ± sd; grey: each run", ylim=(-0.6, len(drawn) - 0.4))
+        spread = times * (found["sd"] or 0)
+        axes.errorbar(times * found["mean"], place, xerr=spread, fmt="o", color=_colour(number), capsize=3)
+    axes.set_yticks(range(len(drawn)), [plot_text(groups[number].title) for number in reversed(drawn)], fontsize=8)
+    axes.set(xlabel=f"{split} score{_percent(groups)}: mean ± sd; grey: each run", ylim=(-0.6, len(drawn) - 0.4))
 
 
 def _baseline(group: Group) -> list[str | None]:
