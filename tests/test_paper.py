@@ -14,7 +14,8 @@ import yaml
 from small_runs import write_rows
 
 from softprompt_jax.analysis import plan
-from softprompt_jax.config import UserError, parse
+from softprompt_jax.cli.train import PREEMPTED
+from softprompt_jax.config import Preempted, UserError, parse
 from softprompt_jax.paper import experiments, measures, results
 from softprompt_jax.run import Run
 from softprompt_jax.training import sweep
@@ -194,6 +195,25 @@ def test_a_grid_is_trained_once_and_goes_on(grid, tmp_path, train_group):
         "| few | 60.0 ± 14.1 |",
         "| more | 75.0 ± 21.2 |",
     ]
+
+
+def test_a_stopped_experiment_has_written_what_is_finished(grid, softprompt, tmp_path, train_group):
+    def train(group: Sequence[Member], folder: Path) -> None:
+        if group[0].varied["line"] == "more":
+            raise Preempted("told to stop, saved at step 3")
+        for member in group:
+            write_result(folder / member.name, 0.5)
+
+    train_group(train)
+    code, out, err = softprompt("paper", grid(), "--runs", tmp_path / "runs")
+    assert (code, out) == (PREEMPTED, "")
+    assert "told to stop, saved at step 3" in err
+    assert json.loads((tmp_path / "runs" / "lengths-miniature.json").read_text())["cells"] == 2
+    train_group(lambda group, folder: [write_result(folder / member.name, 0.5) for member in group])
+    assert softprompt("paper", grid(), "--runs", tmp_path / "runs")[:2] == (
+        0,
+        "|  | score |\n|---|---|\n| few | 50.0 ± 0.0 |\n| more | 50.0 ± 0.0 |\n",
+    )
 
 
 def test_a_run_that_diverges_stays_missing_and_is_not_trained_again(grid, tmp_path, train_group):
