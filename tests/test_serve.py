@@ -20,7 +20,7 @@ from softprompt_jax.checkpoints.artifact import save_prompt
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.models import decode
 from softprompt_jax.models.decode import Sampling
-from softprompt_jax.serve.engine import Engine
+from softprompt_jax.serve.engine import Engine, Job
 from softprompt_jax.serve.limits import Limits, Refused
 from softprompt_jax.serve.requests import Request, Texts, job, told
 
@@ -262,6 +262,56 @@ def test_a_failing_step_is_told_and_the_next_request_answered(engine, alone, mon
     (found,) = asked(engine, Request(inputs=text, prompt=name))
     assert found["answers"][0]["tokens"] == alone[text, name]
     assert "no room" in capsys.readouterr().err
+
+
+def test_an_engine_that_cannot_begin_again_tells_everyone_and_takes_nothing_more(
+    backbone, prompts, monkeypatch, capsys
+):
+    bank = PromptBank(backbone, device_rows=24)
+    bank.add("p1", prompts["p1"])
+    dying = Engine(bank, Limits(**LIMITS | {"max_waiting": 20}))
+    request, told_of, held = Request(inputs="the garden", prompt="p1"), queue.SimpleQueue(), threading.Event()
+    dying.start()
+    dying.call(lambda: held.wait(900))  # so that all of them have come before the failing step
+
+    def no_room(*_: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(dying, "_advance", no_room)
+    monkeypatch.setattr(dying, "_reset", no_room)
+    works = [job(request, dying, told_of.put) for _ in range(LIMITS["slots"] + 4)]  # more than there are slots
+    for work in works:
+        dying.submit(work)
+    held.set()
+    events = [told_of.get(timeout=60) for _ in works]
+    dying._thread.join(60)
+    assert {event.status for event in events} <= {500, 503}
+    assert sum(event.status == 503 for event in events) >= 4, "those in the queue"
+    assert (dying.status, dying.waiting, dying.working) == ("failed", 0, 0)
+    for late in (lambda: job(request, dying, print), lambda: dying.submit(works[0]), lambda: dying.call(print)):
+        with pytest.raises(Refused, match="its engine has failed") as error:
+            late()
+        assert error.value.status == 503
+    assert capsys.readouterr().err.count("MemoryError: no room") >= 2
+    dying.stop()  # and does not wait
+
+
+def test_a_call_that_waits_for_a_dying_engine_is_told(backbone, prompts, monkeypatch, capsys):
+    bank = PromptBank(backbone, device_rows=24)
+    bank.add("p1", prompts["p1"])
+    dying = Engine(bank, Limits(**LIMITS))
+    dying._waiting.append(job_of_nothing := Job("p1", [5], [], time.monotonic() + 900, print))
+    future = dying.call(print)
+    dying._fail_for_good()
+    assert isinstance(future.exception(60), Refused)
+    assert job_of_nothing not in dying._waiting
+
+
+def test_random_keys_are_made_by_the_engines_thread(engine, monkeypatch):
+    threads, real = [], engine._rngs
+    monkeypatch.setattr(engine, "_rngs", lambda seed: (threads.append(threading.current_thread()), real(seed))[1])
+    asked(engine, Request(inputs=TEXTS[0], prompt="p1", decoding=Sampling(samples=2, seed=3)))
+    assert threads == [engine._thread]
 
 
 @pytest.mark.parametrize(

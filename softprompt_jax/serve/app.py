@@ -2,6 +2,7 @@
 
 # No postponed annotations here: FastAPI reads them, and knows only names of the module.
 import asyncio
+import concurrent.futures
 import hmac
 import json
 import re
@@ -11,17 +12,19 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from pathlib import Path
 from typing import Any
 
-from softprompt_jax import config
 from softprompt_jax.config import UserError
+from softprompt_jax.inference.bank import PromptBank
+from softprompt_jax.inference.prompt_cache import Stored
 from softprompt_jax.serve.engine import Engine, Job
 from softprompt_jax.serve.limits import Refused
 from softprompt_jax.serve.metrics import Measures
-from softprompt_jax.serve.requests import Request, Texts, job, told
+from softprompt_jax.serve.requests import Request, Texts, job, parse, told
 
 _PAGE = Path(__file__).parent / "page"
 _NAME = re.compile(r"[\w.-]{1,100}")
 _LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?")
 _NPY = b"\x93NUMPY"
+_MARGIN_S = 1.0  # what the engine has longer than a request, to say itself that it is late
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -41,6 +44,8 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
     from softprompt_jax import __version__
 
     app = fastapi.FastAPI(title="softprompt", version=__version__, docs_url=None, redoc_url=None)
+    # Files are read here, one after the other: neither in the event loop nor between two steps of the engine.
+    reader = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="reader")
     measures = Measures(engine)
     limits = engine.limits
 
@@ -104,7 +109,14 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
             ) from None
         if not isinstance(values, dict):
             raise Refused(400, f"body: found {type(values).__name__}; expected a JSON object")
-        return config.parse(Request, values, "body")
+        return parse(values)
+
+    async def finished(work: concurrent.futures.Future) -> Any:
+        """Wait for what another thread does, but not for ever."""
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(work), limits.timeout_s)
+        except TimeoutError:
+            raise Refused(504, f"request: took longer than {limits.timeout_s:g} s; try again later") from None
 
     async def events(request: fastapi.Request, asked: Request) -> AsyncGenerator[tuple[bool, Job]]:
         """Submit a request; yield (is it done, the work) at every change. Whoever goes away takes the work along."""
@@ -116,10 +128,15 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
         try:
             while True:
                 event = asyncio.ensure_future(news.get())
-                await asyncio.wait((event, gone), return_when=asyncio.FIRST_COMPLETED)
+                left = max(0.0, work.deadline - time.monotonic()) + _MARGIN_S
+                await asyncio.wait((event, gone), timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 if not event.done():
                     event.cancel()
-                    raise Refused(499, "client: has gone; expected it to wait")
+                    if gone.done():
+                        raise Refused(499, "client: has gone; expected it to wait")
+                    if not engine.alive:
+                        engine.check_open()  # says why
+                    raise Refused(504, "request: the engine is busy with one step for too long; try again later")
                 if isinstance(event.result(), Refused):
                     raise event.result()
                 if event.result():
@@ -177,30 +194,28 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
         if not _NAME.fullmatch(name) or len(name.encode()) > 200:  # of a file's name at most 255 bytes
             raise Refused(422, f"prompt {name[:100]!r}: not a name; expected letters, digits, . _ and - (100 at most)")
         data = await body(request, limits.max_prompt_bytes)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / (f"{name}.npy" if data.startswith(_NPY) else f"{name}.safetensors")
-            path.write_bytes(data)
-            try:
-                stored = engine.bank.read(name, path)
-            except UserError as error:
-                raise Refused(422, str(error).replace(f"{folder}/", "")) from None
-        engine.check_prompt(name, stored)
-        await asyncio.wrap_future(engine.call(lambda: engine.bank.put(name, stored)))
-        return _about(engine, name)
+        stored = await finished(reader.submit(_read_prompt, engine.bank, name, data))
+
+        def put() -> dict[str, Any]:
+            engine.check_prompt(name, stored)
+            engine.bank.put(name, stored)
+            return _about(engine, name)
+
+        return await finished(engine.call(put))
 
     @app.delete("/v1/prompts/{name}", dependencies=guarded, status_code=204)
     async def remove(name: str) -> Response:
         """Forget a prompt; requests that have begun are still answered under it."""
         try:
-            await asyncio.wrap_future(engine.call(lambda: engine.bank.remove(name)))
+            await finished(engine.call(lambda: engine.bank.remove(name)))
         except UserError as error:
             raise error if isinstance(error, Refused) else Refused(404, str(error)) from None
         return Response(status_code=204)
 
     @app.get("/health")
     async def health() -> Response:
-        """Tell whether requests are answered: 200, or 503 while the server stops."""
-        about = {"status": "ok" if engine.alive else "stopping", "waiting": engine.waiting, "working": engine.working}
+        """Tell whether requests are answered: 200; 503 while the server stops, or once its engine has failed."""
+        about = {"status": engine.status, "waiting": engine.waiting, "working": engine.working}
         return told_as(about, 200 if engine.alive else 503)
 
     @app.get("/metrics", dependencies=guarded)
@@ -232,6 +247,17 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
 
 def _event(kind: str, values: Any) -> str:
     return f"event: {kind}\ndata: {json.dumps(values)}\n\n"
+
+
+def _read_prompt(bank: PromptBank, name: str, data: bytes) -> Stored:
+    """Read the bytes of a prompt file. Errors: Refused, without the name of the folder that they lay in."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / (f"{name}.npy" if data.startswith(_NPY) else f"{name}.safetensors")
+        path.write_bytes(data)
+        try:
+            return bank.read(name, path)
+        except UserError as error:
+            raise Refused(422, str(error).replace(f"{folder}/", "")) from None
 
 
 def _about(engine: Engine, name: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The thread that answers: requests wait in a queue, join free slots, and leave when they are done.
+"""The thread that runs the model: requests wait in a queue, join free slots, and leave when they are done.
 
 A request has one or more answers in the making: what is generated (several samples), and each label word that is to be
 scored, which is an answer with every token forced. They share one run of the encoder.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import heapq
@@ -16,11 +17,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
+from softprompt_jax.config import UserError
 from softprompt_jax.inference.bank import PromptBank
 from softprompt_jax.inference.prompt_cache import Stored, Structure
 from softprompt_jax.models import continuous_batching, decode, per_example
@@ -28,6 +30,7 @@ from softprompt_jax.serve.limits import Limits, Refused
 
 JOINED = 8  # requests that are encoded together
 _SHORTEST = 32  # encoder positions; longer ones are four times as many, up to the limit
+_STEP_S = 5.0  # for what has begun when the time of a request is over
 _STEPS = 4  # between two looks at the queue, where no one waits or watches
 
 
@@ -37,7 +40,8 @@ class Answer:
 
     limit: int
     forced: list[int] = dataclasses.field(default_factory=list)
-    key: np.ndarray | None = None
+    seed: int | None = None  # of sampling; None: the most probable token
+    sample: int = 0  # which of the seed's samples
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -70,10 +74,11 @@ class Job:
 
 
 class Engine:
-    """Answers requests about the prompts of a bank, any mix of them at once; one thread does all that the device does.
+    """Answers requests for the prompts of a bank, any mix of them at once.
 
-    Compiled shapes: the encoder for 1 and for `JOINED` texts, a step with an eighth of the slots and with all, each for
-    the lengths 32, 128, 512, ... up to the longest; all of them before the first request.
+    One thread runs the model and brings prompts onto the device. These shapes are compiled before the first request:
+    the encoder for 1 and for `JOINED` texts, a step with an eighth of the slots and with all, each for the lengths 32,
+    128, 512, ... up to the longest.
     """
 
     def __init__(self, bank: PromptBank, limits: Limits):
@@ -94,7 +99,7 @@ class Engine:
         self._waiting: collections.deque[Job] = collections.deque()
         self._calls: collections.deque[tuple[Callable[[], Any], concurrent.futures.Future]] = collections.deque()
         self._working: dict[int, tuple[Job, Answer]] = {}  # by slot
-        self._draining = self._stopped = False
+        self._draining = self._stopped = self._failed = False
         self._reset()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -106,9 +111,9 @@ class Engine:
         self._thread.start()
 
     def check_open(self) -> None:
-        """Raise Refused: with 429 while the queue is full, with 503 once the server drains."""
+        """Raise Refused: with 429 while the queue is full, with 503 once the server drains or its engine has failed."""
         if not self.alive:
-            raise Refused(503, "server: is stopping; expected one that goes on; ask another")
+            raise self._unavailable()
         if self.waiting >= self.limits.max_waiting:
             raise Refused(429, f"server: {self.waiting} requests wait already; expected fewer; try again in a second")
 
@@ -129,8 +134,8 @@ class Engine:
         """Run a function on the bank between two steps."""
         future: concurrent.futures.Future = concurrent.futures.Future()
         with self._wake:
-            if self._stopped:
-                raise Refused(503, "server: is stopping; expected one that goes on; ask another")
+            if self._stopped or self._failed:
+                raise self._unavailable()
             self._calls.append((function, future))
             self._wake.notify()
         return future
@@ -145,12 +150,19 @@ class Engine:
             self._draining = self._stopped = True
             self._wake.notify()
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(self.limits.timeout_s + _STEP_S)
+
+    @property
+    def status(self) -> Literal["ok", "stopping", "failed"]:
+        """Whether requests are answered, and if not, why: the server stops, or the engine has failed for good."""
+        if self._failed:
+            return "failed"
+        return "ok" if self._thread.is_alive() and not self._draining else "stopping"
 
     @property
     def alive(self) -> bool:
         """Whether requests are answered."""
-        return self._thread.is_alive() and not self._draining
+        return self.status == "ok"
 
     @property
     def waiting(self) -> int:
@@ -183,17 +195,24 @@ class Engine:
     # ------------------------------------------------------------------------------------------- its own thread
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._calls or self._waiting or self._working or self._stopped):
-                    self._wake.wait()
-                if self._stopped and not (self._calls or self._waiting or self._working):
-                    return
+        while self._has_work():
             try:
                 self._turn()
-            except Exception as error:  # a defect of ours, or the device's: whoever waits is told, and it goes on
+            except Exception as error:  # a defect of ours, or the device's
                 traceback.print_exc(file=sys.stderr)
-                self._fail(Refused(500, f"server: failed ({type(error).__name__}); expected none of this; see its log"))
+                try:  # whoever is in a slot is told; the queue goes on
+                    self._fail_slots(type(error).__name__)
+                except Exception:  # out of memory again, say
+                    traceback.print_exc(file=sys.stderr)
+                    self._fail_for_good()
+                    return
+
+    def _has_work(self) -> bool:
+        """Wait until there is something to do; return whether there is, or the engine shall end."""
+        with self._wake:
+            while not (found := bool(self._calls or self._waiting or self._working)) and not self._stopped:
+                self._wake.wait()
+            return found
 
     def _turn(self) -> None:
         while self._calls:
@@ -202,7 +221,7 @@ class Engine:
                 continue
             try:
                 future.set_result(function())
-            except Exception as error:
+            except Exception as error:  # whatever the function raises is raised where its result is waited for
                 future.set_exception(error)
         self._drop()
         group = self._next_group()
@@ -222,7 +241,7 @@ class Engine:
         working = {job for job, _ in self._working.values() if job.cancelled or job.deadline < now}
         for job in [*waiting, *working]:
             if not job.cancelled:
-                job.tell(late)
+                _tell(job, late)
         places = [place for place, (job, _) in self._working.items() if job in working]
         if places:
             which = np.zeros(self.limits.slots, bool)
@@ -241,9 +260,9 @@ class Engine:
                 job = self._waiting[0]
                 try:
                     wanted[job.prompt] = self.bank.prompt(job.prompt)
-                except Exception as error:  # it was removed meanwhile
+                except UserError as error:  # it was removed meanwhile
                     self._waiting.popleft()
-                    job.tell(Refused(404, str(error)))
+                    _tell(job, Refused(404, str(error)))
                     continue
                 if len(job.answers) > free or not self.bank.device.fit(list(wanted.values())):
                     break
@@ -267,6 +286,7 @@ class Engine:
         size = self.limits.slots
         count, source, place = 0, np.zeros(size, np.int32), np.zeros(size, np.int32)
         wanted = _nothing_wanted(size, self.ring)
+        rngs = {seed: self._rngs(seed) for job in group for seed in {answer.seed for answer in job.answers} - {None}}
         for row, job in enumerate(group):
             for slot, answer in zip(job.places, job.answers, strict=True):
                 source[count], place[count] = row, slot
@@ -274,8 +294,8 @@ class Engine:
                 wanted.forced[count, : len(answer.forced)] = answer.forced
                 wanted.temperature[count], wanted.top_k[count] = answer.temperature, answer.top_k
                 wanted.top_p[count] = answer.top_p
-                if answer.key is not None:
-                    wanted.rng[count] = answer.key
+                if answer.seed is not None:
+                    wanted.rng[count] = rngs[answer.seed][answer.sample]
                 count += 1
         tables, entries = self.bank.device.entries([job.prompt for job in group])
         entries = np.pad(entries, (0, len(tokens) - len(group)))
@@ -303,9 +323,9 @@ class Engine:
             changed[job] = changed.get(job, True) and answer.done
         for job, done in changed.items():
             if done and not any(job is other for other, _ in self._working.values()):
-                job.tell(True)
+                _tell(job, True)
             elif job.watched:
-                job.tell(None)
+                _tell(job, None)
 
     def _free_slot(self, place: int) -> None:
         del self._working[place]
@@ -314,14 +334,34 @@ class Engine:
     def _class(self, length: int) -> int:
         return next(one for one in self.lengths if one >= length)
 
-    def _fail(self, error: Refused) -> None:
+    def _fail_slots(self, reason: str) -> None:
+        """Tell those who are in a slot that a step has failed, and begin with empty slots again."""
         for job in {job for job, _ in self._working.values()}:
-            job.tell(error)
+            _tell(job, Refused(500, f"server: failed ({reason}); expected none of this; see its log"))
         self._reset()
+
+    def _fail_for_good(self) -> None:
+        """Take nothing more, and tell everyone who waits."""
+        with self._wake:
+            self._failed = True
+            jobs = {*self._waiting, *(job for job, _ in self._working.values())}
+            futures = [future for _, future in self._calls]
+            self._waiting.clear(), self._calls.clear(), self._working.clear()
+        for job in jobs:
+            _tell(job, self._unavailable())
+        for future in futures:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(self._unavailable())
+
+    def _unavailable(self) -> Refused:
+        if self._failed:
+            return Refused(503, "server: its engine has failed; expected one that answers; restart it and see its log")
+        return Refused(503, "server: is stopping; expected one that goes on; ask another")
 
     def _reset(self) -> None:
         self._working.clear()
         self._free = list(range(self.limits.slots))
+        self._state: Any = None  # the old state is given free before there is a new one
         self._state = _empty(
             *self.bank.device.parts, self.limits.slots, self.ring, self.lengths[-1], *self.bank.device.entries([""])
         )
@@ -337,14 +377,19 @@ class Engine:
         for length, rows in ((length, rows) for length in self.lengths for rows in self._rows):
             self._state, *_ = _advance(*self.bank.device.parts, self._state, none, rows, self._before + length)
         self._state = _leave(self._state, np.zeros(size, bool))
-        self.keys(0)
+        self._rngs(0)
         for name in self.bank.names[:1]:
             self.bank.load({name})
 
-    def keys(self, seed: int) -> np.ndarray:
+    def _rngs(self, seed: int) -> np.ndarray:
         """Return the keys of the samples of one text: those of `decode.answers` for the text number 0."""
         split = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), self.limits.slots)
         return np.asarray(jax.random.key_data(split))
+
+
+def _tell(job: Job, event: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # the client's event loop is closed: no one waits
+        job.tell(event)
 
 
 def _nothing_wanted(size: int, ring: int) -> continuous_batching.Wanted:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
+from softprompt_jax import config
 from softprompt_jax.config import Settings, UserError
 from softprompt_jax.models.decode import EOS, Greedy, Sampling
 from softprompt_jax.serve.engine import Answer, Engine, Job
@@ -26,6 +27,13 @@ class Request(Settings):
     stream: bool = False
     timeout_s: float | None = Field(None, gt=0)
 
+    @field_validator("inputs", mode="before")
+    @classmethod
+    def _one_text(cls, inputs: Any) -> Any:
+        if isinstance(inputs, list):
+            raise ValueError("expected one text; send a request for each, they are answered together")
+        return inputs
+
     @field_validator("decoding", mode="before")
     @classmethod
     def _one_hypothesis(cls, decoding: Any) -> Any:
@@ -35,6 +43,18 @@ class Request(Settings):
                 "expected greedy or sampling here, beams from `softprompt predict`"
             )
         return decoding
+
+
+def parse(values: dict[str, Any]) -> Request:
+    """Validate a body that was read as JSON. Errors: Refused, in the words of a client, who knows no settings."""
+    missing = [field for field in ("inputs", "prompt") if field not in values]
+    unknown = [field for field in values if field not in Request.model_fields]
+    if unknown:
+        hint = config.nearest(unknown[0], Request.model_fields)
+        raise Refused(422, f"body: {unknown[0]!r}: unknown field; expected {', '.join(Request.model_fields)}{hint}")
+    if missing:
+        raise Refused(422, f'body: no field {missing[0]!r}; expected {{"inputs": "...", "prompt": "NAME"}}')
+    return config.parse(Request, values, "body")
 
 
 def job(request: Request, engine: Engine, tell: Callable[[Any], object]) -> Job:
@@ -79,8 +99,8 @@ def _generated(how: Greedy | Sampling, most: int, forced: list[int], engine: Eng
         raise Refused(
             422, f"decoding.samples: found {how.samples}; expected at most {engine.limits.slots}, the server's slots"
         )
-    keys = engine.keys(how.seed)[: how.samples]
-    return [Answer(most, forced, key, how.temperature, how.top_k or 0, how.top_p or 1.0) for key in keys]
+    cuts = how.temperature, how.top_k or 0, how.top_p or 1.0
+    return [Answer(most, forced, how.seed, number, *cuts) for number in range(how.samples)]
 
 
 def _word(word: str, before: list[int], engine: Engine) -> Answer:
