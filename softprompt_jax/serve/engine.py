@@ -286,7 +286,8 @@ class Engine:
         size = self.limits.slots
         count, source, place = 0, np.zeros(size, np.int32), np.zeros(size, np.int32)
         wanted = _nothing_wanted(size, self.ring)
-        rngs = {seed: self._rngs(seed) for job in group for seed in {answer.seed for answer in job.answers} - {None}}
+        seeds = {answer.seed for job in group for answer in job.answers}
+        rngs = {seed: self._rngs(seed) for seed in seeds if seed is not None}
         for row, job in enumerate(group):
             for slot, answer in zip(job.places, job.answers, strict=True):
                 source[count], place[count] = row, slot
@@ -346,7 +347,8 @@ class Engine:
             self._failed = True
             jobs = {*self._waiting, *(job for job, _ in self._working.values())}
             futures = [future for _, future in self._calls]
-            self._waiting.clear(), self._calls.clear(), self._working.clear()
+            for left in (self._waiting, self._calls, self._working):
+                left.clear()
         for job in jobs:
             _tell(job, self._unavailable())
         for future in futures:
