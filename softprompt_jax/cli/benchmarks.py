@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from softprompt_jax.cli.options import Backbone, Source, TaskName, note, print_json
-from softprompt_jax.cli.process import preemptible
+from softprompt_jax.cli.signals import preemptible
 from softprompt_jax.cli.use import note_truncated, predictor_and_task
 from softprompt_jax.config import UserError
 

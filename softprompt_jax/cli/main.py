@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from softprompt_jax import __version__
-from softprompt_jax.cli import analyse, benchmarks, data, process, share, train, use
+from softprompt_jax.cli import analyse, benchmarks, data, process, share, signals, train, use
 from softprompt_jax.config import UserError
 
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
@@ -85,8 +85,8 @@ def main() -> None:
         _fail(
             f"{error.filename or 'output'}: cannot be written ({error.strerror}); expected a writable place with space"
         )
-    if code == process.INTERRUPTED:
-        process.end_after_interrupt()
+    if code == signals.INTERRUPTED:
+        signals.end_after_interrupt()
     sys.exit(code if isinstance(code, int) else 0)
 
 

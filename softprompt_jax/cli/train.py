@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from softprompt_jax.cli.options import AsJson, Config, Overrides, Quiet, Topology, note, print_json
-from softprompt_jax.cli.process import preemptible
+from softprompt_jax.cli.signals import preemptible
 
 PANEL = "Train"
 
