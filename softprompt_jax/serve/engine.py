@@ -26,7 +26,7 @@ from softprompt_jax.config import UserError
 from softprompt_jax.inference.bank import PromptBank
 from softprompt_jax.inference.prompt_cache import Stored, Structure
 from softprompt_jax.models import continuous_batching, decode, per_example
-from softprompt_jax.serve.limits import Limits, Refused
+from softprompt_jax.serve.limits import Limits, RequestError
 
 JOINED = 8  # requests that are encoded together
 _SHORTEST = 32  # encoder positions; longer ones are four times as many, up to the limit
@@ -58,15 +58,15 @@ class Answer:
 class Job:
     """A request: a text under a prompt, its answers, and who wants to hear of them.
 
-    `tell` is called from the engine's thread: with None whenever tokens came (if `watched`), in the end with True or
-    with a Refused.
+    `notify` is called from the engine's thread: with None whenever tokens came (if `watched`), in the end with True or
+    with a RequestError.
     """
 
     prompt: str
     ids: list[int]
     answers: list[Answer]
     deadline: float  # of time.monotonic()
-    tell: Callable[[Any], object]
+    notify: Callable[[Any], object]
     watched: bool = False
     cancelled: bool = False
     places: list[int] = dataclasses.field(default_factory=list)
@@ -111,14 +111,16 @@ class Engine:
         self._thread.start()
 
     def check_open(self) -> None:
-        """Raise Refused: with 429 while the queue is full, with 503 once the server drains or its engine has failed."""
+        """Raise RequestError: with 429 while the queue is full, with 503 once the server drains or its engine has failed."""
         if not self.alive:
             raise self._unavailable()
         if self.waiting >= self.limits.max_waiting:
-            raise Refused(429, f"server: {self.waiting} requests wait already; expected fewer; try again in a second")
+            raise RequestError(
+                429, f"server: {self.waiting} requests wait already; expected fewer; try again in a second"
+            )
 
     def submit(self, job: Job) -> None:
-        """Queue a request. Errors: Refused as by `check_open`."""
+        """Queue a request. Errors: RequestError as by `check_open`."""
         with self._wake:
             self.check_open()
             self._waiting.append(job)
@@ -181,12 +183,12 @@ class Engine:
             ("rows before the decoder's input", len(stored.placed.decoder), self.decoder_rows, "max_decoder_rows"),
         ):
             if found > limit:
-                raise Refused(
+                raise RequestError(
                     422,
                     f"prompt {name}: {found} {side}; expected at most {limit}; start the server with more {setting}",
                 )
         if not self.bank.device.has_room(stored.extras):
-            raise Refused(
+            raise RequestError(
                 422,
                 f"prompt {name}: has a prefix or factors for which this server has compiled nothing; expected prompt "
                 "rows, or what those have with which it was started; start it with this one in its folder",
@@ -197,7 +199,7 @@ class Engine:
     def _run(self) -> None:
         while self._has_work():
             try:
-                self._turn()
+                self._turn_once()
             except Exception as error:  # a defect of ours, or the device's
                 traceback.print_exc(file=sys.stderr)
                 try:  # whoever is in a slot is told; the queue goes on
@@ -214,7 +216,7 @@ class Engine:
                 self._wake.wait()
             return found
 
-    def _turn(self) -> None:
+    def _turn_once(self) -> None:
         while self._calls:
             function, future = self._calls.popleft()
             if not future.set_running_or_notify_cancel():
@@ -223,17 +225,17 @@ class Engine:
                 future.set_result(function())
             except Exception as error:  # whatever the function raises is raised where its result is waited for
                 future.set_exception(error)
-        self._drop()
+        self._drop_late()
         group = self._next_group()
         if group:
             self._join(group)
         if self._working:
             self._advance()
 
-    def _drop(self) -> None:
+    def _drop_late(self) -> None:
         """Let go of requests that were cancelled or have run out of time."""
         now = time.monotonic()
-        late = Refused(504, f"request: took longer than its {self.limits.timeout_s:g} s at most; try again later")
+        late = RequestError(504, f"request: took longer than its {self.limits.timeout_s:g} s at most; try again later")
         with self._wake:
             waiting = [job for job in self._waiting if job.cancelled or job.deadline < now]
             for job in waiting:
@@ -241,7 +243,7 @@ class Engine:
         working = {job for job, _ in self._working.values() if job.cancelled or job.deadline < now}
         for job in [*waiting, *working]:
             if not job.cancelled:
-                _tell(job, late)
+                _notify(job, late)
         places = [place for place, (job, _) in self._working.items() if job in working]
         if places:
             which = np.zeros(self.limits.slots, bool)
@@ -262,7 +264,7 @@ class Engine:
                     wanted[job.prompt] = self.bank.prompt(job.prompt)
                 except UserError as error:  # it was removed meanwhile
                     self._waiting.popleft()
-                    _tell(job, Refused(404, str(error)))
+                    _notify(job, RequestError(404, str(error)))
                     continue
                 if len(job.answers) > free or not self.bank.device.fit(list(wanted.values())):
                     break
@@ -276,7 +278,7 @@ class Engine:
             self._working |= {place: (job, answer) for place, answer in zip(job.places, job.answers, strict=True)}
         self.bank.load({job.prompt for job in group})
         sides = [self.bank.sides(job.prompt, job.ids) for job in group]
-        length = self._class(max(len(encoder) for encoder, _ in sides))
+        length = self._padded_length(max(len(encoder) for encoder, _ in sides))
         tokens = np.zeros((1 if len(group) == 1 else JOINED, length), np.int32)
         before = np.zeros((len(tokens), self.decoder_rows), np.int32)
         for row, (job, (encoder, decoder)) in enumerate(zip(group, sides, strict=True)):
@@ -285,7 +287,7 @@ class Engine:
             before[row, self.decoder_rows - len(decoder) :] = decoder
         size = self.limits.slots
         count, source, place = 0, np.zeros(size, np.int32), np.zeros(size, np.int32)
-        wanted = _nothing_wanted(size, self.ring)
+        wanted = _no_answers(size, self.ring)
         seeds = {answer.seed for job in group for answer in job.answers}
         rngs = {seed: self._rngs(seed) for seed in seeds if seed is not None}
         for row, job in enumerate(group):
@@ -324,21 +326,21 @@ class Engine:
             changed[job] = changed.get(job, True) and answer.done
         for job, done in changed.items():
             if done and not any(job is other for other, _ in self._working.values()):
-                _tell(job, True)
+                _notify(job, True)
             elif job.watched:
-                _tell(job, None)
+                _notify(job, None)
 
     def _free_slot(self, place: int) -> None:
         del self._working[place]
         heapq.heappush(self._free, place)
 
-    def _class(self, length: int) -> int:
+    def _padded_length(self, length: int) -> int:
         return next(one for one in self.lengths if one >= length)
 
     def _fail_slots(self, reason: str) -> None:
         """Tell those who are in a slot that a step has failed, and begin with empty slots again."""
         for job in {job for job, _ in self._working.values()}:
-            _tell(job, Refused(500, f"server: failed ({reason}); expected none of this; see its log"))
+            _notify(job, RequestError(500, f"server: failed ({reason}); expected none of this; see its log"))
         self._reset()
 
     def _fail_for_good(self) -> None:
@@ -350,15 +352,17 @@ class Engine:
             for left in (self._waiting, self._calls, self._working):
                 left.clear()
         for job in jobs:
-            _tell(job, self._unavailable())
+            _notify(job, self._unavailable())
         for future in futures:
             if future.set_running_or_notify_cancel():
                 future.set_exception(self._unavailable())
 
-    def _unavailable(self) -> Refused:
+    def _unavailable(self) -> RequestError:
         if self._failed:
-            return Refused(503, "server: its engine has failed; expected one that answers; restart it and see its log")
-        return Refused(503, "server: is stopping; expected one that goes on; ask another")
+            return RequestError(
+                503, "server: its engine has failed; expected one that answers; restart it and see its log"
+            )
+        return RequestError(503, "server: is stopping; expected one that goes on; ask another")
 
     def _reset(self) -> None:
         self._working.clear()
@@ -370,7 +374,7 @@ class Engine:
 
     def _warm(self) -> None:
         size = self.limits.slots
-        none, places, wanted = np.asarray(0, np.int32), np.zeros(size, np.int32), _nothing_wanted(size, self.ring)
+        none, places, wanted = np.asarray(0, np.int32), np.zeros(size, np.int32), _no_answers(size, self.ring)
         for length, count in ((length, count) for length in self.lengths for count in (1, JOINED)):
             tokens, before = np.zeros((count, length), np.int32), np.zeros((count, self.decoder_rows), np.int32)
             tables, entries = self.bank.device.entries([""] * count)
@@ -389,12 +393,12 @@ class Engine:
         return np.asarray(jax.random.key_data(split))
 
 
-def _tell(job: Job, event: Any) -> None:
+def _notify(job: Job, event: Any) -> None:
     with contextlib.suppress(RuntimeError):  # the client's event loop is closed: no one waits
-        job.tell(event)
+        job.notify(event)
 
 
-def _nothing_wanted(size: int, ring: int) -> continuous_batching.Wanted:
+def _no_answers(size: int, ring: int) -> continuous_batching.Wanted:
     zeros = np.zeros(size, np.int32)
     return continuous_batching.Wanted(
         zeros,  # type: ignore[arg-type]

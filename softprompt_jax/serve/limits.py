@@ -21,7 +21,7 @@ class Limits(Settings):
     timeout_s: float = Field(60.0, gt=0, allow_inf_nan=False)  # of a request, waiting included
 
 
-class Refused(UserError):
+class RequestError(UserError):
     """A request that is not answered: an HTTP status and one line."""
 
     def __init__(self, status: int, message: str):

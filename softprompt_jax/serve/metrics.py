@@ -10,7 +10,7 @@ from softprompt_jax.serve.engine import Engine
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
-class Measures:
+class ServerMetrics:
     """Counts answers, refusals and seconds; asks the engine for the rest when Prometheus asks."""
 
     def __init__(self, engine: Engine):
@@ -26,7 +26,7 @@ class Measures:
         self._refused = Counter(
             "softprompt_refused_total", "Requests not answered, by HTTP status.", ["status"], registry=self._registry
         )
-        self._registry.register(_OfEngine(engine))  # type: ignore[arg-type]
+        self._registry.register(_EngineCollector(engine))  # type: ignore[arg-type]
 
     def answered(self, seconds: float) -> None:
         """Count an answered request."""
@@ -43,7 +43,7 @@ class Measures:
         return generate_latest(self._registry).decode()
 
 
-class _OfEngine:
+class _EngineCollector:
     def __init__(self, engine: Engine):
         self._engine = engine
 

@@ -12,7 +12,7 @@ from softprompt_jax import config
 from softprompt_jax.config import Settings, UserError
 from softprompt_jax.models.decode import EOS, Greedy, Sampling
 from softprompt_jax.serve.engine import Answer, Engine, Job
-from softprompt_jax.serve.limits import Refused
+from softprompt_jax.serve.limits import RequestError
 
 
 class Request(Settings):
@@ -46,57 +46,59 @@ class Request(Settings):
 
 
 def parse(values: dict[str, Any]) -> Request:
-    """Validate a body that was read as JSON. Errors: Refused, in the words of a client, who knows no settings."""
+    """Validate a body that was read as JSON. Errors: RequestError, in the words of a client, who knows no settings."""
     missing = [field for field in ("inputs", "prompt") if field not in values]
     unknown = [field for field in values if field not in Request.model_fields]
     if unknown:
         hint = config.nearest(unknown[0], Request.model_fields)
-        raise Refused(422, f"body: {unknown[0]!r}: unknown field; expected {', '.join(Request.model_fields)}{hint}")
+        raise RequestError(
+            422, f"body: {unknown[0]!r}: unknown field; expected {', '.join(Request.model_fields)}{hint}"
+        )
     if missing:
-        raise Refused(422, f'body: no field {missing[0]!r}; expected {{"inputs": "...", "prompt": "NAME"}}')
+        raise RequestError(422, f'body: no field {missing[0]!r}; expected {{"inputs": "...", "prompt": "NAME"}}')
     return config.parse(Request, values, "body")
 
 
-def job(request: Request, engine: Engine, tell: Callable[[Any], object]) -> Job:
-    """Return the work that a request asks for. Errors: Refused, with the status for the client."""
+def make_job(request: Request, engine: Engine, notify: Callable[[Any], object]) -> Job:
+    """Return the work that a request asks for. Errors: RequestError, with the status for the client."""
     engine.check_open()  # before the work
     limits, bank = engine.limits, engine.bank
     try:
         bank.prompt(request.prompt)
     except UserError as error:
-        raise Refused(404, str(error)) from None
+        raise RequestError(404, str(error)) from None
     if not request.inputs.strip():
-        raise Refused(422, "inputs: found an empty text; expected some words")
+        raise RequestError(422, "inputs: found an empty text; expected some words")
     ids = bank.tokenizer.encode(request.inputs)
     if len(ids) >= limits.max_input_tokens:
-        raise Refused(
+        raise RequestError(
             422,
             f"inputs: {len(ids) + 1} tokens; expected at most {limits.max_input_tokens}, its end included; shorten it",
         )
     most = limits.max_tokens if request.max_tokens is None else request.max_tokens
     if most > limits.max_tokens:
-        raise Refused(422, f"max_tokens: found {most}; expected at most {limits.max_tokens}")
+        raise RequestError(422, f"max_tokens: found {most}; expected at most {limits.max_tokens}")
     if not most and not request.words:
-        raise Refused(422, "max_tokens: found 0 and no words; expected an answer or words to score")
+        raise RequestError(422, "max_tokens: found 0 and no words; expected an answer or words to score")
     forced = bank.tokenizer.encode(request.forced) if request.forced else []
     if forced and len(forced) >= most:
-        raise Refused(422, f"forced: {len(forced)} tokens; expected fewer than max_tokens, {most}")
+        raise RequestError(422, f"forced: {len(forced)} tokens; expected fewer than max_tokens, {most}")
     sentinel = [bank.tokenizer.sentinel(0)] if bank.prompt(request.prompt).target_sentinel else []
     answers = [_word(word, sentinel, engine) for word in request.words]
     answers = (_generated(request.decoding, most, forced, engine) if most else []) + answers
     if len(answers) > limits.slots:
-        raise Refused(
+        raise RequestError(
             422, f"request: {len(answers)} samples and words; expected at most {limits.slots}, the server's slots"
         )
     time_s = min(limits.timeout_s, request.timeout_s or limits.timeout_s)
-    return Job(request.prompt, ids, answers, time.monotonic() + time_s, tell, request.stream)
+    return Job(request.prompt, ids, answers, time.monotonic() + time_s, notify, request.stream)
 
 
 def _generated(how: Greedy | Sampling, most: int, forced: list[int], engine: Engine) -> list[Answer]:
     if isinstance(how, Greedy):
         return [Answer(most, forced)]
     if how.samples > engine.limits.slots:
-        raise Refused(
+        raise RequestError(
             422, f"decoding.samples: found {how.samples}; expected at most {engine.limits.slots}, the server's slots"
         )
     cuts = how.temperature, how.top_k or 0, how.top_p or 1.0
@@ -106,11 +108,11 @@ def _generated(how: Greedy | Sampling, most: int, forced: list[int], engine: Eng
 def _word(word: str, before: list[int], engine: Engine) -> Answer:
     ids = [*before, *engine.bank.tokenizer.encode(word), EOS]
     if len(ids) > engine.limits.max_tokens:
-        raise Refused(422, f"words: {word!r} has {len(ids)} tokens; expected at most {engine.limits.max_tokens}")
+        raise RequestError(422, f"words: {word!r} has {len(ids)} tokens; expected at most {engine.limits.max_tokens}")
     return Answer(len(ids), ids)
 
 
-def told(request: Request, done: Job, engine: Engine) -> dict[str, Any]:
+def reply(request: Request, done: Job, engine: Engine) -> dict[str, Any]:
     """Return what a client is told of an answered request."""
     made = len(done.answers) - len(request.words)
     answers = [
@@ -134,13 +136,13 @@ def told(request: Request, done: Job, engine: Engine) -> dict[str, Any]:
     }
 
 
-class Texts:
+class TextStream:
     """The texts of answers in the making, piece by piece."""
 
     def __init__(self, engine: Engine, count: int):
         self._decode, self._sent = engine.bank.tokenizer.decode, [""] * count
 
-    def news(self, answers: list[Answer]) -> list[tuple[int, str]]:
+    def new_pieces(self, answers: list[Answer]) -> list[tuple[int, str]]:
         """Return what each answer's text has grown by; a character that is not whole yet waits."""
         found = []
         for index, answer in enumerate(answers[: len(self._sent)]):
