@@ -1,4 +1,4 @@
-"""HTTP: what is asked, who may ask, and what is told. Every refusal is a status and {"error": "one line"}."""
+"""The HTTP API around the engine. Every error is a status and {"error": "one line"}."""
 
 # No postponed annotations here: FastAPI reads them, and knows only names of the module.
 import asyncio
@@ -24,7 +24,7 @@ _PAGE = Path(__file__).parent / "page"
 _NAME = re.compile(r"[\w.-]{1,100}")
 _LOOPBACK = re.compile(r"(localhost|127(\.\d+){3}|\[::1\])(:\d+)?")
 _NPY = b"\x93NUMPY"
-_MARGIN_S = 1.0  # what the engine has longer than a request, to say itself that it is late
+_MARGIN_S = 1.0  # seconds that the engine has after a deadline to report it itself
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src data:; frame-ancestors 'none'; base-uri 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -35,7 +35,7 @@ _HEADERS = {
 def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
     """Return the ASGI application.
 
-    `token`: what clients must send as a bearer; None: nobody is asked, which is for `loopback` only. Without one,
+    `token`: clients must send it as a bearer token. None: no token is needed, which only `loopback` allows. Then
     requests for other host names are refused, so that no web page can reach the server through its visitor's browser.
     """
     import fastapi
@@ -80,7 +80,7 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
         )
 
     async def body(request: fastapi.Request, most: int) -> bytes:
-        """Read a body that is not too long, and does not come too slowly."""
+        """Read a body within the limits of size and time."""
         parts, size = [], 0
         try:
             async with asyncio.timeout(limits.timeout_s):
@@ -112,19 +112,19 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
         return parse(values)
 
     async def result_of(work: concurrent.futures.Future) -> Any:
-        """Wait for what another thread does, but not for ever."""
+        """Wait for the work of another thread, at most `timeout_s`."""
         try:
             return await asyncio.wait_for(asyncio.wrap_future(work), limits.timeout_s)
         except TimeoutError:
             raise RequestError(504, f"request: took longer than {limits.timeout_s:g} s; try again later") from None
 
     async def events(request: fastapi.Request, asked: Request) -> AsyncGenerator[tuple[bool, Job]]:
-        """Submit a request; yield (is it done, the work) at every change. Whoever goes away takes the work along."""
+        """Submit a request; yield (is it done, its job) at every change. If the client leaves, the job is cancelled."""
         loop, news = asyncio.get_running_loop(), asyncio.Queue()
         started = time.monotonic()
         work = make_job(asked, engine, lambda event: loop.call_soon_threadsafe(news.put_nowait, event))
         engine.submit(work)
-        gone = asyncio.ensure_future(request.receive())  # after the body comes nothing but the client's leaving
+        gone = asyncio.ensure_future(request.receive())  # after the body, only a disconnect can come
         try:
             while True:
                 event = asyncio.ensure_future(news.get())
@@ -207,7 +207,7 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
 
     @app.delete("/v1/prompts/{name}", dependencies=guarded, status_code=204)
     async def remove(name: str) -> Response:
-        """Forget a prompt; requests that have begun are still answered under it."""
+        """Remove a prompt; requests in progress still finish with it."""
         try:
             await result_of(engine.call(lambda: engine.bank.remove(name)))
         except UserError as error:
@@ -216,13 +216,13 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Any:
 
     @app.get("/health")
     async def health() -> Response:
-        """Tell whether requests are answered: 200; 503 while the server stops, or once its engine has failed."""
+        """Report the state: 200 if requests are answered, 503 if the server stops or its engine has failed."""
         about = {"status": engine.status, "waiting": engine.waiting, "working": engine.working}
         return json_response(about, 200 if engine.alive else 503)
 
     @app.get("/metrics", dependencies=guarded)
     async def metrics() -> Response:
-        """Tell Prometheus how it goes."""
+        """Report counters in the format of Prometheus."""
         return PlainTextResponse(measures.text(), media_type="text/plain; version=0.0.4")
 
     @app.get("/", include_in_schema=False)

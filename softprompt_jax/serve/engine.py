@@ -1,7 +1,7 @@
-"""The thread that runs the model: requests wait in a queue, join free slots, and leave when they are done.
+"""Continuous batching in one thread: requests wait in a queue, join free slots, and leave when they are done.
 
-A request has one or more answers in the making: what is generated (several samples), and each label word that is to be
-scored, which is an answer with every token forced. They share one run of the encoder.
+A request has one or more answers: each generated sample, and each word to score, which is an answer with every token
+forced. They share one run of the encoder.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from softprompt_jax.serve.limits import Limits, RequestError
 
 JOINED = 8  # requests that are encoded together
 _SHORTEST = 32  # encoder positions; longer ones are four times as many, up to the limit
-_STEP_S = 5.0  # for what has begun when the time of a request is over
-_STEPS = 4  # between two looks at the queue, where no one waits or watches
+_STEP_S = 5.0  # seconds that `stop` waits beyond the longest request, for a step in progress
+_STEPS = 4  # decoding steps between two looks at the queue, if no request waits or streams
 
 
 @dataclasses.dataclass
 class Answer:
-    """One answer in the making."""
+    """One answer, growing in a slot."""
 
     limit: int
     forced: list[int] = dataclasses.field(default_factory=list)
@@ -56,10 +56,10 @@ class Answer:
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """A request: a text under a prompt, its answers, and who wants to hear of them.
+    """A request: a text, the name of its prompt, its answers, and a function to call when they change.
 
-    `notify` is called from the engine's thread: with None whenever tokens came (if `watched`), in the end with True or
-    with a RequestError.
+    `notify` is called from the engine's thread: with None after new tokens (if `watched`), at the end with True or with
+    a RequestError.
     """
 
     prompt: str
@@ -111,7 +111,7 @@ class Engine:
         self._thread.start()
 
     def check_open(self) -> None:
-        """Raise RequestError: with 429 while the queue is full, with 503 once the server drains or its engine has failed."""
+        """Raise RequestError: 429 if the queue is full, 503 if the server stops or its engine has failed."""
         if not self.alive:
             raise self._unavailable()
         if self.waiting >= self.limits.max_waiting:
@@ -127,7 +127,7 @@ class Engine:
             self._wake.notify()
 
     def cancel(self, job: Job) -> None:
-        """Stop working on a request that no one waits for."""
+        """Stop working on a request whose client has left."""
         with self._wake:
             job.cancelled = True
             self._wake.notify()
@@ -143,11 +143,11 @@ class Engine:
         return future
 
     def drain(self) -> None:
-        """Take no more requests; those that are here are answered."""
+        """Accept no more requests; those in the queue are answered."""
         self._draining = True
 
     def stop(self) -> None:
-        """Answer what is here, and end."""
+        """Answer the requests in the queue, then end the thread."""
         with self._wake:
             self._draining = self._stopped = True
             self._wake.notify()
@@ -200,11 +200,11 @@ class Engine:
         while self._has_work():
             try:
                 self._turn_once()
-            except Exception as error:  # a defect of ours, or the device's
+            except Exception as error:  # a defect of ours, or an error of the device
                 traceback.print_exc(file=sys.stderr)
-                try:  # whoever is in a slot is told; the queue goes on
+                try:  # the requests in the slots fail; those in the queue go on
                     self._fail_slots(type(error).__name__)
-                except Exception:  # out of memory again, say
+                except Exception:  # for example out of memory again
                     traceback.print_exc(file=sys.stderr)
                     self._fail_for_good()
                     return
@@ -223,7 +223,7 @@ class Engine:
                 continue
             try:
                 future.set_result(function())
-            except Exception as error:  # whatever the function raises is raised where its result is waited for
+            except Exception as error:  # raised again where the result is awaited
                 future.set_exception(error)
         self._drop_late()
         group = self._next_group()
@@ -233,7 +233,7 @@ class Engine:
             self._advance()
 
     def _drop_late(self) -> None:
-        """Let go of requests that were cancelled or have run out of time."""
+        """Free the slots of requests that were cancelled or are past their deadline."""
         now = time.monotonic()
         late = RequestError(504, f"request: took longer than its {self.limits.timeout_s:g} s at most; try again later")
         with self._wake:
@@ -253,7 +253,7 @@ class Engine:
                 self._free_slot(place)
 
     def _next_group(self) -> list[Job]:
-        """Take the requests from the queue for which there are slots, and room on the device for their prompts."""
+        """Take requests from the queue as long as there are free slots, and room on the device for their prompts."""
         group: list[Job] = []
         wanted: dict[str, Stored] = {}
         free = len(self._free)
@@ -338,13 +338,13 @@ class Engine:
         return next(one for one in self.lengths if one >= length)
 
     def _fail_slots(self, reason: str) -> None:
-        """Tell those who are in a slot that a step has failed, and begin with empty slots again."""
+        """Fail the requests in the slots, and begin with empty slots again."""
         for job in {job for job, _ in self._working.values()}:
             _notify(job, RequestError(500, f"server: failed ({reason}); expected none of this; see its log"))
         self._reset()
 
     def _fail_for_good(self) -> None:
-        """Take nothing more, and tell everyone who waits."""
+        """Fail every request and call with 503, and accept no more."""
         with self._wake:
             self._failed = True
             jobs = {*self._waiting, *(job for job, _ in self._working.values())}
@@ -367,7 +367,7 @@ class Engine:
     def _reset(self) -> None:
         self._working.clear()
         self._free = list(range(self.limits.slots))
-        self._state: Any = None  # the old state is given free before there is a new one
+        self._state: Any = None  # frees the old state before the new one is made
         self._state = _empty(
             *self.bank.device.parts, self.limits.slots, self.ring, self.lengths[-1], *self.bank.device.entries([""])
         )
@@ -394,7 +394,7 @@ class Engine:
 
 
 def _notify(job: Job, event: Any) -> None:
-    with contextlib.suppress(RuntimeError):  # the client's event loop is closed: no one waits
+    with contextlib.suppress(RuntimeError):  # the client's event loop has closed
         job.notify(event)
 
 

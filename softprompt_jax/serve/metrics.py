@@ -1,4 +1,4 @@
-"""What the server tells Prometheus."""
+"""Counters of a server in the format of Prometheus."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class ServerMetrics:
-    """Counts answers, refusals and seconds; asks the engine for the rest when Prometheus asks."""
+    """Counts answers, errors and seconds; reads the rest from the engine on request."""
 
     def __init__(self, engine: Engine):
         from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -53,6 +53,6 @@ class _EngineCollector:
         engine = self._engine
         yield CounterMetricFamily("softprompt_tokens", "Tokens written.", value=engine.tokens)
         yield GaugeMetricFamily("softprompt_waiting_requests", "Requests that wait for a slot.", value=engine.waiting)
-        yield GaugeMetricFamily("softprompt_working_slots", "Answers in the making.", value=engine.working)
-        yield GaugeMetricFamily("softprompt_slots", "Answers in the making at most.", value=engine.limits.slots)
+        yield GaugeMetricFamily("softprompt_working_slots", "Answers that are decoded.", value=engine.working)
+        yield GaugeMetricFamily("softprompt_slots", "Answers that can be decoded at once.", value=engine.limits.slots)
         yield GaugeMetricFamily("softprompt_prompts", "Prompts in the bank.", value=len(engine.bank.names))

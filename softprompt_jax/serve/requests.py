@@ -1,4 +1,4 @@
-"""What a client may ask, and what it is told."""
+"""The request and the reply of /v1/generate."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Request(Settings):
 
     inputs: str
     prompt: str
-    max_tokens: int | None = Field(None, ge=0)  # of the answer; 0: only the words' scores
+    max_tokens: int | None = Field(None, ge=0)  # longest answer in tokens; 0: only score the words
     decoding: Annotated[Greedy | Sampling, Field(discriminator="kind")] = Greedy()
-    forced: str = ""  # what the answer begins with
-    words: list[str] = Field([])  # to be scored as answers
+    forced: str = ""  # beginning of the answer
+    words: list[str] = Field([])  # answers to score
     stream: bool = False
     timeout_s: float | None = Field(None, gt=0)
 
@@ -46,22 +46,21 @@ class Request(Settings):
 
 
 def parse(values: dict[str, Any]) -> Request:
-    """Validate a body that was read as JSON. Errors: RequestError, in the words of a client, who knows no settings."""
-    missing = [field for field in ("inputs", "prompt") if field not in values]
-    unknown = [field for field in values if field not in Request.model_fields]
-    if unknown:
-        hint = config.nearest(unknown[0], Request.model_fields)
-        raise RequestError(
-            422, f"body: {unknown[0]!r}: unknown field; expected {', '.join(Request.model_fields)}{hint}"
-        )
-    if missing:
-        raise RequestError(422, f'body: no field {missing[0]!r}; expected {{"inputs": "...", "prompt": "NAME"}}')
+    """Validate a JSON body. Errors: RequestError with the field that is missing, unknown or wrong."""
+    fields = Request.model_fields
+    for name in values:
+        if name not in fields:
+            hint = config.nearest(name, fields)
+            raise RequestError(422, f"body: {name!r}: unknown field; expected {', '.join(fields)}{hint}")
+    for name in ("inputs", "prompt"):
+        if name not in values:
+            raise RequestError(422, f'body: no field {name!r}; expected {{"inputs": "...", "prompt": "NAME"}}')
     return config.parse(Request, values, "body")
 
 
 def make_job(request: Request, engine: Engine, notify: Callable[[Any], object]) -> Job:
-    """Return the work that a request asks for. Errors: RequestError, with the status for the client."""
-    engine.check_open()  # before the work
+    """Turn a request into work for the engine. Errors: RequestError with the HTTP status."""
+    engine.check_open()  # before anything is tokenized
     limits, bank = engine.limits, engine.bank
     try:
         bank.prompt(request.prompt)
@@ -113,7 +112,7 @@ def _word(word: str, before: list[int], engine: Engine) -> Answer:
 
 
 def reply(request: Request, done: Job, engine: Engine) -> dict[str, Any]:
-    """Return what a client is told of an answered request."""
+    """Return the JSON that answers a finished request."""
     made = len(done.answers) - len(request.words)
     answers = [
         {
@@ -137,13 +136,13 @@ def reply(request: Request, done: Job, engine: Engine) -> dict[str, Any]:
 
 
 class TextStream:
-    """The texts of answers in the making, piece by piece."""
+    """The texts of unfinished answers, piece by piece."""
 
     def __init__(self, engine: Engine, count: int):
         self._decode, self._sent = engine.bank.tokenizer.decode, [""] * count
 
     def new_pieces(self, answers: list[Answer]) -> list[tuple[int, str]]:
-        """Return what each answer's text has grown by; a character that is not whole yet waits."""
+        """Return (answer, new text) for each answer that has grown; an incomplete character waits."""
         found = []
         for index, answer in enumerate(answers[: len(self._sent)]):
             text, old = self._decode(answer.tokens), self._sent[index]
