@@ -11,6 +11,7 @@ from softprompt_jax.cli.options import Backbone, Source, TaskName, note, print_j
 from softprompt_jax.cli.signals import preemptible
 from softprompt_jax.cli.use import note_truncated, predictor_and_task
 from softprompt_jax.config import UserError
+from softprompt_jax.files import writable
 
 PANEL = "Benchmarks"
 
@@ -101,11 +102,9 @@ def paper(
         note(f"wrote {len(files)} configs to {configs}")
         return
     to = to or runs / f"{name}-{form}{'-plan' if topology else ''}.json"
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        runs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be made ({error.strerror}); expected a writable folder") from None
+    for folder in (to.parent, runs):
+        with writable(folder, folder=True):
+            pass
     if topology:
         from softprompt_jax.analysis import plan
 
