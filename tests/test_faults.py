@@ -157,9 +157,9 @@ def test_interrupt_is_one_line_and_loses_nothing(small, tmp_path):
 
 
 def test_an_interrupted_process_ends_though_a_thread_does_not_but_its_caller_lives_on():
-    code = "import threading, time; from softprompt_jax.cli import main as cli; cli.EXIT_SECONDS = 0.5\n"
-    code += "cli.app = lambda **_: threading.Thread(target=time.sleep, args=(600,)).start() or cli.INTERRUPTED\n"
-    code += "try: cli.main()\nexcept SystemExit as end: time.sleep(3); print('lives'); raise end"
+    code = "import threading, time; from softprompt_jax.cli import main, signals; signals.EXIT_SECONDS = 0.5\n"
+    code += "main.app = lambda **_: threading.Thread(target=time.sleep, args=(600,)).start() or signals.INTERRUPTED\n"
+    code += "try: main.main()\nexcept SystemExit as end: time.sleep(3); print('lives'); raise end"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout) == (130, "lives\n")
     assert done.stderr == "softprompt: interrupted; a run goes on with the same command\n"

@@ -8,6 +8,7 @@ from pathlib import Path
 from softprompt_jax.checkpoints import artifact, quantized_folder, t5x
 from softprompt_jax.checkpoints import backbone as pretrained
 from softprompt_jax.config import UserError
+from softprompt_jax.files import writable
 from softprompt_jax.models.quantized import Quantization
 
 TOKENIZER_FILES = ("*.model", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
@@ -42,8 +43,7 @@ def import_source(
     files = tokenizer_files(tokenizer or folder, required=tokenizer is not None)
     if not files and settings.vocabulary_rows != 384:  # ByT5 needs none
         raise UserError(f"{source}: has no tokenizer; expected one; add --tokenizer with spiece.model or a hub name")
-    try:
-        to.mkdir(parents=True, exist_ok=True)
+    with writable(to, folder=True):
         for file in files:  # one of another name is called as the hub calls it
             alone = file.suffix == ".model" and len(files) == 1
             shutil.copy(file, to / ("spiece.model" if alone else file.name))
@@ -59,8 +59,6 @@ def import_source(
             metadata = {"backbone": str(to), "fingerprint": print_of_it, "step": str(opened.step)}
             artifact.save_prompt(opened.prompt(), to / artifact.PROMPT_FILE, metadata)
             written.append(f"{to / artifact.PROMPT_FILE}: its prompt")
-    except OSError as error:
-        raise UserError(f"{to}: cannot be written ({error.strerror}); expected a writable place") from None
     return written
 
 
@@ -68,11 +66,8 @@ def _import_prompt(source: str, to: Path) -> str:
     if to.suffix != ".safetensors":
         raise UserError(f"{to}: for a prompt; expected a file name ending in .safetensors")
     rows, metadata = artifact.read_prompt(source)
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{to}: cannot be written ({error.strerror}); expected a writable place") from None
-    artifact.save_prompt(rows, to, metadata)
+    with writable(to):
+        artifact.save_prompt(rows, to, metadata)
     return f"{to}: a prompt of {len(rows)} rows"
 
 
