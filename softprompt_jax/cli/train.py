@@ -18,7 +18,7 @@ def methods(
         str, typer.Option(metavar="NAME|FOLDER", help="A published size, e.g. t5-v1_1-base, or a backbone.")
     ] = "embedded",
 ) -> None:
-    """List the methods: how many parameters each trains with default settings, its paper, optimizer and name in PEFT."""
+    """List the methods: parameters that each trains with default settings, its paper, optimizer and name in PEFT."""
     from softprompt_jax.checkpoints.backbone import load_backbone
     from softprompt_jax.methods.listing import listed
     from softprompt_jax.models.presets import PRESETS
