@@ -46,7 +46,7 @@ def test_every_class_of_settings_has_a_section_and_every_link_to_one_leads_there
         linked |= set(re.findall(r"settings\.md#([^)]+)\)", page.read_text(encoding="utf-8")))
     assert {"optimizer-adafactor", "methods-prompt", "init-file", "source-hub", "mesh"} <= linked <= set(sections)
     for said in (
-        "first value of the step counter",
+        "largest root mean square of an update",
         "while training without dropout only",
         "Of inputs and targets, or of features",
     ):
