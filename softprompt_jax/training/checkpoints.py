@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import math
 import re
 from collections.abc import Iterator
@@ -17,9 +16,6 @@ from softprompt_jax.config import UserError
 from softprompt_jax.distributed import cloud_files
 
 _SCORE, _STEP = "score", "step"
-# Through it Orbax warns of what is meant here, such as opening a folder to read only, and tells errors of its threads,
-# which are raised here as well.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class _Manager(ocp.CheckpointManager):
