@@ -18,6 +18,7 @@ from softprompt_jax.config import UserError
 from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from softprompt_jax.distributed import mesh
+from softprompt_jax.models.flash import check_model
 from softprompt_jax.models.quantized import quantization_of, quantized
 from softprompt_jax.models.t5 import T5
 from softprompt_jax.run import Run, Scratch
@@ -43,20 +44,25 @@ def prompt_ids(model: T5) -> Placement | None:
     return None if model.prompt is None else model.prompt.placement
 
 
-def check_mesh(run: Run, assembly: Assembly) -> None:
-    """Refuse a mesh that does not divide a run's batch or heads."""
+def check_devices(run: Run, assembly: Assembly, platform: str | None = None) -> None:
+    """Refuse a mesh that does not divide a run's batch or heads, and `attention: flash` where it cannot be had.
+
+    `platform`: the kind of the devices that will compute (default: of the mesh).
+    """
+    settings = assembly.model.settings
     rows = mesh.row_shards() if run.packing else run.batch_size // run.accumulate  # packed rows follow the mesh
-    mesh.check_divisible(rows, assembly.model.settings.num_heads)
+    mesh.check_divisible(rows, settings.num_heads)
+    check_model(run.attention, platform or mesh.platform(), run.dtype, settings.d_kv, run.packing is not None)
 
 
-def assemble(run: Run, backbone: Backbone | None = None) -> Assembly:
+def assemble(run: Run, backbone: Backbone | None = None, platform: str | None = None) -> Assembly:
     """Load the backbone (or take this one, which stays as it is) and attach the run's methods.
 
-    The same run gives the same bits.
+    `platform`: the kind of the devices that will compute (default: of the mesh). The same run gives the same bits.
     """
     if backbone is None:
         backbone = backbone_of(run)
-    model = with_settings(backbone.model, **run.of_the_backbone)
+    model = with_settings(backbone.model, platform=platform or mesh.platform(), **run.of_the_backbone)
     model.dtype = run.dtype
     if run.quantize is not None and isinstance(run.backbone, Scratch):
         quantized(model, run.quantize)

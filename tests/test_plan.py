@@ -205,15 +205,3 @@ def test_what_does_not_fit_is_said_with_advice_and_exit_code_3(tmp_path, quick, 
     assert "quantize=int8" in answer["advice"]
     assert answer["flops"] == pytest.approx(8 * 18.2e12, rel=0.1)  # of 18.2 TFLOP an example, see shared notes
     assert math.isclose(answer["weights_bytes"], 2 * 11_135_332_352, rel_tol=0.01)
-
-
-@needs_libtpu
-@pytest.mark.libtpu
-def test_the_kernel_compiles_for_a_tpu_and_holds_no_scores(tmp_path, quick):
-    config = write(tmp_path / "run.yaml", batch_size=16, max_input_tokens=412, dropout=0, dtype="bfloat16")
-    (plain,), (flash,) = (plan.plan(config, [f"attention={how}"], ["v5e:1x1"]) for how in ("plain", "flash"))
-    assert flash["flops"] == plain["flops"]
-    scores = (
-        4 * 16 * 6 * 512 * 512
-    )  # bytes in float32 of one layer of eight, which the plain way keeps for its gradient
-    assert flash["temporary_bytes"] < plain["temporary_bytes"] - scores

@@ -25,7 +25,7 @@ from softprompt_jax.checkpoints.hugging_face import (
 )
 from softprompt_jax.checkpoints.tensors import Tensor, checksums, read_stacked, same
 from softprompt_jax.config import UserError
-from softprompt_jax.distributed.mesh import gather
+from softprompt_jax.distributed.mesh import gather, platform
 from softprompt_jax.models.families.t5 import EMBEDDING_ALIASES, HEAD, config_of, is_stacked, names
 from softprompt_jax.models.presets import hub_name
 from softprompt_jax.models.quantized import Quantization, pack_layers, quantized
@@ -78,6 +78,7 @@ def load_backbone(
             quantized_folder.load(source, dtype, sharding, quantize), Path(source).expanduser(), str(source)
         )
     settings, tensors, folder = open_source(source)
+    settings = settings.model_copy(update={"platform": platform()})
     model = abstract(settings, dtype)
     graphdef, state = nnx.split(model)
     table = names(settings)

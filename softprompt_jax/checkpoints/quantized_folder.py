@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from softprompt_jax.checkpoints.tensors import Tensor, checksums, open_safetensors, read_stacked
 from softprompt_jax.config import Settings, UserError, parse
+from softprompt_jax.distributed.mesh import platform
 from softprompt_jax.models.quantized import Quantization, quantization_of, quantized
 from softprompt_jax.models.t5 import T5, T5Settings
 from softprompt_jax.trees import flatten, unflatten
@@ -77,7 +78,8 @@ def load(
             f"backbone {folder}: is stored in {about.quantize}; expected quantize: {about.quantize} or none, found "
             f"{quantize}; quantise the original"
         )
-    model = nnx.eval_shape(lambda: quantized(T5(about.settings, jax.random.key(0), dtype), about.quantize))
+    settings = about.settings.model_copy(update={"platform": platform()})
+    model = nnx.eval_shape(lambda: quantized(T5(settings, jax.random.key(0), dtype), about.quantize))
     graphdef, state = nnx.split(model)
     tensors = open_tensors(folder)
     one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

@@ -264,10 +264,16 @@ def describe() -> str:
     """Say what runs where."""
     mesh = _mesh()
     if mesh is None:
-        return f"1 {jax.default_backend()} device"
+        return f"1 {platform()} device"
     sizes = ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES if mesh.shape[axis] > 1)
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    return f"{mesh.size} {jax.default_backend()} devices{processes} ({sizes})"
+    return f"{mesh.size} {platform()} devices{processes} ({sizes})"
+
+
+def platform() -> str:
+    """Return the kind of the devices that compute, cpu, gpu or tpu: those of the mesh, or else the first device's."""
+    mesh = jax.sharding.get_mesh()
+    return (jax.local_devices()[0] if mesh.empty else mesh.devices.flat[0]).platform
 
 
 def _mesh() -> jax.sharding.Mesh | None:

@@ -378,7 +378,7 @@ def score_words(
 ) -> Float[Array, "B W"]:
     """Return the log-probability of each of W targets (0 is padding) after each input; the encoder runs once."""
     segments = (encoder_tokens != 0).astype(jnp.int32)
-    encoded = model.encode(encoder_tokens, segments)
+    encoded = model.encode(encoder_tokens)
     batch = encoder_tokens.shape[0]
     before = jnp.zeros((batch, 0), jnp.int32) if decoder_prompt is None else decoder_prompt
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
+from pydantic import Field
 
 from softprompt_jax.config import Settings
 from softprompt_jax.distributed.mesh import constrain
@@ -25,7 +26,7 @@ from softprompt_jax.models.attention import (
     sees_prefix,
     with_prefix,
 )
-from softprompt_jax.models.flash import Implementation, fused
+from softprompt_jax.models.flash import Implementation, Platform, cudnn, uses_flash
 
 
 class T5Settings(Settings):
@@ -47,7 +48,9 @@ class T5Settings(Settings):
     relative_max_distance: int = 128
     epsilon: float = 1e-6
     dropout: float = 0.0
-    attention: Implementation = "auto"  # plain; flash: no scores in memory; auto: flash where it is known to win
+    attention: Implementation = "auto"  # kernel of the encoder's self-attention: plain; flash: cuDNN's, or an error
+    # that says why not; auto: cuDNN's where it can be had
+    platform: Platform = Field("cpu", exclude=True)  # kind of the devices that compute; set by what loads the model
     remat: Literal["none", "dots", "full"] = "none"
     unroll: bool = False  # the scan over layers: compiles longer, runs about a tenth faster on a CPU
 
@@ -64,7 +67,7 @@ class T5Settings(Settings):
 
 
 # Settings that change how a model computes, not what it is.
-RUNTIME_DEFAULTS = {"dropout": 0.0, "attention": "auto", "remat": "none", "unroll": False}
+RUNTIME_DEFAULTS = {"dropout": 0.0, "attention": "auto", "platform": "cpu", "remat": "none", "unroll": False}
 ACTIVATIONS = {
     "relu": jax.nn.relu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -115,9 +118,9 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Query, key, value and output products around `attend`."""
+    """Query, key, value and output products around `attend`, or around cuDNN's kernel (flash.py)."""
 
-    def __init__(self, rng: jax.Array, settings: T5Settings):
+    def __init__(self, rng: jax.Array, settings: T5Settings, implementation: Implementation = "plain"):
         width, inner = settings.d_model, settings.num_heads * settings.d_kv
         rngs = jax.random.split(rng, 4)
         self.query = Linear(rngs[0], (width, inner), ("embed", "heads"), (width * settings.d_kv) ** -0.5)
@@ -125,7 +128,8 @@ class Attention(nnx.Module):
         self.value = Linear(rngs[2], (width, inner), ("embed", "heads"), width**-0.5)
         self.output = Linear(rngs[3], (inner, width), ("heads", "embed"), inner**-0.5)
         self.heads, self.head_width, self.dropout = settings.num_heads, settings.d_kv, settings.dropout
-        self.how: Implementation = settings.attention
+        self.implementation: Implementation = implementation
+        self.platform = settings.platform
 
     def split_heads(self, x: Float[Array, "B T HK"]) -> Float[Array, "B H T K"]:
         """Give every head its part of the width."""
@@ -146,13 +150,12 @@ class Attention(nnx.Module):
     ) -> Float[Array, "B T D"]:
         """Attend; `lengths`, where given, says the same as `visible`: of each row the first so many keys."""
         query = self.split_heads(self.query(x, rng))
-
-        def plain() -> jax.Array:
-            return attend(query, *keys_values, bias, visible, self.dropout, rng)
-
-        dropping = rng is not None and self.dropout > 0  # of weights, which the fused ways never write down
-        fast = None if lengths is None or dropping else fused(self.how, query, *keys_values, bias, lengths)
-        mixed = plain() if fast is None else fast(plain)
+        drops_weights = rng is not None and self.dropout > 0
+        if uses_flash(self.implementation, self.platform, query, keys_values[0], lengths, drops_weights):
+            assert lengths is not None
+            mixed = cudnn(query, *keys_values, bias, lengths)
+        else:
+            mixed = attend(query, *keys_values, bias, visible, self.dropout, rng)
         return self.output(mixed.swapaxes(1, 2).reshape(*x.shape[:-1], -1), rng)
 
     def cross_attend(
@@ -222,7 +225,7 @@ class Layer(nnx.Module):
     def __init__(self, rng: jax.Array, settings: T5Settings, cross: bool):
         rngs = jax.random.split(rng, 4)
         self.attention_norm = Norm(settings.d_model, settings.epsilon)
-        self.attention = Attention(rngs[0], settings)
+        self.attention = Attention(rngs[0], settings, "plain" if cross else settings.attention)
         self.cross_norm: Any = Norm(settings.d_model, settings.epsilon) if cross else nnx.data(None)
         self.cross: Any = Attention(rngs[1], settings) if cross else nnx.data(None)
         self.feed_forward_norm = Norm(settings.d_model, settings.epsilon)
