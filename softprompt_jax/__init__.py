@@ -61,7 +61,7 @@ _MODULE_OF = {
     "ensemble": "inference.ensemble",
     "generate": "inference.predictor",
     "inspect": "analysis.inspect",
-    "load_backbone": "checkpoints.peft",
+    "load_backbone": "checkpoints.backbone",
     "load_predictor": "inference.predictor",
     "load_prompt": "checkpoints.artifact",
     "load_run": "run",

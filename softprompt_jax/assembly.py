@@ -19,7 +19,7 @@ from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from softprompt_jax.distributed import mesh
 from softprompt_jax.models.flash import check_model
-from softprompt_jax.models.quantized import quantization_of, quantized
+from softprompt_jax.models.quantized import abstract_quantized, quantization_of, quantized
 from softprompt_jax.models.t5 import T5
 from softprompt_jax.run import Run, Scratch
 
@@ -76,7 +76,7 @@ def backbone_of(run: Run) -> Backbone:
     """Load the run's backbone, or make it."""
     if isinstance(run.backbone, Scratch):
         return new_backbone(run.backbone, run.seed)
-    return load_backbone(run.backbone, run.dtype, mesh.weight_sharding_fn(), run.quantize)
+    return load_backbone(run.backbone, run.dtype, sharding=mesh.weight_sharding_fn(), quantize=run.quantize)
 
 
 def new_backbone(scratch: Scratch, seed: int) -> Backbone:
@@ -87,13 +87,8 @@ def new_backbone(scratch: Scratch, seed: int) -> Backbone:
 
 def with_settings(model: T5, **changes) -> T5:
     """Return the model with other dropout or remat, sharing its weights."""
-    settings, quantize = model.settings.model_copy(update=changes), quantization_of(model)
-
-    def build() -> T5:
-        shell = T5(settings, jax.random.key(0), model.dtype)
-        return shell if quantize is None else quantized(shell, quantize)
-
-    return nnx.merge(nnx.graphdef(nnx.eval_shape(build)), nnx.state(model))
+    shell = abstract_quantized(model.settings.model_copy(update=changes), model.dtype, quantization_of(model))
+    return nnx.merge(nnx.graphdef(shell), nnx.state(model))
 
 
 def context(run: Run, tokenizer: Tokenizer, backbone: Backbone) -> methods.Context:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from softprompt_jax.checkpoints import artifact, quantized_folder, t5x
+from softprompt_jax.checkpoints import artifact, hugging_face, quantized_folder, t5x
 from softprompt_jax.checkpoints import backbone as pretrained
 from softprompt_jax.config import UserError
 from softprompt_jax.models.quantized import Quantization
@@ -38,7 +38,7 @@ def import_source(
     if to.exists() and (not to.is_dir() or any(to.glob("*.safetensors"))):
         raise UserError(f"{to}: holds weights already, or is a file; expected a new folder; use another --to")
     settings, tensors, folder = pretrained.open_source(source)
-    pretrained.check(settings, tensors, source)  # before anything is written
+    hugging_face.weight_parts(settings, tensors, source)  # before anything is written
     files = tokenizer_files(tokenizer or folder, required=tokenizer is not None)
     if not files and settings.vocabulary_rows != 384:  # ByT5 needs none
         raise UserError(f"{source}: has no tokenizer; expected one; add --tokenizer with spiece.model or a hub name")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from softprompt_jax import config
-from softprompt_jax.checkpoints import artifact, backbone, peft, quantized_folder, t5x
+from softprompt_jax.checkpoints import artifact, backbone, hugging_face, peft, quantized_folder, t5x
 from softprompt_jax.checkpoints.tensors import Tensor, open_safetensors
 from softprompt_jax.checkpoints.torch_file import open_torch
 from softprompt_jax.config import UserError
@@ -114,7 +114,7 @@ def _run(folder: Path, norms: bool) -> Iterator[str]:
 
 def _backbone(source: str, norms: bool) -> Iterator[str]:
     settings, tensors, folder = backbone.open_source(source)
-    backbone.check(settings, tensors, source)
+    hugging_face.weight_parts(settings, tensors, source)
     checkpoint = t5x.find_checkpoint(source)
     form = "a checkpoint of T5X" if checkpoint is not None else "a T5 in Hugging Face layout"
     known = published(settings)

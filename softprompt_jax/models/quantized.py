@@ -20,7 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from softprompt_jax.config import UserError
-from softprompt_jax.models.t5 import T5, Linear
+from softprompt_jax.models.t5 import T5, Linear, T5Settings, abstract
 
 Quantization = Literal["int8", "nf4"]
 BLOCK = 64  # inputs that share a scale in nf4
@@ -103,6 +103,13 @@ def quantized(model: T5, kind: Quantization) -> T5:
                 if isinstance(child, Linear):
                     setattr(owner, name, QuantizedLinear(child, kind))
     return model
+
+
+def abstract_quantized(settings: T5Settings, dtype: str, kind: Quantization | None) -> T5:
+    """Build a model as shapes and dtypes only, its layers in int8 or nf4 (None: as floats)."""
+    if kind is None:
+        return abstract(settings, dtype)
+    return nnx.eval_shape(lambda: quantized(T5(settings, jax.random.key(0), dtype), kind))
 
 
 def quantization_of(model: T5) -> Quantization | None:

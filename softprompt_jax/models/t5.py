@@ -50,7 +50,7 @@ class T5Settings(Settings):
     dropout: float = 0.0
     attention: Implementation = "auto"  # kernel of the encoder's self-attention: plain; flash: cuDNN's, or an error
     # that says why not; auto: cuDNN's where it can be had
-    platform: Platform = Field("cpu", exclude=True)  # kind of the devices that compute; set by what loads the model
+    platform: Platform = Field(default="cpu", exclude=True)  # devices that compute; set while loading
     remat: Literal["none", "dots", "full"] = "none"
     unroll: bool = False  # the scan over layers: compiles longer, runs about a tenth faster on a CPU
 
