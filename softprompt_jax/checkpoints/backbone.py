@@ -48,6 +48,11 @@ class Backbone:
     def settings(self) -> T5Settings:
         return self.model.settings
 
+    @property
+    def is_abstract(self) -> bool:
+        """Whether it is shapes and dtypes only, without weights."""
+        return isinstance(self.model.embedding.get_value(), jax.ShapeDtypeStruct)
+
     def fingerprint(self) -> str:
         """Hash the shapes and a sample of the embedding table: equal for every dtype and sharding."""
         return self._fingerprint
@@ -73,24 +78,13 @@ def load_backbone(
     that the model is never whole in `dtype`. A folder of `softprompt import --quantize` is quantised already.
     Errors: UserError names the folder, tensor or setting that does not fit.
     """
-    if quantized_folder.is_quantized_folder(source):
-        about, folder = quantized_folder.read_about(source), Path(source).expanduser()
-        if quantize not in (None, about.quantize):
-            raise UserError(
-                f"backbone {source}: is stored in {about.quantize}; expected quantize: {about.quantize} or none, found "
-                f"{quantize}; quantise the original"
-            )
-        settings, stored, quantize = about.settings, about.quantize, about.quantize
-        parts = quantized_folder.weight_parts(source, about)
-    else:
-        settings, tensors, folder = open_source(source)
-        stored, parts = None, hugging_face.weight_parts(settings, tensors, source)
+    settings, stored, parts, folder = _open(source, quantize)
+    quantize = stored or quantize
     settings = settings.model_copy(update={"platform": platform()})
     loaded = {}
     for path, weight in read_weights(abstract_quantized(settings, dtype, stored), parts, dtype, sharding):
         loaded[path] = weight
-        if quantize != stored and is_stacked(path) and path.endswith(".kernel"):
-            assert quantize is not None
+        if quantize is not None and stored is None and is_stacked(path) and path.endswith(".kernel"):
             # Reading must not run ahead of packing: the floats of many stacks would wait in memory.
             packed = jax.block_until_ready(pack_layers(weight, quantize))
             loaded[path], loaded[f"{path.removesuffix('.kernel')}.scale"] = packed
@@ -104,6 +98,48 @@ def load_backbone(
     return backbone
 
 
+def abstract_backbone(source: str | Path, dtype: str = "float32", quantize: Quantization | None = None) -> Backbone:
+    """Return what `load_backbone` loads as shapes and dtypes only; no weight is read.
+
+    Errors: UserError as `load_backbone`, but for weights that cannot be read or are not finite.
+    """
+    settings, stored, _, folder = _open(source, quantize)
+    return Backbone(as_dtype(abstract_quantized(settings, dtype, stored or quantize), dtype), folder, str(source))
+
+
+def _open(
+    source: str | Path, quantize: Quantization | None
+) -> tuple[T5Settings, Quantization | None, Mapping[str, Sequence[Tensor]], Path]:
+    """Return a source's settings, how it is quantised on disk, the tensors of its weights, its tokenizer's folder."""
+    if quantized_folder.is_quantized_folder(source):
+        about = quantized_folder.read_about(source, quantize)
+        parts = quantized_folder.weight_parts(source, about)
+        return about.settings, about.quantize, parts, Path(source).expanduser()
+    settings, tensors, folder = open_source(source)
+    return settings, None, hugging_face.weight_parts(settings, tensors, source), folder
+
+
+def as_dtype(model: T5, dtype: str) -> T5:
+    """Return the model with its weights as `dtype`, but for packed integers and their scales; it may be abstract."""
+    graphdef, state = nnx.split(model)
+    weights = flatten(nnx.to_pure_dict(state))
+
+    def converted(path: str, leaf: Any) -> Any:
+        if path in _packed(weights):
+            return leaf
+        abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)) if abstract else leaf.astype(dtype)
+
+    nnx.replace_by_pure_dict(state, unflatten({path: converted(path, leaf) for path, leaf in weights.items()}))
+    return nnx.merge(graphdef, state)
+
+
+def _packed(weights: Mapping[str, Any]) -> set[str]:
+    """Return the paths of packed integers and of their scales."""
+    kernels = [path for path, leaf in weights.items() if leaf.dtype.kind in "iu"]
+    return {*kernels, *(f"{path.removesuffix('.kernel')}.scale" for path in kernels)}
+
+
 def read_weights(
     model: T5, parts: Mapping[str, Sequence[Tensor]], dtype: str, sharding: Sharding | None
 ) -> Iterator[tuple[str, jax.Array]]:
@@ -113,11 +149,11 @@ def read_weights(
     all else as `dtype`.
     """
     variables = flatten(nnx.to_pure_dict(nnx.state(model), extract_fn=lambda variable: variable))
-    packed = {path.removesuffix(".kernel") for path, leaf in variables.items() if leaf.dtype.kind in "iu"}
+    packed = _packed(variables)
     one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def load(path: str, variable: Any) -> jax.Array:
-        wanted = variable.dtype if path.rpartition(".")[0] in packed else jnp.dtype(dtype)
+        wanted = variable.dtype if path in packed else jnp.dtype(dtype)
         return jax.make_array_from_callback(
             variable.shape,
             one_device if sharding is None else sharding(variable),
@@ -153,8 +189,8 @@ def load_adafactor(source: str | Path) -> tuple[int, dict[str, dict[str, np.ndar
     return opened.step, slots
 
 
-def find_folder(source: str | Path) -> Path:
-    """Return the local folder of a source, fetching a hub name into the hub's cache."""
+def local_folder(source: str | Path) -> Path | None:
+    """Return the local folder of a source; None for a hub name. A path where no folder lies is a UserError."""
     if str(source) == "embedded":
         return EMBEDDED
     folder = Path(source).expanduser()
@@ -162,6 +198,13 @@ def find_folder(source: str | Path) -> Path:
         return folder
     if folder.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1:
         raise UserError(f"backbone {source}: no such folder; expected a Hugging Face folder or a hub name")
+    return None
+
+
+def find_folder(source: str | Path) -> Path:
+    """Return the local folder of a source, fetching a hub name into the hub's cache."""
+    if (folder := local_folder(source)) is not None:
+        return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -36,14 +36,20 @@ def is_quantized_folder(source: str | Path) -> bool:
     return (Path(source).expanduser() / ABOUT).is_file()
 
 
-def read_about(folder: str | Path) -> About:
-    """Read what a quantised backbone is, without its weights."""
+def read_about(folder: str | Path, quantize: Quantization | None = None) -> About:
+    """Read what a quantised backbone is, without its weights; another kind than `quantize` is a UserError."""
     path = Path(folder).expanduser() / ABOUT
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); expected what import --quantize wrote") from None
-    return parse(About, values, str(path))
+    about = parse(About, values, str(path))
+    if quantize not in (None, about.quantize):
+        raise UserError(
+            f"backbone {folder}: is stored in {about.quantize}; expected quantize: {about.quantize} or none, found "
+            f"{quantize}; quantise the original"
+        )
+    return about
 
 
 def save(model: T5, folder: Path, source: str, fingerprint: str) -> None:

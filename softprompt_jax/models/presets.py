@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from softprompt_jax.config import UserError, nearest
 from softprompt_jax.models.t5 import RUNTIME_DEFAULTS, T5Settings
 
@@ -105,6 +107,13 @@ def preset(name: str) -> T5Settings:
     if name not in PRESETS:
         raise UserError(f"preset {name!r}: unknown; expected one of {', '.join(PRESETS)}{nearest(name, PRESETS)}")
     return PRESETS[name]
+
+
+def published_size(source: str) -> T5Settings | None:
+    """Return the settings of a published backbone by its hub name, its T5X checkpoint or the last part of its path."""
+    source = hub_name(source) or source
+    name = re.sub(r"^flan-t5-(\w+)$|^t5-(\w+)-lm-adapt$", r"t5-v1_1-\1\2", source.rpartition("/")[2])
+    return PRESETS.get(SOURCES.get(source, (name,))[0])
 
 
 def published(settings: T5Settings) -> str | None:
