@@ -7,7 +7,6 @@ What the methods of the answers put before their keys stands before the ring, an
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +14,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from softprompt_jax.models import per_example
-from softprompt_jax.models.attention import bias_before, sees_prefix, with_prefix
-from softprompt_jax.models.decode import EOS, likely, through_decoder
+from softprompt_jax.models.attention import bias_before
+from softprompt_jax.models.decode import EOS, begin, likely, through_decoder
 from softprompt_jax.models.t5 import T5
 
 STEPS = 8  # that `advance` takes at most
@@ -90,29 +89,16 @@ def join(
 ) -> Slots:
     """Encode B texts, read their decoder prompts (0 on the left: shorter), and put `count` answers into slots.
 
+    Skip this on first reading: `put` copies what was read of one text into the place of one slot, and turns the keys of
+    its decoder prompt so that they end where the ring's pointer stands.
+
     Answer n is to the text `source[n]` and gets the slot `place[n]`; N - `count` of them are not there. `rows` is what
     the methods of the B texts have; it is put into the model.
     """
     per_example.install(model, rows)
-    segments = (tokens != 0).astype(jnp.int32)
-    encoded = model.encode(tokens, segments)
-    decoder, (before_own, before_cross) = model.decoder, model.decoder.prefixes()
-    cross = jax.lax.map(
-        lambda layer_prefix: with_prefix(layer_prefix[1], *layer_prefix[0].cross.keys_values(encoded)),
-        (decoder.layers, before_cross),
-    )
-    seen = sees_prefix((segments > 0)[:, None, None, :], before_cross)
+    begun = begin(model, tokens, before, 0)
     first, length = sum(part.shape[1] for part in slots.prefix), before.shape[1]
-    ring, own = slots.caches[0].shape[3] - first, None
-    if length:
-        positions = jnp.arange(length)
-        shape = (decoder.depth, len(tokens), model.settings.num_heads, length, model.settings.d_kv)
-        past = (positions <= positions[:, None]) & (before != 0)[:, None, None, :]
-        here = positions - (before == 0).sum(-1, keepdims=True)
-        biased = functools.partial(decoder.biased, queries=positions, keys=positions, own=here)
-        nothing = jnp.zeros(shape, encoded.dtype), jnp.zeros(shape, encoded.dtype)
-        nothing = nothing if before_own is None else jax.vmap(with_prefix)(before_own, *nothing)
-        _, own = through_decoder(model, before, nothing, first, biased, sees_prefix(past, before_own), cross, seen)
+    ring = slots.caches[0].shape[3] - first
 
     def put(n: Any, parts: Any) -> Any:
         row, slot = source[n], place[n]
@@ -122,12 +108,12 @@ def join(
             new = jax.lax.dynamic_slice_in_dim(new.astype(old.dtype), row, 1, 1)
             return jax.lax.dynamic_update_slice(old, new, (0, slot, 0, start, 0))
 
-        crosses = tuple(into(old, new) for old, new in zip(crosses, cross, strict=True))
-        if before_own is not None:
-            prefix = before_own.keys, before_own.values
+        crosses = tuple(into(old, new) for old, new in zip(crosses, begun.cross, strict=True))
+        if begun.prefix is not None:
+            prefix = begun.prefix.keys, begun.prefix.values
             caches = tuple(into(old, new) for old, new in zip(caches, prefix, strict=True))
-        if own is not None:  # they end just before the pointer
-            ends = [jnp.pad(new[..., first:, :], [(0, 0)] * 3 + [(0, ring - length), (0, 0)]) for new in own]
+        if length:  # decoder prompts end just before the pointer
+            ends = [jnp.pad(new[..., first:, :], [(0, 0)] * 3 + [(0, ring - length), (0, 0)]) for new in begun.caches]
             turned = [jnp.roll(new, slots.pointer - length, axis=3) for new in ends]
             caches = tuple(into(old, new, first) for old, new in zip(caches, turned, strict=True))
         return caches, crosses
@@ -138,11 +124,11 @@ def join(
     def given(old: Array, new: Any) -> Array:
         return old.at[where].set(new, mode="drop")
 
-    seen = seen[:, 0, 0]
+    seen = begun.seen[:, 0, 0]
     widened = jnp.pad(seen, ((0, 0), (0, slots.seen.shape[1] - seen.shape[1])))
     prefix = slots.prefix
-    if before_own is not None and before_own.real is not None:
-        new = jnp.split(before_own.real[0], [prefix[0].shape[1]], axis=1)
+    if begun.prefix is not None and begun.prefix.real is not None:
+        new = jnp.split(begun.prefix.real[0], [prefix[0].shape[1]], axis=1)
         prefix = tuple(given(old, part[source]) for old, part in zip(prefix, new, strict=True))
     return Slots(
         caches,

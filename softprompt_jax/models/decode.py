@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from pydantic import Field
 
 from softprompt_jax.config import Settings
-from softprompt_jax.models.attention import sees_prefix, with_prefix
+from softprompt_jax.models.attention import PrefixKeyValues, sees_prefix, with_prefix
 from softprompt_jax.models.t5 import T5
 
 EOS = 1
@@ -81,65 +81,82 @@ def answers(
     if isinstance(how, Sampling):
         rngs = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(how.seed)))(numbers)
         return sample(model, encoder_tokens, max_tokens, rngs, how, decoder_prompt, forced)
-    output, score = greedy(model, encoder_tokens, max_tokens, None, decoder_prompt, forced)
+    output, score = greedy(model, encoder_tokens, max_tokens, decoder_prompt, forced)
     return output[:, None], score[:, None]
+
+
+class Begun(NamedTuple):
+    """Texts that the encoder has read, and decoder prompts [B, P] that the decoder has read."""
+
+    cross: Caches  # keys and values of the encodings, behind a prefix [L, B, H, XT, K]
+    seen: Bool[Array, "B 1 1 XT"]  # which of these are real
+    prefix: PrefixKeyValues | None  # before the decoder's own keys
+    missing: Bool[Array, "B P"]  # where a prompt is shorter
+    caches: Caches  # of the decoder: prefix, prompt, then empty places [L, B, H, S, K]
+
+
+def begin(
+    model: T5, tokens: Int[Array, "B T"], prompt: Int[Array, "B P"] | None, places: int, copies: int = 1
+) -> Begun:
+    """Encode texts and read their decoder prompts (0 on the left: shorter), with so many empty places behind these.
+
+    With `copies` each row is there so many times, one after the other.
+    """
+    encoded = model.encode(tokens)
+    decoder, (prefix, cross_prefix) = model.decoder, model.decoder.prefixes()
+    cross = jax.lax.map(
+        lambda layer_prefix: with_prefix(layer_prefix[1], *layer_prefix[0].cross.keys_values(encoded)),
+        (decoder.layers, cross_prefix),
+    )
+    seen = sees_prefix((tokens != 0)[:, None, None, :], cross_prefix)
+    prompt = jnp.zeros((tokens.shape[0], 0), jnp.int32) if prompt is None else prompt
+    if copies > 1:
+        cross = jax.tree.map(lambda part: jnp.repeat(part, copies, axis=1), cross)
+        seen, prompt = jnp.repeat(seen, copies, axis=0), jnp.repeat(prompt, copies, axis=0)
+        if prefix is not None and prefix.real is not None:
+            prefix = jax.tree.map(lambda part: jnp.repeat(part, copies, axis=1), prefix)
+    rows, length = prompt.shape
+    shape = (decoder.depth, rows, model.settings.num_heads, length + places, model.settings.d_kv)
+    empty = jnp.zeros(shape, encoded.dtype)
+    caches = (empty, empty) if prefix is None else jax.vmap(with_prefix)(prefix, empty, empty)
+    begun = Begun(cross, seen, prefix, prompt == 0, caches)
+    return begun._replace(caches=decode_at(model, begun, prompt, 0, caches)[1]) if length else begun
+
+
+def decode_at(
+    model: T5, begun: Begun, tokens: Int[Array, "B U"], position: Any, caches: Caches
+) -> tuple[Float[Array, "B U D"], Caches]:
+    """Run the decoder on tokens at a position, which counts from the first place of the decoder prompts.
+
+    What a shorter prompt lacks is not seen, and the positions of its row count from its first id.
+    """
+    first = 0 if begun.prefix is None else begun.prefix.keys.shape[-2]
+    positions, length = jnp.arange(caches[0].shape[3] - first), begun.missing.shape[1]
+    here = position + jnp.arange(tokens.shape[1])
+    past, own = (positions <= here[:, None])[None, None], None
+    if length:
+        past = past & ~jnp.pad(begun.missing, ((0, 0), (0, len(positions) - length)))[:, None, None]
+        own = here - begun.missing.sum(-1, keepdims=True)
+    biased = functools.partial(model.decoder.biased, queries=here, keys=positions, own=own)
+    past = sees_prefix(past, begun.prefix)
+    return through_decoder(model, tokens, caches, first + position, biased, past, begun.cross, begun.seen)
 
 
 def start(
     model: T5,
     encoder_tokens: Int[Array, "B T"],
     max_tokens: int,
-    encoder_segments: Int[Array, "B T"] | None = None,
     decoder_prompt: Int[Array, "B P"] | None = None,
     copies: int = 1,
 ) -> tuple[Read, Caches]:
-    """Encode, and return the function that reads decoder tokens at a position, and empty caches.
-
-    `decoder_prompt` has been read already (0 on the left: shorter); positions count from after it. With `copies` each
-    row is there so many times, one after the other.
-    """
-    tokens = encoder_tokens
-    segments = (tokens != 0).astype(jnp.int32) if encoder_segments is None else encoder_segments
-    encoded = model.encode(tokens, encoder_segments)
-    visible = (segments > 0)[:, None, None, :]
-    decoder, settings = model.decoder, model.settings
-    before, before_cross = decoder.prefixes()
-    cross = jax.lax.map(
-        lambda layer_prefix: with_prefix(layer_prefix[1], *layer_prefix[0].cross.keys_values(encoded)),
-        (decoder.layers, before_cross),
-    )
-    visible = sees_prefix(visible, before_cross)
-    batch, first = tokens.shape[0], 0 if decoder_prompt is None else decoder_prompt.shape[1]
-    if copies > 1:
-        cross = jax.tree.map(lambda part: jnp.repeat(part, copies, axis=1), cross)
-        visible = jnp.repeat(visible, copies, axis=0)
-        decoder_prompt = None if decoder_prompt is None else jnp.repeat(decoder_prompt, copies, axis=0)
-        if before is not None and before.real is not None:
-            before = jax.tree.map(lambda part: jnp.repeat(part, copies, axis=1), before)
-    shape = (decoder.depth, batch * copies, settings.num_heads, first + max_tokens, settings.d_kv)
-    empty = jnp.zeros(shape, encoded.dtype)
-    caches = (empty, empty) if before is None else jax.vmap(with_prefix)(before, empty, empty)
-    prefix_length = caches[0].shape[3] - shape[3]
-    positions = jnp.arange(first + max_tokens)
-    missing = None if decoder_prompt is None or not first else decoder_prompt == 0
-
-    def hidden(tokens, position, caches):
-        here = position + jnp.arange(tokens.shape[1])
-        past, own = (positions <= here[:, None])[None, None], None
-        if missing is not None:  # what a shorter prompt lacks is not seen, and its positions count from its first id
-            past = past & ~jnp.pad(missing, ((0, 0), (0, max_tokens)))[:, None, None]
-            own = here - missing.sum(-1, keepdims=True)
-        biased = functools.partial(decoder.biased, queries=here, keys=positions, own=own)
-        place, past = prefix_length + position, sees_prefix(past, before)
-        return through_decoder(model, tokens, caches, place, biased, past, cross, visible)
+    """Begin, and return the function that reads decoder tokens at a position after the prompt, and the caches."""
+    begun = begin(model, encoder_tokens, decoder_prompt, max_tokens, copies)
 
     def read(tokens, position, caches):
-        x, caches = hidden(tokens, first + position, caches)
-        return jax.nn.log_softmax(model.project(decoder.norm(x))), caches
+        x, caches = decode_at(model, begun, tokens, begun.missing.shape[1] + position, caches)
+        return jax.nn.log_softmax(model.project(model.decoder.norm(x))), caches
 
-    if decoder_prompt is not None and first:
-        _, caches = hidden(decoder_prompt, 0, caches)
-    return read, caches
+    return read, begun.caches
 
 
 def through_decoder(
@@ -190,7 +207,6 @@ def greedy(
     model: T5,
     encoder_tokens: Int[Array, "B T"],
     max_tokens: int,
-    encoder_segments: Int[Array, "B T"] | None = None,
     decoder_prompt: Int[Array, "B P"] | None = None,
     forced: Int[Array, "B F"] | None = None,
 ) -> tuple[Int[Array, "B U"], Float[Array, "B"]]:
@@ -200,7 +216,7 @@ def greedy(
     are read before the decoder's first input. Outputs begin with `forced` (0: free). Stops when every row has ended.
     Compiles once per shape.
     """
-    read, caches = start(model, encoder_tokens, max_tokens, encoder_segments, decoder_prompt)
+    read, caches = start(model, encoder_tokens, max_tokens, decoder_prompt)
     return _one_by_one(read, caches, encoder_tokens, max_tokens, lambda log_p, _: jnp.argmax(log_p, -1), forced)
 
 
@@ -217,7 +233,7 @@ def sample(
 
     The log-probabilities are the model's, before temperature and cuts. A row's answers follow from its rng alone.
     """
-    read, caches = start(model, encoder_tokens, max_tokens, None, decoder_prompt, how.samples)
+    read, caches = start(model, encoder_tokens, max_tokens, decoder_prompt, how.samples)
     own = jax.vmap(lambda rng: jax.random.split(rng, how.samples))(rngs).reshape(-1)
     tokens = jnp.repeat(encoder_tokens, how.samples, axis=0)
     forced = None if forced is None else jnp.repeat(forced, how.samples, axis=0)
@@ -267,7 +283,7 @@ def beam(
     one, were it to end now; with `early_stopping` when K have ended.
     """
     K, batch = how.beams, len(encoder_tokens)
-    read, caches = start(model, encoder_tokens, max_tokens, None, decoder_prompt, K)
+    read, caches = start(model, encoder_tokens, max_tokens, decoder_prompt, K)
     penalty, given = how.length_penalty, _given(forced, batch, max_tokens)
 
     def pick(values, index):
