@@ -53,13 +53,13 @@ def prompt_ids(model: T5) -> Placement | None:
 
 
 def check_devices(run: Run, assembly: Assembly, platform: str | None = None) -> None:
-    """Refuse a mesh that does not divide a run's batch or heads, and `attention: flash` where it cannot be had.
+    """Refuse a mesh that does not divide a run's batch or backbone, and `attention: flash` where it cannot be had.
 
     `platform`: the kind of the devices that will compute (default: of the mesh).
     """
     settings = assembly.model.settings
     rows = mesh.row_shards() if run.packing else run.batch_size // run.accumulate  # packed rows follow the mesh
-    mesh.check_divisible(rows, settings.num_heads)
+    mesh.check_divisible(rows, settings.num_heads, settings.d_model, settings.d_ff)
     check_model(run.attention, platform or mesh.platform(), run.dtype, settings.d_kv, run.packing is not None)
 
 

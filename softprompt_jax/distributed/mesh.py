@@ -62,7 +62,7 @@ class Mesh(Settings):
 def arrange_devices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     """Return the devices in the shape `sizes`, neighbours by the chips' own links, slices apart on the first axes.
 
-    Any size is laid out: where no arrangement follows the links, the devices stand in their order.
+    Errors: UserError where no such arrangement of TPUs follows the links.
     """
     slices, across = len({getattr(device, "slice_index", 0) for device in devices}), []
     for size in sizes:  # between slices the network is slow: rows of the batch are shared over it first
@@ -71,19 +71,22 @@ def arrange_devices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     try:
         if slices == 1:
             return mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
-        if math.prod(across) == slices:
-            return mesh_utils.create_hybrid_device_mesh(
-                within, tuple(across), devices, allow_split_physical_axes=True, should_sort_granules_by_key=True
-            )
-    except NotImplementedError:  # no arrangement that follows the links
-        pass
-    return np.asarray(devices, object).reshape(sizes)
+        return mesh_utils.create_hybrid_device_mesh(
+            within, tuple(across), devices, allow_split_physical_axes=True, should_sort_granules_by_key=True
+        )
+    except NotImplementedError:
+        shape = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise UserError(
+            f"mesh: no arrangement of {len(devices)} devices as {shape} follows their links; "
+            "expected sizes that divide the slice's sides; use others"
+        ) from None
 
 
 def weight_spec(sizes: Mapping[str, int], axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
     """Return how an array [*stacked, *axes] is cut over mesh axes of these sizes.
 
-    Prompts, vectors and what the mesh does not divide stay whole: only matrices are worth the traffic.
+    Prompts and vectors stay whole: only matrices are worth the traffic. So does a vocabulary that the mesh does not
+    divide, which is common where tokens were added; `check_divisible` refuses other axes.
     """
     stacked = [None] * (len(shape) - len(axes))
     if len(axes) < 2 or "prompt" in axes:
@@ -131,19 +134,23 @@ def state_sharding(state: Any, weights: Any) -> Any:
     whole = NamedSharding(mesh, PartitionSpec())
 
     def choose(keys: tuple, leaf: Any) -> Any:
-        path = f".{_path(keys)}."
-        weight = next((weight for name, weight in known.items() if f".{name}." in path), None)
+        path = _path(keys)  # the weight's path is in it, behind what holds it and before what an optimizer adds
+        parts = (path[start:end] for start in range(len(path)) for end in range(len(path), start, -1))
+        weight = next((known[part] for part in parts if part in known), None)
         return whole if weight is None or weight.shape != leaf.shape else weight.sharding
 
     return jax.tree_util.tree_map_with_path(choose, state)
 
 
-def check_divisible(rows: int, heads: int) -> None:
-    """Refuse a mesh that cannot share so many rows (of a batch's part) or attention heads evenly."""
+def check_divisible(rows: int, heads: int, width: int, inner: int) -> None:
+    """Refuse a mesh that does not divide the rows computed at a time, or a model's heads, width or feed-forward width.
+
+    Without this a weight would silently stay whole on every device.
+    """
     mesh = _mesh()
     if mesh is None:
         return
-    shards, tensor = row_shards(), mesh.shape["tensor"]
+    shards, fsdp, tensor = row_shards(), mesh.shape["fsdp"], mesh.shape["tensor"]
     if rows % shards:
         raise UserError(
             f"mesh: data x fsdp is {shards}; expected a divisor of the {rows} rows computed at a time; "
@@ -151,6 +158,10 @@ def check_divisible(rows: int, heads: int) -> None:
         )
     if heads % tensor:
         raise UserError(f"mesh: tensor is {tensor}; expected a divisor of the backbone's {heads} heads; change mesh")
+    if inner % tensor:
+        raise UserError(f"mesh: tensor is {tensor}; expected a divisor of the feed-forward width {inner}; change mesh")
+    if width % fsdp:
+        raise UserError(f"mesh: fsdp is {fsdp}; expected a divisor of the backbone's width {width}; change mesh")
 
 
 def with_sharding(state: Any, layout: Any) -> Any:
@@ -199,7 +210,8 @@ def row_shards() -> int:
 def process_share() -> tuple[int, int]:
     """Return (index, count) of this process's equal share of every batch's rows.
 
-    Processes that hold the same rows, as under tensor parallelism across hosts, have the same index.
+    Processes that hold the same rows, as under tensor parallelism across hosts, have the same index. Where a process's
+    rows are not one block, each process reads all rows: (0, 1), which `describe` says.
     """
     mesh = _mesh()
     if mesh is None:
@@ -210,7 +222,7 @@ def process_share() -> tuple[int, int]:
     owned = [row for row in range(shards) if any(device.process_index == own for device in by_rows[row])]
     first, count = owned[0], len(owned)
     if owned != list(range(first, first + count)) or first % count or shards % count:
-        return 0, 1  # an odd layout: everyone reads everything
+        return 0, 1
     return first // count, shards // count
 
 
@@ -267,6 +279,8 @@ def describe() -> str:
         return f"1 {platform()} device"
     sizes = ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES if mesh.shape[axis] > 1)
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    if processes and process_share() == (0, 1) and row_shards() > 1:
+        processes += ", each of which reads whole batches"
     return f"{mesh.size} {platform()} devices{processes} ({sizes})"
 
 
@@ -283,5 +297,5 @@ def _mesh() -> jax.sharding.Mesh | None:
     return None if mesh.empty or alone else mesh
 
 
-def _path(keys: tuple) -> str:
-    return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
+def _path(keys: tuple) -> tuple[str, ...]:
+    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)

@@ -28,6 +28,8 @@ from softprompt_jax.models.attention import (
 )
 from softprompt_jax.models.flash import Implementation, Platform, cudnn, uses_flash
 
+Remat = Literal["none", "dots", "full"]
+
 
 class T5Settings(Settings):
     """Every shape and switch of a T5: what its `config.json` states, and how to compute with it."""
@@ -51,7 +53,7 @@ class T5Settings(Settings):
     attention: Implementation = "auto"  # kernel of the encoder's self-attention: plain; flash: cuDNN's, or an error
     # that says why not; auto: cuDNN's where it can be had
     platform: Platform = Field(default="cpu", exclude=True)  # devices that compute; set while loading
-    remat: Literal["none", "dots", "full"] = "none"
+    remat: Remat = "none"
     unroll: bool = False  # the scan over layers: compiles longer, runs about a tenth faster on a CPU
 
     def parameters(self) -> int:
@@ -272,7 +274,8 @@ class Stack(nnx.Module):
         self.norm = Norm(settings.d_model, settings.epsilon)
         self.prefix: Any = nnx.data(None)  # a module that gives keys and values, once a method attaches one
         self.deep: Any = nnx.data(None)  # a module that puts rows at prompt positions in every layer
-        self.depth, self.dropout, self.remat, self.unroll = layers, settings.dropout, settings.remat, settings.unroll
+        self.depth, self.dropout, self.unroll = layers, settings.dropout, settings.unroll
+        self.remat: Remat = settings.remat
 
     def __call__(
         self,
@@ -283,7 +286,9 @@ class Stack(nnx.Module):
         rng: jax.Array | None = None,
         prompt_rows: Int[Array, "B T"] | None = None,
         lengths: Int[Array, "B"] | None = None,
+        remat: Remat | None = None,
     ) -> Float[Array, "B T D"]:
+        """Run the layers; `remat`: what is computed again for the gradient (default: what the settings say)."""
         first, last, rngs = None, None, None
         if rng is not None:
             first, last, scanned = jax.random.split(rng, 3)
@@ -308,8 +313,9 @@ class Stack(nnx.Module):
                 x = layer.attend_encoded(x, encoded, before_cross, encoded_visible, rngs[1])
             return constrain(layer.feed(x, rngs[2]), "rows", None, None), None
 
-        if self.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+        remat = remat or self.remat
+        if remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
             run = jax.checkpoint(run, policy=policy, prevent_cse=self.unroll)  # a loop prevents it by itself
         x = constrain(dropout(x, self.dropout, first), "rows", None, None)
         xs = (self.layers, rngs, before, before_cross, deep)
@@ -368,16 +374,19 @@ class T5(nnx.Module):
         return jnp.where(virtual[..., None], self.prompt(tokens - rows, virtual, rng).astype(text.dtype), text)
 
     def encode(
-        self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None, rng: jax.Array | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None = None,
+        rng: jax.Array | None = None,
+        remat: Remat | None = None,
     ) -> Float[Array, "B T D"]:
         """Encode token ids; `segments` keeps packed examples apart (default: one a row, 0 is padding)."""
         lengths = (tokens != 0).sum(-1) if segments is None else None  # padding comes last
         segments = (tokens != 0).astype(jnp.int32) if segments is None else segments
         prompt_rng, stack_rng = split_rng(rng, 2)
         visible, prompt_rows = same_segment(segments, segments), tokens - self.settings.vocabulary_rows
-        return self.encoder(
-            self.embed(tokens, prompt_rng), visible, rng=stack_rng, prompt_rows=prompt_rows, lengths=lengths
-        )
+        x = self.embed(tokens, prompt_rng)
+        return self.encoder(x, visible, rng=stack_rng, prompt_rows=prompt_rows, lengths=lengths, remat=remat)
 
     def decode(
         self,
@@ -386,6 +395,7 @@ class T5(nnx.Module):
         encoder_segments: Int[Array, "B T"],
         segments: Int[Array, "B U"] | None = None,
         rng: jax.Array | None = None,
+        remat: Remat | None = None,
     ) -> Float[Array, "B U D"]:
         """Decode already shifted inputs against an encoding; the mask is causal (and by segment if packed)."""
         length = tokens.shape[1]
@@ -396,7 +406,8 @@ class T5(nnx.Module):
             visible = visible & same_segment(segments, segments)
             encoded_visible = same_segment(segments, encoder_segments)
         prompt_rows = tokens - self.settings.vocabulary_rows
-        return self.decoder(self.embed(tokens), visible, encoded, encoded_visible, rng, prompt_rows)
+        x = self.embed(tokens)
+        return self.decoder(x, visible, encoded, encoded_visible, rng, prompt_rows, remat=remat)
 
     def project(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Return float32 logits over the V vocabulary rows."""
@@ -405,14 +416,16 @@ class T5(nnx.Module):
         kernel = self.embedding[...].T if self.head is None else self.head.kernel[...]
         return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
-    def hidden(self, batch: dict[str, Array], rng: jax.Array | None = None) -> Float[Array, "B U D"]:
+    def hidden(
+        self, batch: dict[str, Array], rng: jax.Array | None = None, remat: Remat | None = None
+    ) -> Float[Array, "B U D"]:
         """Return the decoder's output for a batch: `encoder_tokens`, `decoder_inputs`, and if packed `*_segments`."""
-        tokens = batch["encoder_tokens"]
-        segments = batch.get("encoder_segments")
-        segments = (tokens != 0).astype(jnp.int32) if segments is None else segments
+        tokens, packed = batch["encoder_tokens"], batch.get("encoder_segments")
         encoder_rng, decoder_rng = split_rng(rng, 2)
-        encoded = self.encode(tokens, batch.get("encoder_segments"), encoder_rng)
-        return self.decode(batch["decoder_inputs"], encoded, segments, batch.get("decoder_segments"), decoder_rng)
+        encoded = self.encode(tokens, packed, encoder_rng, remat)
+        segments = (tokens != 0).astype(jnp.int32) if packed is None else packed
+        inputs = batch["decoder_inputs"]
+        return self.decode(inputs, encoded, segments, batch.get("decoder_segments"), decoder_rng, remat)
 
     def __call__(self, batch: dict[str, Array], rng: jax.Array | None = None) -> Float[Array, "B U V"]:
         """Return float32 logits of a batch."""
