@@ -34,7 +34,7 @@ from softprompt_jax.run import Run, Scratch
 
 @dataclasses.dataclass(frozen=True)
 class Assembly:
-    """A model ready to train, and what reads and writes its text."""
+    """A model with its methods, and its tokenizer."""
 
     model: T5
     tokenizer: Tokenizer
@@ -43,12 +43,12 @@ class Assembly:
 
     @property
     def prompt_ids(self) -> Placement | None:
-        """Where the ids of the prompt's rows, from V on, stand around a text; None without a prompt."""
+        """Where the ids of the prompt's embeddings, from V on, stand around a text; None without a prompt."""
         return prompt_ids(self.model)
 
 
 def prompt_ids(model: T5) -> Placement | None:
-    """Return where the ids of a model's prompt rows, from V on, stand around a text; None without a prompt."""
+    """Return where the ids of a model's prompt embeddings, from V on, stand around a text; None without a prompt."""
     return None if model.prompt is None else model.prompt.placement
 
 
@@ -118,15 +118,15 @@ def abstract_backbone_of(run: Run) -> Backbone:
 
 
 def with_settings(model: T5, **changes) -> T5:
-    """Return the model with other dropout or remat, sharing its weights."""
+    """Return the model with other settings of how it computes, sharing its weights."""
     shell = abstract_quantized(model.settings.model_copy(update=changes), model.dtype, quantization_of(model))
     return nnx.merge(nnx.graphdef(shell), nnx.state(model))
 
 
 def context(run: Run, tokenizer: Tokenizer, backbone: Backbone) -> methods.Context:
-    """Collect what prompt initialisations look at; what others have trained must be of the same backbone.
+    """Collect what initialisations look at; prompts of other runs must be of the same backbone.
 
-    An abstract backbone has no fingerprint: then they may be of any.
+    An abstract backbone has no fingerprint to compare.
     """
     hint = "carry a prompt over with softprompt recycle, or give bare rows (.npy)"
 
@@ -158,7 +158,7 @@ def context(run: Run, tokenizer: Tokenizer, backbone: Backbone) -> methods.Conte
 
 
 def check_own_prompts(run: Run, model: T5) -> None:
-    """Refuse methods that do not give each task of a mixture the prompt of its own that it asks for."""
+    """Refuse methods that do not give each task of a mixture with `prompts: own` a prompt."""
     if not run.own_prompts:
         return
     first, found = model.settings.vocabulary_rows, set()

@@ -1,7 +1,7 @@
-"""What a run would take on machines one does not own: its real step, compiled ahead of time for them.
+"""Predict what a run takes on other machines: its real step is compiled ahead of time for them.
 
-TPU slices are compiled by libtpu itself (extra `tpu`), which needs no TPU: its memory figures and its refusals are
-those of the machine. GPUs are compiled by XLA's CPU backend on as many simulated devices: an estimate, and marked so.
+TPU slices are compiled by libtpu (extra `tpu`), which needs no TPU; its memory figures and refusals are the machine's.
+For GPUs XLA's CPU backend compiles for simulated devices: an estimate, and marked as one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 GIB = 2**30
 DOES_NOT_FIT = 3  # exit code
-# Of the threads that compile: with their default of 64 KiB libtpu 0.0.42 overflows its stack on wide layers.
+# Stack of the threads that compile: with the default of 64 KiB libtpu 0.0.42 overflows it on wide layers.
 _LARGER_STACK = "--fibers_default_thread_stack_size=4194304"
 
 
@@ -34,8 +34,8 @@ class Chip:
     """One device as JAX sees it, from the vendors' data sheets."""
 
     memory_gib: int
-    tflops: float | int  # bfloat16, dense
-    accelerator_type: str | None = None  # what libtpu calls a slice; None: not a TPU
+    tflops: float | int  # of dense products in bfloat16
+    accelerator_type: str | None = None  # libtpu's name of a slice; None: not a TPU
 
 
 CHIPS = {
@@ -65,7 +65,7 @@ class Topology:
 
     @property
     def is_tpu(self) -> bool:
-        """Is it compiled by libtpu?"""
+        """Whether libtpu compiles for it."""
         return self.chip.accelerator_type is not None
 
 
@@ -83,14 +83,14 @@ def plan(config: str, overrides: Sequence[str], topologies: Sequence[str], utili
     """Compile a run's step for each topology and return a dictionary for each.
 
     Keys: `topology`, `fits`, `peak_bytes` (of a device; None if it does not fit and the compiler does not say),
-    `limit_bytes`, `weights_bytes`, `state_bytes`, `temporary_bytes` (activations and what is moved), `flops` (of all
-    devices in a step, products only), `collectives` (bytes a device sends or receives in a step, by kind),
-    `examples_per_s` (at the `utilisation` of the chips' peak that is assumed), `advice`, `packed` (planned as if no two
+    `limit_bytes`, `weights_bytes`, `state_bytes`, `temporary_bytes` (activations and copies), `flops` (matrix products
+    of a step on all devices), `collectives` (bytes that a device sends or receives in a step, by kind),
+    `examples_per_s` (if the chips reach the share `utilisation` of their peak), `advice`, `packed` (as if no two
     examples shared a row), `quantized` (the frozen layers), `estimated`, `compile_s`.
     """
     from softprompt_jax.run import load_run
 
-    load_run(config, list(overrides))  # bad settings are told before anything is compiled
+    load_run(config, list(overrides))  # so that bad settings are found before anything is compiled
     parsed = [parse_topology(text) for text in topologies]
     return [_in_a_child(config, list(overrides), topology, utilisation) for topology in parsed]
 
@@ -272,7 +272,7 @@ def abstract_step(run: Run, memory: int | None = None, platform: str | None = No
 
 
 def product_flops(jaxpr: Any) -> float:
-    """Count the floating-point operations of all matrix products, those of a scan as often as it runs."""
+    """Count the floating-point operations of matrix products; those in a scan count as often as it runs."""
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -280,7 +280,7 @@ def product_flops(jaxpr: Any) -> float:
             left = equation.invars[0].aval.shape
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
         assert equation.primitive.name != "while", "a loop of unknown length"
-        if equation.primitive.name == "cond":  # one of them runs: that which counts most, the plain way
+        if equation.primitive.name == "cond":  # one branch runs: count the largest
             total += max(product_flops(branch.jaxpr) for branch in equation.params["branches"])
             continue
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
@@ -297,7 +297,7 @@ _COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|collect
 
 
 def collective_bytes(program: str) -> dict[str, int]:
-    """Sum the bytes of the results of a compiled program's collectives by kind, those in a loop as often as it runs."""
+    """Sum the bytes of a compiled program's collectives by kind; those in a loop count as often as it runs."""
     computations: dict[str, list[str]] = {}
     entry = name = ""
     for line in program.splitlines():
@@ -330,7 +330,7 @@ def _bytes(shapes: str) -> int:
 
 
 def _used(message: str) -> int | None:
-    """Read from the compiler's refusal how much it would have needed, the weights included."""
+    """Read from the compiler's refusal how many bytes it would have needed, weights included."""
     found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", message)
     if found is None:
         return None
@@ -339,7 +339,7 @@ def _used(message: str) -> int | None:
 
 
 def advice(run: Run, answer: dict[str, Any], devices: int) -> list[str]:
-    """Say what to change so that it fits, the cheapest first."""
+    """Say what to change so that the step fits, the cheapest change first."""
     said = []
     if run.dtype == "float32":
         said.append("dtype=bfloat16")

@@ -1,4 +1,4 @@
-"""Backbones from where they lie, slice by slice, and back: a Hugging Face folder or hub name, a T5X checkpoint."""
+"""Load and save backbones, slice by slice: a Hugging Face folder or hub name, a T5X checkpoint, a quantised folder."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Sharding = Callable[[nnx.Variable], jax.sharding.Sharding]
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A model with where it came from. `folder` also holds its tokenizer."""
+    """A model and where it came from; `folder` holds its tokenizer."""
 
     model: T5
     folder: Path
@@ -165,10 +165,10 @@ def read_weights(
 
 
 def load_adafactor(source: str | Path) -> tuple[int, dict[str, dict[str, np.ndarray]]]:
-    """Return the step of a T5X checkpoint and Adafactor's slots by the path of our weight, layers stacked, float32.
+    """Return the step of a T5X checkpoint, and Adafactor's slots in float32 by the path of our weight, layers stacked.
 
-    Slots are `v` [as the weight], or `v_row` and `v_col`, and `m` if there was momentum. Weights that were frozen
-    have none; those of a prompt are under `prompt.rows`. The paper's model tuning starts from them.
+    Slots: `v` [as the weight], or `v_row` and `v_col`, and `m` if there was momentum. Weights that were frozen have
+    none; a prompt's are under `prompt.rows`. The paper's model tuning starts from these.
     """
     checkpoint = t5x.find_checkpoint(source)
     if checkpoint is None:

@@ -54,7 +54,7 @@ def attach_adapter(model: T5, folder: str | Path) -> MethodSettings:
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     before = flatten(split(model).trainable)
-    method.attach(model, jax.random.key(0), Context(encode=lambda text: []))
+    method.attach(model, jax.random.key(0), Context())
     shapes = {path: leaf.shape for path, leaf in flatten(split(model).trainable).items() if path not in before}
     for path in sorted({*shapes, *values}):
         found = list(values[path].shape) if path in values else "nothing"

@@ -1,4 +1,4 @@
-"""Arrays on disk, read by slices: what the loader asks of every file format."""
+"""Arrays on disk that are read by slices, whatever the file format, and safetensors files."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FILE_BYTES = 2 << 30  # of weights in a file that is written; more go to severa
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """An array on disk; `part(index)` reads what the slices of an index, one an axis, select.
+    """An array on disk. `part(index)` reads what the slices of an index, one for each axis, select.
 
     `checked`: a checksum is compared when the tensor is read whole.
     """
@@ -78,12 +78,12 @@ class Tensor:
 
 
 def in_memory(name: str, array: np.ndarray) -> Tensor:
-    """Return a tensor that is in memory already."""
+    """Return a tensor whose values are in memory already."""
     return Tensor(name, array.shape, lambda index: np.asarray(array[index]))
 
 
 def whole(shape: Sequence[int]) -> Index:
-    """Return the index of everything."""
+    """Return the index of a whole array."""
     return tuple(slice(0, length) for length in shape)
 
 
@@ -101,7 +101,7 @@ def read_stacked(parts: Sequence[Tensor], shape: tuple[int, ...], index: Index |
 
 
 def _fill(target: np.ndarray, values: np.ndarray) -> None:
-    """Copy and convert; a transposed view 16 columns at a time, since whole ones miss the cache at every number."""
+    """Copy and convert. A transposed view goes 16 columns at a time, since the cache holds no more."""
     if values.ndim < 2 or not values.flags.f_contiguous:
         target[...] = values
         return
@@ -111,7 +111,7 @@ def _fill(target: np.ndarray, values: np.ndarray) -> None:
 
 
 def same(first: Tensor, second: Tensor) -> bool:
-    """Tell whether two matrices are equal, some rows at a time: 16, 32, ... 4096, stopping at the first difference."""
+    """Tell whether two matrices are equal; reads 16, 32, ... 4096 rows at a time, up to the first difference."""
     if first.shape != second.shape:
         return False
     start, rows = 0, 16
@@ -124,14 +124,14 @@ def same(first: Tensor, second: Tensor) -> bool:
 
 
 def finite(values: np.ndarray) -> bool:
-    """Tell whether an array has neither infinities nor NaN; bfloat16 by its bits, which is faster."""
+    """Tell whether all numbers are finite; bfloat16 by its bits, which is faster."""
     if values.dtype == jnp.bfloat16:
         return not ((values.view(np.uint16) & 0x7F80) == 0x7F80).any()
     return bool(np.isfinite(values).all())
 
 
 def checksum(values: np.ndarray) -> int:
-    """Return the CRC-32 of an array's bytes, first index slowest."""
+    """Return the CRC-32 of an array's bytes in C order."""
     return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
 
@@ -180,7 +180,7 @@ def _read(opened: Any, name: str, shape: tuple[int, ...], known: int | list[int]
 
 
 def open_sharded(path: Path, open_file: Callable[[Path], dict[str, Tensor]] = open_safetensors) -> dict[str, Tensor]:
-    """Open `path`, or the files beside it that `path`.index.json names; nothing is there: no tensors."""
+    """Open `path`, or the files beside it that `path`.index.json names; no tensors where neither exists."""
     index = path.with_name(f"{path.name}.index.json")
     if not index.exists():
         return open_file(path) if path.exists() else {}

@@ -1,8 +1,8 @@
-"""Devices as a mesh (data, fsdp, tensor): where every weight and every row of a batch lies.
+"""Devices as a mesh (data, fsdp, tensor), and how weights and batches are sharded over it.
 
-Weights name their axes (`embed`, `heads`, ...); one table maps them to mesh axes. With the default mesh all devices
-share the batch and each holds all weights: a prompt's gradient is then all that travels. A run enters its mesh with
-`jax.set_mesh`; what is called inside finds it there, and without one everything works on one device.
+Weights name their axes (`embed`, `heads`, ...); one table maps them to mesh axes. With the default mesh the devices
+share the batch and each holds all weights, so that only a prompt's gradient travels. A run enters its mesh with
+`jax.set_mesh`; the functions here find it there. Without a mesh everything is on one device.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pydantic import Field, model_validator
 from softprompt_jax.config import Settings, UserError
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # mesh axes that share the rows of a batch
-# Logical axis of a weight -> mesh axis that it is cut along; all others are whole everywhere.
+ROWS = ("data", "fsdp")  # mesh axes that rows of a batch are sharded over
+# Logical axis of a weight -> mesh axis that it is sharded over; all others are whole on every device.
 WEIGHTS = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp"}
 Model = TypeVar("Model", bound=nnx.Module)
 
 
 class Mesh(Settings):
-    """How many devices share what; -1 for one axis means all that the others leave."""
+    """Sizes of the mesh axes; -1 for one of them: all devices that the others leave."""
 
     data: int = Field(default=-1, ge=-1)  # rows of the batch; weights are whole on each
     fsdp: int = Field(default=1, ge=-1)  # rows of the batch, and weights along the model width
@@ -83,7 +83,7 @@ def arrange_devices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
 
 
 def weight_spec(sizes: Mapping[str, int], axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
-    """Return how an array [*stacked, *axes] is cut over mesh axes of these sizes.
+    """Return how an array [*stacked, *axes] is sharded over mesh axes of these sizes.
 
     Prompts and vectors stay whole: only matrices are worth the traffic. So does a vocabulary that the mesh does not
     divide, which is common where tokens were added; `check_divisible` refuses other axes.
@@ -97,19 +97,19 @@ def weight_spec(sizes: Mapping[str, int], axes: Sequence[str], shape: Sequence[i
 
 
 def variable_sharding(mesh: jax.sharding.Mesh, variable: nnx.Variable) -> NamedSharding:
-    """Return where a weight lies, by the axes that it names."""
+    """Return the sharding of a weight, by the axes that it names."""
     axes = variable.get_metadata().get("axes", ())
     return NamedSharding(mesh, weight_spec(mesh.shape, axes, variable.shape))
 
 
 def weight_sharding_fn() -> Callable[[nnx.Variable], NamedSharding] | None:
-    """Return what tells a loader where each weight lies; None without a mesh."""
+    """Return a function from a weight to its sharding, for a loader; None without a mesh."""
     mesh = _mesh()
     return None if mesh is None else lambda variable: variable_sharding(mesh, variable)
 
 
 def shard_model(model: Model) -> Model:
-    """Return the model with its weights laid out on the mesh."""
+    """Return the model with its weights sharded over the mesh."""
     mesh = _mesh()
     if mesh is None:
         return model
@@ -123,7 +123,7 @@ def shard_model(model: Model) -> Model:
 
 
 def state_sharding(state: Any, weights: Any) -> Any:
-    """Return where a training state lies: what has a weight's path and shape as that weight, all else whole.
+    """Return the sharding of a training state: as a weight for what has its path and shape, else whole.
 
     `state` may be abstract. None without a mesh.
     """
@@ -165,12 +165,12 @@ def check_divisible(rows: int, heads: int, width: int, inner: int) -> None:
 
 
 def with_sharding(state: Any, layout: Any) -> Any:
-    """Return an abstract state that knows where it lies."""
+    """Return an abstract state with its sharding."""
     return state if layout is None else jax.tree.map(put_sharded, state, layout)
 
 
 def local_bytes(tree: Any) -> int:
-    """Return the bytes that one device holds of arrays, or of abstract ones that know where they lie."""
+    """Return the bytes that one device holds of arrays, or of abstract arrays with shardings."""
 
     def of(leaf: Any) -> int:
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
@@ -180,7 +180,7 @@ def local_bytes(tree: Any) -> int:
 
 
 def put_sharded(value: Any, sharding: NamedSharding) -> Any:
-    """Lay an array out that every process holds whole or has its part of; say of an abstract one where it lies."""
+    """Shard an array that every process holds whole or has its shards of; an abstract one gets the sharding."""
     if isinstance(value, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
     if sharding.is_fully_addressable or (isinstance(value, jax.Array) and not value.is_fully_addressable):
@@ -190,7 +190,7 @@ def put_sharded(value: Any, sharding: NamedSharding) -> Any:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Keep an activation cut along its rows ("rows") and named weight axes; without a mesh nothing happens."""
+    """Keep an activation sharded along its rows ("rows") and named weight axes; without a mesh nothing happens."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -202,7 +202,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def row_shards() -> int:
-    """Return in how many parts the rows of a batch are cut; also inside `jax.jit`."""
+    """Return over how many shards the rows of a batch go; also inside `jax.jit`."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ROWS)
 
@@ -227,7 +227,7 @@ def process_share() -> tuple[int, int]:
 
 
 def shard_local_batch(rows: Any) -> Any:
-    """Join every process's share of a batch (arrays [B / count, ...]) to arrays cut along the rows."""
+    """Join the processes' shares of a batch (arrays [B / count, ...]) to arrays sharded along the rows."""
     mesh = _mesh()
     if mesh is None:
         return rows
@@ -246,7 +246,7 @@ def shard_local_batch(rows: Any) -> Any:
 
 
 def shard_batch(rows: Any) -> Any:
-    """Cut arrays along the rows that every process holds whole."""
+    """Shard arrays along their rows; every process holds them whole."""
     mesh = _mesh()
     if mesh is None:
         return rows
@@ -255,7 +255,7 @@ def shard_batch(rows: Any) -> Any:
 
 
 def shard_stacked_batch(rows: Any) -> Any:
-    """Cut arrays [N, B, ...] along B that every process holds whole."""
+    """Shard arrays [N, B, ...] along B; every process holds them whole."""
     mesh = _mesh()
     if mesh is None:
         return rows
@@ -264,7 +264,7 @@ def shard_stacked_batch(rows: Any) -> Any:
 
 
 def gather(x: jax.Array | np.ndarray) -> np.ndarray:
-    """Return an array whole, in every process."""
+    """Gather an array, whole, in every process."""
     if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     from jax.experimental import multihost_utils
@@ -273,7 +273,7 @@ def gather(x: jax.Array | np.ndarray) -> np.ndarray:
 
 
 def describe() -> str:
-    """Say what runs where."""
+    """Say on how many devices of what kind a run computes, and how it is sharded."""
     mesh = _mesh()
     if mesh is None:
         return f"1 {platform()} device"
@@ -291,7 +291,7 @@ def platform() -> str:
 
 
 def _mesh() -> jax.sharding.Mesh | None:
-    """Return the mesh that is entered, unless it is the one device that everything is on anyway."""
+    """Return the mesh that is entered; None if it is only the device that everything is on anyway."""
     mesh = jax.sharding.get_mesh()
     alone = not mesh.empty and mesh.size == 1 and mesh.devices.item() == jax.local_devices()[0]
     return None if mesh.empty or alone else mesh

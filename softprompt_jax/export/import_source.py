@@ -1,4 +1,4 @@
-"""Take in what others have made: any checkpoint as a Hugging Face folder, any prompt as our file."""
+"""Convert any checkpoint to a Hugging Face folder, and any prompt to our file."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def import_source(
     """Write a checkpoint (T5X, `.bin`, safetensors) to a folder in Hugging Face layout and return what was written.
 
     The prompt of a T5X prompt tuning run is written beside it; if `to` ends in .safetensors, only the prompt is.
-    `dtype`: of the weights (default: as they are). `tokenizer`: a SentencePiece file, a folder or a hub name, where
-    the source has none. `quantize`: write the layers in int8 or nf4, the rest in `dtype` (default bfloat16), as a
-    folder of our own that is never whole in floats on the way.
+    `dtype`: of the weights (default: as they are). `tokenizer`: a SentencePiece file, a folder or a hub name, for a
+    source that has none. `quantize`: write a folder of our own with the layers in int8 or nf4 and the rest in `dtype`
+    (default bfloat16); the model is never whole in floats.
     Errors: UserError for a source that is no T5, and for a folder that holds weights already.
     """
     to, path = Path(to), Path(source)
@@ -44,7 +44,7 @@ def import_source(
         raise UserError(f"{source}: has no tokenizer; expected one; add --tokenizer with spiece.model or a hub name")
     try:
         to.mkdir(parents=True, exist_ok=True)
-        for file in files:  # one of another name is called as the hub calls it
+        for file in files:  # a single SentencePiece file gets the hub's name for it
             alone = file.suffix == ".model" and len(files) == 1
             shutil.copy(file, to / ("spiece.model" if alone else file.name))
         if quantize is None:

@@ -1,8 +1,8 @@
-"""Decoding in slots: answers join and leave a running batch, so that none waits for the end of another.
+"""Continuous batching: answers join and leave a running batch, so that none waits for the end of another.
 
-Each of S slots has a place in the caches. All slots write the token at hand to the same place of a ring of R places:
-T5 knows distances only, so that an answer may begin anywhere in the ring, and sees as far back as its own first token.
-What the methods of the answers put before their keys stands before the ring, and is written when they join.
+Each of S slots has room in the caches for one answer. Every step writes the keys of all slots to the same place of a
+ring of R places. T5 knows distances only, so that an answer may begin anywhere in the ring; it sees back to its own
+first token. An answer's prefix (of prefix tuning) stands before the ring and is written when the answer joins.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ from softprompt_jax.models.attention import bias_before
 from softprompt_jax.models.decode import EOS, begin, likely, through_decoder
 from softprompt_jax.models.t5 import T5
 
-STEPS = 8  # that `advance` takes at most
+STEPS = 8  # at most, of one call of `advance`
 
 
 class Wanted(NamedTuple):
-    """How the answer of each of N slots shall be made."""
+    """How to choose the tokens of each of N answers."""
 
-    limit: Int[Array, "N"]  # tokens at most
-    forced: Int[Array, "N R"]  # what it begins with; 0: free
+    limit: Int[Array, "N"]  # most tokens
+    forced: Int[Array, "N R"]  # first tokens; 0: free
     rng: UInt32[Array, "N 2"]
-    temperature: Float[Array, "N"]  # 0: the most likely token each time
+    temperature: Float[Array, "N"]  # 0: greedy
     top_k: Int[Array, "N"]  # 0: all
     top_p: Float[Array, "N"]
 
 
 class Slots(NamedTuple):
-    """What is known of S answers in the making."""
+    """The state of S answers that are being decoded."""
 
     caches: tuple[Array, Array]  # keys and values [L, S, H, PR, K], of prefixes and ring
     cross: tuple[Array, Array]  # those of the encodings, behind their prefixes [L, S, H, PT, K]
     seen: Bool[Array, "S PT"]  # which of these are real
-    prefix: tuple[Bool[Array, "S P"], ...]  # those before the ring, without and with positions
+    prefix: tuple[Bool[Array, "S P"], ...]  # which keys before the ring are real: without, then with positions
     factors: per_example.BatchState  # of the decoder [S, L, W]
-    pointer: Int[Array, ""]  # place in the ring of the token at hand
-    age: Int[Array, "S"]  # keys of its own that stand before it
-    count: Int[Array, "S"]  # tokens written; `limit` is where it ends
-    last: Int[Array, "S"]  # the token written last
+    pointer: Int[Array, ""]  # place of the ring that the next step writes
+    age: Int[Array, "S"]  # number of an answer's own keys in the ring
+    count: Int[Array, "S"]  # tokens written; an answer ends at `limit`
+    last: Int[Array, "S"]  # last token written
     wanted: Wanted
 
 
 def empty(model: T5, slots: int, ring: int, length: int, rows: per_example.BatchState) -> Slots:
-    """Return so many free slots, for at most `length` encoder positions and `ring` decoder positions.
+    """Return free slots for at most `length` encoder positions and `ring` decoder positions.
 
-    `rows`: those of a batch, which say what answers may have of their own; only their shapes are read.
+    `rows`: the per-example state of a batch; only its shapes are read.
     """
     settings, zero = model.settings, jnp.zeros((slots,), jnp.int32)
     shape = (model.decoder.depth, slots, settings.num_heads)
@@ -89,17 +89,16 @@ def join(
 ) -> Slots:
     """Encode B texts, read their decoder prompts (0 on the left: shorter), and put `count` answers into slots.
 
-    Skip this on first reading: `put` copies what was read of one text into the place of one slot, and turns the keys of
-    its decoder prompt so that they end where the ring's pointer stands.
-
-    Answer n is to the text `source[n]` and gets the slot `place[n]`; N - `count` of them are not there. `rows` is what
-    the methods of the B texts have; it is put into the model.
+    Answer n belongs to text `source[n]` and gets slot `place[n]`; of N places for answers only the first `count` are
+    used. `rows` is the per-example state of the B texts, which the model is given.
     """
     per_example.install(model, rows)
     begun = begin(model, tokens, before, 0)
     first, length = sum(part.shape[1] for part in slots.prefix), before.shape[1]
     ring = slots.caches[0].shape[3] - first
 
+    # Skip this on first reading: the keys of one text are copied into one slot, those of its decoder prompt turned so
+    # that they end where the pointer stands.
     def put(n: Any, parts: Any) -> Any:
         row, slot = source[n], place[n]
         caches, crosses = parts
@@ -145,7 +144,7 @@ def join(
 
 
 def leave(slots: Slots, which: Bool[Array, "S"]) -> Slots:
-    """End the answers in these slots as they are."""
+    """End the answers in these slots."""
     wanted = slots.wanted._replace(limit=jnp.where(which, 0, slots.wanted.limit))
     return slots._replace(wanted=wanted)
 
@@ -153,10 +152,10 @@ def leave(slots: Slots, which: Bool[Array, "S"]) -> Slots:
 def advance(
     model: T5, slots: Slots, steps: Int[Array, ""], rows: int, length: int
 ) -> tuple[Slots, Int[Array, "N S"], Float[Array, "N S"]]:
-    """Take up to `steps` steps (N = `STEPS` at most) with the first `rows` slots; they use `length` encoder positions,
-    prefixes included.
+    """Take up to `steps` steps, N = `STEPS` at most, of the first `rows` slots.
 
-    Return the tokens that each step wrote (-1: none) and their log-probabilities.
+    `length`: encoder positions in use, prefixes included. Return the tokens that each step wrote (-1: none) and their
+    log-probabilities.
     """
     capacity = len(slots.age)
     per_example.install(model, {name: part[:rows] for name, part in slots.factors.items()})
@@ -180,7 +179,7 @@ def _step(model: T5, slots: Slots, rows: int, length: int) -> tuple[Slots, Int[A
     ring = slots.caches[0].shape[3] - unpositioned - positioned
     age, count, last = (part[:rows] for part in (slots.age, slots.count, slots.last))
     wanted = Wanted(*(part[:rows] for part in slots.wanted))
-    behind = (slots.pointer - jnp.arange(ring)) % ring  # how long ago each place of the ring was written
+    behind = (slots.pointer - jnp.arange(ring)) % ring  # steps since each place of the ring was written
     past = jnp.concatenate([*(part[:rows] for part in slots.prefix), behind <= age[:, None]], 1)[:, None, None, :]
 
     def biased(bias: Any) -> Float[Array, "#B H 1 S"]:

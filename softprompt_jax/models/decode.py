@@ -1,4 +1,4 @@
-"""Decoding with key-value caches: greedy, sampling, beams; the likelihood of given words. The encoder runs once."""
+"""Decoding with KV caches: greedy, sampling and beam search, and the likelihood of given words."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from softprompt_jax.models.attention import PrefixKeyValues, sees_prefix, with_p
 from softprompt_jax.models.t5 import T5
 
 EOS = 1
-NEVER = -1e9  # the score of what cannot be
+NEVER = -1e9  # score of what is impossible
 
 Caches = tuple[Array, ...]  # keys and values [L, B, H, S, K]
 Read = Callable[[Int[Array, "B U"], Any, Caches], tuple[Float[Array, "B U V"], Caches]]
 
 
 class LengthPenalty(Settings):
-    """What a hypothesis of n tokens has its log-probability divided by: n^alpha (hf), ((5 + n) / 6)^alpha (t5x)."""
+    """Divisor of the log-probability of a hypothesis of n tokens: n^alpha (hf), or ((5 + n) / 6)^alpha (t5x)."""
 
     kind: Literal["hf", "t5x"] = "hf"
     alpha: float = 1.0
@@ -34,19 +34,21 @@ class LengthPenalty(Settings):
 
 
 class Greedy(Settings):
-    """The most likely token each time."""
+    """The most likely token at each step."""
 
     kind: Literal["greedy"] = "greedy"
 
 
 class Sampling(Settings):
-    """Tokens drawn at random; a text's answers depend on the seed and on the text's number, not on the batch."""
+    """Tokens drawn at random. A text's answers depend on the seed and the text's number, not on the batch."""
 
     kind: Literal["sampling"] = "sampling"
     temperature: float = Field(default=1.0, gt=0)
-    top_k: int | None = Field(default=None, ge=1, lt=2**31)  # only the most likely ones
-    top_p: float | None = Field(default=None, gt=0, le=1)  # only the fewest that have this probability together
-    samples: int = Field(default=1, ge=1)  # answers to each text
+    top_k: int | None = Field(default=None, ge=1, lt=2**31)  # number of most likely tokens to draw from
+    top_p: float | None = Field(
+        default=None, gt=0, le=1
+    )  # share of probability to draw from: the fewest tokens that have it together
+    samples: int = Field(default=1, ge=1)  # number of answers to each text
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
 
 
@@ -56,7 +58,7 @@ class Beam(Settings):
     kind: Literal["beam"] = "beam"
     beams: int = Field(default=4, ge=2)
     length_penalty: LengthPenalty = LengthPenalty()
-    early_stopping: bool = False  # as soon as `beams` hypotheses have ended
+    early_stopping: bool = False  # search ends as soon as `beams` hypotheses have ended
 
 
 Decoding = Annotated[Greedy | Sampling | Beam, Field(discriminator="kind")]
@@ -73,8 +75,8 @@ def answers(
 ) -> tuple[Int[Array, "B N U"], Float[Array, "B N"]]:
     """Return N answers to each row and their scores, the best first: one, the samples, or the beams.
 
-    `numbers` name the texts: samples follow from the seed and a text's number. Answers begin with `forced` (0: free),
-    which counts in their scores and lengths.
+    `numbers` are those of the texts; a sample depends on the seed and its text's number. Answers begin with `forced`
+    (0: free), which counts in their scores and lengths.
     """
     if isinstance(how, Beam):
         return beam(model, encoder_tokens, max_tokens, how, decoder_prompt, forced)
@@ -171,7 +173,8 @@ def through_decoder(
 ) -> tuple[Float[Array, "B U D"], Caches]:
     """Run the decoder's layers on tokens, whose keys and values go to `place` of the caches [L, B, H, S, K].
 
-    Caches and `cross` [L, B, H, T, K] may have more rows, and `cross` more positions: they are not touched.
+    Caches and `cross` [L, B, H, T, K] may have more rows than there are tokens, and `cross` more positions than `seen`;
+    these are left as they are.
     """
     decoder, rows = model.decoder, tokens.shape[0]
     shared_bias = None if decoder.bias is None else biased(decoder.bias)
@@ -249,9 +252,9 @@ def sample(
 def likely(
     log_p: Float[Array, "B V"], top_k: int | Int[Array, "B"] | None, top_p: float | Float[Array, "B"] | None
 ) -> Float[Array, "B V"]:
-    """Leave the `top_k` most likely tokens, then the fewest that have probability `top_p` together.
+    """Keep the `top_k` most likely tokens, then the fewest of these that have probability `top_p` together.
 
-    None, or of one row a `top_k` of 0 and a `top_p` of 1: no cut.
+    No cut: None, or 0 (`top_k`) and 1 (`top_p`) where rows differ.
     """
     if top_k is None and top_p is None:
         return log_p
@@ -263,7 +266,7 @@ def likely(
     kept = (most == 0) | (numbers < most)
     shares = jax.nn.softmax(jnp.where(kept, jnp.take_along_axis(log_p, order, -1), NEVER))
     kept = kept & ((jnp.cumsum(shares, -1) - shares < share) | (share >= 1))  # the share of all that are more likely
-    # By rank and not by comparing numbers: XLA may compute them twice, and the last one kept round to less than itself.
+    # By rank, not by comparing numbers: XLA may compute a number twice and round it differently.
     return jnp.where(jnp.zeros_like(kept).at[jnp.arange(rows)[:, None], order].set(kept), log_p, NEVER)
 
 
@@ -277,10 +280,9 @@ def beam(
 ) -> tuple[Int[Array, "B K U"], Float[Array, "B K"]]:
     """Return the K = `how.beams` best hypotheses, the best first, and their penalised log-probabilities.
 
-    All begin with `forced` (0: free). Where there are fewer than K, the others are empty and score `NEVER`.
-
-    Ends where transformers' search ends: a row is done when no running hypothesis could still beat its worst ended
-    one, were it to end now; with `early_stopping` when K have ended.
+    All begin with `forced` (0: free). Where there are fewer than K, the others are empty and score `NEVER`. The search
+    ends as that of transformers: when no running hypothesis, if it ended now, would beat the worst ended one; with
+    `early_stopping` when K have ended.
     """
     K, batch = how.beams, len(encoder_tokens)
     read, caches = start(model, encoder_tokens, max_tokens, decoder_prompt, K)
@@ -297,7 +299,7 @@ def beam(
         vocabulary = total.shape[-1]
         wanted = given[:, position, None, None]
         total = jnp.where((wanted > 0) & (wanted != jnp.arange(vocabulary)), NEVER, total)
-        # Twice as many as are kept: K of them may end here.
+        # Twice as many candidates as beams, since K of them may end here.
         best, index = jax.lax.top_k(total.reshape(batch, -1), 2 * K)
         parent, token = index // vocabulary, index % vocabulary
         longer = pick(running, parent).at[:, :, position].set(token)
@@ -381,7 +383,7 @@ def _one_by_one(
 
 
 def _given(forced: Int[Array, "B F"] | None, batch: Any, max_tokens: int) -> Int[Array, "B U"]:
-    """Return the token that every row shall have at each position; 0: a free one."""
+    """Return the forced token of each row and position; 0: free."""
     given = jnp.zeros((batch, max_tokens), jnp.int32)
     return given if forced is None else given.at[:, : forced.shape[1]].set(forced[:, :max_tokens])
 

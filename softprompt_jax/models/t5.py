@@ -1,7 +1,8 @@
-"""The T5 encoder-decoder in Flax NNX: stacked layers under one scan, seams for methods to attach to.
+"""The T5 encoder-decoder in Flax NNX: stacked layers under one scan, and places that methods attach to.
 
 Axes: B batch, T encoder length, U decoder length, S key length, D model width, H heads, K head width,
-F feed-forward width, V vocabulary rows, L layers. Token 0 is padding. Ids >= V are prompt rows.
+F feed-forward width, V vocabulary rows, L layers. Token 0 is padding. Ids >= V are prompt rows. `rng` is a random key,
+`key` an attention key.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ Remat = Literal["none", "dots", "full"]
 class T5Settings(Settings):
     """Every shape and switch of a T5: what its `config.json` states, and how to compute with it."""
 
-    vocabulary_rows: int  # of the embedding table, which may be padded past the tokenizer's size
+    vocabulary_rows: int  # rows of the embedding table, which may be padded past the tokenizer's size
     d_model: int
     d_kv: int
     d_ff: int
@@ -43,9 +44,9 @@ class T5Settings(Settings):
     num_decoder_layers: int
     activation: Literal["relu", "gelu_tanh", "gelu", "silu"] = "gelu_tanh"
     gated: bool = True
-    tied: bool = False  # the vocabulary projection is the embedding table
-    scale_output: bool = False  # times d_model ** -0.5 before the vocabulary (T5 1.0)
-    bias_in_every_layer: bool = False  # umT5
+    tied: bool = False  # embedding table used as vocabulary projection too
+    scale_output: bool = False  # decoder output multiplied by d_model ** -0.5 before the vocabulary (T5 1.0)
+    bias_in_every_layer: bool = False  # position bias of its own in every layer (umT5)
     relative_buckets: int = 32
     relative_max_distance: int = 128
     epsilon: float = 1e-6
@@ -54,7 +55,7 @@ class T5Settings(Settings):
     # that says why not; auto: cuDNN's where it can be had
     platform: Platform = Field(default="cpu", exclude=True)  # devices that compute; set while loading
     remat: Remat = "none"
-    unroll: bool = False  # the scan over layers: compiles longer, runs about a tenth faster on a CPU
+    unroll: bool = False  # scan over layers written out: compiles longer, runs about a tenth faster on a CPU
 
     def parameters(self) -> int:
         """Count the parameters of the model these settings describe."""
@@ -68,7 +69,7 @@ class T5Settings(Settings):
         return encoder + decoder + biases + (1 if self.tied else 2) * self.vocabulary_rows * self.d_model
 
 
-# Settings that change how a model computes, not what it is.
+# Settings that say how a model computes, not which model it is.
 RUNTIME_DEFAULTS = {"dropout": 0.0, "attention": "auto", "platform": "cpu", "remat": "none", "unroll": False}
 ACTIVATIONS = {
     "relu": jax.nn.relu,
@@ -79,7 +80,7 @@ ACTIVATIONS = {
 
 
 def dropout(x: Float[Array, "B T F"], rate: float, rng: jax.Array | None) -> Float[Array, "B T F"]:
-    """Zero features at random, the same ones along the whole length of a row; no `rng`: evaluation."""
+    """Zero features at random, the same ones at every position of a row. Without `rng` (evaluation): nothing."""
     if rng is None or rate == 0:
         return x
     kept = jax.random.bernoulli(rng, 1 - rate, (x.shape[0], 1, x.shape[-1]))
@@ -87,12 +88,12 @@ def dropout(x: Float[Array, "B T F"], rate: float, rng: jax.Array | None) -> Flo
 
 
 def split_rng(rng: jax.Array | None, count: int) -> list[jax.Array | None]:
-    """Split a random key, or hand on None (evaluation)."""
+    """Split a random key; None (evaluation) gives Nones."""
     return [None] * count if rng is None else list(jax.random.split(rng, count))
 
 
 class Linear(nnx.Module):
-    """A product with a kernel [in, out] and no bias; methods may replace it, and may use the random key of dropout."""
+    """A product with a kernel [in, out], without bias. Methods may replace it, and use `rng` for dropout."""
 
     def __init__(self, rng: jax.Array, shape: tuple[int, int], axes: tuple[str, str], deviation: float):
         self.kernel = nnx.Param(deviation * jax.random.normal(rng, shape, jnp.float32), axes=axes)
@@ -102,7 +103,7 @@ class Linear(nnx.Module):
         return self.kernel[...].astype(jnp.float32)
 
     def __call__(self, x: Float[Array, "*B in"], rng: jax.Array | None = None) -> Float[Array, "*B out"]:
-        rows = x.reshape(-1, x.shape[-1])  # a plain matrix: its weight gradient is 1.4 times faster on a CPU
+        rows = x.reshape(-1, x.shape[-1])  # as a matrix the weight gradient is 1.4 times faster on a CPU
         return (rows @ self.kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
 
 
@@ -134,7 +135,7 @@ class Attention(nnx.Module):
         self.platform = settings.platform
 
     def split_heads(self, x: Float[Array, "B T HK"]) -> Float[Array, "B H T K"]:
-        """Give every head its part of the width."""
+        """Split the width into heads."""
         return x.reshape(*x.shape[:-1], self.heads, -1).swapaxes(1, 2)
 
     def keys_values(self, source: Float[Array, "B S D"], rng: jax.Array | None = None) -> tuple[Array, Array]:
@@ -150,7 +151,10 @@ class Attention(nnx.Module):
         rng: jax.Array | None = None,
         lengths: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Attend; `lengths`, where given, says the same as `visible`: of each row the first so many keys."""
+        """Attend to the visible keys.
+
+        `lengths`, where given, says the same as `visible`: how many keys at the start of each row are real.
+        """
         query = self.split_heads(self.query(x, rng))
         drops_weights = rng is not None and self.dropout > 0
         if uses_flash(self.implementation, self.platform, query, keys_values[0], lengths, drops_weights):
@@ -168,12 +172,12 @@ class Attention(nnx.Module):
         visible: Bool[Array, "B 1 #U PS"],
         rng: jax.Array | None = None,
     ) -> Float[Array, "B U D"]:
-        """Attend over a source; for few queries without ever making its keys and values.
+        """Attend to a source [B, S, D].
 
-        query . (W source) equals (W' query) . source, so that for targets much shorter than a head is wide
-        (label words) the long source goes through no product of D x H K at all, forwards and backwards.
+        Skip the second half on first reading: it is faster for short targets and computes the same. query . (W source)
+        equals (W^T query) . source, so that few queries are multiplied by W instead of a long source.
         """
-        plain = type(self.key) is Linear and type(self.value) is Linear  # a method may have replaced them
+        plain = type(self.key) is Linear and type(self.value) is Linear  # no method has replaced them
         if prefix is not None or not plain or 2 * x.shape[1] > self.head_width:
             return self(x, with_prefix(prefix, *self.keys_values(source, rng)), None, visible, rng)
         to_keys, to_values = (
@@ -204,7 +208,7 @@ class FeedForward(nnx.Module):
 
 
 class RelativeBias(nnx.Module):
-    """One learned number per distance bucket and head, added to the attention scores."""
+    """A learned number for each bucket of distances and each head, added to the attention scores."""
 
     def __init__(self, rng: jax.Array, settings: T5Settings, bidirectional: bool):
         shape = (settings.relative_buckets, settings.num_heads)
@@ -222,7 +226,7 @@ class RelativeBias(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """An encoder layer, or with `cross` a decoder layer: attention, cross attention, feed-forward."""
+    """An encoder layer, or with `cross` a decoder layer, which has cross attention too."""
 
     def __init__(self, rng: jax.Array, settings: T5Settings, cross: bool):
         rngs = jax.random.split(rng, 4)
@@ -237,7 +241,7 @@ class Layer(nnx.Module):
         self.dropout = settings.dropout
 
     def attend_self(self, x, bias, visible, rng=None, cache=None, lengths=None):
-        """Add self-attention over x itself, or over `cache(keys, values) -> keys, values`."""
+        """Add self-attention. `cache(keys, values)`, where given, returns the keys and values to attend to."""
         inner, outer = split_rng(rng, 2)
         normed = self.attention_norm(x)
         keys_values = self.attention.keys_values(normed, inner)
@@ -250,7 +254,7 @@ class Layer(nnx.Module):
         return x + self.cross(self.cross_norm(x), keys_values, None, visible)
 
     def attend_encoded(self, x, encoded, prefix, visible, rng=None):
-        """Add attention over the encoding, behind a prefix where there is one."""
+        """Add attention over the encoding and, where there is one, the prefix before it."""
         inner, outer = split_rng(rng, 2)
         return x + dropout(
             self.cross.cross_attend(self.cross_norm(x), encoded, prefix, visible, inner), self.dropout, outer
@@ -272,8 +276,9 @@ class Stack(nnx.Module):
         shared_bias = not settings.bias_in_every_layer
         self.bias = RelativeBias(bias_rng, settings, not cross) if shared_bias else nnx.data(None)
         self.norm = Norm(settings.d_model, settings.epsilon)
-        self.prefix: Any = nnx.data(None)  # a module that gives keys and values, once a method attaches one
-        self.deep: Any = nnx.data(None)  # a module that puts rows at prompt positions in every layer
+        self.prefix: Any = nnx.data(None)  # prefix tuning attaches a module here: () -> keys and values
+        # P-tuning v2 attaches its prompts of every layer here; the name stands in the files of its runs.
+        self.deep: Any = nnx.data(None)
         self.depth, self.dropout, self.unroll = layers, settings.dropout, settings.unroll
         self.remat: Remat = settings.remat
 
@@ -299,7 +304,8 @@ class Stack(nnx.Module):
         deep, put = self.layer_prompt_rows(prompt_rows)
         visible = sees_prefix(visible, before)
         if lengths is not None and before is not None:
-            lengths = lengths + before.keys.shape[-2] if before.real is None else None  # unlike rows have gaps
+            # Where each row has a prefix of its own, padding stands between it and the text.
+            lengths = lengths + before.keys.shape[-2] if before.real is None else None
         if encoded_visible is not None:
             encoded_visible = sees_prefix(encoded_visible, before_cross)
 
@@ -323,11 +329,11 @@ class Stack(nnx.Module):
         return dropout(self.norm(x), self.dropout, last)
 
     def prefixes(self) -> tuple[PrefixKeyValues | None, PrefixKeyValues | None]:
-        """Return what stands before the keys of self and of cross attention, with L in front; None where nothing."""
+        """Return the prefixes of self-attention and of cross attention [L, ...], None where there is none."""
         return (None, None) if self.prefix is None else self.prefix()
 
     def layer_prompt_rows(self, prompt_rows: Int[Array, "B T"] | None) -> tuple[Any, Any]:
-        """Return what each layer puts at the positions of prompt rows, and the function that does; none: nothing."""
+        """Return the prompts of every layer, and `put(x, layer's prompts)`, which writes them at prompt positions."""
         return (None, lambda x, _: x) if self.deep is None or prompt_rows is None else self.deep(prompt_rows)
 
     def biased(
@@ -337,9 +343,9 @@ class Stack(nnx.Module):
         keys: Int[Array, "S"],
         own: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "#B H T PS"]:
-        """Return the bias of positions; keys of a prefix have none, or count as those before a row's first token.
+        """Return the bias of these positions, with that of a prefix's keys before it.
 
-        `own`: the positions of the queries from there, where rows begin at unlike places.
+        `own`: positions of the queries counted from their row's first token, where rows begin at different places.
         """
         text = bias(queries, keys)
         if self.prefix is None:
@@ -350,7 +356,7 @@ class Stack(nnx.Module):
 
 
 class T5(nnx.Module):
-    """A T5 encoder-decoder. `prompt` is the seam of soft prompts: rows for the ids past the vocabulary."""
+    """A T5 encoder-decoder. Methods attach a soft prompt as `prompt`: embeddings of the ids from V on."""
 
     def __init__(self, settings: T5Settings, rng: jax.Array, dtype: str = "float32"):
         rngs = jax.random.split(rng, 4)
@@ -360,7 +366,7 @@ class T5(nnx.Module):
         self.decoder = Stack(rngs[2], settings, cross=True)
         head = None if settings.tied else Linear(rngs[3], (width, rows), ("embed", "vocab"), width**-0.5)
         self.head: Any = nnx.data(None) if head is None else head
-        self.prompt: Any = nnx.data(None)  # a module with `length` rows, once a method attaches one
+        self.prompt: Any = nnx.data(None)  # methods/prompt.py attaches a PromptTable here
         self.settings, self.dtype = settings, dtype
 
     def embed(self, tokens: Int[Array, "B T"], rng: jax.Array | None = None) -> Float[Array, "B T D"]:
@@ -380,7 +386,7 @@ class T5(nnx.Module):
         rng: jax.Array | None = None,
         remat: Remat | None = None,
     ) -> Float[Array, "B T D"]:
-        """Encode token ids; `segments` keeps packed examples apart (default: one a row, 0 is padding)."""
+        """Encode token ids. `segments` numbers the examples of packed rows (default: one a row; 0 is padding)."""
         lengths = (tokens != 0).sum(-1) if segments is None else None  # padding comes last
         segments = (tokens != 0).astype(jnp.int32) if segments is None else segments
         prompt_rng, stack_rng = split_rng(rng, 2)
@@ -397,7 +403,7 @@ class T5(nnx.Module):
         rng: jax.Array | None = None,
         remat: Remat | None = None,
     ) -> Float[Array, "B U D"]:
-        """Decode already shifted inputs against an encoding; the mask is causal (and by segment if packed)."""
+        """Decode inputs that are shifted already. The mask is causal; packed rows see their own segment only."""
         length = tokens.shape[1]
         visible = jnp.tril(jnp.ones((length, length), bool))[None, None]
         if segments is None:

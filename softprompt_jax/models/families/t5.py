@@ -1,4 +1,4 @@
-"""The T5 family (t5, mt5, umt5): from `config.json` to settings and back, and what Hugging Face calls each weight."""
+"""The T5 family (t5, mt5, umt5): `config.json` to settings and back, and Hugging Face's name of each weight."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from softprompt_jax.models.t5 import T5Settings
 MODEL_TYPES = ("t5", "mt5", "umt5")
 EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
 _EMBEDDING_ALIASES = (EMBEDDING, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-# Written by old versions of transformers, read by nobody.
+# Written by old versions of transformers, never read.
 _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 Opened = TypeVar("Opened")  # a tensor on disk; what it is, `checkpoints/` knows
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu", "swish": "silu"}
@@ -82,7 +82,7 @@ def complete(
 
 
 def config_of(settings: T5Settings, dtype: str) -> dict[str, Any]:
-    """Return what `config.json` says of a T5 whose weights are stored as `dtype`."""
+    """Return the `config.json` of a T5 whose weights are stored as `dtype`."""
     if settings.gated:
         projections = {"gelu_tanh": "gated-gelu", "relu": "gated-relu", "silu": "gated-silu"}
     else:
