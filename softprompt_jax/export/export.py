@@ -110,7 +110,7 @@ def load_latest(folder: Path, checkpoints: str | None = None) -> Assembly:
     if not settings.exists():
         raise UserError(f"{folder}: no config.yaml; expected a run folder")
     run, file = config.parse(Run, config.read(settings), str(settings)), folder / artifact.TRAINED_FILE
-    assembly = assemble(run.finished() if file.exists() else run)
+    assembly = assemble(run.finished() if file.exists() else run.model_copy(update={"attention": "auto"}))
     if file.exists():
         trained, metadata = artifact.load_trained(file)
     else:

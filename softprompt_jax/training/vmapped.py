@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from softprompt_jax.assembly import Assembly, assemble, check_mesh
+from softprompt_jax.assembly import Assembly, assemble, check_devices
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.checkpoints.backbone import Backbone
 from softprompt_jax.config import Preempted, UserError
@@ -65,7 +65,7 @@ class Together:
 
     def _assemble(self, run: Run) -> tuple[Assembly, Split]:
         assembly = assemble(run, self.backbone)
-        check_mesh(run, assembly)
+        check_devices(run, assembly)
         return assembly, split(mesh.shard_model(assembly.model))
 
     @property
