@@ -151,7 +151,7 @@ def train_in(folder: str, config: str, point: str = "", count: int = 0) -> None:
     import signal
 
     from softprompt_jax import load_run, train
-    from softprompt_jax.training.checkpoints import Checkpoints
+    from softprompt_jax.checkpoints.training_state import Checkpoints
     from softprompt_jax.training.loop import TaskRun
 
     left = count

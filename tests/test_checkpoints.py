@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from softprompt_jax.config import UserError
-from softprompt_jax.training.checkpoints import Checkpoints
+from softprompt_jax.checkpoints.training_state import Checkpoints
 
 
 def state(value: float):

@@ -35,7 +35,7 @@ from softprompt_jax.models.t5 import T5
 from softprompt_jax.optim.losses import cross_entropy
 from softprompt_jax.optim.optimizers import AdamW, build
 from softprompt_jax.run import Run, load_run
-from softprompt_jax.training.checkpoints import Checkpoints
+from softprompt_jax.checkpoints.training_state import Checkpoints
 from softprompt_jax.training.step import make_step
 from softprompt_jax.trees import flatten
 

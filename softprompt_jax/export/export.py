@@ -20,7 +20,7 @@ from softprompt_jax.inference.predictor import load_predictor
 from softprompt_jax.methods import put_trained
 from softprompt_jax.methods.wrap import merged
 from softprompt_jax.run import Run, load_run
-from softprompt_jax.training.checkpoints import Checkpoints
+from softprompt_jax.checkpoints.training_state import Checkpoints
 
 
 def export(

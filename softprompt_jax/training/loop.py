@@ -24,7 +24,7 @@ from softprompt_jax.optim import optimizers
 from softprompt_jax.optim.gradient_free import Search
 from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import MACHINE, Run
-from softprompt_jax.training.checkpoints import Checkpoints
+from softprompt_jax.checkpoints.training_state import Checkpoints
 from softprompt_jax.training.run_data import PretrainingRun, TaskRun
 from softprompt_jax.training.run_folder import Log, leave_files, prepare_folder, scores_in
 from softprompt_jax.training.step import State, first_state, make_step

@@ -34,7 +34,7 @@ from softprompt_jax.optim import optimizers
 from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import Run
 from softprompt_jax.training import remat
-from softprompt_jax.training.checkpoints import Checkpoints
+from softprompt_jax.checkpoints.training_state import Checkpoints
 from softprompt_jax.training.run_data import TaskData, TaskRun
 from softprompt_jax.training.run_folder import Log, leave_files
 from softprompt_jax.training.step import first_state, plain_step
