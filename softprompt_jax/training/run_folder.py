@@ -59,15 +59,22 @@ def save_own_prompts(run: Run, rows: np.ndarray, folder: Path, metadata: dict[st
         artifact.save_prompt(own, path, metadata | {"task": task.name, "settings": json.dumps(settings)})
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's `metrics.jsonl` as dictionaries with a `step`; none where there is no file.
+
+    A line is skipped if it is not JSON: the last one of a run that was killed, or that is being written.
+    """
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
+
+
 def scores_in(folder: Path, run: Run) -> dict[int, float]:
     """Return the score of each validation in a run's `metrics.jsonl`, by step."""
-    path, found = folder / "metrics.jsonl", {}
-    for text in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):  # the last line of a killed run
-            line = json.loads(text)
-            if "validation" in line:
-                found[line["step"]] = headline(run, line["validation"])
-    return found
+    lines = read_metrics(folder / "metrics.jsonl")
+    return {line["step"]: headline(run, line["validation"]) for line in lines if "validation" in line}
 
 
 class Log:
@@ -87,16 +94,12 @@ class Log:
             return
         if self._path.exists():
             kept = []
-            for text in self._path.read_text().splitlines():
-                try:
-                    line = json.loads(text)
-                except ValueError:  # the last line of a killed run
-                    continue
+            for line in read_metrics(self._path):
                 if line["step"] <= first and first > 0 and (validated or line["step"] < first or "loss" in line):
-                    kept.append(text)
+                    kept.append(line)
                     self._before = line.get("seconds", self._before)
             partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(f"{text}\n" for text in kept))
+            partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
             partial.replace(self._path)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=first or None)
 

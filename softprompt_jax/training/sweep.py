@@ -18,6 +18,7 @@ import jax
 from softprompt_jax import config
 from softprompt_jax.assembly import backbone_of
 from softprompt_jax.checkpoints import artifact
+from softprompt_jax.checkpoints.training_state import GROUPS, MEMBERS
 from softprompt_jax.config import Diverged, UserError
 from softprompt_jax.distributed.cloud_files import is_remote
 from softprompt_jax.distributed.multihost import alone_in
@@ -32,7 +33,6 @@ from softprompt_jax.training.vmapped import FAILED_FILE, Together, shape_of
 
 SWEEP_FILE = "sweep.json"
 SHORT = {"learning_rate": "optimizer.learning_rate", "length": "methods.0.length", "init": "methods.0.init"}
-_GROUPS, _MEMBERS = "groups", "members.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def sweep(
         for group in _open_groups(found, folder, together):
             _train_group(group, folder, reporter, stop_after, programs)
     with contextlib.suppress(OSError):  # it is not there, or holds a group that was not asked for
-        (folder / _GROUPS).rmdir()
+        (folder / GROUPS).rmdir()
     result = summary(found, folder)
     artifact.dump(result, folder / SWEEP_FILE)
     return result
@@ -148,7 +148,7 @@ def _alone(run: Run) -> bool:
 def _open_groups(found: Sequence[Member], folder: Path, together: int) -> Iterator[list[Member]]:
     """Yield what is left to do: groups that have begun as they were, then the other unfinished runs by their shape."""
     known, begun = {member.name: member for member in found}, set()
-    for file in sorted((folder / _GROUPS).glob(f"*/{_MEMBERS}")):
+    for file in sorted((folder / GROUPS).glob(f"*/{MEMBERS}")):
         names = json.loads(file.read_text())
         if any(name in known and not _done(folder / name) for name in names):
             group = [known.get(name) or _read_member(folder, name) for name in names]
@@ -179,9 +179,9 @@ def _train_group(
         program = None if _alone(run) else _program(run, programs)
         if program is not None and program.possible:
             names = [member.name for member in group]
-            own = folder / _GROUPS / hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
+            own = folder / GROUPS / hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
             own.mkdir(parents=True, exist_ok=True)
-            artifact.dump(names, own / _MEMBERS)
+            artifact.dump(names, own / MEMBERS)
             program.train(runs, own, reporter, stop_after)
             shutil.rmtree(own)  # what it held is now in the runs' folders
             return
