@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from softprompt_jax.config import UserError
 from softprompt_jax.checkpoints.training_state import GROUPS, MEMBERS, Checkpoints, best_or_latest
+from softprompt_jax.config import UserError
 
 
 def state(value: float):

@@ -14,6 +14,7 @@ import numpy as np
 
 import softprompt_jax
 from softprompt_jax.assembly import assemble, check_mesh
+from softprompt_jax.checkpoints.training_state import Checkpoints
 from softprompt_jax.config import Diverged, Preempted, settings_hash
 from softprompt_jax.data.batches import examples_in
 from softprompt_jax.distributed import mesh as sharding
@@ -24,7 +25,6 @@ from softprompt_jax.optim import optimizers
 from softprompt_jax.optim.gradient_free import Search
 from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import MACHINE, Run
-from softprompt_jax.checkpoints.training_state import Checkpoints
 from softprompt_jax.training.run_data import PretrainingRun, TaskRun
 from softprompt_jax.training.run_folder import Log, leave_files, prepare_folder, scores_in
 from softprompt_jax.training.step import State, first_state, make_step

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from softprompt_jax.assembly import Assembly, assemble, check_mesh
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.checkpoints.backbone import Backbone
+from softprompt_jax.checkpoints.training_state import Checkpoints
 from softprompt_jax.config import Preempted, UserError
 from softprompt_jax.data.batches import Batch, TrainBatches, examples_in
 from softprompt_jax.data.buckets import Shape, choose_shapes, fitting_shape
@@ -34,7 +35,6 @@ from softprompt_jax.optim import optimizers
 from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import Run
 from softprompt_jax.training import remat
-from softprompt_jax.checkpoints.training_state import Checkpoints
 from softprompt_jax.training.run_data import TaskData, TaskRun
 from softprompt_jax.training.run_folder import Log, leave_files
 from softprompt_jax.training.step import first_state, plain_step
