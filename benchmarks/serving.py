@@ -69,9 +69,9 @@ def main() -> None:
     import numpy as np
 
     from softprompt_jax import PromptBank, load_backbone
-    from softprompt_jax.serve.server import make_server
     from softprompt_jax.serve.engine import Engine, Job
     from softprompt_jax.serve.limits import Limits
+    from softprompt_jax.serve.server import make_server
 
     class OnePromptAtATime(Engine):
         def _next_group(self) -> list[Job]:

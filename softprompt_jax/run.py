@@ -23,7 +23,7 @@ from softprompt_jax.pretraining.data import Pretraining
 from softprompt_jax.tasks import complete, names, resolve
 from softprompt_jax.tasks.mixture import Mixture, expand
 
-MACHINE = frozenset({"mesh"})  # settings that say where a run computes, not what: it may go on with others
+UNHASHED_SETTINGS = frozenset({"mesh"})  # settings that say where a run computes, not what: it may go on with others
 
 
 class Scratch(Settings):

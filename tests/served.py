@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from softprompt_jax import PromptBank, load_backbone
-from softprompt_jax.serve.server import make_server
 from softprompt_jax.serve.engine import Engine
 from softprompt_jax.serve.limits import Limits
+from softprompt_jax.serve.server import make_server
 
 for _package in ("fastapi", "uvicorn", "prometheus_client"):  # whoever imports this is skipped where one is missing
     pytest.importorskip(_package, reason="needs the extra `serve`, which `dev` has")

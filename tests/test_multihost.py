@@ -27,7 +27,7 @@ from softprompt_jax.checkpoints.training_state import Checkpoints
 from softprompt_jax.cli.train import PREEMPTED
 from softprompt_jax.config import UserError
 from softprompt_jax.distributed import multihost
-from softprompt_jax.training.run_data import TaskRun
+from softprompt_jax.training.run_data import RunData
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -223,7 +223,7 @@ def test_a_validation_is_cut_short_and_made_up_for(
     small, prompt_run, softprompt, own_cache, tmp_path, monkeypatch, name, call, said
 ):
     config, out = write_config(tmp_path / "run.yaml", small.short), tmp_path / "out"
-    told_at(monkeypatch, TaskRun, name, call)
+    told_at(monkeypatch, RunData, name, call)
     code, _, err = softprompt("train", config, "--out", out)
     assert (code, err.count(said)) == (PREEMPTED, 1), err
     assert (out / "checkpoints" / "10").exists() is ("step 10" in said or name == "result" or call == 4)
@@ -242,7 +242,7 @@ def test_a_validation_cut_short_twice_and_killed_once_is_made_up_for(
 ):
     config, out = write_config(tmp_path / "run.yaml", small.short), tmp_path / "out"
     for call in (1, 0):  # the second time in what makes up for the first
-        told_at(monkeypatch, TaskRun, "validate", call)
+        told_at(monkeypatch, RunData, "validate", call)
         assert softprompt("train", config, "--out", out)[0] == PREEMPTED
 
     def killed(*_):
@@ -263,7 +263,7 @@ def test_a_sweeps_validation_is_cut_short_and_made_up_for(small, softprompt, own
     command = "sweep", config, "--over", "seed=0,1", "--out"
     assert softprompt(*command, tmp_path / "whole")[0] == 0
     for name, call in (("validate", 5), ("result", 1)):  # of the second prompt at step 20, of the second one's result
-        told_at(monkeypatch, TaskRun, name, call)
+        told_at(monkeypatch, RunData, name, call)
         code, _, err = softprompt(*command, tmp_path / "told")
         assert (code, "the same command goes on" in err) == (PREEMPTED, True), err
     assert softprompt(*command, tmp_path / "told")[0] == 0
@@ -278,8 +278,9 @@ def test_a_sweeps_validation_is_cut_short_and_made_up_for(small, softprompt, own
 def test_two_processes_cut_a_validation_short_together(config, whole, tmp_path):
     out, port = tmp_path / "told", free_port()
     script = (
-        "import sys, test_processes; from softprompt_jax.cli import main; from softprompt_jax.task_run import TaskRun\n"
-        "if sys.argv.pop() == '0': test_processes.Told(TaskRun, 'validate', 2, after_s=5)\n"
+        "import sys, test_multihost; from softprompt_jax.cli.main import main\n"
+        "from softprompt_jax.training.run_data import RunData\n"
+        "if sys.argv.pop() == '0': test_multihost.Told(RunData, 'validate', 2, after_s=5)\n"
         "main()"
     )
     environment = os.environ | {"SOFTPROMPT_CACHE": str(tmp_path / "cache")}
@@ -297,9 +298,10 @@ def test_two_processes_cut_a_validation_short_together(config, whole, tmp_path):
 
 def test_a_run_told_to_stop_while_it_loads_ends_at_once(config, tmp_path):
     script = (
-        "import os, signal, time; from softprompt_jax import cli, processes\n"
-        "processes.connect = lambda *_: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)]\n"
-        "cli.main()"
+        "import os, signal, time; from softprompt_jax.cli import main\n"
+        "from softprompt_jax.distributed import multihost\n"
+        "multihost.connect = lambda *_: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)]\n"
+        "main.main()"
     )
     ended = subprocess.run(
         [sys.executable, "-c", script, "train", config, "--out", tmp_path / "out"],
@@ -355,7 +357,11 @@ def test_others_that_do_not_come_are_waited_for_in_bounds(slurm, index):
     found |= {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": str(index), "SLURM_LOCALID": "0"}
     arguments = "" if slurm else f"'localhost:{port}', 2, {index}, "
     ended = subprocess.run(
-        [sys.executable, "-c", f"from softprompt_jax import processes; processes.connect({arguments}timeout_s=2)"],
+        [
+            sys.executable,
+            "-c",
+            f"from softprompt_jax.distributed import multihost; multihost.connect({arguments}timeout_s=2)",
+        ],
         env=os.environ | (found if slurm else {}) | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -435,7 +441,7 @@ def test_processes_of_unlike_versions_are_told_apart(monkeypatch, other):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "process_allgather", gather)
     if other == "jax 0.10.2":
-        multihost.agreed("versions", "jax 0.10.2")
+        multihost.assert_same_everywhere("versions", "jax 0.10.2")
     else:
         with pytest.raises(UserError, match=r"process 1 has jax 0\.9\.0, process 0 has jax 0\.10\.2; expected"):
-            multihost.agreed("versions", "jax 0.10.2")
+            multihost.assert_same_everywhere("versions", "jax 0.10.2")

@@ -18,10 +18,10 @@ from softprompt_jax.checkpoints import artifact
 from softprompt_jax.config import UserError
 from softprompt_jax.data.task import SEQIO
 from softprompt_jax.inference.evaluate import headline, shown, unit
-from softprompt_jax.run import MACHINE, Run
+from softprompt_jax.run import UNHASHED_SETTINGS, Run
 from softprompt_jax.statistics import score_statistics
 
-_IGNORED = frozenset({"seed", *MACHINE})
+_IGNORED = frozenset({"seed", *UNHASHED_SETTINGS})
 _COUNTS = ("count",)  # of scores that are no measure
 
 

@@ -110,7 +110,7 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         """Tell in one line that the disk is full or read-only; what was written earlier stays."""
         if cloud_files.is_remote(self._folder):
-            with cloud_files.told(self._folder, "written"):
+            with cloud_files.explain_errors(self._folder, "written"):
                 yield
             return
         try:

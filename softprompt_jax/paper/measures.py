@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from softprompt_jax.config import settings_hash
-from softprompt_jax.run import MACHINE, Run
+from softprompt_jax.run import UNHASHED_SETTINGS, Run
 
 Values = dict[str, dict[str, list[float]]]  # line, column, a value for each seed
 NEAREST = 5
@@ -30,7 +30,7 @@ class Member:
     @property
     def name(self) -> str:
         """What the run is filed under."""
-        return settings_hash(self.run, without=MACHINE)
+        return settings_hash(self.run, without=UNHASHED_SETTINGS)
 
     @property
     def label(self) -> str:

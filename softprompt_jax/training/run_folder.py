@@ -16,10 +16,10 @@ from softprompt_jax import config
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.config import UserError, differences, settings_hash, to_yaml
 from softprompt_jax.distributed import mesh as sharding
-from softprompt_jax.distributed.multihost import is_first, on_first
+from softprompt_jax.distributed.multihost import is_first, run_on_process_0
 from softprompt_jax.inference.evaluate import headline
 from softprompt_jax.methods import Split, finish
-from softprompt_jax.run import MACHINE, Run
+from softprompt_jax.run import UNHASHED_SETTINGS, Run
 
 
 def leave_files(
@@ -31,7 +31,7 @@ def leave_files(
     metadata = {
         "backbone": identity,
         "task": run.task_name,
-        "settings_hash": settings_hash(run, without=MACHINE),
+        "settings_hash": settings_hash(run, without=UNHASHED_SETTINGS),
         "step": str(result["best_step"]),
         "settings": json.dumps(run.model_dump(mode="json")),
         "fingerprint": artifact.fingerprint(final),
@@ -47,7 +47,7 @@ def leave_files(
                 artifact.save_prompt(rows, folder / artifact.PROMPT_FILE, placed)
         artifact.dump(result, folder / "result.json")
 
-    on_first(write, str(folder))
+    run_on_process_0(write, str(folder))
 
 
 def save_own_prompts(run: Run, rows: np.ndarray, folder: Path, metadata: dict[str, str]) -> None:
@@ -132,7 +132,7 @@ def prepare_folder(run: Run, folder: Path) -> dict[str, Any] | None:
     settings, partial = folder / "config.yaml", folder / "config.partial"
     if settings.exists():
         saved = config.parse(Run, config.read(settings), str(settings))  # fills in settings that are newer than it
-        old, new = (each.model_dump(mode="json", exclude=set(MACHINE)) for each in (saved, run))
+        old, new = (each.model_dump(mode="json", exclude=set(UNHASHED_SETTINGS)) for each in (saved, run))
         changed = differences(old, new)
         if changed:
             raise UserError(

@@ -21,7 +21,7 @@ from softprompt_jax.checkpoints import artifact
 from softprompt_jax.checkpoints.training_state import GROUPS, MEMBERS
 from softprompt_jax.config import Diverged, UserError
 from softprompt_jax.distributed.cloud_files import is_remote
-from softprompt_jax.distributed.multihost import alone_in
+from softprompt_jax.distributed.multihost import lock_folder
 from softprompt_jax.inference.evaluate import headline, shown, unit
 from softprompt_jax.optim.gradient_free import Scored
 from softprompt_jax.progress import Reporter
@@ -29,7 +29,7 @@ from softprompt_jax.run import Run, Scratch
 from softprompt_jax.statistics import score_statistics
 from softprompt_jax.training.loop import train
 from softprompt_jax.training.run_folder import prepare_folder
-from softprompt_jax.training.vmapped import FAILED_FILE, Together, shape_of
+from softprompt_jax.training.vmapped import FAILED_FILE, VmappedSweep, shape_of
 
 SWEEP_FILE = "sweep.json"
 SHORT = {"learning_rate": "optimizer.learning_rate", "length": "methods.0.length", "init": "methods.0.init"}
@@ -77,8 +77,8 @@ def sweep(
     for member in found:
         prepare_folder(member.run, folder / member.name)
     reporter.line(f"{folder}: {len(found)} runs, {sum(_done(folder / m.name) for m in found)} of them finished")
-    programs: dict[str, Together] = {}
-    with alone_in(folder):
+    programs: dict[str, VmappedSweep] = {}
+    with lock_folder(folder):
         for group in _open_groups(found, folder, together):
             _train_group(group, folder, reporter, stop_after, programs)
     with contextlib.suppress(OSError):  # it is not there, or holds a group that was not asked for
@@ -171,7 +171,7 @@ def _read_member(folder: Path, name: str) -> Member:
 
 
 def _train_group(
-    group: Sequence[Member], folder: Path, reporter: Reporter, stop_after: int | None, programs: dict[str, Together]
+    group: Sequence[Member], folder: Path, reporter: Reporter, stop_after: int | None, programs: dict[str, VmappedSweep]
 ) -> None:
     """Train runs of one shape, together if that is possible."""
     run, runs = group[0].run, [(member.run, folder / member.name) for member in group]
@@ -200,7 +200,7 @@ def _train_group(
             artifact.dump({"step": error.step, "reason": "the loss is no finite number"}, path / FAILED_FILE)
 
 
-def _program(run: Run, programs: dict[str, Together]) -> Together:
+def _program(run: Run, programs: dict[str, VmappedSweep]) -> VmappedSweep:
     """Return the program of runs of this shape; the last backbone is kept."""
     key, backbone = json.dumps(shape_of(run), sort_keys=True), None
     if key not in programs:
@@ -210,7 +210,7 @@ def _program(run: Run, programs: dict[str, Together]) -> Together:
             ):
                 backbone = other.backbone
         programs.clear()
-        programs[key] = Together(run, backbone or backbone_of(run))
+        programs[key] = VmappedSweep(run, backbone or backbone_of(run))
     return programs[key]
 
 

@@ -28,14 +28,14 @@ from softprompt_jax.data.batches import Batch, TrainBatches, examples_in
 from softprompt_jax.data.buckets import Shape, choose_shapes, fitting_shape
 from softprompt_jax.data.streaming import StreamBatches
 from softprompt_jax.distributed import mesh
-from softprompt_jax.distributed.multihost import CutShort, Preemption
+from softprompt_jax.distributed.multihost import PreemptedDuringEval, Preemption
 from softprompt_jax.inference.evaluate import Decoder
 from softprompt_jax.methods import Split, leaves, split
 from softprompt_jax.optim import optimizers
 from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import Run
 from softprompt_jax.training import remat
-from softprompt_jax.training.run_data import TaskData, TaskRun
+from softprompt_jax.training.run_data import RunData, TaskSplits
 from softprompt_jax.training.run_folder import Log, leave_files
 from softprompt_jax.training.step import first_state, plain_step
 
@@ -52,7 +52,7 @@ def shape_of(run: Run) -> dict[str, Any]:
     return settings | {"tasks": len(run.tasks), "own_prompts": run.own_prompts}
 
 
-class Together:
+class VmappedSweep:
     """What runs of one shape share: the backbone, data that are the same, and programs, each compiled once."""
 
     def __init__(self, run: Run, backbone: Backbone):
@@ -60,7 +60,7 @@ class Together:
         self.assembly, self._parts = self._assemble(run)
         self._about = leaves(self.assembly.model)
         self._decoder = Decoder(self._parts, self.assembly.tokenizer, run.decoding)
-        self._tasks: dict[str, list[TaskData]] = {}
+        self._tasks: dict[str, list[TaskSplits]] = {}
         self._step = jax.jit(self._mapped_step, donate_argnums=0)
         self._begin = jax.jit(jax.vmap(functools.partial(first_state, self._optimizer(run.optimizer.learning_rate))))
 
@@ -92,8 +92,8 @@ class Together:
         states, losses = jax.vmap(one)(states, running, rates, batches, keys)
         return jax.tree.map(lambda leaf: mesh.constrain(leaf, *[None] * leaf.ndim), states), losses
 
-    def _data(self, run: Run, assembly: Assembly, parts: Split) -> TaskRun:
-        data = TaskRun(run, assembly, parts, self._tasks.get(_task_of(run)), self._decoder)
+    def _data(self, run: Run, assembly: Assembly, parts: Split) -> RunData:
+        data = RunData(run, assembly, parts, self._tasks.get(_task_of(run)), self._decoder)
         self._tasks[_task_of(run)] = data.tasks
         if isinstance(data.train_batches, StreamBatches):
             raise UserError(f"task {run.task_name}: its train split never ends; expected a finite one; train it alone")
@@ -112,15 +112,15 @@ class Together:
         too, and leaves `failed.json` instead of a result. Raises Preempted after SIGTERM, with everything saved.
         """
         with contextlib.ExitStack() as opened:
-            _Training(self, runs, folder, reporter, stop_after, opened).finish()
+            _VmappedGroup(self, runs, folder, reporter, stop_after, opened).finish()
 
 
-class _Training:
+class _VmappedGroup:
     """The training of these runs."""
 
     def __init__(
         self,
-        shared: Together,
+        shared: VmappedSweep,
         runs: Sequence[tuple[Run, Path]],
         folder: Path,
         reporter: Reporter,
@@ -131,8 +131,8 @@ class _Training:
         self.runs, self.folders = [run for run, _ in runs], [path for _, path in runs]
         self.run = self.runs[0]  # for what all have in common
         self.parts: list[Split] = []
-        known: dict[tuple[str, int], TaskRun] = {}
-        self.data: list[TaskRun] = []
+        known: dict[tuple[str, int], RunData] = {}
+        self.data: list[RunData] = []
         for run in self.runs:
             assembly, parts = shared._assemble(run)
             self.parts.append(parts)
@@ -230,7 +230,7 @@ class _Training:
         try:
             for index in range(count):
                 self.leave(index)
-        except CutShort:
+        except PreemptedDuringEval:
             raise Preempted("told to stop while results were measured; the same command goes on") from None
 
     def log(self, step: int, losses: Float[np.ndarray, " N"], schedules: list, recent: list, seconds: float) -> None:
@@ -260,7 +260,7 @@ class _Training:
         running = np.flatnonzero(self.running).tolist()
         try:
             found = [self.data[i].validate(self.one(self.state["trainable"], i), self.frozen) for i in running]
-        except CutShort:
+        except PreemptedDuringEval:
             if step > self.first:
                 self.checkpoints.save(step, [self.state, self.best, self.marks])
                 self.checkpoints.wait()
