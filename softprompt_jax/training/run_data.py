@@ -311,7 +311,7 @@ class PretrainingRunData:
         def share(step: int) -> dict[str, np.ndarray]:
             return {name: np.split(rows, count)[index] for name, rows in self.data.batch(step).items()}
 
-        source = grain.MapDataset.source(_Numbers(len(self.data))).slice(slice(first, None)).map(share)
+        source = grain.MapDataset.range(first, len(self.data)).map(share)
         return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
 
     def validate(self, trainable: Any, frozen: Any) -> tuple[dict[str, float], float]:
@@ -322,16 +322,3 @@ class PretrainingRunData:
     def result(self, trainable: Any, parts: Split) -> dict[str, Any]:
         """Return the final loss."""
         return {"validation": self.validate(trainable, parts.frozen)[0], "test": None}
-
-
-class _Numbers:
-    """0 to n - 1 as a data source."""
-
-    def __init__(self, count: int):
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> int:
-        return index
