@@ -11,8 +11,9 @@ import pytest
 
 from softprompt_jax.config import UserError
 from softprompt_jax.data import metrics
-from softprompt_jax.data.batches import TrainBatches, evaluation_batches
+from softprompt_jax.data.batches import TrainBatches, count_slots, evaluation_batches
 from softprompt_jax.data.buckets import batch_plan, choose_shapes
+from softprompt_jax.data.packing import Packing
 from softprompt_jax.data.task import Example, Task
 from softprompt_jax.data.tokenized import tokenize
 from softprompt_jax.data.tokenizer import Tokenizer
@@ -127,9 +128,22 @@ def test_shapes_are_few_and_padding_is_what_the_batches_show():
     batches = [train.batch(step) for step in range(3 * train.batches_per_epoch)]
     assert {(b["encoder_tokens"].shape[1], b["decoder_targets"].shape[1]) for b in batches} <= set(train.shapes)
     arrays = [b[name] for b in batches[: train.batches_per_epoch] for name in ("encoder_tokens", "decoder_targets")]
-    padding = sum((array == 0).sum() for array in arrays) / sum(array.size for array in arrays)
+    padding = sum((array == 0).sum() for array in arrays) / sum((array < ROWS).sum() for array in arrays)
     assert train.padding_share == pytest.approx(padding, abs=1e-12)
     assert padding < 0.5 * TrainBatches(tokenized, 8, 0, PROMPT, max_shapes=1).padding_share
+
+
+@pytest.mark.parametrize("packing", [None, Packing(length=80)], ids=["buckets", "packed"])
+def test_a_longer_prompt_makes_padding_look_no_better(packing):
+    tokenized, shares = some_set(200), []
+    for length in (0, 5, 30):
+        train = TrainBatches(tokenized, 8, 0, np.arange(ROWS, ROWS + length), packing=packing)
+        counts = count_slots(train.batch(3), ROWS)
+        assert counts.prompt == counts.examples * length
+        shares.append((counts.padding, train.padding_share))
+        assert counts.text + counts.prompt + round(counts.padding * (counts.slots - counts.prompt)) == counts.slots
+    if packing is None:  # the same text in the same slots
+        assert shares[0] == shares[1] == shares[2]
 
 
 # ------------------------------------------------------------------------------------------- batches

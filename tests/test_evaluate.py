@@ -22,7 +22,7 @@ from softprompt_jax.methods import split
 from softprompt_jax.optim.losses import cross_entropy
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import Example, load, resolve
-from softprompt_jax.training.run_data import TaskRun
+from softprompt_jax.training.run_data import RunData
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -136,7 +136,7 @@ def test_free_text_is_decoded_as_far_as_the_run_allows_and_label_words_as_far_as
     def longest(task):
         run = parse(Run, small.short | {"task": task}, "test")
         assembly = assemble(run)
-        return TaskRun(run, assembly, split(assembly.model))._longest
+        return RunData(run, assembly, split(assembly.model))._longest
 
     assert longest(small.task) == 2
     assert longest({name: value for name, value in small.task.items() if name != "label_words"}) == 4

@@ -306,11 +306,11 @@ def test_a_run_without_gradients_is_a_run_like_any_other(small, tmp_path, method
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("each", [SEARCHED[0], pytest.param(SEARCHED[2], marks=pytest.mark.slow)], ids=["cma", "words"])
 def test_an_interrupted_search_goes_on_to_the_same_bits(small, tmp_path, monkeypatch, each):
-    from softprompt_jax.training.loop import TaskRun
+    from softprompt_jax.training.loop import RunData
 
     run, whole = searched(small, *each[:2], 6), tmp_path / "whole"
     softprompt_jax.train(run, whole)
-    validate, left = TaskRun.validate, [2]
+    validate, left = RunData.validate, [2]
 
     def failing(self, *arguments):
         left[0] -= 1
@@ -319,7 +319,7 @@ def test_an_interrupted_search_goes_on_to_the_same_bits(small, tmp_path, monkeyp
         return validate(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TaskRun, "validate", failing)
+        patch.setattr(RunData, "validate", failing)
         with pytest.raises(KeyboardInterrupt):
             softprompt_jax.train(run, tmp_path / "cut")
     assert not (tmp_path / "cut" / "result.json").exists()

@@ -25,6 +25,7 @@ from softprompt_jax.assembly import check_own_prompts
 from softprompt_jax.checkpoints.artifact import load_trained, save_trained
 from softprompt_jax.checkpoints.backbone import load_backbone, save_backbone
 from softprompt_jax.checkpoints.peft import attach_adapter, save_adapter
+from softprompt_jax.checkpoints.training_state import Checkpoints
 from softprompt_jax.config import UserError, parse, to_yaml
 from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.methods import METHODS, Context, MethodSettings, Split, leaves, put_trained, split
@@ -35,7 +36,6 @@ from softprompt_jax.models.t5 import T5
 from softprompt_jax.optim.losses import cross_entropy
 from softprompt_jax.optim.optimizers import AdamW, build
 from softprompt_jax.run import Run, load_run
-from softprompt_jax.training.checkpoints import Checkpoints
 from softprompt_jax.training.step import make_step
 from softprompt_jax.trees import flatten
 

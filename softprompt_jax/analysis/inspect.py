@@ -20,7 +20,7 @@ from softprompt_jax.checkpoints import artifact
 from softprompt_jax.checkpoints.backbone import Backbone, load_backbone
 from softprompt_jax.config import UserError, values_hash
 from softprompt_jax.data.tokenizer import Tokenizer, load_tokenizer
-from softprompt_jax.run import MACHINE, Run
+from softprompt_jax.run import UNHASHED_SETTINGS, Run
 
 _ALIKE = 0.5  # cosine from which two rows belong to a cluster
 _RANDOM = 200  # random vectors that the prompt's rows are compared with
@@ -236,7 +236,7 @@ def _start(run: Run | None, metadata: dict[str, str], backbone: Backbone) -> Flo
     """Return the rows that training began with, made again from the settings; None where that cannot be."""
     if run is None:
         return None
-    saved = {name: value for name, value in json.loads(metadata["settings"]).items() if name not in MACHINE}
+    saved = {name: value for name, value in json.loads(metadata["settings"]).items() if name not in UNHASHED_SETTINGS}
     if metadata.get("settings_hash") != values_hash(saved):
         return None  # not all of its run's prompt, such as that of one of a mixture's tasks
     try:

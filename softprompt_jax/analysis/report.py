@@ -19,10 +19,10 @@ from softprompt_jax.checkpoints import artifact
 from softprompt_jax.config import UserError
 from softprompt_jax.data.task import SEQIO
 from softprompt_jax.inference.evaluate import headline, shown, unit
-from softprompt_jax.run import MACHINE, Run
+from softprompt_jax.run import UNHASHED_SETTINGS, Run
 from softprompt_jax.statistics import CELL, SCORE, mean_sd_text, score_statistics
 
-_IGNORED = frozenset({"seed", *MACHINE})
+_IGNORED = frozenset({"seed", *UNHASHED_SETTINGS})
 _NO_METRICS = ("count",)  # in a split's scores
 # Settings of how a run is watched or computed, not of what it learns.
 _BOOKKEEPING = {"log_every", "evaluate_every", "checkpoint_every", "evaluation_batch_size", "evaluation_examples"}

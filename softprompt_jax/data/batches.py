@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -44,8 +45,8 @@ class TrainBatches:
 
     With `packing` a batch has as many rows (a multiple of `parts`) as hold about `batch_size` examples, and empty
     ones up to a multiple of `rows_multiple`, so that devices and processes do not change what a step sees. `shapes`
-    lists every (T, U) that occurs, prompt included; `examples_per_batch` and `padding_share`, of padding among all
-    tokens, are those of the first epoch.
+    lists every (T, U) that occurs, prompt included; `examples_per_batch` and `padding_share`, of empty slots among
+    those for text, are those of the first epoch.
     """
 
     def __init__(
@@ -89,7 +90,8 @@ class TrainBatches:
         else:
             padded = self.batches_per_epoch * self.rows * sum(self.shapes[0])
         self.examples_per_batch = len(first.ids) / self.batches_per_epoch
-        self.padding_share = float(1 - self._lengths[first.ids].sum() / padded)
+        prompt_rows = len(first.ids) * self._prompts.rows(tokenized.vocabulary_rows)
+        self.padding_share = float(1 - (self._lengths[first.ids].sum() - prompt_rows) / (padded - prompt_rows))
 
     def _order(self, epoch: int) -> tuple[Int[np.ndarray, " chosen"], np.random.Generator]:
         """The examples of an epoch, shuffled, and the generator that has shuffled them."""
@@ -134,18 +136,8 @@ class TrainBatches:
         """Iterate over the batches from a step on, prepared ahead by a thread."""
         import grain
 
-        batches = grain.MapDataset.source(_Steps()).slice(slice(step, None)).map(self.batch)
+        batches = grain.MapDataset.range(step, sys.maxsize).map(self.batch)
         return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
-
-
-class _Steps:
-    """0, 1, 2, ... as a data source."""
-
-    def __len__(self) -> int:
-        return sys.maxsize
-
-    def __getitem__(self, index: int) -> int:
-        return index
 
 
 def evaluation_batches(
@@ -215,6 +207,29 @@ def examples_in(batch: Batch) -> int:
     return len(batch["encoder_tokens"]) if segments is None else int(segments.max(1).sum())
 
 
+class BatchCounts(NamedTuple):
+    """What stands in the slots of a batch, encoder and decoder together; a number, or [N] for N runs."""
+
+    text: Any  # tokens of inputs and targets
+    prompt: Any  # rows of prompts
+    slots: Any  # all positions, empty ones included
+    examples: Any
+
+    @property
+    def padding(self) -> Any:
+        """The share of empty slots among those that no prompt row takes."""
+        return 1 - self.text / (self.slots - self.prompt)
+
+
+def count_slots(batch: Batch, vocabulary_rows: int) -> BatchCounts:
+    """Count what a batch holds, packed or not; ids of `vocabulary_rows` and more are prompt rows."""
+    tokens, inputs, targets = (batch[name] for name in ("encoder_tokens", "decoder_inputs", "decoder_targets"))
+    in_encoder = int(np.count_nonzero(tokens >= vocabulary_rows))
+    text = int(np.count_nonzero(tokens)) - in_encoder + int(np.count_nonzero(targets))
+    prompt = in_encoder + int(np.count_nonzero(inputs >= vocabulary_rows))
+    return BatchCounts(text, prompt, tokens.size + targets.size, examples_in(batch))
+
+
 @dataclasses.dataclass(frozen=True)
 class Prompts:
     """The ids around the examples of each task: before the text, after it, before the decoder input."""
@@ -227,6 +242,10 @@ class Prompts:
     def lengths(self) -> Shape:
         """How much longer they make an encoder and a decoder row."""
         return self.before.shape[1] + self.after.shape[1], self.decoder.shape[1]
+
+    def rows(self, vocabulary_rows: int) -> int:
+        """Return how many trained rows an example has; the others are fixed words."""
+        return sum(int(np.count_nonzero(ids[0] >= vocabulary_rows)) for ids in (self.before, self.after, self.decoder))
 
     def surround(self, text: Int[np.ndarray, " T"], task: int) -> Int[np.ndarray, " PT"]:
         """Return an example's encoder ids; what stands after the text stands before its EOS."""

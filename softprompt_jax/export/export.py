@@ -12,6 +12,7 @@ from softprompt_jax.assembly import Assembly, assemble
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.checkpoints.backbone import save_backbone
 from softprompt_jax.checkpoints.peft import save_adapter
+from softprompt_jax.checkpoints.training_state import Checkpoints
 from softprompt_jax.config import UserError
 from softprompt_jax.distributed import cloud_files
 from softprompt_jax.export.import_source import tokenizer_files
@@ -20,7 +21,6 @@ from softprompt_jax.inference.predictor import load_predictor
 from softprompt_jax.methods import put_trained
 from softprompt_jax.methods.wrap import merged
 from softprompt_jax.run import Run, load_run
-from softprompt_jax.training.checkpoints import Checkpoints
 
 
 def export(

@@ -24,7 +24,7 @@ from softprompt_jax.data.task import SEQIO, Example, Task
 from softprompt_jax.data.tokenized import TokenizedSet
 from softprompt_jax.data.tokenizer import Tokenizer
 from softprompt_jax.distributed import mesh
-from softprompt_jax.distributed.multihost import go_if_told
+from softprompt_jax.distributed.multihost import raise_if_preempted
 from softprompt_jax.methods import Split
 from softprompt_jax.models import decode
 from softprompt_jax.models.decode import Decoding
@@ -121,7 +121,7 @@ class Decoder:
         shards = mesh.row_shards()
         batch_size = -(-min(batch_size, len(tokenized)) // shards) * shards
         for batch, ids in evaluation_batches(tokenized, batch_size, prompt_ids, shapes=shapes):
-            go_if_told()
+            raise_if_preempted()
             given = mesh.shard_batch((batch["encoder_tokens"], batch["decoder_inputs"][:, :first]))
             if not labels:
                 rest = mesh.shard_batch((np.asarray(ids + first_number, np.int32), beginnings[ids]))
@@ -147,7 +147,7 @@ class Decoder:
         shards = mesh.row_shards()
         batch_size = -(-min(batch_size, len(tokenized)) // shards) * shards
         for batch, ids in evaluation_batches(tokenized, batch_size, prompt_ids):
-            go_if_told()
+            raise_if_preempted()
             values = mesh.gather(self._likely(trainable, frozen, mesh.shard_batch(batch)))
             found[ids[ids >= 0]] = values[ids >= 0]
         return found
@@ -251,7 +251,7 @@ def mean_loss(parts: Split, batches: Sequence[dict[str, np.ndarray]]):
     def mean(trainable: Any, frozen: Any) -> float:
         sums = []
         for batch in batches:
-            go_if_told()
+            raise_if_preempted()
             sums.append(summed(trainable, frozen, mesh.shard_batch(batch)))
         return float(sum(loss for loss, _ in sums) / sum(weight for _, weight in sums))
 

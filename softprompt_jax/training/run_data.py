@@ -32,7 +32,7 @@ WINDOW = 64  # batches of a split without end that are in memory at a time
 SENTINEL = "<extra_id_0>"
 
 
-class TaskRun:
+class RunData:
     """The data of a run on a task or a mixture: train batches, validation, and the final result."""
 
     select_best = True
@@ -42,12 +42,12 @@ class TaskRun:
         run: Run,
         assembly: Assembly,
         parts: Split,
-        tasks: list[TaskData] | None = None,
+        tasks: list[TaskSplits] | None = None,
         decoder: Decoder | None = None,
     ):
         """Read the data, unless runs that differ in their prompts' values only share theirs, and the decoder."""
         self.run = run
-        self.tasks = tasks or [TaskData(task, run, assembly, number) for number, task in enumerate(run.tasks)]
+        self.tasks = tasks or [TaskSplits(task, run, assembly, number) for number, task in enumerate(run.tasks)]
         if not any("validation" in task.tokens for task in self.tasks):
             raise UserError(f"task {run.task_name}: none of its tasks has a validation split; expected one that has")
         self._decoder = decoder or Decoder(parts, assembly.tokenizer, run.decoding)
@@ -168,7 +168,7 @@ class TaskRun:
         }
 
 
-class TaskData:
+class TaskSplits:
     """One task of a run: the tokens of its splits, and the examples that it is scored on."""
 
     def __init__(self, task: Task, run: Run, assembly: Assembly, number: int):
@@ -270,7 +270,7 @@ class Reread:
         return f"{self._task!r} {digest(source, self._split)}" if isinstance(source, Seqio) else None
 
 
-class PretrainingRun:
+class PretrainingRunData:
     """The data of pre-training; validation is the loss on text windows of another seed."""
 
     select_best = False
@@ -311,7 +311,7 @@ class PretrainingRun:
         def share(step: int) -> dict[str, np.ndarray]:
             return {name: np.split(rows, count)[index] for name, rows in self.data.batch(step).items()}
 
-        source = grain.MapDataset.source(_Numbers(len(self.data))).slice(slice(first, None)).map(share)
+        source = grain.MapDataset.range(first, len(self.data)).map(share)
         return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
 
     def validate(self, trainable: Any, frozen: Any) -> tuple[dict[str, float], float]:
@@ -322,16 +322,3 @@ class PretrainingRun:
     def result(self, trainable: Any, parts: Split) -> dict[str, Any]:
         """Return the final loss."""
         return {"validation": self.validate(trainable, parts.frozen)[0], "test": None}
-
-
-class _Numbers:
-    """0 to n - 1 as a data source."""
-
-    def __init__(self, count: int):
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> int:
-        return index
