@@ -233,7 +233,7 @@ def test_prompts_of_a_mixture_start_from_their_tasks_label_words_and_are_weights
     assert (rows[0][2] != rows[1][2]).any()
     assert leaves(model)["prompt.rows"].stacked
     first = tiny.ROWS
-    assert model.prompt.placement.before == ((first, first + 1, first + 2), (first + 3, first + 4, first + 5))
+    assert model.prompt.layout.before.tolist() == [[first, first + 1, first + 2], [first + 3, first + 4, first + 5]]
 
 
 @pytest.mark.parametrize(

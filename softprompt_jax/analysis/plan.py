@@ -215,11 +215,11 @@ def abstract_step(run: Any, memory: int | None = None) -> tuple[Callable, tuple,
     """Return the jitted step of a run, its abstract arguments laid out on the mesh, and the split model."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
     from flax import nnx
 
     from softprompt_jax import methods
-    from softprompt_jax.checkpoints.artifact import load_prompt, read_trained
+    from softprompt_jax.assembly import layout_of
+    from softprompt_jax.checkpoints.artifact import load_artifact, load_prompt
     from softprompt_jax.distributed import mesh
     from softprompt_jax.methods import Context, leaves, split
     from softprompt_jax.models.quantized import quantized
@@ -239,7 +239,7 @@ def abstract_step(run: Any, memory: int | None = None) -> tuple[Callable, tuple,
         if kind is not None:
             quantized(model, kind)
         context = Context(
-            lambda text: [0], frozenset(), words, (), load_prompt, tasks, lambda path: read_trained(path)[0]
+            lambda text: [0], frozenset(), words, (), load_prompt, tasks, lambda path: load_artifact(path).tree
         )
         methods.attach(run.methods, model, jax.random.key(0), context)
         return model
@@ -254,10 +254,9 @@ def abstract_step(run: Any, memory: int | None = None) -> tuple[Callable, tuple,
 
     state = jax.eval_shape(begin, parts.trainable)
     layout = mesh.state_sharding(state, parts.trainable)
-    placement = None if model.prompt is None else model.prompt.placement
-    around = 0 if placement is None else np.shape(placement.before)[-1] + np.shape(placement.after)[-1]
+    around, before_decoder = layout_of(model).lengths
     limits = run.pretraining or run
-    decoder = limits.max_target_tokens + (0 if placement is None else np.shape(placement.decoder)[-1])
+    decoder = limits.max_target_tokens + before_decoder
     rows = {
         "encoder_tokens": limits.max_input_tokens + around,
         "decoder_inputs": decoder,
