@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Callable
@@ -55,7 +56,11 @@ class Backbone:
         return self.model.settings
 
     def fingerprint(self) -> str:
-        """Hash the shapes and a sample of the embedding table: equal for every dtype and sharding."""
+        """Hash the shapes and a sample of the embedding table, once: equal for every dtype and sharding."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         return fingerprint(self.model)
 
 

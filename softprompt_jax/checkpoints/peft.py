@@ -14,7 +14,7 @@ import jax
 from flax import nnx
 
 from softprompt_jax.checkpoints import backbone as pretrained
-from softprompt_jax.checkpoints.artifact import check_backbone, read_tensors, write_tensors
+from softprompt_jax.checkpoints.artifact import check_fingerprint, read_tensors, write_tensors
 from softprompt_jax.checkpoints.backbone import Backbone
 from softprompt_jax.checkpoints.torch_file import open_torch
 from softprompt_jax.config import UserError, nearest
@@ -67,7 +67,7 @@ def attach_adapter(model: T5, folder: str | Path) -> MethodSettings:
         tensors, metadata = {name: tensor.read() for name, tensor in opened.items()}, {}
     else:
         tensors, metadata = read_tensors(folder / TENSOR_FILE)
-    check_backbone(metadata, model, str(folder), "this one")
+    check_fingerprint(metadata, pretrained.fingerprint(model), str(folder), "this one")
     try:
         method, values = kinds[kind].from_peft(config, tensors, model.settings)
     except KeyError as error:
