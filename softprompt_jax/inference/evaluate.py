@@ -14,10 +14,10 @@ import numpy as np
 
 from softprompt_jax.config import UserError
 from softprompt_jax.data import metrics
-from softprompt_jax.data.batches import PromptIds, evaluation_batches
+from softprompt_jax.data.batches import evaluation_batches
 from softprompt_jax.data.buckets import Shape
 from softprompt_jax.data.preprocessors import POSTPROCESSORS
-from softprompt_jax.data.prompt_layout import Placement
+from softprompt_jax.data.prompt_layout import NO_PROMPT, PromptLayout
 from softprompt_jax.data.seqio_source import Outputs, Seqio, check_metrics, needs_likelihoods, seqio_scores
 from softprompt_jax.data.submission import average
 from softprompt_jax.data.task import SEQIO, Example, Task
@@ -83,7 +83,7 @@ class Decoder:
         tokenized: TokenizedSet,
         batch_size: int,
         max_tokens: int,
-        prompt_ids: PromptIds = None,
+        layout: PromptLayout = NO_PROMPT,
         shapes: list[Shape] | None = None,
         task: Task | None = None,
     ) -> list[str]:
@@ -92,7 +92,7 @@ class Decoder:
         Where the task says to predict by likelihood, it is the label word of the highest log-probability,
         summed over the word's tokens or per token (Brown et al., 2020), EOS included.
         """
-        found = self.answers(trainable, frozen, tokenized, batch_size, max_tokens, prompt_ids, shapes, task)
+        found = self.answers(trainable, frozen, tokenized, batch_size, max_tokens, layout, shapes, task)
         return [each[0].text for each in found]
 
     def answers(
@@ -102,7 +102,7 @@ class Decoder:
         tokenized: TokenizedSet,
         batch_size: int,
         max_tokens: int,
-        prompt_ids: PromptIds = None,
+        layout: PromptLayout = NO_PROMPT,
         shapes: list[Shape] | None = None,
         task: Task | None = None,
         forced: Sequence[str] | None = None,
@@ -117,10 +117,10 @@ class Decoder:
         words, divisors = self._choices(labels, task is not None and task.predict_by == "likelihood_per_token")
         answers = [[Answer("", [], 0.0)]] * len(tokenized)
         beginnings = self._tokenizer.beginnings(forced or [""] * len(tokenized), max_tokens)
-        first = np.shape(prompt_ids.decoder)[-1] if isinstance(prompt_ids, Placement) else 0
+        first = layout.lengths[1]
         shards = mesh.row_shards()
         batch_size = -(-min(batch_size, len(tokenized)) // shards) * shards
-        for batch, ids in evaluation_batches(tokenized, batch_size, prompt_ids, shapes=shapes):
+        for batch, ids in evaluation_batches(tokenized, batch_size, layout, shapes=shapes):
             raise_if_preempted()
             given = mesh.shard_batch((batch["encoder_tokens"], batch["decoder_inputs"][:, :first]))
             if not labels:
@@ -140,13 +140,13 @@ class Decoder:
         return Answer(self._tokenizer.decode(ids), ids, score)
 
     def likelihoods(
-        self, trainable: Any, frozen: Any, tokenized: TokenizedSet, batch_size: int, prompt_ids: PromptIds = None
+        self, trainable: Any, frozen: Any, tokenized: TokenizedSet, batch_size: int, layout: PromptLayout = NO_PROMPT
     ) -> np.ndarray:
         """Return the log-probability of every example's target, EOS included, float32 [examples]."""
         found = np.zeros(len(tokenized), np.float32)
         shards = mesh.row_shards()
         batch_size = -(-min(batch_size, len(tokenized)) // shards) * shards
-        for batch, ids in evaluation_batches(tokenized, batch_size, prompt_ids):
+        for batch, ids in evaluation_batches(tokenized, batch_size, layout):
             raise_if_preempted()
             values = mesh.gather(self._likely(trainable, frozen, mesh.shard_batch(batch)))
             found[ids[ids >= 0]] = values[ids >= 0]

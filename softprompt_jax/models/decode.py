@@ -16,6 +16,7 @@ from softprompt_jax.models.attention import sees_prefix, with_prefix
 from softprompt_jax.models.t5 import T5
 
 EOS = 1
+MAX_TOKENS = 64  # of an answer, where no other limit is given
 NEVER = -1e9  # the score of what cannot be
 
 Caches = tuple[Array, ...]  # keys and values [L, B, H, S, K]
