@@ -33,7 +33,7 @@ from softprompt_jax.run import Run, load_run
 from softprompt_jax.tasks.mixture import Mixture
 
 
-class Answer(NamedTuple):
+class DecodedAnswer(NamedTuple):
     """What a model says: the text, its token ids up to EOS, and their log-probability (of beams, penalised)."""
 
     text: str
@@ -107,7 +107,7 @@ class Decoder:
         task: Task | None = None,
         forced: Sequence[str] | None = None,
         first_number: int = 0,
-    ) -> list[list[Answer]]:
+    ) -> list[list[DecodedAnswer]]:
         """Return all answers to every example, as `predict` does the first: the samples, or the beams from the best.
 
         Decoded ones begin with what is `forced` on their example. Samples follow from an example's number, from
@@ -115,7 +115,7 @@ class Decoder:
         """
         labels = (task.words or []) if task is not None and task.predict_by != "decoding" else []
         words, divisors = self._choices(labels, task is not None and task.predict_by == "likelihood_per_token")
-        answers = [[Answer("", [], 0.0)]] * len(tokenized)
+        answers = [[DecodedAnswer("", [], 0.0)]] * len(tokenized)
         beginnings = self._tokenizer.beginnings(forced or [""] * len(tokenized), max_tokens)
         first = layout.lengths[1]
         shards = mesh.row_shards()
@@ -129,15 +129,17 @@ class Decoder:
                 found = [list(map(self._answer, *each)) for each in zip(rows, scores.tolist(), strict=True)]
             else:
                 best, scores = map(mesh.gather, self._scored(trainable, frozen, *given, words, divisors))
-                found = [[Answer(labels[n], _real(words[n]), float(s))] for n, s in zip(best, scores, strict=True)]
+                found = [
+                    [DecodedAnswer(labels[n], _real(words[n]), float(s))] for n, s in zip(best, scores, strict=True)
+                ]
             for each, index in zip(found, ids, strict=True):
                 if index >= 0:
                     answers[index] = each
         return answers
 
-    def _answer(self, tokens: np.ndarray, score: float) -> Answer:
+    def _answer(self, tokens: np.ndarray, score: float) -> DecodedAnswer:
         ids = _real(tokens)
-        return Answer(self._tokenizer.decode(ids), ids, score)
+        return DecodedAnswer(self._tokenizer.decode(ids), ids, score)
 
     def likelihoods(
         self, trainable: Any, frozen: Any, tokenized: TokenizedSet, batch_size: int, layout: PromptLayout = NO_PROMPT
@@ -203,19 +205,19 @@ def mean_score(task: Task, scores: dict[str, float]) -> float:
     return float(np.mean([scores[name] for name in names]))
 
 
-def headline(run: Run, scores: dict[str, Any]) -> float:
+def run_score(run: Run, scores: dict[str, Any]) -> float:
     """Return the one number of a split's scores in `result.json` by which runs are compared; more is better."""
     if run.pretraining is not None:
         return -scores["loss"]
     return scores["mean"] if isinstance(run.task, Mixture) else mean_score(run.tasks[0], scores)
 
 
-def unit(run: Run) -> float:
+def score_factor(run: Run) -> float:
     """Return what a run's scores are multiplied by to be shown: 100; a seqio Task's and losses stay as they are."""
     return 1.0 if run.pretraining or any(SEQIO in task.metrics for task in run.tasks) else 100.0
 
 
-def shown(value: float, times: float) -> str:
+def score_text(value: float, times: float) -> str:
     """Write a score in its `unit`: percent with one digit, others with four that count."""
     return f"{times * value:.1f}" if times == 100 else f"{value:.4g}"
 

@@ -25,7 +25,7 @@ from softprompt_jax.data.submission import check_server, write_submission
 from softprompt_jax.data.task import Example, Task, input_text, iterate, within
 from softprompt_jax.data.tokenized import TokenizedSet, tokenize
 from softprompt_jax.data.tokenizer import Tokenizer, load_tokenizer
-from softprompt_jax.inference.evaluate import Answer, Decoder, score, wants_likelihoods
+from softprompt_jax.inference.evaluate import DecodedAnswer, Decoder, score, wants_likelihoods
 from softprompt_jax.inference.texts import answer_lines, check_texts, one_for_each
 from softprompt_jax.methods import split
 from softprompt_jax.methods.prompt import attach_rows
@@ -129,14 +129,16 @@ class Predictor:
         """
         return [[answer.text for answer in answers] for answers in self.scored(texts, first=first)]
 
-    def scored(self, texts: Sequence[str], forced: Sequence[str] | None = None, first: int = 0) -> list[list[Answer]]:
+    def scored(
+        self, texts: Sequence[str], forced: Sequence[str] | None = None, first: int = 0
+    ) -> list[list[DecodedAnswer]]:
         """Return all answers to each text with tokens and scores; they begin with what is forced on each."""
         examples = [Example(text, "") for text in check_texts(texts, "predict")]
         return self._answers(examples, self.task, forced, first)
 
     def _answers(
         self, examples: Sequence[Example], task: Task | None, forced: Sequence[str] | None = None, first: int = 0
-    ) -> list[list[Answer]]:
+    ) -> list[list[DecodedAnswer]]:
         if not examples:
             return []
         if self.target_sentinel and task is not None and task.predict_by != "decoding":

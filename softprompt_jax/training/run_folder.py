@@ -17,7 +17,7 @@ from softprompt_jax.checkpoints import artifact
 from softprompt_jax.config import UserError, differences, settings_hash, to_yaml
 from softprompt_jax.distributed import mesh as sharding
 from softprompt_jax.distributed.multihost import is_first, run_on_process_0
-from softprompt_jax.inference.evaluate import headline
+from softprompt_jax.inference.evaluate import run_score
 from softprompt_jax.methods import Split, finish
 from softprompt_jax.run import UNHASHED_SETTINGS, Run
 
@@ -74,7 +74,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def scores_in(folder: Path, run: Run) -> dict[int, float]:
     """Return the score of each validation in a run's `metrics.jsonl`, by step."""
     lines = read_metrics(folder / "metrics.jsonl")
-    return {line["step"]: headline(run, line["validation"]) for line in lines if "validation" in line}
+    return {line["step"]: run_score(run, line["validation"]) for line in lines if "validation" in line}
 
 
 class Log:
