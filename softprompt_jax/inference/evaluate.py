@@ -200,26 +200,46 @@ def task_answers(task: Task, predictions: Sequence[str], examples: Sequence[Exam
 
 
 def mean_score(task: Task, scores: dict[str, float]) -> float:
-    """Return the mean of the task's metrics, by which checkpoints are compared."""
-    names = [name for name in scores if name not in ("illegal", "count")] if SEQIO in task.metrics else task.metrics
-    return float(np.mean([scores[name] for name in names]))
+    """Return the score of a task: the mean of its metrics."""
+    return float(np.mean([scores[name] for name in _metrics_of(task, scores)]))
 
 
 def run_score(run: Run, scores: dict[str, Any]) -> float:
-    """Return the one number of a split's scores in `result.json` by which runs are compared; more is better."""
+    """Return the score of a run on a split, by which checkpoints and runs are compared; more is better.
+
+    `scores` are those of the split in `result.json` or `metrics.jsonl`. The score is the mean of the task's metrics, of
+    a mixture the mean over its tasks, of pre-training the negative loss.
+    """
     if run.pretraining is not None:
         return -scores["loss"]
     return scores["mean"] if isinstance(run.task, Mixture) else mean_score(run.tasks[0], scores)
 
 
+def score_name(run: Run, scores: dict[str, Any]) -> str:
+    """Say what `run_score` of these scores is, and its unit."""
+    if run.pretraining is not None:
+        return "negative loss in nats"
+    if isinstance(run.task, Mixture):
+        return "mean over tasks of their metrics" + ", in %" * (score_factor(run) == 100)
+    names = _metrics_of(run.tasks[0], scores)
+    name = names[0] if len(names) == 1 else f"mean of {', '.join(names[:-1])} and {names[-1]}"
+    return name + ", in %" * (score_factor(run) == 100)
+
+
 def score_factor(run: Run) -> float:
-    """Return what a run's scores are multiplied by to be shown: 100; a seqio Task's and losses stay as they are."""
+    """Return what a run's scores are multiplied by for readers: 100 (percent), 1 for losses and seqio's metrics."""
     return 1.0 if run.pretraining or any(SEQIO in task.metrics for task in run.tasks) else 100.0
 
 
-def score_text(value: float, times: float) -> str:
-    """Write a score in its `unit`: percent with one digit, others with four that count."""
-    return f"{times * value:.1f}" if times == 100 else f"{value:.4g}"
+def score_text(value: float, factor: float) -> str:
+    """Write a score times its `score_factor`: percent with one digit after the point, others with four digits."""
+    return f"{factor * value:.1f}" if factor == 100 else f"{value:.4g}"
+
+
+def _metrics_of(task: Task, scores: dict[str, Any]) -> list[str]:
+    """Return the metrics of which a task's score is the mean; a seqio Task brings its own."""
+    own = [name for name in scores if name not in ("illegal", "count", "loss")]
+    return own if SEQIO in task.metrics else task.metrics
 
 
 def benchmark_average(benchmark: str, folders: Sequence[Path]) -> dict[str, Any]:
