@@ -263,24 +263,31 @@ def test_runs_that_no_bank_can_hold_are_all_named_at_once(prompt_run, full_run, 
     assert "mine" not in str(error.value).replace(str(tmp_path), "")
 
 
-def test_an_uploaded_run_is_judged_before_anything_is_attached(backbone, full_run, many_rows, monkeypatch):
+def test_an_uploaded_run_is_judged_before_anything_is_attached(backbone, full_run, monkeypatch):
     bank = PromptBank(backbone, any_backbone=True)
     bank.backbone.fingerprint()
     with monkeypatch.context() as patch:
         patch.setattr("softprompt_jax.methods.attach", lambda *_: pytest.fail("attached"))
         with pytest.raises(UserError, match="prompt odd: full changes the model for every text"):
             bank.read("odd", full_run / "trained.safetensors")
-    with pytest.raises(UserError, match=r"does not fit its config.yaml at decoder.*\[1, 1000000000, 16\]"):
-        bank.read("odd", many_rows)
 
 
-@pytest.fixture
-def many_rows(backbone, small, tmp_path):
-    """Return a file of a few numbers whose settings ask for gigabytes."""
-    run = parse(Run, small.short | {"methods": [{"kind": "prefix", "network": None, "length": 1_000_000_000}]}, "test")
-    arrays = {"encoder.prefix.attention.keys": np.zeros((1, 1, 16), np.float32)}
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            {"kind": "prompt", "length": 1_000_000_000},
+            "holds 96 numbers, and its settings say prompt of length 1000000000",
+        ),
+        ({"kind": "prefix", "network": None, "length": 96}, r"does not fit its config.yaml at decoder.*\[1, 96, 16\]"),
+    ],
+)
+def test_settings_that_ask_for_more_than_the_file_holds_are_refused(backbone, small, tmp_path, method, message):
+    run = parse(Run, small.short | {"methods": [method]}, "test")
+    arrays = {"encoder.prefix.attention.keys": np.zeros((1, 6, 16), np.float32)}
     write_tensors(arrays, tmp_path / "odd.safetensors", {"settings": json.dumps(run.model_dump(mode="json"))})
-    return tmp_path / "odd.safetensors"
+    with pytest.raises(UserError, match=message):
+        PromptBank(backbone).read("odd", tmp_path / "odd.safetensors")
 
 
 @pytest.mark.slow

@@ -17,7 +17,15 @@ from softprompt_jax.assembly import assemble
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.data.batches import evaluation_batches
 from softprompt_jax.data.tokenized import tokenize
-from softprompt_jax.inference.evaluate import benchmark_average, mean_loss, mean_score, run_score, score_factor, score_name, score_text
+from softprompt_jax.inference.evaluate import (
+    benchmark_average,
+    mean_loss,
+    mean_score,
+    run_score,
+    score_factor,
+    score_name,
+    score_text,
+)
 from softprompt_jax.methods import split
 from softprompt_jax.optim.losses import cross_entropy
 from softprompt_jax.run import Run

@@ -130,7 +130,8 @@ class PromptBank:
     def read(self, name: str, source: str | Path | Artifact | Float[np.ndarray, "P D"]) -> HostPrompt:
         """Return a prompt that would fit into the bank, for messages by its name; anything else is a UserError.
 
-        Nothing of the bank changes, and no device is used for what is refused, so that any thread may call this.
+        No prompt of the bank changes, and nothing is attached to a model before the settings and shapes are found to
+        fit, so that a server can read what is uploaded in a thread of its own.
         """
         if isinstance(source, np.ndarray):
             return self._host_prompt(name, source, "before", {})
@@ -162,6 +163,13 @@ class PromptBank:
             attach_methods(run, model, self.tokenizer, self.backbone)
             return model
 
+        numbers = sum(leaf.size for leaf in jax.tree.leaves(artifact.tree))
+        for method in run.methods:
+            if (length := getattr(method, "length", 0)) > numbers:
+                raise UserError(
+                    f"{artifact.source}: holds {numbers} numbers, and its settings say {method.kind} of length "
+                    f"{length}; expected the run's own file"
+                )
         graphdef, state = nnx.split(self.backbone.model)
         expected = jax.eval_shape(lambda state: nnx.state(attached(state), methods.Trainable), state)
         methods.check_trained(nnx.to_pure_dict(expected), artifact.tree, artifact.source)
@@ -228,9 +236,7 @@ class PromptBank:
     ) -> list[list[tuple[str, float]]]:
         """Return all answers to each text: the samples, or the beams from the best; otherwise as `generate`.
 
-        A text may also be its ids, with an EOS, which are taken as they are.
-
-        Samples follow from the seed and a text's number, from `first` on.
+        A text may also be its ids with an EOS. Samples follow from the seed and a text's number, from `first` on.
         """
         ids, names = self._asked(texts, names)
         beginnings = self.tokenizer.beginnings(
