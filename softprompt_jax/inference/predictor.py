@@ -1,4 +1,4 @@
-"""Use what was trained: from a run folder or a prompt file to text, and the plain functions behind it."""
+"""Answers of one run or prompt: `load_predictor` for its folder or file, `generate` and `logits` for arrays."""
 
 from __future__ import annotations
 
@@ -44,12 +44,17 @@ def logits(
 ) -> Float[Array, "B U V"]:
     """Return float32 logits over the vocabulary at every decoder position.
 
-    `encoder_tokens`: 0 is padding; the prompt goes before each row. `decoder_tokens` are decoder
-    inputs, already shifted (the first is 0), under a causal mask only.
+    `encoder_tokens`: 0 is padding; the prompt stands before each row. `decoder_tokens` are decoder inputs, which are
+    shifted already: the first is 0. Errors: UserError for tokens that are no integers or no ids of the vocabulary.
     """
     model, layout = _with_prompt(backbone.model, prompt)
     for tokens in (encoder_tokens, decoder_tokens):
         _check_ids(tokens, backbone.settings.vocabulary_rows)
+    if len(encoder_tokens) != len(decoder_tokens):
+        raise UserError(
+            f"logits: {len(encoder_tokens)} rows of encoder tokens and {len(decoder_tokens)} of decoder tokens; "
+            "expected as many"
+        )
     batch = {"encoder_tokens": _prepend(layout, encoder_tokens), "decoder_inputs": jnp.asarray(decoder_tokens)}
     return _logits(model, batch)
 
@@ -63,12 +68,13 @@ def generate(
     forced: str | Sequence[str] | Int[Array | np.ndarray, "B F"] | None = None,
     scores: bool = False,
 ) -> Any:
-    """Decode: texts give texts, tokens [B, T] (0 is padding, with their EOS) give tokens [B, U].
+    """Answer texts with texts, or tokens [B, T] with tokens [B, U].
 
-    `decoding`: `Greedy()` (the default), `Beam(beams=4)` or `Sampling(top_p=0.9, samples=5)`. The latter two give N
-    answers to each text (a list, or tokens [B, N, U]), of beams the best first. `forced`: what answers begin with, a
-    text for all, one for each, or tokens [B, F] (0: free). With `scores` a pair is returned, of the answers and their
-    scores in the same lists, or float32 [B] or [B, N]: log-probabilities, of beams penalised ones.
+    Tokens end with their EOS; 0 is padding. `decoding`: `Greedy()` (the default), `Beam(beams=4)` or
+    `Sampling(top_p=0.9, samples=5)`. Beams and samples are N answers to each text: a list of lists, or tokens
+    [B, N, U]; the best beam comes first. `forced` is what answers begin with: one text, a text for each, or tokens
+    [B, F] (0: free). With `scores` a pair is returned: the answers, and their log-probabilities in the same shape
+    (beams: divided by the length penalty).
     """
     how, one = decoding or Greedy(), isinstance(decoding, Greedy | None)
     model, layout = _with_prompt(backbone.model, prompt)
@@ -107,7 +113,7 @@ class Predictor:
     max_tokens: int = MAX_TOKENS
     batch_size: int = 64
     truncated: int = 0  # inputs so far that were longer than `max_input_tokens`
-    decoding: Decoding | None = None  # greedy
+    decoding: Decoding | None = None  # None: greedy
     target_sentinel: bool = False  # whether answers begin with <extra_id_0>, which label words do not
     step: int | None = None  # of the checkpoint that was read, where the run has not finished
 
@@ -132,7 +138,7 @@ class Predictor:
     def scored(
         self, texts: Sequence[str], forced: Sequence[str] | None = None, first: int = 0
     ) -> list[list[DecodedAnswer]]:
-        """Return all answers to each text with tokens and scores; they begin with what is forced on each."""
+        """Return all answers to each text with their tokens and scores; each begins with its text's `forced`."""
         examples = [Example(text, "") for text in check_texts(texts, "predict")]
         return self._answers(examples, self.task, forced, first)
 
@@ -263,7 +269,9 @@ def _with_prompt(model: T5, prompt: Any) -> tuple[T5, PromptLayout]:
 
 
 def _check_ids(tokens: Any, rows: int) -> None:
-    """Refuse text ids past the embedding table, which would silently read prompt rows."""
+    """Refuse what are no ids, and ids past the embedding table, which would be read as prompt rows."""
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(f"tokens: found {tokens.dtype}; expected integers, the ids of tokens")
     if tokens.size and not isinstance(tokens, Tracer) and (largest := int(tokens.max())) >= rows:
         raise UserError(f"tokens: found the id {largest}; expected ids under {rows}, the rows of the embedding")
 
