@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import shutil
+from inspect import unwrap
 from pathlib import Path
 
 import jax
@@ -20,7 +21,6 @@ from softprompt_jax import PromptBank, UserError, generate, load_backbone, load_
 from softprompt_jax.checkpoints.artifact import save_prompt
 from softprompt_jax.config import parse
 from softprompt_jax.data.tokenizer import load_tokenizer
-from softprompt_jax.inference.predictor import _check_ids
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.models.decode import Sampling
 from softprompt_jax.run import Run, read_decoding
@@ -203,9 +203,20 @@ def test_a_prompt_of_nan_is_refused(backbone, prompt, prompt_run, tmp_path):
             ask()
 
 
-def test_tokens_that_are_no_integers_are_refused():
-    with pytest.raises(UserError, match="tokens: found float32; expected integers"):
-        _check_ids(np.ones((1, 2), np.float32), ROWS)  # under test, types refuse it earlier
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda b: unwrap(logits)(b, TOKENS + 0.5, DECODER), "tokens: found float64; expected integers"),
+        (
+            lambda b: unwrap(logits)(b, TOKENS[:1], DECODER),
+            "1 rows of encoder tokens and 2 of decoder tokens; expected",
+        ),
+        (lambda b: unwrap(generate)(b, [["the", "garden"]]), "found list among the texts; expected a list of texts"),
+    ],
+)
+def test_what_types_refuse_under_test_only_is_one_line(backbone, call, message):
+    with pytest.raises(UserError, match=message):
+        call(backbone)
 
 
 def test_logits_can_be_differentiated_in_the_prompt(backbone, prompt):
@@ -220,11 +231,6 @@ def test_logits_can_be_differentiated_in_the_prompt(backbone, prompt):
         (lambda b: logits(b, TOKENS + ROWS, DECODER), f"found the id {ROWS + 12}; expected ids under {ROWS}"),
         (lambda b: logits(b, TOKENS, DECODER + ROWS), "expected ids under"),
         (lambda b: generate(b, TOKENS + ROWS), "expected ids under"),
-        (
-            lambda b: logits(b, TOKENS[:1], DECODER),
-            "1 rows of encoder tokens and 2 of decoder tokens; expected as many",
-        ),
-        (lambda b: generate(b, [["the", "garden"]]), "found list among the texts; expected a list of texts"),
         (lambda b: logits(b, TOKENS, DECODER, np.zeros((3, 8), np.float32)), "expected [P, 16]"),
         (lambda b: load_prompt("nowhere.npy"), "nowhere.npy: no such file"),
     ],
