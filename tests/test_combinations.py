@@ -151,6 +151,6 @@ def test_each_rate_is_named_in_the_first_lines_and_the_metrics_and_an_interrupte
         (tmp_path / "cut" / name).unlink()
     softprompt_jax.train(run, tmp_path / "cut", Lines(quiet=True))
     assert "resumed at step 2" in told
-    whole, again = (flatten(load_trained(tmp_path / name / "trained.safetensors")[0]) for name in ("whole", "cut"))
+    whole, again = (flatten(load_artifact(tmp_path / name).tree) for name in ("whole", "cut"))
     for path, values in whole.items():
         np.testing.assert_array_equal(again[path], values)

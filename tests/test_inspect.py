@@ -73,7 +73,7 @@ def test_a_label_is_found_where_all_its_pieces_are_neighbours_of_one_row(made, p
     unit = table / np.linalg.norm(table, axis=1, keepdims=True)
     far = min(BAD, key=lambda word: unit[tokenizer.encode(word)[0]] @ unit[yes])
     (other,) = tokenizer.encode(far)
-    metadata = read_prompt(prompt_run)[1]
+    metadata = load_artifact(prompt_run).metadata
     settings = json.loads(metadata["settings"])
     settings["task"]["label_words"] = [f"yes {far}", far]
     metadata |= {"settings": json.dumps(settings)}
