@@ -25,7 +25,7 @@ from softprompt_jax.tasks import complete, names, resolve
 from softprompt_jax.tasks.mixture import Mixture, expand
 
 DEFAULT_METHOD = Prompt()
-MACHINE = frozenset({"mesh"})  # settings that say where a run computes, not what: it may go on with others
+UNHASHED_SETTINGS = frozenset({"mesh"})  # settings that say where a run computes, not what: it may go on with others
 
 
 class Scratch(Settings):

@@ -23,11 +23,11 @@ from jax.experimental import multihost_utils
 from small_runs import write_config
 
 from softprompt_jax.checkpoints.artifact import load_prompt
+from softprompt_jax.checkpoints.training_state import Checkpoints
 from softprompt_jax.cli.signals import PREEMPTED
 from softprompt_jax.config import UserError
 from softprompt_jax.distributed import multihost
-from softprompt_jax.training.checkpoints import Checkpoints
-from softprompt_jax.training.run_data import TaskRun
+from softprompt_jax.training.run_data import RunData
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -223,7 +223,7 @@ def test_a_validation_is_cut_short_and_made_up_for(
     small, prompt_run, softprompt, own_cache, tmp_path, monkeypatch, name, call, said
 ):
     config, out = write_config(tmp_path / "run.yaml", small.short), tmp_path / "out"
-    told_at(monkeypatch, TaskRun, name, call)
+    told_at(monkeypatch, RunData, name, call)
     code, _, err = softprompt("train", config, "--out", out)
     assert (code, err.count(said)) == (PREEMPTED, 1), err
     assert (out / "checkpoints" / "10").exists() is ("step 10" in said or name == "result" or call == 4)
@@ -242,7 +242,7 @@ def test_a_validation_cut_short_twice_and_killed_once_is_made_up_for(
 ):
     config, out = write_config(tmp_path / "run.yaml", small.short), tmp_path / "out"
     for call in (1, 0):  # the second time in what makes up for the first
-        told_at(monkeypatch, TaskRun, "validate", call)
+        told_at(monkeypatch, RunData, "validate", call)
         assert softprompt("train", config, "--out", out)[0] == PREEMPTED
 
     def killed(*_):
@@ -263,7 +263,7 @@ def test_a_sweeps_validation_is_cut_short_and_made_up_for(small, softprompt, own
     command = "sweep", config, "--over", "seed=0,1", "--out"
     assert softprompt(*command, tmp_path / "whole")[0] == 0
     for name, call in (("validate", 5), ("result", 1)):  # of the second prompt at step 20, of the second one's result
-        told_at(monkeypatch, TaskRun, name, call)
+        told_at(monkeypatch, RunData, name, call)
         code, _, err = softprompt(*command, tmp_path / "told")
         assert (code, "the same command goes on" in err) == (PREEMPTED, True), err
     assert softprompt(*command, tmp_path / "told")[0] == 0
@@ -279,8 +279,8 @@ def test_two_processes_cut_a_validation_short_together(config, whole, tmp_path):
     out, port = tmp_path / "told", free_port()
     script = (
         "import sys, test_multihost; from softprompt_jax.cli.main import main\n"
-        "from softprompt_jax.training.run_data import TaskRun\n"
-        "if sys.argv.pop() == '0': test_multihost.Told(TaskRun, 'validate', 2, after_s=5)\n"
+        "from softprompt_jax.training.run_data import RunData\n"
+        "if sys.argv.pop() == '0': test_multihost.Told(RunData, 'validate', 2, after_s=5)\n"
         "main()"
     )
     environment = os.environ | {"SOFTPROMPT_CACHE": str(tmp_path / "cache")}
@@ -441,7 +441,7 @@ def test_multihost_of_unlike_versions_are_told_apart(monkeypatch, other):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "process_allgather", gather)
     if other == "jax 0.10.2":
-        multihost.agreed("versions", "jax 0.10.2")
+        multihost.assert_same_everywhere("versions", "jax 0.10.2")
     else:
         with pytest.raises(UserError, match=r"process 1 has jax 0\.9\.0, process 0 has jax 0\.10\.2; expected"):
-            multihost.agreed("versions", "jax 0.10.2")
+            multihost.assert_same_everywhere("versions", "jax 0.10.2")

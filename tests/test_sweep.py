@@ -160,7 +160,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("point", ["evaluate", "leave"])
 def test_killed_sweep_goes_on_and_ends_the_same(swept, config, tmp_path, monkeypatch, point):
     calls = 0
-    real = getattr(vmapped._Training, point)
+    real = getattr(vmapped._VmappedGroup, point)
 
     def dying(self, argument):
         nonlocal calls
@@ -171,7 +171,7 @@ def test_killed_sweep_goes_on_and_ends_the_same(swept, config, tmp_path, monkeyp
 
     over = ["seed=0..1", "learning_rate=0.1,0.3"]
     with monkeypatch.context() as patch:
-        patch.setattr(vmapped._Training, point, dying)
+        patch.setattr(vmapped._VmappedGroup, point, dying)
         with pytest.raises(Killed):
             sweep(config, over, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*/result.json"))) == (0 if point == "evaluate" else 2)
@@ -207,9 +207,9 @@ def test_run_that_diverges_or_stops_early_leaves_the_others_alone(small, tmp_pat
 @pytest.mark.slow
 def test_lengths_train_in_groups_and_other_methods_one_after_another(config, tmp_path, monkeypatch):
     trained: list[int] = []
-    real = vmapped.Together.train
+    real = vmapped.VmappedSweep.train
     monkeypatch.setattr(
-        vmapped.Together, "train", lambda self, runs, *rest: (trained.append(len(runs)), real(self, runs, *rest))[1]
+        vmapped.VmappedSweep, "train", lambda self, runs, *rest: (trained.append(len(runs)), real(self, runs, *rest))[1]
     )
     sweep(config, ["length=2,4", "seed=0,1"], tmp_path / "lengths", ["steps=2"])
     assert trained == [2, 2]

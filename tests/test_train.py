@@ -18,12 +18,12 @@ from tensorboardX.proto.event_pb2 import Event
 
 import softprompt_jax
 from softprompt_jax import Run, load_run
-from softprompt_jax.checkpoints.artifact import load_trained, read_prompt
+from softprompt_jax.checkpoints.artifact import load_artifact
 from softprompt_jax.config import Diverged, Preempted, UserError, parse, settings_hash
 from softprompt_jax.distributed import multihost
 from softprompt_jax.progress import Reporter
-from softprompt_jax.run import MACHINE
-from softprompt_jax.training.run_data import TaskRun
+from softprompt_jax.run import UNHASHED_SETTINGS
+from softprompt_jax.training.run_data import RunData
 
 TRAIN = importlib.import_module("softprompt_jax.training.loop")  # the module; the package's `train` is the function
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -84,8 +84,9 @@ def test_curves_hold_what_metrics_hold(prompt_run):
 
 
 def test_prompt_file_says_where_it_belongs(small, prompt_run):
-    prompt, metadata = read_prompt(prompt_run / "prompt.safetensors")
-    trained, _ = load_trained(prompt_run / "trained.safetensors")
+    found = load_artifact(prompt_run / "prompt.safetensors")
+    prompt, metadata = found.prompt, found.metadata
+    trained = load_artifact(prompt_run / "trained.safetensors").tree
     assert prompt.shape == (3, 16)
     np.testing.assert_array_equal(prompt, trained["prompt"]["rows"])
     run = run_of(small.short)
@@ -94,7 +95,7 @@ def test_prompt_file_says_where_it_belongs(small, prompt_run):
     assert (metadata["length"], metadata["task"], metadata["settings_hash"]) == (
         "3",
         "moods",
-        settings_hash(run, without=MACHINE),
+        settings_hash(run, without=UNHASHED_SETTINGS),
     )
     assert parse(Run, json.loads(metadata["settings"]), "prompt") == run
 
@@ -129,7 +130,8 @@ def test_packed_run_reports_its_rows_and_learns(small, tmp_path, capsys):
 
 def test_full_tuning_leaves_no_prompt(full_run):
     assert not (full_run / "prompt.safetensors").exists()
-    trained, metadata = load_trained(full_run / "trained.safetensors")
+    found = load_artifact(full_run)
+    trained, metadata = found.tree, found.metadata
     assert trained["embedding"].shape == (ROWS, 16)
     assert metadata["task"] == "moods"
 
@@ -156,7 +158,7 @@ def test_best_checkpoint_is_the_result_the_earliest_of_equal_ones(small, tmp_pat
         score = next(scores)
         return {"accuracy": score}, score
 
-    monkeypatch.setattr(TRAIN.TaskRun, "validate", validate)
+    monkeypatch.setattr(TRAIN.RunData, "validate", validate)
     result = softprompt_jax.train(run_of(small.short), tmp_path / "run")
     assert result["best_step"] == 20
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"20", "40"}
@@ -164,7 +166,7 @@ def test_best_checkpoint_is_the_result_the_earliest_of_equal_ones(small, tmp_pat
     scores = iter([0.0, 0.2, 0.9])
     shorter = softprompt_jax.train(run_of(small.short, steps=20), tmp_path / "shorter")
     assert shorter["test"] == result["test"]
-    found, expected = (load_trained(tmp_path / name / "trained.safetensors")[0] for name in ("run", "shorter"))
+    found, expected = (load_artifact(tmp_path / name).tree for name in ("run", "shorter"))
     np.testing.assert_array_equal(found["prompt"]["rows"], expected["prompt"]["rows"])
 
 
@@ -294,11 +296,11 @@ def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(sma
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_bytes((prompt_run / "config.yaml").read_bytes())
     before = sorted((tmp_path / "run").iterdir())
-    code = "import sys, time; from pathlib import Path; from softprompt_jax.distributed.multihost import alone_in\n"
-    code += "with alone_in(Path(sys.argv[1])): print('in', flush=True); time.sleep(600)"
+    code = "import sys, time; from pathlib import Path; from softprompt_jax.distributed.multihost import lock_folder\n"
+    code += "with lock_folder(Path(sys.argv[1])): print('in', flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "in\n"
-        monkeypatch.setattr(TRAIN, "alone_in", functools.partial(multihost.alone_in, wait_s=0.1))
+        monkeypatch.setattr(TRAIN, "lock_folder", functools.partial(multihost.lock_folder, wait_s=0.1))
         with pytest.raises(UserError, match="another process trains in it; expected one at a time"):
             softprompt_jax.train(run_of(small.short), tmp_path / "run")
         assert sorted((tmp_path / "run").iterdir()) == before
@@ -355,8 +357,8 @@ def test_no_more_than_three_steps_are_queued_so_that_a_notice_is_heeded_soon(sma
 def test_a_notice_after_a_run_has_looked_for_the_last_time_goes_to_whoever_had_sigterm_before(
     small, tmp_path, monkeypatch
 ):
-    found, told = TaskRun.result, []
-    monkeypatch.setattr(TaskRun, "result", lambda *words: (found(*words), signal.raise_signal(signal.SIGTERM))[0])
+    found, told = RunData.result, []
+    monkeypatch.setattr(RunData, "result", lambda *words: (found(*words), signal.raise_signal(signal.SIGTERM))[0])
     before = signal.signal(signal.SIGTERM, lambda *_: told.append((tmp_path / "run" / "result.json").exists()))
     try:
         softprompt_jax.train(run_of(small.short, steps=1), tmp_path / "run")

@@ -29,7 +29,7 @@ def local(place: str | Path) -> Path:
     """
     if not is_remote(place):
         return Path(place)
-    with told(place, "read"):
+    with explain_errors(place, "read"):
         files = _files(place)
         if not files:
             raise UserError(f"{place}: nothing there; expected a file or a folder")
@@ -54,7 +54,7 @@ def writing(place: str | Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / PurePosixPath(str(place)).name
         yield made
-        with told(place, "written"):
+        with explain_errors(place, "written"):
             for file in [made] if made.is_file() else sorted(path for path in made.rglob("*") if path.is_file()):
                 _upload(file, _join(place, file.relative_to(made)))
 
@@ -84,7 +84,7 @@ class RunFolder:
     def fetch(self) -> None:
         """Bring what the remote folder holds."""
         if self.remote:
-            with told(self.place, "read"):
+            with explain_errors(self.place, "read"):
                 _download(self.place, _files(self.place), self.path)
             self._known = {file: _state(file) for file in self._files()}
 
@@ -93,7 +93,7 @@ class RunFolder:
         if self.remote:
             for file in sorted(self._files(), key=lambda file: file.name == "result.json"):  # last: it says finished
                 if self._known.get(file) != (state := _state(file)):
-                    with told(self.place, "written"):
+                    with explain_errors(self.place, "written"):
                         _upload(file, _join(self.place, file.relative_to(self.path)))
                     self._known[file] = state
 
@@ -119,7 +119,7 @@ def exists(place: str) -> bool:
         filesystem = _filesystem(place)
     except ImportError:
         return False
-    with told(place, "read"):
+    with explain_errors(place, "read"):
         return filesystem.exists(_key(place))
 
 
@@ -172,7 +172,7 @@ def _upload(file: Path, place: str) -> None:
 
 
 @contextlib.contextmanager
-def told(place: str | Path, done: str) -> Iterator[None]:
+def explain_errors(place: str | Path, done: str) -> Iterator[None]:
     """Tell in one line why a remote place cannot be read or written."""
     try:
         yield

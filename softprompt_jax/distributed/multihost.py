@@ -78,7 +78,7 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def on_first(action: Callable[[], T], name: str) -> T | None:
+def run_on_process_0(action: Callable[[], T], name: str) -> T | None:
     """Let the first process act while the others wait; only it gets the value. A UserError ends all of them."""
     if jax.process_count() == 1:
         return action()
@@ -99,7 +99,7 @@ def on_first(action: Callable[[], T], name: str) -> T | None:
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path, wait_s: float = 60) -> Iterator[None]:
+def lock_folder(folder: Path, wait_s: float = 60) -> Iterator[None]:
     """Keep other processes out of a folder until this one leaves it or ends; wait so long for one that is there.
 
     Holds among the processes that the file system lets see each other's locks. Raises UserError after the wait.
@@ -123,7 +123,7 @@ def alone_in(folder: Path, wait_s: float = 60) -> Iterator[None]:
         os.close(lock)
 
 
-def agreed(name: str, value: str) -> None:
+def assert_same_everywhere(name: str, value: str) -> None:
     """Fail unless every process has the same value, such as versions or settings."""
     if jax.process_count() == 1:
         return
@@ -188,14 +188,14 @@ class Preemption:
         return self._told
 
 
-class CutShort(Exception):
+class PreemptedDuringEval(Exception):
     """A validation ends because it is time to go; the training loop saves and raises Preempted."""
 
 
-def go_if_told() -> None:
-    """Raise CutShort if it is time to save and go: asked between the batches of a validation, in a run."""
+def raise_if_preempted() -> None:
+    """Raise PreemptedDuringEval if it is time to save and go: asked between the batches of a validation, in a run."""
     if Preemption._current is not None and Preemption._current.reached(None):
-        raise CutShort
+        raise PreemptedDuringEval
 
 
 def _in_a_job(environment: Any) -> bool:

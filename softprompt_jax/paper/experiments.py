@@ -22,7 +22,7 @@ from softprompt_jax.config import Settings, UserError, nearest, settings_hash
 from softprompt_jax.paper import results
 from softprompt_jax.paper.measures import Measure
 from softprompt_jax.progress import Reporter
-from softprompt_jax.run import MACHINE, load_run
+from softprompt_jax.run import UNHASHED_SETTINGS, load_run
 from softprompt_jax.training.sweep import Member, train_members
 
 FormName = Literal["miniature", "published"]
@@ -139,7 +139,7 @@ def members(grid: Grid, path: Path, seeds: int | None = None) -> Iterator[Member
                 except UserError as error:
                     raise UserError(f"{path}: {', '.join(filter(None, (name, point, task)))}: {error}") from None
                 varied = {"line": name, "point": point, "task": task, "seed": seed}
-                yield Member(settings_hash(run, without=MACHINE), varied, run)
+                yield Member(settings_hash(run, without=UNHASHED_SETTINGS), varied, run)
 
 
 def _filled(value: Any, named: dict[str, str]) -> str:

@@ -14,18 +14,25 @@ import numpy as np
 
 import softprompt_jax
 from softprompt_jax.assembly import assemble, check_devices
+from softprompt_jax.checkpoints.training_state import Checkpoints
 from softprompt_jax.config import Diverged, Preempted, settings_hash
 from softprompt_jax.data.batches import examples_in
 from softprompt_jax.distributed import mesh as sharding
 from softprompt_jax.distributed.cloud_files import RunFolder
-from softprompt_jax.distributed.multihost import CutShort, Preemption, agreed, alone_in, is_first, on_first
+from softprompt_jax.distributed.multihost import (
+    PreemptedDuringEval,
+    Preemption,
+    assert_same_everywhere,
+    is_first,
+    lock_folder,
+    run_on_process_0,
+)
 from softprompt_jax.methods import leaves, split
 from softprompt_jax.optim.gradient_free import Search
 from softprompt_jax.optim.optimizers import describe_rates
 from softprompt_jax.progress import Reporter, duration
-from softprompt_jax.run import MACHINE, Run
-from softprompt_jax.training.checkpoints import Checkpoints
-from softprompt_jax.training.run_data import PretrainingRun, TaskRun
+from softprompt_jax.run import UNHASHED_SETTINGS, Run
+from softprompt_jax.training.run_data import PretrainingRunData, RunData
 from softprompt_jax.training.run_folder import Log, leave_files, prepare_folder, scores_in
 from softprompt_jax.training.step import State, build_optimizer, first_state, make_step
 
@@ -41,11 +48,11 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
     Raises Preempted after SIGTERM, with everything saved.
     """
     run = run.expanded()
-    home = RunFolder(out if out is not None else Path("runs") / settings_hash(run, without=MACHINE))
+    home = RunFolder(out if out is not None else Path("runs") / settings_hash(run, without=UNHASHED_SETTINGS))
     reporter = reporter if reporter is not None and is_first() else Reporter(quiet=True)
-    agreed("versions", f"softprompt_jax {softprompt_jax.__version__}, jax {jax.__version__}")
-    agreed("settings", settings_hash(run, without=MACHINE))
-    agreed("mesh", str(run.mesh))
+    assert_same_everywhere("versions", f"softprompt_jax {softprompt_jax.__version__}, jax {jax.__version__}")
+    assert_same_everywhere("settings", settings_hash(run, without=UNHASHED_SETTINGS))
+    assert_same_everywhere("mesh", str(run.mesh))
     mesh = run.mesh.build()
 
     def prepare() -> None:
@@ -54,9 +61,9 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
         home.send()
 
     with home.opened(), contextlib.ExitStack() as opened:
-        on_first(prepare, home.place)
+        run_on_process_0(prepare, home.place)
         if is_first():
-            opened.enter_context(alone_in(home.path))
+            opened.enter_context(lock_folder(home.path))
         else:
             home.fetch()
         if (finished := home.path / "result.json").exists():
@@ -75,7 +82,7 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
     model = sharding.shard_model(assembly.model)
     parts = split(model)
     about = leaves(model)
-    data = PretrainingRun(run, assembly, parts) if run.pretraining else TaskRun(run, assembly, parts)
+    data = PretrainingRunData(run, assembly, parts) if run.pretraining else RunData(run, assembly, parts)
     optimizer = build_optimizer(run, about, assembly.identity)
 
     begin = functools.partial(first_state, optimizer)
@@ -110,7 +117,7 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
     def evaluate(step: int, state: State) -> float:
         try:
             scores, score = data.validate(state["trainable"], parts.frozen)
-        except CutShort:
+        except PreemptedDuringEval:
             if step > first:
                 checkpoints.save(step, state)
                 checkpoints.wait()
@@ -183,7 +190,7 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
     chosen = state if best == run.steps else checkpoints.restore(best, state)
     try:
         measured = data.result(chosen["trainable"], parts)
-    except CutShort:
+    except PreemptedDuringEval:
         raise Preempted(f"{home.place}: told to stop while its result was measured; the same command goes on") from None
     result = measured | {
         "steps": run.steps,

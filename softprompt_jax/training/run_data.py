@@ -32,7 +32,7 @@ WINDOW = 64  # batches of a split without end that are in memory at a time
 SENTINEL = "<extra_id_0>"
 
 
-class TaskRun:
+class RunData:
     """The data of a run on a task or a mixture: train batches, validation, and the final result."""
 
     select_best = True
@@ -42,12 +42,12 @@ class TaskRun:
         run: Run,
         assembly: Assembly,
         parts: Split,
-        tasks: list[TaskData] | None = None,
+        tasks: list[TaskSplits] | None = None,
         decoder: Decoder | None = None,
     ):
         """Read the data, unless runs that differ in their prompts' values only share theirs, and the decoder."""
         self.run = run
-        self.tasks = tasks or [TaskData(task, run, assembly, number) for number, task in enumerate(run.tasks)]
+        self.tasks = tasks or [TaskSplits(task, run, assembly, number) for number, task in enumerate(run.tasks)]
         if not any("validation" in task.tokens for task in self.tasks):
             raise UserError(f"task {run.task_name}: none of its tasks has a validation split; expected one that has")
         self._decoder = decoder or Decoder(parts, assembly.tokenizer, run.decoding)
@@ -61,7 +61,7 @@ class TaskRun:
             draw = draw_mixture(counts, self.rates, run.seed, at_least=run.batch_size)
             train = [concatenate(train)]
         index, count = mesh.process_share()
-        around: dict[str, Any] = {"prompt_ids": assembly.prompt_ids, "max_shapes": run.most_shapes}
+        around: dict[str, Any] = {"layout": assembly.layout, "max_shapes": run.most_shapes}
         shares: dict[str, Any] = {"process_index": index, "process_count": count}
         if any(task.endless for task in self.tasks):
             if len(self.tasks) > 1 or run.packing is not None:
@@ -168,7 +168,7 @@ class TaskRun:
         }
 
 
-class TaskData:
+class TaskSplits:
     """One task of a run: the tokens of its splits, and the examples that it is scored on."""
 
     def __init__(self, task: Task, run: Run, assembly: Assembly, number: int):
@@ -201,8 +201,7 @@ class TaskData:
                 examples = list(itertools.islice(self.read(0), WINDOW * run.batch_size))
             key = examples.key() if isinstance(examples, Reread) else None
             self.tokens[split] = self.tokenize(examples, split, cache_folder() / "tokens", key)
-        around = assembly.prompt_ids
-        self._prompt_ids = around if around is None else around.of_task(number if run.own_prompts else 0)
+        self._layout = assembly.layout.of_task(number) if run.own_prompts else assembly.layout
 
     def read(self, first: int) -> Iterator[Example]:
         """Yield the train examples of a split without end from a number on."""
@@ -236,10 +235,10 @@ class TaskData:
     ) -> dict[str, float]:
         """Return the metrics of a split, of its first examples or of all."""
         batch_size, tokens = self._run.evaluation_batch_size, self.tokens[split].first(first)
-        answers = decoder.answers(trainable, frozen, tokens, batch_size, longest, self._prompt_ids, task=self.task)
+        answers = decoder.answers(trainable, frozen, tokens, batch_size, longest, self._layout, task=self.task)
         likelihoods = None
         if wants_likelihoods(self.task):
-            likelihoods = decoder.likelihoods(trainable, frozen, tokens, batch_size, self._prompt_ids)
+            likelihoods = decoder.likelihoods(trainable, frozen, tokens, batch_size, self._layout)
         best = [each[0] for each in answers]
         outputs = Outputs([answer.ids for answer in best], [answer.score for answer in best], likelihoods)
         return score(self.task, [answer.text for answer in best], self.examples[split][:first], outputs)
@@ -270,7 +269,7 @@ class Reread:
         return f"{self._task!r} {digest(source, self._split)}" if isinstance(source, Seqio) else None
 
 
-class PretrainingRun:
+class PretrainingRunData:
     """The data of pre-training; validation is the loss on text windows of another seed."""
 
     select_best = False
@@ -279,7 +278,7 @@ class PretrainingRun:
         settings = run.pretraining
         assert settings is not None
         folder = assembly.tokenizer_folder
-        if assembly.prompt_ids is not None:
+        if assembly.model.prompt is not None:
             kinds = ", ".join(method.kind for method in run.methods)
             raise UserError(
                 f"methods: {kinds} with pre-training, whose texts have no place for a prompt; expected methods that "
@@ -311,7 +310,7 @@ class PretrainingRun:
         def share(step: int) -> dict[str, np.ndarray]:
             return {name: np.split(rows, count)[index] for name, rows in self.data.batch(step).items()}
 
-        source = grain.MapDataset.source(_Numbers(len(self.data))).slice(slice(first, None)).map(share)
+        source = grain.MapDataset.range(first, len(self.data)).map(share)
         return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
 
     def validate(self, trainable: Any, frozen: Any) -> tuple[dict[str, float], float]:
@@ -322,16 +321,3 @@ class PretrainingRun:
     def result(self, trainable: Any, parts: Split) -> dict[str, Any]:
         """Return the final loss."""
         return {"validation": self.validate(trainable, parts.frozen)[0], "test": None}
-
-
-class _Numbers:
-    """0 to n - 1 as a data source."""
-
-    def __init__(self, count: int):
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> int:
-        return index

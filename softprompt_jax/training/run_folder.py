@@ -16,10 +16,10 @@ from softprompt_jax import config
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.config import UserError, differences, settings_hash, to_yaml
 from softprompt_jax.distributed import mesh as sharding
-from softprompt_jax.distributed.multihost import is_first, on_first
-from softprompt_jax.inference.evaluate import headline
+from softprompt_jax.distributed.multihost import is_first, run_on_process_0
+from softprompt_jax.inference.evaluate import run_score
 from softprompt_jax.methods import Split, finish
-from softprompt_jax.run import MACHINE, Run
+from softprompt_jax.run import UNHASHED_SETTINGS, Run
 
 
 def leave_files(
@@ -31,7 +31,7 @@ def leave_files(
     metadata = {
         "backbone": identity,
         "task": run.task_name,
-        "settings_hash": settings_hash(run, without=MACHINE),
+        "settings_hash": settings_hash(run, without=UNHASHED_SETTINGS),
         "step": str(result["best_step"]),
         "settings": json.dumps(run.model_dump(mode="json")),
         "fingerprint": artifact.fingerprint(final),
@@ -47,7 +47,7 @@ def leave_files(
                 artifact.save_prompt(rows, folder / artifact.PROMPT_FILE, placed)
         artifact.dump(result, folder / "result.json")
 
-    on_first(write, str(folder))
+    run_on_process_0(write, str(folder))
 
 
 def save_own_prompts(run: Run, rows: np.ndarray, folder: Path, metadata: dict[str, str]) -> None:
@@ -59,15 +59,22 @@ def save_own_prompts(run: Run, rows: np.ndarray, folder: Path, metadata: dict[st
         artifact.save_prompt(own, path, metadata | {"task": task.name, "settings": json.dumps(settings)})
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's `metrics.jsonl` as dictionaries with a `step`; none where there is no file.
+
+    A line is skipped if it is not JSON: the last one of a run that was killed, or that is being written.
+    """
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
+
+
 def scores_in(folder: Path, run: Run) -> dict[int, float]:
     """Return the score of each validation in a run's `metrics.jsonl`, by step."""
-    path, found = folder / "metrics.jsonl", {}
-    for text in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):  # the last line of a killed run
-            line = json.loads(text)
-            if "validation" in line:
-                found[line["step"]] = headline(run, line["validation"])
-    return found
+    lines = read_metrics(folder / "metrics.jsonl")
+    return {line["step"]: run_score(run, line["validation"]) for line in lines if "validation" in line}
 
 
 class Log:
@@ -87,16 +94,12 @@ class Log:
             return
         if self._path.exists():
             kept = []
-            for text in self._path.read_text().splitlines():
-                try:
-                    line = json.loads(text)
-                except ValueError:  # the last line of a killed run
-                    continue
+            for line in read_metrics(self._path):
                 if line["step"] <= first and first > 0 and (validated or line["step"] < first or "loss" in line):
-                    kept.append(text)
+                    kept.append(line)
                     self._before = line.get("seconds", self._before)
             partial = self._path.with_suffix(".partial")
-            partial.write_text("".join(f"{text}\n" for text in kept))
+            partial.write_text("".join(f"{json.dumps(line)}\n" for line in kept))
             partial.replace(self._path)
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=first or None)
 
@@ -129,7 +132,7 @@ def prepare_folder(run: Run, folder: Path) -> dict[str, Any] | None:
     settings, partial = folder / "config.yaml", folder / "config.partial"
     if settings.exists():
         saved = config.parse(Run, config.read(settings), str(settings))  # fills in settings that are newer than it
-        old, new = (each.model_dump(mode="json", exclude=set(MACHINE)) for each in (saved, run))
+        old, new = (each.model_dump(mode="json", exclude=set(UNHASHED_SETTINGS)) for each in (saved, run))
         changed = differences(old, new)
         if changed:
             raise UserError(

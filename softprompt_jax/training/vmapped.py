@@ -22,19 +22,19 @@ from jaxtyping import Bool, Float, Int
 from softprompt_jax.assembly import Assembly, assemble, check_devices
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.checkpoints.backbone import Backbone
+from softprompt_jax.checkpoints.training_state import Checkpoints
 from softprompt_jax.config import Preempted, UserError
 from softprompt_jax.data.batches import Batch, TrainBatches, examples_in
 from softprompt_jax.data.buckets import Shape, choose_shapes, fitting_shape
 from softprompt_jax.data.streaming import StreamBatches
 from softprompt_jax.distributed import mesh
-from softprompt_jax.distributed.multihost import CutShort, Preemption
+from softprompt_jax.distributed.multihost import PreemptedDuringEval, Preemption
 from softprompt_jax.inference.evaluate import Decoder
 from softprompt_jax.methods import Split, leaves, split
 from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import Run
 from softprompt_jax.training import remat
-from softprompt_jax.training.checkpoints import Checkpoints
-from softprompt_jax.training.run_data import TaskData, TaskRun
+from softprompt_jax.training.run_data import RunData, TaskSplits
 from softprompt_jax.training.run_folder import Log, leave_files
 from softprompt_jax.training.step import build_optimizer, first_state, plain_step
 
@@ -51,7 +51,7 @@ def shape_of(run: Run) -> dict[str, Any]:
     return settings | {"tasks": len(run.tasks), "own_prompts": run.own_prompts}
 
 
-class Together:
+class VmappedSweep:
     """What runs of one shape share: the backbone, data that are the same, and programs, each compiled once."""
 
     def __init__(self, run: Run, backbone: Backbone):
@@ -59,7 +59,7 @@ class Together:
         self.assembly, self._parts = self._assemble(run)
         self._about = leaves(self.assembly.model)
         self._decoder = Decoder(self._parts, self.assembly.tokenizer, run.decoding)
-        self._tasks: dict[str, list[TaskData]] = {}
+        self._tasks: dict[str, list[TaskSplits]] = {}
         self._step = jax.jit(self._mapped_step, donate_argnums=0)
         self._begin = jax.jit(jax.vmap(functools.partial(first_state, build_optimizer(run, self._about))))
 
@@ -91,8 +91,8 @@ class Together:
         states, losses = jax.vmap(one)(states, running, rates, batches, keys)
         return jax.tree.map(lambda leaf: mesh.constrain(leaf, *[None] * leaf.ndim), states), losses
 
-    def _data(self, run: Run, assembly: Assembly, parts: Split) -> TaskRun:
-        data = TaskRun(run, assembly, parts, self._tasks.get(_task_of(run)), self._decoder)
+    def _data(self, run: Run, assembly: Assembly, parts: Split) -> RunData:
+        data = RunData(run, assembly, parts, self._tasks.get(_task_of(run)), self._decoder)
         self._tasks[_task_of(run)] = data.tasks
         if isinstance(data.train_batches, StreamBatches):
             raise UserError(f"task {run.task_name}: its train split never ends; expected a finite one; train it alone")
@@ -111,15 +111,15 @@ class Together:
         too, and leaves `failed.json` instead of a result. Raises Preempted after SIGTERM, with everything saved.
         """
         with contextlib.ExitStack() as opened:
-            _Training(self, runs, folder, reporter, stop_after, opened).finish()
+            _VmappedGroup(self, runs, folder, reporter, stop_after, opened).finish()
 
 
-class _Training:
+class _VmappedGroup:
     """The training of these runs."""
 
     def __init__(
         self,
-        shared: Together,
+        shared: VmappedSweep,
         runs: Sequence[tuple[Run, Path]],
         folder: Path,
         reporter: Reporter,
@@ -130,8 +130,8 @@ class _Training:
         self.runs, self.folders = [run for run, _ in runs], [path for _, path in runs]
         self.run = self.runs[0]  # for what all have in common
         self.parts: list[Split] = []
-        known: dict[tuple[str, int], TaskRun] = {}
-        self.data: list[TaskRun] = []
+        known: dict[tuple[str, int], RunData] = {}
+        self.data: list[RunData] = []
         for run in self.runs:
             assembly, parts = shared._assemble(run)
             self.parts.append(parts)
@@ -228,7 +228,7 @@ class _Training:
         try:
             for index in range(count):
                 self.leave(index)
-        except CutShort:
+        except PreemptedDuringEval:
             raise Preempted("told to stop while results were measured; the same command goes on") from None
 
     def log(self, step: int, losses: Float[np.ndarray, " N"], recent: list, seconds: float) -> None:
@@ -258,7 +258,7 @@ class _Training:
         running = np.flatnonzero(self.running).tolist()
         try:
             found = [self.data[i].validate(self.one(self.state["trainable"], i), self.frozen) for i in running]
-        except CutShort:
+        except PreemptedDuringEval:
             if step > self.first:
                 self.checkpoints.save(step, [self.state, self.best, self.marks])
                 self.checkpoints.wait()

@@ -1,8 +1,9 @@
-"""The training state on disk, through Orbax: written in the background, the latest and the best kept."""
+"""The training state of a run on disk, through Orbax: written in the background, the latest and the best kept."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from softprompt_jax.config import UserError
 from softprompt_jax.distributed import cloud_files
 
+GROUPS, MEMBERS = "groups", "members.json"  # of a sweep: GROUPS/HASH/ holds the state that its MEMBERS share
 _SCORE, _STEP = "score", "step"
 
 
@@ -29,8 +32,7 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, read_only: bool = False):
         def rank(metrics: Any) -> Any:  # the highest score; of equal ones the earliest step
-            score = self._scores.get(metrics[_STEP], metrics[_SCORE])
-            return -float("inf") if score is None or math.isnan(score) else score, -metrics[_STEP]
+            return self._score_of(metrics), -metrics[_STEP]
 
         self._scores: dict[int, float] = {}
         self._folder = str(folder if cloud_files.is_remote(folder) else Path(folder).absolute())
@@ -48,7 +50,7 @@ class Checkpoints:
                 create=True,
             )
         with self._writing():
-            self._manager = _Manager(self._folder, options=options)
+            self._manager = _Manager(self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
 
     def save(self, step: int, state: Any, score: float | None = None) -> None:
         """Start writing the state after `step` steps; returns once it has been copied off the device."""
@@ -65,13 +67,23 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """Return the step with the highest score, the earliest of equal ones."""
-        return self._manager.best_step()
+        """Return the step with the highest score, the earliest of equal ones; None if no step has a score."""
+        step = self._manager.best_step()
+        return None if step is None or self._score_of(self._manager.metrics(step)) == -math.inf else step
+
+    def _score_of(self, metrics: Any) -> float:
+        score = self._scores.get(metrics[_STEP], metrics[_SCORE])
+        return -math.inf if score is None or math.isnan(score) else score
 
     def restore(self, step: int, like: Any = None) -> Any:
-        """Read the state of a step with the structure, dtypes and sharding of `like`, or as it was saved."""
-        abstract = None if like is None else jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        """Read the state of a step with the structure, dtypes and sharding of `like`, or as NumPy arrays."""
         try:
+            if like is None:  # wherever it was saved, devices of which this machine may have fewer
+                self._manager.wait_until_finished()
+                saved = self._manager.item_metadata(step).tree
+                abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved)
+            else:
+                abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # Orbax and TensorStore raise nearly anything for a broken file
             reason = " ".join(str(error).split())[:200]
@@ -94,7 +106,7 @@ class Checkpoints:
     def _writing(self) -> Iterator[None]:
         """Tell in one line that the disk is full or read-only; what was written earlier stays."""
         if cloud_files.is_remote(self._folder):
-            with cloud_files.told(self._folder, "written"):
+            with cloud_files.explain_errors(self._folder, "written"):
                 yield
             return
         try:
@@ -108,3 +120,32 @@ class Checkpoints:
                 f"{self._folder}: a checkpoint cannot be written ({reason}); expected a writable folder with space; "
                 "make room, then the same command goes on from the last complete checkpoint"
             ) from None
+
+
+def best_or_latest(folder: str | Path) -> tuple[dict[str, Any], int]:
+    """Return what an unfinished run has trained so far and after how many steps: its best checkpoint, or its latest.
+
+    The tree is nested dictionaries of NumPy arrays, as `trained.safetensors` holds it. No model is needed. A member of
+    a sweep has no checkpoints of its own: it is read from the state of its group. Errors: UserError without checkpoint.
+    """
+    own = f"{str(folder).rstrip('/')}/{cloud_files.CHECKPOINTS}"
+    with contextlib.closing(Checkpoints(own, read_only=True)) as checkpoints:
+        step = checkpoints.best()
+        step = checkpoints.latest() if step is None else step
+        if step is not None:
+            return checkpoints.restore(step)["trainable"], step
+    for group in () if cloud_files.is_remote(folder) else Path(folder).parent.glob(f"{GROUPS}/*/{MEMBERS}"):
+        if Path(folder).name in (names := json.loads(group.read_text())):
+            return _best_or_latest_of_group(group.parent, names.index(Path(folder).name))
+    raise UserError(f"{folder}: has no checkpoint yet; expected one; wait for the run's first")
+
+
+def _best_or_latest_of_group(folder: Path, index: int) -> tuple[dict[str, Any], int]:
+    with contextlib.closing(Checkpoints(folder / cloud_files.CHECKPOINTS, read_only=True)) as checkpoints:
+        step = checkpoints.latest()
+        if step is None:
+            raise UserError(f"{folder}: has no checkpoint yet; expected one; wait for the group's first")
+        state, best, marks = checkpoints.restore(step)
+    chosen = int(marks["best_step"][index])
+    tree = best if chosen else state["trainable"]
+    return jax.tree.map(lambda leaf: leaf[index], tree), chosen or step
