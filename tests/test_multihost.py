@@ -24,7 +24,7 @@ from small_runs import write_config
 
 from softprompt_jax.checkpoints.artifact import load_prompt
 from softprompt_jax.checkpoints.training_state import Checkpoints
-from softprompt_jax.cli.train import PREEMPTED
+from softprompt_jax.cli.signals import PREEMPTED
 from softprompt_jax.config import UserError
 from softprompt_jax.distributed import multihost
 from softprompt_jax.training.run_data import RunData

@@ -185,7 +185,9 @@ def test_shapes_and_padding_count_the_rows_on_both_sides():
     batches = TrainBatches(some_set(), 3, 0, prompted("both").prompt.placement, max_shapes=1)
     made = batches.batch(0)
     assert (made["encoder_tokens"].shape[1], made["decoder_inputs"].shape[1]) == batches.shapes[0]
-    text = np.count_nonzero((made["encoder_tokens"] > 0) & (made["encoder_tokens"] < V)) + np.count_nonzero(made["decoder_targets"])
+    text = np.count_nonzero((made["encoder_tokens"] > 0) & (made["encoder_tokens"] < V)) + np.count_nonzero(
+        made["decoder_targets"]
+    )
     rows = np.count_nonzero(made["encoder_tokens"] >= V) + np.count_nonzero(made["decoder_inputs"] >= V)
     size = made["encoder_tokens"].size + made["decoder_inputs"].size
     assert batches.padding_share == pytest.approx(1 - text / (size - rows))

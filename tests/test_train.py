@@ -20,10 +20,11 @@ import softprompt_jax
 from softprompt_jax import Run, load_run
 from softprompt_jax.checkpoints.artifact import load_trained, read_prompt
 from softprompt_jax.config import Diverged, Preempted, UserError, parse, settings_hash
-from softprompt_jax.distributed import multihost
+from softprompt_jax.distributed import folder_lock, multihost
 from softprompt_jax.progress import Reporter
 from softprompt_jax.run import UNHASHED_SETTINGS
 from softprompt_jax.training.run_data import RunData
+from softprompt_jax.training.run_folder import begin_folder, check_folder
 
 TRAIN = importlib.import_module("softprompt_jax.training.loop")  # the module; the package's `train` is the function
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -256,9 +257,10 @@ def test_folder_that_is_no_place_for_a_run_is_one_line(small, tmp_path, made, ex
 
 def test_folder_of_a_kill_before_the_first_file_is_a_new_run(small, tmp_path):
     (tmp_path / "config.partial").write_text("task: {na")
-    assert TRAIN.prepare_folder(run_of(small.short), tmp_path) is None
-    assert load_run(tmp_path / "config.yaml") == run_of(small.short)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert check_folder(run_of(small.short), tmp_path) is None
+    with begin_folder(run_of(small.short), tmp_path):
+        assert load_run(tmp_path / "config.yaml") == run_of(small.short)
+        assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 @pytest.mark.slow
@@ -294,11 +296,11 @@ def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(sma
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_bytes((prompt_run / "config.yaml").read_bytes())
     before = sorted((tmp_path / "run").iterdir())
-    code = "import sys, time; from pathlib import Path; from softprompt_jax.distributed.multihost import lock_folder\n"
+    code = "import sys, time; from pathlib import Path; from softprompt_jax.distributed.folder_lock import lock_folder\n"
     code += "with lock_folder(Path(sys.argv[1])): print('in', flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "in\n"
-        monkeypatch.setattr(TRAIN, "lock_folder", functools.partial(multihost.lock_folder, wait_s=0.1))
+        monkeypatch.setattr(TRAIN, "lock_folder", functools.partial(folder_lock.lock_folder, wait_s=0.1))
         with pytest.raises(UserError, match="another process trains in it; expected one at a time"):
             softprompt_jax.train(run_of(small.short), tmp_path / "run")
         assert sorted((tmp_path / "run").iterdir()) == before
@@ -349,7 +351,7 @@ def test_no_more_than_three_steps_are_queued_so_that_a_notice_is_heeded_soon(sma
     monkeypatch.setattr(TRAIN, "make_step", make_step)
     every = dict.fromkeys(("steps", "log_every", "evaluate_every", "checkpoint_every"), 8)
     softprompt_jax.train(run_of(small.short, **every), tmp_path / "run")
-    assert queued == [1, 2, 3, 3, 3, 3, 3, 3]
+    assert queued == [1, 1, 2, 3, 3, 3, 3, 3]  # the first compiles and is waited for
 
 
 def test_a_notice_after_a_run_has_looked_for_the_last_time_goes_to_whoever_had_sigterm_before(

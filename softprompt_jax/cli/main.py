@@ -12,7 +12,6 @@ import logging
 import os
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Annotated, Any, NoReturn
@@ -35,6 +34,7 @@ from softprompt_jax.cli.data import (
     report_truncated,
 )
 from softprompt_jax.cli.share import Dtype, Quantize
+from softprompt_jax.cli.signals import INTERRUPTED, preemptible
 from softprompt_jax.config import UserError
 from softprompt_jax.distributed import cloud_files
 
@@ -64,8 +64,6 @@ app = typer.Typer(
     help="Adapt a frozen T5 to text-to-text tasks by training a soft prompt.",
     epilog="Start: softprompt train configs/quickstart.yaml --out runs/first",
 )
-INTERRUPTED = 130
-EXIT_SECONDS = 30  # for a save under way when interrupted
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
@@ -105,7 +103,7 @@ def train(
     The same command goes on where a killed one stopped, and prints the result of a finished one. RUN gets
     config.yaml, metrics.jsonl, tensorboard/, checkpoints/, trained.safetensors, prompt.safetensors and result.json.
     """
-    with run_commands.preemptible():
+    with preemptible():
         from softprompt_jax.distributed.multihost import connect, is_first
         from softprompt_jax.progress import Reporter
         from softprompt_jax.run import load_run
@@ -313,7 +311,9 @@ def main() -> None:
     if importlib.util.find_spec("libtpu") and not any(Path("/dev").glob("accel*")) and not Path("/dev/vfio").exists():
         # An installed libtpu would look for a TPU, and wait for it.
         os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if Path("/dev/nvidia0").exists() else "cpu")
-    # What fails in a thread that writes a checkpoint is raised again where it is waited for: tell it once.
+    # Orbax warns through absl of what is meant here, such as opening a folder to read only. What fails in a thread that
+    # writes a checkpoint is raised again where it is waited for: tell it once.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     threading.excepthook = lambda _: None
     try:
@@ -331,15 +331,7 @@ def main() -> None:
         )
     if code == INTERRUPTED:
         print("softprompt: interrupted; a run goes on with the same command", file=sys.stderr)
-        threading.Thread(target=_give_up, daemon=True).start()
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _give_up() -> None:
-    """End the process where its threads do not: Orbax waits ten minutes for the rest of an interrupted save."""
-    threading.main_thread().join()  # who calls main as a function lives on
-    time.sleep(EXIT_SECONDS)
-    os._exit(INTERRUPTED)
 
 
 def _fail(message: str) -> NoReturn:

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from softprompt_jax.cli.train import preemptible
+from softprompt_jax.cli.signals import preemptible
 from softprompt_jax.config import UserError
 
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import signal
 import sys
-from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
 from softprompt_jax.cli.data import JSON_INDENT, AnyBackbone, Backbone
-from softprompt_jax.config import Preempted, UserError
+from softprompt_jax.cli.signals import preemptible
+from softprompt_jax.config import UserError
 
 Over = Annotated[
     list[str] | None,
@@ -23,29 +20,6 @@ Over = Annotated[
         show_default=False,
     ),
 ]
-
-PREEMPTED = 75  # exit code of a run that was told to go and has saved: start it again (EX_TEMPFAIL)
-
-
-@contextlib.contextmanager
-def preemptible() -> Iterator[None]:
-    """Let SIGTERM end a command that trains with PREEMPTED: at once while nothing is unsaved, else once it is saved."""
-
-    def leave(*_: object) -> None:  # by no exception: one that meets a callback of the garbage collector is lost
-        os.write(2, b"softprompt: told to stop while nothing was unsaved; the same command goes on\n")
-        os._exit(PREEMPTED)
-
-    before = None
-    with contextlib.suppress(ValueError):  # not the main thread: whoever owns it decides
-        before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    except Preempted as told:
-        print(f"softprompt: {told}", file=sys.stderr)
-        raise typer.Exit(PREEMPTED) from None
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
 
 
 def plan(

@@ -199,7 +199,9 @@ def task_answers(task: Task, predictions: Sequence[str], examples: Sequence[Exam
 
 def mean_score(task: Task, scores: dict[str, float]) -> float:
     """Return the mean of the task's metrics, by which checkpoints are compared."""
-    names = [name for name in scores if name not in ("illegal", "count")] if SEQIO in task.metrics else task.metrics
+    names = (
+        [name for name in scores if name not in ("illegal", "count", "loss")] if SEQIO in task.metrics else task.metrics
+    )
     return float(np.mean([scores[name] for name in names]))
 
 
