@@ -14,6 +14,7 @@ from softprompt_jax.config import Interrupted, Preempted
 
 PREEMPTED = 75  # exit code of a run that was told to go and has saved: start it again (EX_TEMPFAIL)
 INTERRUPTED = 130  # exit code after Ctrl-C
+_INTERRUPTED = "interrupted; the same command goes on, from the last checkpoint if there is one"
 _SHOW_CURSOR = b"\x1b[?25h"  # which a progress bar hides
 
 
@@ -26,7 +27,7 @@ def preemptible() -> Iterator[None]:
 
     def leave(number: int, _: object) -> None:
         if number == signal.SIGINT:
-            _leave(INTERRUPTED, "interrupted while nothing was unsaved; the same command goes on")
+            _leave(INTERRUPTED, _INTERRUPTED)
         _leave(PREEMPTED, "told to stop while nothing was unsaved; the same command goes on")
 
     with contextlib.ExitStack() as restored:
@@ -57,7 +58,7 @@ def _watch_interrupts(reading: int) -> None:
                 count += 1
                 multihost = sys.modules.get("softprompt_jax.distributed.multihost")
                 if count > 1:
-                    _leave(INTERRUPTED, "interrupted; the same command goes on from the last checkpoint")
+                    _leave(INTERRUPTED, _INTERRUPTED)
                 if multihost is not None and multihost.Preemption.watches():
                     os.write(2, b"\nsoftprompt: interrupted; saving after this step; Ctrl-C again leaves at once\n")
 

@@ -17,7 +17,7 @@ from softprompt_jax.config import UserError
 from softprompt_jax.distributed import cloud_files
 
 RENEW_S = 15  # between two renewals of a lock in a bucket
-WAIT_S = 60  # for another command to end; a lock in a bucket that nobody renews for so long is taken over
+WAIT_S = 60.0  # for another command to end; a lock in a bucket that nobody renews for so long is taken over
 
 
 def _always_ours() -> None:

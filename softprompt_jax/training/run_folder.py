@@ -168,7 +168,7 @@ def check_folder(run: Run, folder: Path, checkpoints: str | Path | None = None) 
 
 def _check_longer(saved: Run, run: Run, folder: Path, latest: int | None, finished: bool) -> None:
     """Refuse to make a run longer whose steps so far would have been others."""
-    before = np.arange(latest or 0)
+    before = jnp.arange(latest or 0)
     old, new = (np.asarray(each.schedule.build(1.0, each.steps)(before)) for each in (saved, run))
     reason = None
     if finished and latest is None:
