@@ -29,6 +29,7 @@ import speed  # noqa: E402
 from plot import curves, plot  # noqa: E402
 
 from softprompt_jax.paper import experiments as paper  # noqa: E402
+from softprompt_jax.paper import results  # noqa: E402
 from softprompt_jax.run import Run  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -68,7 +69,7 @@ def all_pages() -> Iterator[tuple[Path, str]]:
                 for line, values in result["lines"].items()
             }
             neighbours = experiment.miniature.measure == "neighbours"
-            y = f"{'share' if neighbours else 'metric' if ';' in result['metric'] else result['metric']}, %"
+            y = f"{'share' if neighbours else 'score' if ';' in result['metric'] else result['metric']}, %"
             majority = None if neighbours else result["majority"]
             picture = plot(experiment.title, lines, experiment.plot, y, majority, experiment.x)
             yield ROOT / "docs" / "experiments" / f"{name}.svg", picture
@@ -154,12 +155,12 @@ def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, A
     miniature, published = experiment.miniature, experiment.published
     parts = [f"# {experiment.title}", f"{experiment.source}. {experiment.question}", "## Miniature"]
     parts.append(f"    softprompt paper {name}")
-    parts.append(f"{_form(miniature)}. {miniature.seeds} seeds; {miniature.cost}.")
+    parts.append(f"{_grid(experiment, miniature)} Cost: {miniature.cost}.")
     parts.append(trained(name, miniature))
     if result is None:
         parts.append("Not run yet: there is no result to show.")
     else:
-        parts += [paper.table(result), f"{metric_of(experiment, result)} ({finished(result, miniature.seeds)})."]
+        parts += [results.table(result), f"{metric_of(experiment, result)} ({finished(result, miniature.seeds)})."]
         if miniature.measure != "neighbours":
             levels = {column.rpartition(" to ")[2]: value for column, value in result["majority"].items()}
             level = ", ".join(f"{task} {value:.1f}" for task, value in levels.items())
@@ -177,15 +178,16 @@ def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, A
     needs = said_above(paper.experiments()[name].read_text("utf-8").partition("\n")[2])
     parts += ["## Published setting", *([needs] if needs else []), f"    softprompt paper {name} --form published"]
     parts.append(
-        "trains what is missing, one run after another, and writes the same table. To share the runs among "
-        "machines, `--configs FOLDER` writes each as `FOLDER/KEY.yaml` instead, KEY being the hash of its settings; "
-        "`softprompt train FOLDER/KEY.yaml --out runs/paper/KEY` trains it, and the command above, where all of "
-        "`runs/paper` is, gathers them. With `--topology v5p:2x2x1` (extra `tpu`, no TPU needed) it says what each "
-        "distinct step would take there (a minute of compiling each)."
+        "The command trains the runs that are missing and writes the same table. Each prompt has a program of its own, "
+        "as it was planned; `--together N` trains N prompts in one. For several machines: `--configs FOLDER` writes "
+        "each run as `FOLDER/KEY.yaml`, where KEY is the hash of its settings; `softprompt train FOLDER/KEY.yaml --out "
+        "runs/paper/KEY` trains it; the command above then collects the results, where all of `runs/paper` is. "
+        "`--topology v5p:2x2x1` trains nothing and says what each step of another size takes on that TPU (extra `tpu`, "
+        "no TPU needed, about a minute of compiling a step)."
     )
     parts.append(
-        f"{_form(published)}. {published.seeds} seeds. Cost: {published.cost}. Tests build one run of each distinct "
-        "step abstractly; none was trained."
+        f"{_grid(experiment, published)} Cost: {published.cost}. None of these runs was trained. Tests build one run "
+        "of each distinct step without weights."
     )
     parts += [plan_table(plan)] if plan else []
     return (
@@ -220,7 +222,8 @@ def trained(name: str, form: paper.Grid) -> str:
     """Say what each line of an experiment trains, without what differs among its points."""
     runs = collections.defaultdict(list)
     for member in paper.members(form, paper.load(name)[1], seeds=1):
-        runs[member.line].append((member.read, member.run))
+        line = member.varied["line"]
+        runs[line].append((form.lines[line].read, member.run))
     lines = collections.defaultdict(list)
     for line, found in runs.items():
         facts = zip(*(_facts(*each) for each in found), strict=True)
@@ -242,11 +245,12 @@ def _facts(read: str, run: Run) -> list[str]:
     return [*what, optimizer + schedule, steps, f"on the backbone {backbone}"]
 
 
-def _form(form: paper.Grid) -> str:
-    parts = [f"Lines: {'; '.join(form.lines)}"]
-    parts += [f"Points: {'; '.join(form.points)}"] if list(form.points) != [""] else []
-    parts += [f"Tasks: {'; '.join(form.tasks)}"] if form.tasks else []
-    return ". ".join(parts)
+def _grid(experiment: paper.Experiment, grid: paper.Grid) -> str:
+    """Say which runs a grid has."""
+    x = f" ({experiment.x})" if experiment.x else ""
+    axes = {"line": list(grid.lines), f"point of the x axis{x}": [*filter(None, grid.points)], "task": list(grid.tasks)}
+    named = [f"{name}: {'; '.join(values)}" for name, values in axes.items() if values]
+    return f"A run for each {'. Each '.join(named)}. {grid.seeds} seeds of each."
 
 
 def paper_table(experiments: dict[str, paper.Experiment]) -> str:
@@ -312,7 +316,7 @@ def method_result(row: dict[str, Any]) -> str:
 def method_pages() -> Iterator[tuple[str, str]]:
     """Yield the page of each kind of method."""
     from softprompt_jax.methods import METHODS
-    from softprompt_jax.methods.listing import parameters
+    from softprompt_jax.methods.listing import optimizer_of, parameters
     from softprompt_jax.models.presets import preset
 
     headings, sizes = settings.titles(Run), preset("t5-v1_1-base")
@@ -326,7 +330,7 @@ def method_pages() -> Iterator[tuple[str, str]]:
         parts = [f"# {kind}", settings.prose(method), f"Paper: {method.paper}."]
         share = trained / sizes.parameters()
         facts = [f"trains {trained:,} numbers of a T5 1.1 base with default settings ({share:.3%})"]
-        facts.append(f"optimizer, if a run states none: {(method.default_optimizer or {'kind': 'adafactor'})['kind']}")
+        facts.append(f"default optimizer and learning rate: {optimizer_of(method)}")
         facts.append(f"PEFT: {method.peft_type}" if method.peft_type else "not in PEFT")
         facts.append(
             "leaves every output as it was at the start" if method.identity_at_start else "changes outputs at once"

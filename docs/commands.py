@@ -13,7 +13,7 @@ _INTRO = """# Command line
 `softprompt COMMAND --help` prints the same. Settings of a run are `KEY=VALUE` after the config, as in
 `softprompt train mine.yaml steps=500 methods.0.length=50`; [Settings](settings.md) lists them.
 
-Exit codes: 0 done; 2 bad input, told in one line; 3 a plan that does not fit; 75 stopped and saved, the same command goes on."""
+Exit codes: 0 done; 2 bad input; 3 a plan that does not fit; 75 stopped and saved (the same command goes on)."""
 
 
 def page() -> str:

@@ -13,6 +13,7 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 384, 56, 20, 44, 88
 LEGEND = 20  # the height of a row of the legend
 LINE, LETTER = 15, 7  # the height of a line of text, the width of most letters
 DASHES = 'stroke="#24292f" stroke-width="1.5" stroke-dasharray="5 4"'
+PATTERNS = ("5 4", "2 3", "9 3 2 3")  # of several dashed levels
 DODGE = 8  # between the points of neighbouring lines, so that equal ones are both seen
 STYLE = (
     "text { font-family: system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif; "
@@ -43,27 +44,31 @@ def plot(title: str, lines: Lines, kind: str, y: str, majority: dict[str, float]
     def at(value: float) -> float:
         return TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - low) / (high - low))
 
-    of = ", ".join(f"{name} {level:.1f}" for name, level in levels.items() if name not in columns)
-    legend = _legend(list(lines) if len(lines) > 1 else [], dashed=f"majority class {of}".strip() if levels else None)
+    across = [name for name in levels if name not in columns]
+    dashes = {name: DASHES.replace(PATTERNS[0], PATTERNS[i % len(PATTERNS)]) for i, name in enumerate(across)}
+    dashed = {f"majority class {name} {levels[name]:.1f}": dashes[name] for name in across}
+    dashed |= {"majority class": DASHES} if len(across) < len(levels) else {}
+    legend = _legend(list(lines) if len(lines) > 1 else [], dashed=dashed)
     parts = frame(title, HEIGHT + LEGEND * max(0, len(legend) - 1))
     for tick in range(int(low), int(high) + 1, 10):
         parts.append(f'<path d="M{LEFT} {at(tick):.1f}H{WIDTH - RIGHT}" stroke="#d0d7de"/>')
         parts.append(f'<text class="end" x="{LEFT - 8}" y="{at(tick) + 4:.1f}">{tick}</text>')
-    parts.append(
-        f'<text transform="rotate(-90 14 {HEIGHT / 2})" class="mid" x="14" y="{HEIGHT / 2}">{escape(y)}</text>'
-    )
+    parts.append(_beside_y(y))
     for number, column in enumerate(columns):
         for row, text in enumerate(textwrap.wrap(column, int(step / LETTER), max_lines=3)):
             y_text = HEIGHT - BOTTOM + 18 + LINE * row
             parts.append(f'<text class="mid" x="{LEFT + step * (number + 0.5):.1f}" y="{y_text}">{escape(text)}</text>')
-    parts.append(f'<text class="end" x="{WIDTH - RIGHT}" y="20">{escape(f"x: {x}" if x else "")}</text>')
+    if x:
+        parts.append(
+            f'<text class="mid" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - BOTTOM + 44}">{escape(x)}</text>'
+        )
     parts += _lines(lines, columns, step, at) if kind == "lines" else _bars(lines, columns, step, at)
     for name, level in levels.items():
         left, right = LEFT, WIDTH - RIGHT
         if name in columns:
             left = LEFT + step * columns.index(name)
             right = left + step
-        parts.append(f'<path d="M{left:.1f} {at(level):.1f}H{right:.1f}" {DASHES}/>')
+        parts.append(f'<path d="M{left:.1f} {at(level):.1f}H{right:.1f}" {dashes.get(name, DASHES)}/>')
     return "\n".join([*parts, *itertools.chain(*legend), "</svg>"]) + "\n"
 
 
@@ -86,7 +91,7 @@ def curves(title: str, lines: dict[str, list[dict[str, float]]]) -> str:
     for tick in range(low, high + 1):
         parts.append(f'<path d="M{LEFT} {at(tick):.1f}H{WIDTH - RIGHT}" stroke="#d0d7de"/>')
         parts.append(f'<text class="end" x="{LEFT - 8}" y="{at(tick) + 4:.1f}">{tick}</text>')
-    parts.append(f'<text class="end" x="{WIDTH - RIGHT}" y="20">nats per target token</text>')
+    parts.append(_beside_y("loss, nats per target token"))
     for step in (0, last / 4, last / 2, 3 * last / 4, last):
         x, y = LEFT + 8 + step * wide, HEIGHT - BOTTOM + 18
         parts.append(f'<text class="mid" x="{x:.1f}" y="{y}">{step:,.0f}</text>')
@@ -99,30 +104,34 @@ def curves(title: str, lines: dict[str, list[dict[str, float]]]) -> str:
     return "\n".join([*parts, *itertools.chain(*legend), "</svg>"]) + "\n"
 
 
-def frame(title: str, height: int) -> list[str]:
-    """Begin a picture with its title."""
+def _beside_y(text: str) -> str:
+    return f'<text transform="rotate(-90 14 {HEIGHT / 2})" class="mid" x="14" y="{HEIGHT / 2}">{escape(text)}</text>'
+
+
+def frame(title: str, height: int, left: int = LEFT) -> list[str]:
+    """Begin a picture with its title, which starts at `left`."""
     size = f'viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}"'
     return [
         f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
         f"<style>{STYLE}</style>",
         f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>',
-        f'<text class="head" x="{LEFT}" y="20">{escape(title)}</text>',
+        f'<text class="head" x="{left}" y="20">{escape(title)}</text>',
     ]
 
 
-def _legend(names: list[str], shown: list[str] | None = None, dashed: str | None = None) -> list[list[str]]:
-    """Return the legend's rows, as many as the names need, with the colour that each name has."""
+def _legend(names: list[str], shown: list[str] | None = None, dashed: dict[str, str] | None = None) -> list[list[str]]:
+    """Return the legend's rows, as many as the names need, with the colour of each name and the style of each level."""
     rows: list[list[str]] = [[]]
     left = LEFT
     entries = [(name, f'fill="{COLOURS[i]}"') for i, name in enumerate(names) if shown is None or name in shown]
-    for name, fill in entries + ([(dashed, "")] if dashed else []):
+    for name, style in [*entries, *(dashed or {}).items()]:
         wide = 18 + LETTER * len(name) + 24
         if rows[-1] and left + wide > WIDTH:
             rows.append([])
             left = LEFT
         y = HEIGHT - 24 + LEGEND * (len(rows) - 1)
-        mark = f'<rect x="{left}" y="{y}" width="12" height="12" {fill}/>'
-        rows[-1].append(mark if fill else f'<path d="M{left - 2} {y + 6}h16" {DASHES}/>')
+        square = f'<rect x="{left}" y="{y}" width="12" height="12" {style}/>'
+        rows[-1].append(square if style.startswith("fill") else f'<path d="M{left - 2} {y + 6}h16" {style}/>')
         rows[-1].append(f'<text x="{left + 18}" y="{y + 11}">{escape(name)}</text>')
         left += wide
     return rows

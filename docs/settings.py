@@ -40,7 +40,8 @@ def page(root: type[Settings]) -> str:
 def titles(root: type[Settings]) -> dict[type[Settings], str]:
     """Return the heading of each class of settings that can stand in `root`, in the order of the page."""
     found: dict[type[Settings], str] = {}
-    _collect(root, "run", found)
+    later = {each for field in root.model_fields.values() for each in _classes(field.annotation)}
+    _collect(root, "run", found, later)
     return found
 
 
@@ -62,7 +63,7 @@ def table(cls: type[Settings], headings: dict[type[Settings], str], page: str = 
     """Return the fields of a class as a table; classes in `headings` are linked to their sections on `page`."""
     said = comments(cls)
     rows = ["| setting | takes | default | |", "|---|---|---|---|"]
-    for name, field in cls.model_fields.items():
+    for name, field in sorted(cls.model_fields.items(), key=lambda item: _depth(cls, item[0])):
         if name == "kind":
             continue
         takes = " or ".join(dict.fromkeys(_types(field.annotation, headings, page)))
@@ -74,6 +75,11 @@ def table(cls: type[Settings], headings: dict[type[Settings], str], page: str = 
         )
         rows.append("| " + " | ".join(cell.replace("|", "\\|").replace("<", "&lt;") for cell in cells) + " |")
     return "\n".join(rows) if len(rows) > 2 else "No settings of its own."
+
+
+def _depth(cls: type[Settings], name: str) -> int:
+    """Return how far up a field is declared, so that a class's own come first."""
+    return next(depth for depth, each in enumerate(cls.__mro__) if name in inspect.get_annotations(each))
 
 
 def comments(cls: type[Settings]) -> dict[str, str]:
@@ -110,7 +116,8 @@ def comments(cls: type[Settings]) -> dict[str, str]:
     return found
 
 
-def _collect(cls: type[Settings], path: str, found: dict[type[Settings], str]) -> None:
+def _collect(cls: type[Settings], path: str, found: dict[type[Settings], str], later: set[type[Settings]]) -> None:
+    """Add a class and those below it; those of `later`, the root's own, come in the order of the root."""
     if cls in found:
         return
     kind = cls.model_fields.get("kind")
@@ -118,7 +125,8 @@ def _collect(cls: type[Settings], path: str, found: dict[type[Settings], str]) -
     found[cls] = path if chosen in ("", path) else f"{path}: {chosen}"
     for name, field in cls.model_fields.items():
         for each in _classes(field.annotation):
-            _collect(each, name, found)
+            if path == "run" or each not in later:
+                _collect(each, name, found, later)
 
 
 def _classes(annotation: Any) -> typing.Iterator[type[Settings]]:

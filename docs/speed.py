@@ -116,7 +116,7 @@ def table(found: list[Speed]) -> str:
 
 
 def picture(title: str, found: list[Speed]) -> str:
-    """Return an SVG: how many times as fast as PEFT's best, on a scale of ratios."""
+    """Return an SVG: how many times as fast as PEFT's best, on a logarithmic scale."""
     left, right = LEFT + NAMES, WIDTH - RIGHT - 40
     low, high = math.log(TICKS[0]), math.log(max(TICKS[-1], *(speed.peft / speed.ours for speed in found)) * 1.1)
     foot = TOP + ROW * len(found)
@@ -124,7 +124,7 @@ def picture(title: str, found: list[Speed]) -> str:
     def at(times: float) -> float:
         return left + (right - left) * (math.log(times) - low) / (high - low)
 
-    parts = frame(title, foot + 46)
+    parts = frame(title, foot + 66, left=8)
     for tick in TICKS:
         parts.append(f'<path d="M{at(tick):.1f} {TOP}V{foot}" stroke="#d0d7de"/>')
         parts.append(f'<text class="mid" x="{at(tick):.1f}" y="{foot + 18}">{tick:g}</text>')
@@ -139,6 +139,8 @@ def picture(title: str, found: list[Speed]) -> str:
             f'<text x="{end + 6:.1f}" y="{y + 17}">{times:.2f}</text>'
         )
     parts.append(f'<path d="M{at(1):.1f} {TOP}V{foot}" {DASHES}/>')
+    scale = "time of PEFT's best / time here, logarithmic; right of 1: faster here"
+    parts.append(f'<text class="end" x="{WIDTH - RIGHT}" y="{foot + 38}">{escape(scale)}</text>')
     if not all(one.quiet for one in found):
-        parts.append(f'<text x="{LEFT}" y="{foot + 36}">* on a machine that others used too</text>')
+        parts.append(f'<text x="8" y="{foot + 58}">* on a machine that others used too</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"

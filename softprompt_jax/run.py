@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from softprompt_jax import config
@@ -17,12 +18,13 @@ from softprompt_jax.models.decode import Decoding, Greedy
 from softprompt_jax.models.flash import Implementation
 from softprompt_jax.models.quantized import Quantization
 from softprompt_jax.models.t5 import T5Settings
-from softprompt_jax.optim.gradient_free import Scored
+from softprompt_jax.optim.gradient_free import GradientFree
 from softprompt_jax.optim.optimizers import Adafactor, Optimizer, Schedule
 from softprompt_jax.pretraining.data import Pretraining
 from softprompt_jax.tasks import complete, names, resolve
 from softprompt_jax.tasks.mixture import Mixture, expand
 
+DEFAULT_METHOD = Prompt()
 UNHASHED_SETTINGS = frozenset({"mesh"})  # settings that say where a run computes, not what: it may go on with others
 
 
@@ -57,6 +59,33 @@ def _packing(value: Any) -> Any:
 PackingSetting = Annotated[Packing | None, BeforeValidator(_packing)]
 
 
+def _plain(value: Any) -> Any:
+    """Return settings as a new dictionary, anything else as it is."""
+    return value.model_dump() if isinstance(value, Settings) else dict(value) if isinstance(value, dict) else value
+
+
+def _is_method(value: Any) -> bool:
+    known = isinstance(value, dict) and str(value.get("kind")) in METHODS
+    return isinstance(value, Settings) or (known and isinstance(value.get("optimizer"), dict | Settings | None))
+
+
+def _optimizers_of(methods: list[dict[str, Any]], shared: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return all settings of each method's optimizer, given what stands beside the methods and the run's `optimizer`.
+
+    The run's is the first method's; with a kind it is also that of every method that states none. Otherwise a method
+    has its default, or, if it scales the run's learning rate, the first method's.
+    """
+    found: list[dict[str, Any]] = []
+    for method in methods:
+        stated = _plain(method.get("optimizer"))
+        if stated is None and (not found or "kind" in (shared or {})):
+            stated = shared
+        elif stated is None and method.get("learning_rate_scale", 1) != 1:
+            stated = found[0]
+        found.append(METHODS[method["kind"]].complete_optimizer(stated or {}))
+    return found
+
+
 class Run(Settings):
     """One training run: a task, a frozen backbone, a list of methods, and how to train them."""
 
@@ -64,9 +93,10 @@ class Run(Settings):
     backbone: str | Scratch = "embedded"  # a Hugging Face folder, a hub name, or "embedded"
     dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen weights and activations
     quantize: Quantization | None = None  # of the frozen layers: int8, or nf4
-    methods: list[Method] = Field([Prompt()], min_length=1)
-    optimizer: Optimizer = Adafactor()  # unless the first method states another, as methods on weights do
-    schedule: Schedule = Schedule()  # of the learning rate; constant
+    methods: list[Method] = Field([DEFAULT_METHOD], min_length=1)
+    # optimizer of the first method, and with a `kind` of all methods that state none; else each has its own default
+    optimizer: Optimizer = Adafactor()
+    schedule: Schedule = Schedule()  # factor of all learning rates over the run; constant
     steps: int = Field(30_000, gt=0)
     batch_size: int = Field(32, gt=0)  # examples per step, over all devices and accumulated parts
     accumulate: int = Field(1, gt=0)  # parts a batch is computed in, one after the other
@@ -97,25 +127,29 @@ class Run(Settings):
 
     @model_validator(mode="before")
     @classmethod
-    def _parts_of_defaults(cls, values: Any) -> Any:
-        """Let `methods.0.length=20` change the default method, and part of `optimizer` that of the first method.
-
-        An optimizer of the kind that the first method wants has its learning rate, unless it states one.
-        """
-        methods = values.get("methods") if isinstance(values, dict) else None
+    def _complete_methods(cls, values: Any) -> Any:
+        """Let `methods.0.length=20` change the default method, and give each method its optimizer."""
+        if not isinstance(values, dict):
+            return values
+        methods, shared = values.get("methods", [DEFAULT_METHOD]), _plain(values.get("optimizer"))
         if isinstance(methods, dict) and list(methods) == ["0"] and isinstance(methods["0"], dict):
-            values = values | {"methods": [{"kind": "prompt"} | methods["0"]]}
-        if not isinstance(values, dict) or not isinstance(values.get("methods"), list):
+            methods = [{"kind": DEFAULT_METHOD.kind} | methods["0"]]
+        if not isinstance(methods, list | tuple) or not all(map(_is_method, methods)) or not methods:
+            return values | {"methods": methods}  # what is wrong with it is said when it is validated
+        if not isinstance(shared, dict | None):
             return values
-        given = values.get("optimizer", {})
-        if not isinstance(given, dict):
-            return values
-        first = next(iter(values["methods"]), None)
-        kind = first.get("kind") if isinstance(first, dict) else getattr(first, "kind", None)
-        default = METHODS[kind].default_optimizer if kind in METHODS else None
-        if default is None or given.get("kind", default["kind"]) != default["kind"]:
-            return values
-        return values | {"optimizer": default | given}
+        methods = [_plain(method) for method in methods]
+        if methods[0].get("optimizer") is not None and shared is not None:
+            raise ValueError("optimizer and methods.0.optimizer are one setting; expected one of them")
+        first, *others = _optimizers_of(methods, shared)
+        for method, optimizer in zip(methods[1:], others, strict=True):
+            method["optimizer"] = None if optimizer == first else optimizer
+        return values | {"methods": methods, "optimizer": first}
+
+    @field_validator("methods")
+    @classmethod
+    def _first_has_the_runs_optimizer(cls, methods: list[Method]) -> list[Method]:
+        return [methods[0].model_copy(update={"optimizer": None}), *methods[1:]]
 
     @field_validator("task")
     @classmethod
@@ -143,7 +177,16 @@ class Run(Settings):
                 raise ValueError(f"method {method.kind} for several tasks: expected a mixture with prompts: own")
             if self.packing is not None and (reason := method.refuses_packing):
                 raise ValueError(f"packing with the method {method.kind}: {reason}")
-        if isinstance(self.optimizer, Scored):
+        if len(set(self.optimizers)) > 1:
+            searches = [each.kind for each in self.optimizers if isinstance(each, GradientFree) and each.kind != "none"]
+            if searches:
+                raise ValueError(
+                    f"optimizer {searches[0]} beside another one: expected one optimizer for all methods, or "
+                    "`optimizer: {kind: none}` beside a method that does not train"
+                )
+            if any(getattr(optimizer, "restore", False) for optimizer in self.optimizers):
+                raise ValueError("optimizer.restore for one method of several: expected one optimizer for all")
+        elif isinstance(self.optimizer, GradientFree):
             if self.clip_norm is not None or self.schedule != Schedule():
                 raise ValueError(f"optimizer {self.optimizer.kind} has no gradients; expected no clip_norm or schedule")
             self.optimizer.check(self.steps)
@@ -168,6 +211,24 @@ class Run(Settings):
     def draws_dropout(self) -> bool:
         """Whether a step needs a random key: for dropout of the backbone's or a method's own."""
         return self.dropout > 0 or any(getattr(method, "dropout", 0) > 0 for method in self.methods)
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizer of each method."""
+        return [method.optimizer or self.optimizer for method in self.methods]
+
+    @property
+    def method_names(self) -> list[str]:
+        """A name for each method of the list: its kind, numbered from the second of a kind on."""
+        kinds = [method.kind for method in self.methods]
+        before = [kinds[:index].count(kind) for index, kind in enumerate(kinds)]
+        return [f"{kind}_{count + 1}" if count else kind for kind, count in zip(kinds, before, strict=True)]
+
+    def learning_rate(self, step: int) -> float | dict[str, float]:
+        """Return the learning rate of the step after so many; by the methods' names where they differ."""
+        rates = [optimizer.learning_rate for optimizer in self.optimizers]
+        now = [float(np.asarray(self.schedule.build(rate, self.steps)(step))) for rate in rates]
+        return now[0] if len(set(rates)) == 1 else dict(zip(self.method_names, now, strict=True))
 
     @property
     def pretraining(self) -> Pretraining | None:

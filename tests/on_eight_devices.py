@@ -1,4 +1,4 @@
-"""Run by test_sharding.py in a process of its own, since the number of devices is fixed when JAX starts.
+"""Run by test_mesh.py in a process of its own, since the number of devices is fixed when JAX starts.
 
     on_eight_devices.py prompt,full 10 DATA,FSDP,TENSOR ...
 

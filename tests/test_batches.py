@@ -177,7 +177,7 @@ def test_iterating_from_a_step_continues_what_an_iteration_from_the_start_gives(
             np.testing.assert_array_equal(expected[name], found[name])
 
 
-def test_processes_share_each_batch_without_overlap_or_loss():
+def test_multihost_share_each_batch_without_overlap_or_loss():
     tokenized = some_set()
     whole = TrainBatches(tokenized, 8, 0, PROMPT)
     parts = [TrainBatches(tokenized, 8, 0, PROMPT, process_index=i, process_count=4) for i in range(4)]

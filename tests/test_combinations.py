@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+
 import numpy as np
 import pytest
 import tiny
@@ -13,6 +17,8 @@ from softprompt_jax.checkpoints.artifact import load_trained
 from softprompt_jax.config import parse
 from softprompt_jax.export.export import export
 from softprompt_jax.methods import split
+from softprompt_jax.progress import Reporter
+from softprompt_jax.run import Run
 from softprompt_jax.trees import flatten
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -120,3 +126,31 @@ def test_a_prefix_and_adapters_train_together(small, tmp_path):
 def test_methods_that_cannot_be_are_one_line(refused, small, tmp_path, changes, expected):
     config = write_config(tmp_path / "a.yaml", small.short | changes)
     assert expected in refused("train", config, "--out", tmp_path / "run", "--quiet")
+
+
+@pytest.mark.slow
+def test_each_rate_is_named_in_the_first_lines_and_the_metrics_and_an_interrupted_run_goes_on(small, tmp_path):
+    class Lines(Reporter):
+        def line(self, text: str) -> None:
+            told.append(text)
+
+    told: list[str] = []
+    lora = {"kind": "lora", "rank": 2, "optimizer": {"learning_rate": 1e-3}}
+    quick = {"evaluate_every": 2, "checkpoint_every": 2, "log_every": 1, "steps": 4, "schedule": {"decay": "linear"}}
+    run = parse(Run, small.short | quick | {"methods": [{"kind": "prompt", "length": 3}, lora]}, "test")
+    softprompt_jax.train(run, tmp_path / "whole", Lines(quiet=True))
+    assert any(re.match(r"learning rate: prompt \S+ \(adafactor.*\); lora 0.001 \(adamw\)$", line) for line in told)
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["learning_rate"] for line in lines if "loss" in line]
+    assert rates[0] == pytest.approx({"prompt": 0.3, "lora": 1e-3})
+    assert rates[2] == pytest.approx({"prompt": 0.15, "lora": 5e-4})
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")  # as a kill after step 2 leaves it
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "4")
+    for name in ("result.json", "trained.safetensors"):
+        (tmp_path / "cut" / name).unlink()
+    softprompt_jax.train(run, tmp_path / "cut", Lines(quiet=True))
+    assert "resumed at step 2" in told
+    whole, again = (flatten(load_trained(tmp_path / name / "trained.safetensors")[0]) for name in ("whole", "cut"))
+    for path, values in whole.items():
+        np.testing.assert_array_equal(again[path], values)

@@ -68,7 +68,7 @@ def test_the_batches_from_a_step_on_are_those_of_the_whole_stream():
         assert asked == [step // 8 * 32]  # the windows before it are skipped, not batched
 
 
-def test_processes_share_the_rows_of_each_batch():
+def test_multihost_share_the_rows_of_each_batch():
     whole = next(batches().from_step(3))
     parts = [next(batches(process_index=index, process_count=2).from_step(3)) for index in range(2)]
     same(whole, {name: np.concatenate([part[name] for part in parts]) for name in whole})

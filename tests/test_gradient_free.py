@@ -14,9 +14,8 @@ import softprompt_jax
 from softprompt_jax import UserError, load_predictor
 from softprompt_jax.config import parse
 from softprompt_jax.methods import BlackBox, Context, Hard, LoRA, finish, leaves, split
-from softprompt_jax.methods.hard import words_of
 from softprompt_jax.optim import gradient_free
-from softprompt_jax.optim.gradient_free import CMAES, Constants, Evolution, search_words, tune_rows
+from softprompt_jax.optim.gradient_free import CMAES, Constants, Evolution, search_words, tune_rows, words_of
 from softprompt_jax.optim.optimizers import build
 from softprompt_jax.run import Run
 from softprompt_jax.training.step import make_step
@@ -149,7 +148,6 @@ def test_the_method_brings_its_optimizer_and_a_run_may_state_another():
     assert run_of().optimizer == CMAES()
     assert run_of(optimizer={"kind": "adamw", "learning_rate": 0.1}).optimizer.kind == "adamw"
     assert run_of(methods=[{"kind": "lora"}]).optimizer.kind == "adamw"
-    assert run_of(methods=[{"kind": "prompt"}, {"kind": "lora"}]).optimizer.learning_rate == 0.3
 
 
 # ---------------------------------------------------------------------------------------------- methods

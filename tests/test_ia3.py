@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from softprompt_jax.config import UserError, parse
-from softprompt_jax.methods import IA3, Context, leaves
+from softprompt_jax.methods import IA3, Context, attach, leaves
 from softprompt_jax.methods.wrap import merged, plain_kernel
 
 DRAW = np.random.default_rng(0)
@@ -42,7 +42,7 @@ def test_factors_stand_behind_and_before_a_product_and_merge_into_it():
 
 def test_the_default_scales_keys_values_and_the_inner_feed_forward():
     model = tiny.model()
-    IA3(learning_rate_scale=0.1).attach(model, tiny.key(0), Context(list))
+    attach([IA3(learning_rate_scale=0.1)], model, tiny.key(0), Context(list))
     about = leaves(model)
     ends = {path.removesuffix(".factors").split(".", 2)[2] for path in about}
     assert ends == {"attention.key", "attention.value", "cross.key", "cross.value", "feed_forward.down"}

@@ -26,12 +26,12 @@ LAYERS = (
     "inference",
     "assembly",
     "run",
-    "optim tasks",
+    "tasks",
     "checkpoints pretraining",
     "methods",
     "models",
     "data",
-    "distributed",
+    "distributed optim",
     "config progress statistics trees",
 )
 LAYER = {module: height for height, line in enumerate(reversed(LAYERS)) for module in line.split()}

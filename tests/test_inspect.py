@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+from small_runs import BAD
 
 from softprompt_jax import load_backbone, load_run
 from softprompt_jax.analysis import inspect
@@ -64,6 +66,42 @@ def test_shared_neighbours_clusters_and_labels(found):
     assert found["vocabulary"]["norm"]["least"] <= found["vocabulary"]["norm"]["mean"]
 
 
+def test_a_label_is_found_where_all_its_pieces_are_neighbours_of_one_row(made, prompt_run, tmp_path):
+    """A label of two pieces: that one of them is a neighbour of a row, or each of another row, is not enough."""
+    _, _, table, tokenizer = made
+    (yes,) = tokenizer.encode("yes")
+    unit = table / np.linalg.norm(table, axis=1, keepdims=True)
+    far = min(BAD, key=lambda word: unit[tokenizer.encode(word)[0]] @ unit[yes])
+    (other,) = tokenizer.encode(far)
+    metadata = read_prompt(prompt_run)[1]
+    settings = json.loads(metadata["settings"])
+    settings["task"]["label_words"] = [f"yes {far}", far]
+    metadata |= {"settings": json.dumps(settings)}
+    save_prompt(np.stack([table[yes], table[other]]), tmp_path / "apart.safetensors", metadata)
+    save_prompt(np.stack([unit[yes] + unit[other], table[other]]), tmp_path / "beside.safetensors", metadata)
+    sources = [tmp_path / "apart.safetensors", tmp_path / "beside.safetensors"]
+    apart, beside = (prompt["labels"] for prompt in inspect.inspect(sources, neighbours=2)["prompts"])
+    assert apart == {"survive": 1, "of": 2, "rows": {f"yes {far}": [], far: [1]}}
+    assert beside == {"survive": 2, "of": 2, "rows": {f"yes {far}": [0], far: [0, 1]}}
+
+
+@pytest.mark.parametrize(("accuracy", "is_read"), [(0.5, False), (0.75, True)])
+def test_labels_of_a_prompt_that_fails_are_not_read(prompt_run, tmp_path, accuracy, is_read):
+    folder = shutil.copytree(prompt_run, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    scores = {"accuracy": accuracy, "illegal": 0.0, "count": 16}
+    result = {"test": scores, "baselines": {"split": "test", "majority": 0.5, "untrained": scores}}
+    (folder / "result.json").write_text(json.dumps(result))
+    for source in (folder, folder / "prompt.safetensors"):
+        found = inspect.inspect([source])
+        assert found["prompts"][0]["above_majority"] is is_read
+        text = "\n".join(inspect.describe(found))
+        assert ("label words among the neighbours" in text) is is_read
+        assert ("not above the majority class" in text) is not is_read
+    shutil.move(folder / "prompt.safetensors", tmp_path / "alone.safetensors")  # of which nothing is known
+    found = inspect.inspect([tmp_path / "alone.safetensors"])
+    assert "label words among the neighbours" in "\n".join(inspect.describe(found))
+
+
 def test_distance_from_the_start_is_that_from_what_the_settings_begin_with(prompt_run, found):
     start = np.asarray(assemble(load_run(prompt_run / "config.yaml")).model.prompt.table())
     rows, _ = read_prompt(prompt_run)
@@ -111,7 +149,10 @@ def test_command_prints_lines_or_json_and_writes_a_page(softprompt, made, prompt
         assert png.read_bytes().startswith(b"\x89PNG")
     # An array alone says neither backbone nor start.
     np.save(tmp_path / "rows.npy", made[1])
-    code, out, _ = softprompt("inspect", tmp_path / "rows.npy", "--backbone", small.backbone, "--json")
+    alone = ("inspect", tmp_path / "rows.npy", "--backbone", small.backbone, "--to", tmp_path / "alone")
+    assert softprompt(*alone)[0] == 0
+    assert "distance from start</th></tr>" not in (tmp_path / "alone" / "index.html").read_text(encoding="utf-8")
+    code, out, _ = softprompt(*alone, "--json")
     assert code == 0
     assert json.loads(out)["prompts"][0]["start"] is None
     assert json.loads(out)["prompts"][0]["labels"] is None

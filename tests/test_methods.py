@@ -17,7 +17,7 @@ import numpy as np
 import operations
 import optax
 import pytest
-import test_sharding
+import test_mesh
 import tiny
 from flax import nnx
 
@@ -323,7 +323,7 @@ def test_a_mixed_batch_gives_each_task_its_own_prompt_or_it_says_why_not(kind):
     run = parse(Run, {"task": own, "methods": [settings(kind).model_dump()]}, "test")
     model, reason = tiny.model(), ""
     try:
-        settings(kind).attach(model, tiny.key(0), dataclasses.replace(CONTEXT, tasks=((), ())))
+        settings(kind).attach(model, tiny.key(0), dataclasses.replace(CONTEXT, words_by_task=((), ())))
         check_own_prompts(run, model)
     except UserError as error:
         reason = str(error)
@@ -350,7 +350,7 @@ def test_a_mixed_batch_gives_each_task_its_own_prompt_or_it_says_why_not(kind):
 @pytest.fixture(scope="module")
 def on_eight_devices():
     """Return how far loss and gradient of each method on a mesh of 8 devices are from those on one."""
-    return test_sharding.on_eight_devices(list(METHODS), ["2,2,2"], steps=0)
+    return test_mesh.on_eight_devices(list(METHODS), ["2,2,2"], steps=0)
 
 
 @pytest.mark.slow

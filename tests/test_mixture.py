@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 from small_runs import write_config, write_rows
-from test_pipeline import ROWS, Letters, some_examples
+from test_batches import ROWS, Letters, some_examples
 
 import softprompt_jax
 from softprompt_jax import Run, load_predictor, load_prompt
@@ -71,7 +71,7 @@ def test_draws_are_pure_shuffled_and_as_many_as_a_batch_needs():
 
 
 @pytest.mark.parametrize("packing", [None, Packing(length=48)])
-def test_processes_share_a_mixtures_batches_and_every_example_meets_its_own_prompt(packing):
+def test_multihost_share_a_mixtures_batches_and_every_example_meets_its_own_prompt(packing):
     sets = [tokenize(some_examples(count, seed=count), Letters(), ROWS, 30, 8) for count in (30, 90)]
     prompts = ROWS + np.arange(6).reshape(2, 3)
     options = {"packing": packing, "draw": draw_mixture([30, 90], np.array([0.5, 0.5]), 1)}
@@ -224,7 +224,7 @@ def test_prompts_of_a_mixture_start_from_their_tasks_label_words_and_are_weights
 
     model = tiny.model()
     words = (("a", "b"), ("c",))
-    context = Context(lambda text: [ord(letter) - 90 for letter in text], tasks=words)
+    context = Context(lambda text: [ord(letter) - 90 for letter in text], words_by_task=words)
     Prompt(length=3).attach(model, jax.random.key(0), context)
     rows, table = np.asarray(model.prompt.rows[...]), np.asarray(model.embedding[...])
     assert rows.shape == (2, 3, 16)

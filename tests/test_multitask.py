@@ -30,7 +30,7 @@ COMBINES = ["product", "add", "concatenate", "project"]
 
 
 def tasks(count: int, **more) -> Context:
-    return dataclasses.replace(CONTEXT, tasks=((),) * count, **more)
+    return dataclasses.replace(CONTEXT, words_by_task=((),) * count, **more)
 
 
 def prompted(count: int = 0, context: Context | None = None, **settings):

@@ -7,7 +7,7 @@ import tiny
 from flax import nnx
 
 from softprompt_jax.config import UserError
-from softprompt_jax.methods import Context, Norms, leaves, split
+from softprompt_jax.methods import Context, Norms, attach, leaves, split
 from softprompt_jax.methods.wrap import merged
 
 CONTEXT = Context(list)
@@ -23,7 +23,7 @@ def test_every_norm_trains_or_those_that_a_pattern_matches():
     }
     assert nnx.to_pure_dict(nnx.state(merged(model))).keys() == nnx.to_pure_dict(nnx.state(tiny.model())).keys()
     few = tiny.model()
-    Norms(targets=["norm", "cross_norm"], learning_rate_scale=0.5).attach(few, tiny.key(0), CONTEXT)
+    attach([Norms(targets=["norm", "cross_norm"], learning_rate_scale=0.5)], few, tiny.key(0), CONTEXT)
     about = leaves(few)
     assert set(about) == {"encoder.norm.scale", "decoder.norm.scale", "decoder.layers.cross_norm.scale"}
     assert {leaf.learning_rate_scale for leaf in about.values()} == {0.5}

@@ -88,7 +88,7 @@ def test_the_gradient_reaches_every_row_and_equals_finite_differences():
 
 @pytest.mark.slow
 def test_packed_rows_and_tasks_in_one_batch_give_the_logits_of_rows_of_their_own():
-    model = deep(context=dataclasses.replace(CONTEXT, tasks=((), ())))
+    model = deep(context=dataclasses.replace(CONTEXT, words_by_task=((), ())))
     assert model.encoder.deep.rows.shape == (2, 6, 16)
     one, two = list(range(V, V + 3)), list(range(V + 3, V + 6))
     apart = {

@@ -172,7 +172,7 @@ def test_packed_batches_resume_and_are_a_pure_function():
 
 
 @pytest.mark.parametrize("multiple", [1, 3])
-def test_processes_share_packed_batches_without_overlap_or_loss(multiple):
+def test_multihost_share_packed_batches_without_overlap_or_loss(multiple):
     options = {"packing": Packing(length=40), "rows_multiple": multiple}
     parts = [
         TrainBatches(some_set(), 16, 0, prompt_ids()[0], **options, process_index=i, process_count=4) for i in range(4)

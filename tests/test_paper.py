@@ -1,11 +1,11 @@
-"""The paper's experiments: data that make valid runs, a grid that goes on where it stopped, and what is read off it."""
+"""The paper's experiments: data that make valid runs, a grid that goes on where it stopped, and what is measured."""
 
 from __future__ import annotations
 
 import json
 import re
 import statistics
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,15 @@ import pytest
 import yaml
 from small_runs import write_rows
 
-import softprompt_jax.training.loop  # noqa: F401 - so that it can be replaced below
 from softprompt_jax.analysis import plan
-from softprompt_jax.config import Diverged, UserError, parse
-from softprompt_jax.paper import experiments, measures
+from softprompt_jax.cli.train import PREEMPTED
+from softprompt_jax.config import Preempted, UserError, parse
+from softprompt_jax.paper import experiments, measures, results
 from softprompt_jax.run import Run
+from softprompt_jax.training import sweep
+from softprompt_jax.training.sweep import Member
 
-ROOT = Path(__file__).resolve().parents[1]
+COMMITTED = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "paper"
 ISSUE = {"scale", "length", "initialisation", "objective", "lm_steps", "domain_shift", "paraphrase", "ensemble"}
 ISSUE |= {"interpretability", "mixed_tasks", "optimizer"}
 NAMES = sorted(experiments.experiments())
@@ -56,17 +58,17 @@ def test_every_run_of_every_miniature_is_valid(name):
     """Those of the published forms are counted, and so read, by the test of the list below."""
     experiment, path = experiments.load(name)
     members = list(experiments.members(experiment.miniature, path, seeds=1))
-    assert {member.line for member in members} == set(experiment.miniature.lines)
+    assert {member.varied["line"] for member in members} == set(experiment.miniature.lines)
     assert all(isinstance(member.run, Run) and member.run.seed == 0 for member in members)
 
 
-def build(member: measures.Member) -> int:
+def build(member: Member) -> int:
     """Build a run's step abstractly and return how many numbers train."""
     import jax
 
     step, arguments, parts = plan.abstract_step(member.run)
     state, measured = jax.eval_shape(step, *arguments)
-    assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, arguments[0]), member.label
+    assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, arguments[0]), member.varied
     assert measured["loss"].shape == ()
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(parts.trainable))
 
@@ -76,7 +78,7 @@ def test_a_published_run_is_built_without_weights():
     (xxl,) = [
         member
         for member in experiments.members(experiment.published, path, seeds=1)
-        if (member.line, member.point, member.task) == ("xxl", "150", "boolq")
+        if list(member.varied.values())[:3] == ["xxl", "150", "boolq"]
     ]
     assert xxl.run.backbone == "google/t5-xxl-lm-adapt"
     assert build(xxl) == 150 * 4096
@@ -85,19 +87,20 @@ def test_a_published_run_is_built_without_weights():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_published_run_is_built_without_weights(name):
+    """One run of each setting but seeds, texts, losses and numbers of steps, on which a step does not depend."""
     experiment, path = experiments.load(name)
-    for same in experiments.distinct_steps(experiments.members(experiment.published, path, seeds=1)).values():
-        assert build(same[0]) > 0
+    unlike = {
+        (member.run.model_dump_json(exclude={"seed", "task", "loss", "steps"}), len(member.run.tasks)): member
+        for member in experiments.members(experiment.published, path, seeds=1)
+    }
+    for member in unlike.values():
+        assert build(member) > 0
 
 
-def test_steps_of_one_size_are_planned_once_whatever_they_begin_with():
-    for name, stated, sizes in (("initialisation", 15, 5), ("optimizer", 5, 1), ("length", 25, 25)):
-        experiment, path = experiments.load(name)
-        found = [
-            experiments.distinct_steps(experiments.members(experiment.published, path, 1), alike)
-            for alike in (False, True)
-        ]
-        assert [len(steps) for steps in found] == [stated, sizes]
+@pytest.mark.parametrize(("name", "sizes"), [("initialisation", 5), ("optimizer", 1), ("length", 25)])
+def test_steps_of_one_size_are_planned_once_whatever_they_begin_with(name, sizes):
+    experiment, path = experiments.load(name)
+    assert len(experiments.steps_of_one_size(experiments.members(experiment.published, path, seeds=1))) == sizes
 
 
 @pytest.mark.slow
@@ -133,35 +136,51 @@ def test_each_distinct_step_is_planned_once(softprompt, tmp_path, monkeypatch):
     assert not asked
 
 
-def test_a_grid_is_trained_once_and_goes_on(grid, tmp_path, monkeypatch):
+def write_result(folder: Path, accuracy: float, untrained: float = 0.1) -> None:
+    """Write the files of a finished run that scored so on the test split."""
+    folder.mkdir(parents=True, exist_ok=True)
+    baselines = {"split": "test", "majority": 0.5, "untrained": {"accuracy": untrained}}
+    result = {"test": {"accuracy": accuracy}, "baselines": baselines, "seconds": 2.0}
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+@pytest.fixture
+def train_group(monkeypatch):
+    """Replace the training of a group of runs by a function of the group and the folder of their folders."""
+
+    def replace(function) -> None:
+        monkeypatch.setattr(sweep, "_train_group", lambda group, folder, *rest: function(group, folder))
+
+    return replace
+
+
+def test_a_grid_is_trained_once_and_goes_on(grid, tmp_path, train_group):
     file, runs, to = grid(), tmp_path / "runs", tmp_path / "result.json"
     accuracy = {"few": (0.5, 0.7), "more": (0.6, 0.9)}
     labels = {
-        member.name: (member.line, member.seed)
+        member.name: (member.varied["line"], member.varied["seed"])
         for member in experiments.members(experiments.load(str(file))[0].miniature, file)
     }
     trained = []
 
-    def train(run, folder):
-        if len(trained) == 3:
+    def train(group: Sequence[Member], folder: Path) -> None:
+        if len(trained) == 1:
             raise KeyboardInterrupt
-        trained.append(folder.name)
-        line, seed = labels[folder.name]
-        folder.mkdir(parents=True)
-        baselines = {"split": "test", "majority": 0.5, "untrained": {"accuracy": 0.1}}
-        found = {"test": {"accuracy": accuracy[line][seed]}, "baselines": baselines, "seconds": 2.0}
-        (folder / "result.json").write_text(json.dumps(found))
+        trained.append([labels[member.name] for member in group])
+        for member in group:
+            line, seed = labels[member.name]
+            write_result(folder / member.name, accuracy[line][seed])
 
-    monkeypatch.setattr(sys.modules["softprompt_jax.training.loop"], "train", train)
+    train_group(train)
     with pytest.raises(KeyboardInterrupt):
         experiments.run_experiment(str(file), "miniature", runs, to)
-    assert [labels[key] for key in trained] == [("few", 0), ("more", 0), ("few", 1)]
+    assert trained == [[("few", 0), ("few", 1)]]  # of one shape, so in one program
     partial = json.loads(to.read_text())
-    assert (partial["cells"], partial["missing"]) == (3, ["more, seed 1"])
-    assert partial["lines"]["more"]["score"] == {"mean": 60.0, "sd": None, "values": [60.0]}
+    assert (partial["cells"], partial["missing"]) == (2, ["more, seed 0", "more, seed 1"])
+    assert partial["lines"] == {"few": {"score": {"mean": 60.0, "sd": 14.14, "values": [50.0, 70.0]}}}
     trained.clear()
     result = experiments.run_experiment(str(file), "miniature", runs, to)
-    assert [labels[key] for key in trained] == [("more", 1)]
+    assert trained == [[("more", 0), ("more", 1)]]
     assert json.loads(to.read_text()) == result
     assert (result["missing"], result["majority"]) == ([], {"moods": 50.0})
     for line, values in accuracy.items():
@@ -170,26 +189,77 @@ def test_a_grid_is_trained_once_and_goes_on(grid, tmp_path, monkeypatch):
         assert found["values"] == pytest.approx(percent)
         assert found["mean"] == pytest.approx(statistics.mean(percent))
         assert found["sd"] == pytest.approx(statistics.stdev(percent), abs=0.01)
-    assert experiments.table(result).splitlines()[-1] == "| more | 75.0 ± 21.2 |"
+    assert results.table(result).splitlines() == [
+        "|  | score |",
+        "|---|---|",
+        "| few | 60.0 ± 14.1 |",
+        "| more | 75.0 ± 21.2 |",
+    ]
 
 
-def test_a_run_that_diverges_stays_missing_and_the_others_are_trained(grid, tmp_path, monkeypatch):
-    told: list[str] = []
+def test_a_stopped_experiment_has_written_what_is_finished(grid, softprompt, tmp_path, train_group):
+    def train(group: Sequence[Member], folder: Path) -> None:
+        if group[0].varied["line"] == "more":
+            raise Preempted("told to stop, saved at step 3")
+        for member in group:
+            write_result(folder / member.name, 0.5)
 
-    def train(run, folder):
-        if run.seed == 0:
-            raise Diverged("step 7: the loss is nan", 7)
-        folder.mkdir(parents=True)
-        baselines = {"split": "test", "majority": 0.5, "untrained": {"accuracy": 0.1}}
-        found = {"test": {"accuracy": 0.5}, "baselines": baselines, "seconds": 2.0}
-        (folder / "result.json").write_text(json.dumps(found))
-
-    monkeypatch.setattr(sys.modules["softprompt_jax.training.loop"], "train", train)
-    result = experiments.run_experiment(
-        str(grid()), "miniature", tmp_path / "runs", tmp_path / "to.json", tell=told.append
+    train_group(train)
+    code, out, err = softprompt("paper", grid(), "--runs", tmp_path / "runs")
+    assert (code, out) == (PREEMPTED, "")
+    assert "told to stop, saved at step 3" in err
+    assert json.loads((tmp_path / "runs" / "lengths-miniature.json").read_text())["cells"] == 2
+    train_group(lambda group, folder: [write_result(folder / member.name, 0.5) for member in group])
+    assert softprompt("paper", grid(), "--runs", tmp_path / "runs")[:2] == (
+        0,
+        "|  | score |\n|---|---|\n| few | 50.0 ± 0.0 |\n| more | 50.0 ± 0.0 |\n",
     )
-    assert (result["cells"], result["missing"]) == (2, ["few, seed 0", "more, seed 0"])
-    assert sum("step 7: the loss is nan" in line for line in told) == 2
+
+
+def test_a_run_that_diverges_stays_missing_and_is_not_trained_again(grid, tmp_path, train_group):
+    asked = []
+
+    def train(group: Sequence[Member], folder: Path) -> None:
+        for member in group:
+            asked.append(member.run.seed)
+            if member.run.seed == 0:
+                (folder / member.name / "failed.json").write_text(
+                    '{"step": 7, "reason": "the loss is no finite number"}'
+                )
+            else:
+                write_result(folder / member.name, 0.5)
+
+    train_group(train)
+    for _ in range(2):
+        result = experiments.run_experiment(str(grid()), "miniature", tmp_path / "runs", tmp_path / "to.json")
+        assert (result["cells"], result["missing"]) == (2, ["few, seed 0", "more, seed 0"])
+    assert asked == [0, 1, 0, 1]
+
+
+def test_a_run_that_was_begun_alone_goes_on_alone(grid, tmp_path, monkeypatch):
+    """As those of earlier versions were, whose checkpoints are in the run's own folder."""
+    (few, more) = experiments.members(experiments.load(str(grid(seeds=1)))[0].miniature, tmp_path / "lengths.yaml")
+    (tmp_path / "runs" / more.name / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs" / more.name / "config.yaml").write_text(yaml.safe_dump(more.run.model_dump(mode="json")))
+    (tmp_path / "runs" / few.name).mkdir()
+    write_result(tmp_path / "runs" / few.name, 0.5)
+    (tmp_path / "runs" / few.name / "config.yaml").write_text(yaml.safe_dump(few.run.model_dump(mode="json")))
+    alone = []
+    monkeypatch.setattr(sweep, "train", lambda run, folder, *_: (alone.append(folder.name), write_result(folder, 1.0)))
+    result = experiments.run_experiment(
+        str(tmp_path / "lengths.yaml"), "miniature", tmp_path / "runs", tmp_path / "to.json"
+    )
+    assert alone == [more.name]
+    assert [line["score"]["mean"] for line in result["lines"].values()] == [50.0, 100.0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_committed_result_has_the_statistics_of_its_values(name):
+    result = json.loads((COMMITTED / f"{name}.json").read_text())
+    assert results.table(result).count("\n| ") == len(result["lines"])
+    for columns in result["lines"].values():
+        for found in columns.values():
+            assert results.percent_statistics([value / 100 for value in found["values"]]) == found
 
 
 def test_a_seed_counts_when_all_its_tasks_are_there_and_untrained_is_read(grid, tmp_path, small):
@@ -200,13 +270,10 @@ def test_a_seed_counts_when_all_its_tasks_are_there_and_untrained_is_read(grid, 
     experiment, path = experiments.load(str(file))
     members = list(experiments.members(experiment.miniature, path))
     for number, member in enumerate(members[:3]):
-        (tmp_path / member.name).mkdir()
-        baselines = {"split": "test", "majority": 0.5, "untrained": {"accuracy": 0.1 * (number + 1)}}
-        found = {"test": {"accuracy": 1.0}, "baselines": baselines, "seconds": 1.0}
-        (tmp_path / member.name / "result.json").write_text(json.dumps(found))
-    result = experiments.collect("x", "miniature", experiment, members, tmp_path)
+        write_result(tmp_path / member.name, 1.0, untrained=0.1 * (number + 1))
+    result = results.collect(experiment.miniature, members, tmp_path)
     assert result["lines"] == {"start": {"score": {"mean": 15.0, "sd": None, "values": [15.0]}}}
-    assert result["missing"] == [members[3].label]
+    assert result["missing"] == ["start, moods, seed 1"]  # tasks in the order of the file
 
 
 def test_the_majority_class_is_scored_as_the_table_is(grid, tmp_path, small):
@@ -221,7 +288,7 @@ def test_the_majority_class_is_scored_as_the_table_is(grid, tmp_path, small):
     scores = {"accuracy": 1.0, "f1_macro": 0.5}
     found = {"validation": scores, "baselines": {"split": "validation", "untrained": scores}, "seconds": 1.0}
     (tmp_path / member.name / "result.json").write_text(json.dumps(found))
-    result = experiments.collect("x", "miniature", experiment, members, tmp_path)
+    result = results.collect(experiment.miniature, members, tmp_path)
     assert result["metric"] == "mean of accuracy and f1_macro"
     assert result["majority"] == {"moods": pytest.approx(100 * (3 / 4 + (6 / 7) / 2) / 2, abs=0.01)}
 
@@ -236,6 +303,7 @@ def test_what_is_read_off_prompts_agrees_with_reading_them_one_by_one(grid, tmp_
     file = grid(measure="ensemble", lines=lines)
     members = list(experiments.members(experiments.load(str(file))[0].miniature, file))
     voted = experiments.run_experiment(str(file), "miniature", runs, to)["lines"]["few"]
+    assert [json.loads((runs / member.name / "result.json").read_text())["together"] for member in members] == [2, 2]
     examples = load(resolve(small.task), "test")
     inputs, targets = [example.input for example in examples], np.asarray([example.target for example in examples])
     right = np.asarray([np.asarray(load_predictor(runs / member.name).texts(inputs)) == targets for member in members])
@@ -246,7 +314,7 @@ def test_what_is_read_off_prompts_agrees_with_reading_them_one_by_one(grid, tmp_
     assert voted["mean log-probability"]["mean"] >= vote  # it knows the label words, which hardly trained prompts miss
 
     near = experiments.run_experiment(str(grid(measure="neighbours", lines=lines)), "miniature", runs, to)
-    assert [len(row) for row in near["nearest"]["few"]] == [measures.NEAREST] * 3
+    assert [len(row) for row in near["nearest"]["few"]] == [measures.NEIGHBOURS] * 3
     assert near["nearest"]["few"][0][0] == "yes"  # the first row began as the first label word, and has hardly moved
     assert near["lines"]["few"]["label words found"]["values"] == [100, 100]
 
@@ -256,7 +324,7 @@ def test_what_is_read_off_prompts_agrees_with_reading_them_one_by_one(grid, tmp_
     assert mixed["lines"]["few"]["moods"]["values"] == voted["average"]["values"]
 
     known = {"moods": resolve(small.task), "moods too": resolve(small.task | {"metrics": ["f1_macro", "accuracy"]})}
-    monkeypatch.setattr("softprompt_jax.tasks.resolve", lambda task: known.get(task) or resolve(task))
+    monkeypatch.setattr(measures, "resolve", lambda task: known.get(task) or resolve(task))
     moved = {"measure": "transfer", "tasks": tasks, "score_on": {"moods": list(known)}}
     moved = experiments.run_experiment(str(grid(**moved, lines=lines)), "miniature", runs, to)
     assert moved["metric"] == "accuracy and f1_macro"

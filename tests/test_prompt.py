@@ -18,7 +18,7 @@ from softprompt_jax.config import UserError, parse
 from softprompt_jax.methods import Context, Prompt, attach, leaves, split
 from softprompt_jax.methods.prompt import T5_EMBEDDING_RMS, Labels, attach_rows, embedding_scale
 from softprompt_jax.models.presets import preset
-from softprompt_jax.models.t5 import abstract
+from softprompt_jax.models.t5 import T5, abstract
 
 # --------------------------------------------------------------------------- other implementations
 
@@ -149,11 +149,30 @@ def test_random_rows_fill_the_papers_range_times_the_embedding_scale():
     assert leaves(model)["prompt.rows"].learning_rate_scale == pytest.approx(scale)
 
 
-def test_published_sizes_keep_the_papers_numbers_whatever_their_table():
-    # Shapes only: were the table read, this would fail.
+def small_t5(root_mean_square: float):
+    """Return a model with the shapes of T5 1.1 small whose embeddings have this size; no other weight is made."""
+    model = abstract(preset("t5-v1_1-small"))
+    drawn = np.random.default_rng(0).standard_normal((32128, 512), np.float32)
+    model.embedding = nnx.Param(jnp.asarray(root_mean_square * drawn), **model.embedding.get_metadata())
+    return model
+
+
+@pytest.mark.parametrize("measured", [4.5, 10.7, 11.6375, 22.0])  # 11.6375: google/t5-v1_1-small
+def test_published_sizes_keep_the_papers_numbers_whatever_their_exact_size(measured):
+    assert embedding_scale(small_t5(measured)) == 1.0
+
+
+@pytest.mark.parametrize("measured", [1.0, 0.02, 200.0])  # 1: as a T5 is before its training
+def test_published_shapes_with_other_weights_have_their_own_scale(measured):
+    assert embedding_scale(small_t5(measured)) == pytest.approx(measured / T5_EMBEDDING_RMS, rel=1e-3)
+
+
+def test_without_weights_the_scale_is_the_papers():
     assert embedding_scale(abstract(preset("t5-v1_1-small"))) == 1.0
-    dropping = preset("t5-v1_1-xxl").model_copy(update={"dropout": 0.1, "remat": "full"})
-    assert embedding_scale(abstract(dropping)) == 1.0
+    assert embedding_scale(abstract(tiny.settings())) == 1.0
+    scales = []
+    nnx.eval_shape(lambda: scales.append(embedding_scale(T5(tiny.settings(), jax.random.key(0)))))
+    assert scales == [1.0]
 
 
 def ids_of(rows: np.ndarray) -> list[int]:

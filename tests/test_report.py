@@ -1,13 +1,15 @@
-"""Reports: runs grouped by settings, means with confidence, and a page that needs nothing else."""
+"""Reports: runs grouped by settings, mean and sd over seeds, and a page that needs nothing else."""
 
 from __future__ import annotations
 
+import html
 import html.parser
 import json
 
 import pytest
 from small_runs import write_config
 
+from softprompt_jax import load_run
 from softprompt_jax import report as write_report
 from softprompt_jax.analysis.report import (
     Group,
@@ -20,15 +22,16 @@ from softprompt_jax.analysis.report import (
     table,
 )
 from softprompt_jax.config import UserError
+from softprompt_jax.training.sweep import Member, describe, summary
 
 
 def write_run(folder, settings, scores, losses=(2.0, 1.0), finished=True):
     """Write the files of a run that scored so on validation and test."""
     folder.mkdir(parents=True)
     write_config(folder / "config.yaml", settings)
-    lines = [{"step": 0, "validation": {"accuracy": 0.5, "illegal": 0.0, "count": 16}}]
+    lines = [{"step": 0, "validation": {"accuracy": 0.5, "illegal": 0.0, "count": 16, "loss": 4.0}}]
     lines += [{"step": 10 * number, "loss": loss} for number, loss in enumerate(losses, start=1)]
-    lines += [{"step": 20, "validation": {"accuracy": scores[0], "illegal": 0.0, "count": 16}}]
+    lines += [{"step": 20, "validation": {"accuracy": scores[0], "illegal": 0.0, "count": 16, "loss": 2.0}}]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text + ("" if finished else '{"step": 3'))
     each = [{"accuracy": score, "illegal": 0.0, "count": 16} for score in scores]
@@ -57,6 +60,25 @@ def test_runs_are_grouped_by_all_settings_but_the_seed(runs):
     assert groups[0].title == "learning_rate 0.3"
 
 
+def test_a_group_is_named_by_the_fewest_settings_that_a_reader_cares_about(small, tmp_path):
+    """Not by how often it was logged, nor by what only its kind of optimizer has."""
+    task = small.task | {"name": "others"}
+    adamw = {"optimizer": {"kind": "adamw", "learning_rate": 0.01}, "steps": 30}
+    write_run(tmp_path / "a", small.short | {"log_every": 1, "evaluate_every": 2}, (0.5, 0.5))
+    write_run(tmp_path / "b", small.short | adamw | {"task": task, "log_every": 3}, (0.5, 0.5))
+    one, other = group_runs(read_runs([tmp_path]))
+    assert (one.settings, other.settings) == ({"task": "moods"}, {"task": "others"})
+    assert {"kind", "learning_rate", "steps", "log_every"} <= set(other.others)
+    assert "beta1" not in other.others
+    # Where nothing else differs, that does.
+    write_run(tmp_path / "c", small.short | {"log_every": 5, "evaluate_every": 2}, (0.5, 0.5))
+    titles = [group.title for group in group_runs(read_runs([tmp_path / "a", tmp_path / "c"]))]
+    assert titles == ["log_every 1", "log_every 5"]
+    write_run(tmp_path / "d", small.short | {"log_every": 5, "evaluate_every": 2, "steps": 50}, (0.5, 0.5))
+    titles = [group.title for group in group_runs(read_runs([tmp_path / "a", tmp_path / "d"]))]
+    assert titles == [f"steps {small.short['steps']}", "steps 50"]
+
+
 def test_a_group_is_named_by_task_and_kinds_first_and_not_by_what_it_has_not():
     settings = {
         "backbone": "embedded",
@@ -83,7 +105,8 @@ def test_curves_and_breakdown(runs, small, tmp_path):
     groups = group_runs(read_runs([runs / "low"]))
     assert groups[0].settings == {}
     assert curves(groups[0], "loss") == [([10, 20], [2.0 + seed, 1.0]) for seed in range(3)]
-    assert curves(groups[0], "score")[0] == ([0, 20], [0.5, pytest.approx(0.7)])
+    assert curves(groups[0], "score")[0] == ([0, 20], [50, pytest.approx(70)])  # percent, as in the tables
+    assert curves(groups[0], "validation_loss")[1] == ([0, 20], [4.0, 2.0])
     (row,) = breakdown(groups)
     assert (row["task"], row["split"]) == ("moods", "test")
     assert set(row["metrics"]) == {"accuracy", "illegal"}
@@ -141,23 +164,61 @@ def test_page_has_scores_curves_and_settings_and_needs_nothing_else(softprompt, 
     pytest.importorskip("matplotlib")
     code, out, err = softprompt("report", runs / "low", runs / "high", "--to", tmp_path / "page")
     assert (code, out) == (0, "")
-    assert len(err.splitlines()) == 5
+    assert len(err.splitlines()) == 6
     page = (tmp_path / "page" / "index.html").read_text(encoding="utf-8")
     parsed = Cells()
     parsed.feed(page)
     assert not parsed.open
-    titles = ["learning_rate", "runs", "validation", "test", "best validation", "best test", "untrained"]
-    assert parsed.rows[0] == [*titles, "majority accuracy"]
-    assert parsed.rows[1] == ["0.3", "3", "80.0 ± 24.8", "70.0 ± 24.8", "90.0", "80.0", "25.0", "50.0"]
-    assert parsed.rows[2] == ["0.1", "1", "50.0", "40.0", "50.0", "40.0", "25.0", "50.0"]
-    assert ["moods", "test", "learning_rate 0.1", "40.0", "0.0"] in parsed.rows
+    titles = ["setting", "test", "validation", "95% interval of the test mean", "before training", "majority class"]
+    assert parsed.rows[0] == [*titles, "runs"]
+    rows = [[text.replace("\N{NO-BREAK SPACE}", " ") for text in row] for row in parsed.rows]
+    low = ["learning_rate 0.3", "70.0 ± 10.0 (80.0)", "80.0 ± 10.0 (90.0)", "45.2 to 94.8", "25.0", "50.0", "3"]
+    assert rows[1] == low
+    assert rows[2] == ["learning_rate 0.1", "40.0", "50.0", "–", "25.0", "50.0", "1"]
+    assert ["moods", "test", "learning_rate 0.1", "40.0", "0.0"] in rows
     assert str(runs / "high" / "1") in page
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("data:image/png;base64,") == 4
     assert "://" not in page  # which no picture in base64 can hold
     assert "<script" not in page
-    for name in ("loss", "score", "scores"):
+    for name in ("loss", "validation_loss", "score", "scores"):
         assert (tmp_path / "page" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "page" / "report.json").read_text())["table"][0]["test"]["mean"] == pytest.approx(0.7)
+
+
+def test_the_terminal_and_the_page_state_the_same_spread(runs, small, tmp_path):
+    """What a sweep prints of these runs is in the cells of the page: mean ± sd, and the best run."""
+    members = [
+        Member(str(seed), {"seed": seed}, load_run(runs / "low" / str(seed) / "config.yaml")) for seed in range(3)
+    ]
+    printed = " ".join(describe(summary(members, runs / "low")))
+    (page, *_) = write_report([runs / "low"], tmp_path / "page")
+    text = page.read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
+    for cell in ("70.0 ± 10.0 (80.0)", "80.0 ± 10.0 (90.0)"):
+        assert cell in printed
+        assert f"<td>{cell}</td>" in text
+    for said in (printed, text):
+        assert "mean of" in said
+        assert "task's metrics" in html.unescape(said)
+        assert "sd" in said
+
+
+def test_the_first_table_fits_the_page_however_much_runs_differ(small, tmp_path):
+    """Few columns, no cell but numbers that cannot wrap: at most 90 letters side by side in a page of 1,000 pixels."""
+    task = small.task | {"name": "others"}
+    unlike = {"max_input_tokens": 96, "steps": 30, "log_every": 3, "evaluate_every": 5, "checkpoint_every": 5}
+    adamw = {"optimizer": {"kind": "adamw", "learning_rate": 0.01}, "methods": [{"kind": "prefix", "length": 3}]}
+    for seed in range(2):
+        write_run(tmp_path / "runs" / f"a{seed}", small.short | {"seed": seed}, (0.5, 0.5 + seed / 10))
+        other = small.short | unlike | adamw | {"task": task, "seed": seed}
+        write_run(tmp_path / "runs" / f"b{seed}", other, (0.7, 0.7))
+    (page, *_) = write_report([tmp_path / "runs"], tmp_path / "page")
+    parsed = Cells()
+    parsed.feed(page.read_text(encoding="utf-8"))
+    first = parsed.rows[:3]
+    assert [row[0] for row in first] == ["setting", "moods", "others"]
+    unbroken = [max(len(word) for row in first for word in row[column].split(" ")) for column in range(len(first[0]))]
+    assert len(unbroken) == 7
+    assert sum(unbroken) <= 90
 
 
 def test_folder_without_a_run_is_one_line(tmp_path, refused):
@@ -179,6 +240,6 @@ def test_scores_of_a_seqio_task_keep_their_unit(small, tmp_path):
     for seed, score in enumerate((84.2, 86.2)):
         write_run(tmp_path / "runs" / str(seed), small.short | {"task": task, "seed": seed}, (score, score))
     (page, *_) = write_report([tmp_path / "runs"], tmp_path / "page")
-    text = page.read_text(encoding="utf-8")
-    assert "85.2 ± 12.71" in text
+    text = page.read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
+    assert "85.2 ± 1.414 (86.2)" in text
     assert "8520" not in text

@@ -9,7 +9,8 @@ import pytest
 from small_runs import CONFIGS, write_config
 
 from softprompt_jax import Run, load_run
-from softprompt_jax.config import UserError, parse, to_yaml
+from softprompt_jax.config import UserError, parse, read_text, to_yaml
+from softprompt_jax.methods import LoRA, Prompt
 
 
 def refused(small, tmp_path, *overrides: str) -> str:
@@ -101,7 +102,7 @@ def test_prompt_start_has_a_short_form(small, tmp_path):
         ("methods=[]", "A: methods: found []; list should have at least 1 item"),
         (
             "methods.0.lenght=3",
-            "A: methods.0.lenght: unknown setting; expected one of length, place, init, kind; did you mean",
+            "A: methods.0.lenght: unknown setting; expected one of optimizer, length, place, init, kind; did you mean",
         ),
         ("methods.0.kind=promt", "A: methods.0: found {'kind': 'promt', 'length': 3}; "),
         ("methods.0.init=words", "A: methods.0.init: found {'kind': 'words'}"),
@@ -164,3 +165,65 @@ def test_settings_that_cannot_go_together_are_refused(settings, message):
     task = texts if settings.get("task") == "pretraining" else "sentiment_movie"
     with pytest.raises(UserError, match=message):
         parse(Run, settings | {"task": task}, "here")
+
+
+PROMPT, LORA = {"kind": "prompt"}, {"kind": "lora"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"methods": [PROMPT, LORA]}, [("adafactor", 0.3), ("adamw", 2e-3)]),
+        ({"methods": [LORA, PROMPT]}, [("adamw", 2e-3), ("adafactor", 0.3)]),
+        ({"methods": [PROMPT, LORA | {"optimizer": {"learning_rate": 1e-4}}]}, [("adafactor", 0.3), ("adamw", 1e-4)]),
+        ({"methods": [PROMPT | {"optimizer": {"kind": "adamw"}}, LORA]}, [("adamw", 0.3), ("adamw", 2e-3)]),
+        # Without a kind it is the first method's, with one it is for all, a method's own rate included.
+        ({"methods": [PROMPT, LORA], "optimizer": {"learning_rate": 0.1}}, [("adafactor", 0.1), ("adamw", 2e-3)]),
+        ({"methods": [PROMPT, LORA], "optimizer": {"kind": "adamw"}}, [("adamw", 0.3), ("adamw", 2e-3)]),
+        (
+            {"methods": [PROMPT, LORA], "optimizer": {"kind": "adafactor", "learning_rate": 0.1}},
+            [("adafactor", 0.1), ("adafactor", 0.1)],
+        ),
+        # A scale is of the run's rate, as it has always been.
+        ({"methods": [PROMPT, LORA | {"learning_rate_scale": 0.01}]}, [("adafactor", 0.3), ("adafactor", 0.3)]),
+    ],
+)
+def test_every_method_has_an_optimizer(settings, expected):
+    run = parse(Run, {"task": "sentiment_movie"} | settings, "here")
+    assert [(each.kind, each.learning_rate) for each in run.optimizers] == expected
+    assert run.optimizers[0] == run.optimizer
+    again = parse(Run, read_text(to_yaml(run), "saved"), "saved")
+    assert again == run
+    rates = [rate for _, rate in expected]
+    found = run.learning_rate(0)
+    assert found == (rates[0] if len(set(rates)) == 1 else dict(zip(run.method_names, rates, strict=True)))
+
+
+def test_methods_in_python_have_their_optimizers_too():
+    run = Run(task="sentiment_movie", methods=[LoRA(optimizer={"learning_rate": 1e-3}), Prompt()])
+    assert run == parse(
+        Run, {"task": "sentiment_movie", "methods": [LORA | {"optimizer": {"learning_rate": 1e-3}}, PROMPT]}, "here"
+    )
+    assert [each.kind for each in run.optimizers] == ["adamw", "adafactor"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"methods": [PROMPT, LORA | {"optimizer": {"learning_rate": -1}}]}, "here: methods.1.optimizer.learning_rate"),
+        ({"methods": [PROMPT | {"optimizer": {"rate": 1}}]}, "here: methods.0.optimizer.rate: unknown setting"),
+        (
+            {"methods": [PROMPT | {"optimizer": {"learning_rate": 1}}], "optimizer": {"learning_rate": 2}},
+            "optimizer and methods.0.optimizer are one setting; expected one of them",
+        ),
+        ({"methods": [{"kind": "black_box"}, LORA]}, "optimizer cma_es beside another one: expected one optimizer for"),
+        (
+            {"methods": [{"kind": "full", "optimizer": {"kind": "adafactor", "restore": True}}, LORA]},
+            "optimizer.restore for one method of several: expected one optimizer for all",
+        ),
+    ],
+)
+def test_optimizers_that_cannot_be_are_one_line(settings, message):
+    with pytest.raises(UserError, match=re.escape(message)) as refused:
+        parse(Run, {"task": "sentiment_movie"} | settings, "here")
+    assert "\n" not in str(refused.value)

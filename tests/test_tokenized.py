@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_pipeline import ROWS, Letters, some_examples
+from test_batches import ROWS, Letters, some_examples
 
 from softprompt_jax.data.tokenized import TokenizedSet, concatenate, tokenize
 

@@ -1,4 +1,4 @@
-"""Read prompts back: what rows are near to, how far they went, what they share (Lester et al., 2021, section 7)."""
+"""Look at the rows of prompts: what they are near to, how far they moved, what they share (Lester et al., 2021, 7)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from softprompt_jax import config
-from softprompt_jax.analysis.page import COLOURS, Page
-from softprompt_jax.analysis.transfer import similarity
+from softprompt_jax.analysis.page import COLOURS, GREY, Page, plot_text
+from softprompt_jax.analysis.transfer import similarity, unit_rows
 from softprompt_jax.assembly import assemble
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.checkpoints.backbone import Backbone, load_backbone
@@ -46,7 +46,7 @@ class Vocabulary:
     ) -> tuple[Int[np.ndarray, "P n"], Float[np.ndarray, "P n"]]:
         """Return places in the vocabulary of the nearest rows, and their cosines or distances, the nearest first."""
         if cosine:
-            values = directions(rows) @ directions(self.rows).T
+            values = unit_rows(rows) @ unit_rows(self.rows).T
             order = np.argsort(-values, axis=1, kind="stable")[:, :count]
         else:
             squares = (rows**2).sum(1)[:, None] - 2 * rows @ self.rows.T + (self.rows**2).sum(1)
@@ -56,7 +56,7 @@ class Vocabulary:
 
     def tightness(self, neighbours: Int[np.ndarray, "P n"]) -> Float[np.ndarray, " P"]:
         """Return the mean cosine between the neighbours of each row: near 1 if they mean nearly the same."""
-        unit = directions(self.rows[neighbours])
+        unit = unit_rows(self.rows[neighbours])
         count = neighbours.shape[1]
         return ((unit @ unit.swapaxes(1, 2)).sum((1, 2)) - count) / (count * (count - 1))
 
@@ -64,12 +64,13 @@ class Vocabulary:
 def inspect(
     sources: Sequence[str | Path], backbone: str | None = None, neighbours: int = 5, any_backbone: bool = False
 ) -> dict[str, Any]:
-    """Describe prompts (run folders or files) of one backbone: each by itself, and how far they are from each other.
+    """Describe prompts (run folders or files) of one backbone, and the distances between them.
 
-    Of each prompt: norms beside those of the vocabulary; for each row the nearest pieces by cosine and by Euclid's
-    distance, how tight these form a cluster (their mean cosine; also that of random vectors' neighbours), and its
-    distance from where it started; clusters of rows; pieces that are nearest to several rows; the label words of
-    which a piece is among the neighbours of a row. `start` is None where the start cannot be made again.
+    Of each prompt: its norms beside those of the vocabulary; for each row the nearest pieces by cosine and by Euclidean
+    distance, the mean cosine of these pieces to each other (`tightness`; also that of random vectors' neighbours), and
+    the distance from the row before training; clusters of rows; pieces that are nearest to several rows; the label
+    words (`labels`) all of whose pieces are among the neighbours of one row. `above_majority` says whether its run
+    beats the majority class. `start` is None where the prompt before training cannot be made again.
     """
     if neighbours < 2:
         raise UserError(f"inspect: found {neighbours} neighbours; expected 2 or more, which can form a cluster")
@@ -94,7 +95,8 @@ def inspect(
             artifact.check_backbone(metadata, loaded.model, source, named)
         start = _start(run, metadata, loaded) if rows.shape[0] else None
         start = start if start is not None and start.shape == rows.shape else None
-        described.append({"source": source} | _prompt(rows, words, tokenizer, run, start, neighbours))
+        about = {"source": source, "above_majority": _above_majority(Path(source))}
+        described.append(about | _prompt(rows, words, tokenizer, run, start, neighbours))
     norms = np.linalg.norm(words.rows, axis=1)
     random = np.random.default_rng(0).normal(size=(_RANDOM, words.rows.shape[1])).astype(np.float32)
     return {
@@ -133,7 +135,7 @@ def _prompt(
         }
         if start is not None:
             line["from_start"] = float(np.linalg.norm(rows[row] - start[row]))
-            line["cosine_to_start"] = float((directions(rows[row]) * directions(start[row])).sum())
+            line["cosine_to_start"] = float((unit_rows(rows[row]) * unit_rows(start[row])).sum())
         lines.append(line)
     first: dict[str, list[int]] = {}
     for row, place in enumerate(near[:, 0].tolist()):
@@ -159,15 +161,32 @@ def _prompt(
 
 
 def _labels(near: Int[np.ndarray, "P n"], tokenizer: Tokenizer, run: Run | None) -> dict[str, Any] | None:
-    """Say which label words have a piece among the neighbours of a row."""
+    """Say which label words are among the neighbours of a row, with all their pieces."""
     labels = list(dict.fromkeys(word for task in (run.tasks if run else []) for word in task.words or ()))
     if not labels:
         return None
     found = {}
     for word in labels:
-        rows = np.flatnonzero(np.isin(near, tokenizer.encode(word)).any(1))
-        found[word] = rows.tolist()
+        pieces = [np.isin(near, piece).any(1) for piece in tokenizer.encode(word)]
+        found[word] = np.flatnonzero(np.all(pieces, axis=0)).tolist()
     return {"survive": sum(bool(rows) for rows in found.values()), "of": len(labels), "rows": found}
+
+
+def _above_majority(source: Path) -> bool | None:
+    """Tell whether the run of a prompt has a higher accuracy than the majority class, on one of its tasks at least.
+
+    None where the run's folder does not say so.
+    """
+    path = (source if source.is_dir() else source.parent) / "result.json"
+    if not path.exists() or not (source.is_dir() or source.name == artifact.PROMPT_FILE):
+        return None
+    result = json.loads(path.read_text(encoding="utf-8"))
+    if (baselines := result.get("baselines")) is None:
+        return None
+    scores, majority = result[baselines["split"]], baselines["majority"]
+    of_tasks, majorities = (scores["tasks"], majority) if "tasks" in scores else ({"": scores}, {"": majority})
+    pairs = [(of_tasks[name]["accuracy"], each) for name, each in majorities.items() if "accuracy" in of_tasks[name]]
+    return any(accuracy > each for accuracy, each in pairs) if pairs else None
 
 
 def _between(
@@ -187,7 +206,7 @@ def clusters(rows: Float[np.ndarray, "P D"]) -> list[list[int]]:
     """Return groups of two or more rows that hang together by cosines of 0.5 and more, the largest first."""
     from scipy.sparse.csgraph import connected_components
 
-    unit = directions(rows)
+    unit = unit_rows(rows)
     _, group = connected_components(unit @ unit.T >= _ALIKE, directed=False)
     members = [np.flatnonzero(group == number).tolist() for number in range(group.max() + 1)]
     return sorted((found for found in members if len(found) > 1), key=lambda found: (-len(found), found))
@@ -198,12 +217,6 @@ def plane(rows: Float[np.ndarray, "P D"]) -> Float[np.ndarray, "P 2"]:
     centred = rows - rows.mean(0)
     _, _, axes = np.linalg.svd(np.pad(centred, ((0, max(0, 2 - len(rows))), (0, 0))), full_matrices=False)
     return centred @ axes[:2].T
-
-
-def directions(rows: Float[np.ndarray, "*P D"]) -> Float[np.ndarray, "*P D"]:
-    """Return rows of length 1; a row of zeros stays."""
-    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
-    return rows / np.where(norms == 0, 1, norms)
 
 
 def _spread(values: Float[np.ndarray, " n"]) -> dict[str, float]:
@@ -246,7 +259,7 @@ def describe(result: dict[str, Any]) -> Iterator[str]:
         for number, line in enumerate(prompt["rows"]):
             near = ", ".join(f"{piece} {value:.2f}" for piece, value in line["cosine"])
             close = ", ".join(f"{piece} {value:.3g}" for piece, value in line["euclid"])
-            yield f"  row {number:3}  norm {line['norm']:.4g}  cosine: {near}  Euclid: {close}"
+            yield f"  row {number:3}  norm {line['norm']:.4g}  by cosine: {near}  by distance: {close}"
     for pair in result["between"]:
         distance = "" if pair["distance"] is None else f", mean distance of rows {pair['distance']:.4g}"
         yield (
@@ -258,20 +271,22 @@ def describe(result: dict[str, Any]) -> Iterator[str]:
 def findings(prompt: dict[str, Any], words: dict[str, Any]) -> Iterator[str]:
     """Yield what stands out in one prompt, a sentence each."""
     yield (
-        f"neighbours of a row have a mean cosine of {prompt['tightness']:.2f} to each other, "
-        f"those of random vectors {words['random_tightness']:.2f}"
+        f"mean cosine among the neighbours of a row: {prompt['tightness']:.2f} "
+        f"(of random vectors: {words['random_tightness']:.2f})"
     )
     shared = sum(map(len, prompt["shared_neighbours"].values()))
     yield f"{prompt['nearest_pieces']} different nearest pieces; {shared} rows share theirs with another row"
     grouped = ", ".join(str(len(rows)) for rows in prompt["clusters"]) or "none"
     yield f"clusters of rows with a cosine of {_ALIKE} and more: {grouped}"
-    if (labels := prompt["labels"]) is not None:
+    if prompt["above_majority"] is False:
+        yield "its run is not above the majority class, so that its rows are not read as label words"
+    elif (labels := prompt["labels"]) is not None:
         where = "; ".join(f"{word}: row {', '.join(map(str, rows))}" for word, rows in labels["rows"].items() if rows)
-        yield f"{labels['survive']} of {labels['of']} label words are among the neighbours" + (
+        yield f"label words among the neighbours of a row: {labels['survive']} of {labels['of']}" + (
             f" ({where})" if where else ""
         )
     if (start := prompt["start"]) is not None:
-        yield f"from its start: mean distance {start['distance']:.4g}, mean cosine {start['cosine']:.3f}"
+        yield f"distance from the row before training: mean {start['distance']:.4g}, mean cosine {start['cosine']:.3f}"
 
 
 def _range(spread: dict[str, float]) -> str:
@@ -280,40 +295,41 @@ def _range(spread: dict[str, float]) -> str:
 
 def write_page(result: dict[str, Any], to: str | Path) -> list[Path]:
     """Write what `inspect` found as `index.html` with plots, and as `inspect.json`; return the files."""
-    folder = Path(to)
-    page = Page("Prompts read back", folder)
-    words, prompts = result["vocabulary"], result["prompts"]
+    folder, words, prompts = Path(to), result["vocabulary"], result["prompts"]
+    page = Page("Prompts and their nearest pieces", folder)
     page.text(
-        f"Backbone {result['backbone']}: {words['pieces']} pieces of text with a mean norm of "
-        f"{words['norm']['mean']:.4g}. Neighbours are pieces of its vocabulary; the tightness of a row is their mean "
-        f"cosine to each other (random vectors: {words['random_tightness']:.2f})."
+        f"Backbone {result['backbone']}: {words['pieces']} pieces of text, their mean norm is "
+        f"{words['norm']['mean']:.4g}. The neighbours of a prompt's row are the pieces whose embeddings are nearest."
     )
-    names = [prompt["source"] for prompt in prompts]
     page.table(
-        ["prompt", "rows", "norm", "tightness", "nearest pieces", "labels that survive", "from start", "cosine to it"],
+        ["prompt", "rows", "mean norm", "cosine among neighbours", "different nearest pieces", "label words found",
+         "distance from start", "cosine to start"],
         [
             [
                 prompt["source"], prompt["length"], prompt["norm"]["mean"], prompt["tightness"],
                 prompt["nearest_pieces"],
-                prompt["labels"] and f"{prompt['labels']['survive']} of {prompt['labels']['of']}",
+                None if prompt["labels"] is None or prompt["above_majority"] is False
+                else f"{prompt['labels']['survive']} of {prompt['labels']['of']}",
                 prompt["start"] and prompt["start"]["distance"], prompt["start"] and prompt["start"]["cosine"],
             ]
             for prompt in prompts
         ],
     )  # fmt: skip
-    axes = page.figure("norms", f"Norm of each row of {', '.join(names)}, and the vocabulary's mean")
+    page.text("Start: the prompt before training. Label words are found where all pieces are neighbours of one row.")
+    axes = page.figure("norms", f"Norm of each row of {', '.join(prompt['source'] for prompt in prompts)}")
     for prompt, colour in zip(prompts, itertools.cycle(COLOURS), strict=False):
-        axes.plot([line["norm"] for line in prompt["rows"]], ".-", color=colour, label=prompt["source"])
-    axes.axhline(words["norm"]["mean"], color="#9aa8b7", linestyle="--", label="mean of the vocabulary")
-    axes.set(xlabel="row", ylabel="norm", ylim=(0, None))
+        axes.plot([line["norm"] for line in prompt["rows"]], "o", color=colour, label=plot_text(prompt["source"]))
+    axes.axhline(words["norm"]["mean"], color=GREY, linestyle="--", label="mean of the vocabulary")
+    axes.set(xlabel="row of the prompt", ylabel="norm", ylim=(0, None))
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.legend(fontsize=8)
+    page.legend(axes)
     for number, prompt in enumerate(prompts):
         _section(page, prompt, words, f"prompt{number}")
     if result["between"]:
         page.heading("Between prompts")
         page.table(
-            ["prompts", "cosine of means", "mean cosine of rows", "mean distance of rows", "nearest pieces in common"],
+            ["prompts", "cosine of mean rows", "mean cosine of rows", "mean distance of rows",
+             "nearest pieces in common"],
             [
                 [" and ".join(pair["prompts"]), pair["cosine_of_means"], pair["mean_cosine_of_rows"], pair["distance"],
                  f"{pair['pieces_in_common']:.0%}"]
@@ -330,17 +346,19 @@ def _section(page: Page, prompt: dict[str, Any], words: dict[str, Any], name: st
     page.heading(prompt["source"])
     for line in findings(prompt, words):
         page.text(f"{line[0].upper()}{line[1:]}.")
-    axes = page.figure(f"{name}_rows", f"The rows of {prompt['source']} on their two principal components", 9.0, 4.2)
-    group = {row: number for number, rows in enumerate(prompt["clusters"]) for row in rows}
-    for row, (x, y) in enumerate(prompt["plane"]):
-        colour = COLOURS[group[row] % len(COLOURS)] if row in group else "#9aa8b7"
-        axes.plot(x, y, "o", color=colour, markersize=4)
-        piece = prompt["rows"][row]["cosine"][0][0].replace("▁", "_")
-        label = f"{row} {piece}" if piece.isascii() else str(row)  # the plot's font has few other scripts
-        axes.annotate(label.replace("$", r"\$"), (x, y), xytext=(4, 2), textcoords="offset points", fontsize=7)
-    axes.set(
-        xlabel="first principal component", ylabel="second", title="rows, with the nearest piece; colours: clusters"
-    )
+    axes = page.figure(f"{name}_rows", f"The rows of {prompt['source']} on their two principal components", 4.2)
+    grouped = {row for rows in prompt["clusters"] for row in rows}
+    groups = [(f"cluster of {len(rows)} rows", rows) for rows in prompt["clusters"]]
+    groups.append(("rows in no cluster", [row for row in range(prompt["length"]) if row not in grouped]))
+    at = np.asarray(prompt["plane"])
+    for index, (title, rows) in enumerate(groups):
+        colour = GREY if index == len(groups) - 1 else COLOURS[index % len(COLOURS)]
+        if rows:
+            axes.plot(at[rows, 0], at[rows, 1], "o", color=colour, markersize=4, label=title)
+    for row, text in _labels_apart(at, [line["cosine"][0][0] for line in prompt["rows"]]):
+        axes.annotate(text, at[row], xytext=(4, 2), textcoords="offset points", fontsize=7)
+    axes.set(xlabel="first principal component", ylabel="second", title="rows, each with its number and nearest piece")
+    page.legend(axes)
     if prompt["shared_neighbours"]:
         shared = sorted(prompt["shared_neighbours"].items(), key=lambda item: -len(item[1]))
         page.table(
@@ -348,7 +366,8 @@ def _section(page: Page, prompt: dict[str, Any], words: dict[str, Any], name: st
         )
     started = prompt["start"] is not None
     page.table(
-        ["row", "norm", "nearest by cosine", "nearest by Euclid", "tightness", *(["from start"] * started)],
+        ["row", "norm", "nearest by cosine", "nearest by distance", "cosine among these",
+         *(["distance from start"] * started)],
         [
             [
                 number,
@@ -356,8 +375,20 @@ def _section(page: Page, prompt: dict[str, Any], words: dict[str, Any], name: st
                 ", ".join(f"{piece} {value:.2f}" for piece, value in line["cosine"]),
                 ", ".join(f"{piece} {value:.3g}" for piece, value in line["euclid"]),
                 line["tightness"],
-                *([line["from_start"]] * started),
+                *([line["from_start"]] if started else []),
             ]
             for number, line in enumerate(prompt["rows"])
         ],
-    )
+    )  # fmt: skip
+
+
+def _labels_apart(at: Float[np.ndarray, "P 2"], pieces: list[str]) -> Iterator[tuple[int, str]]:
+    """Yield the label of each row that no other label covers: number and piece; of close rows the first has one."""
+    width, height = np.maximum(np.ptp(at, axis=0), 1e-12) * (0.13, 0.035)  # of a label, in units of the plot
+    used: list[int] = []
+    for row, piece in enumerate(pieces):
+        apart = [bool(np.any(np.abs(at[row] - at[other]) > (width, height))) for other in used]
+        if all(apart):
+            used.append(row)
+            text = piece.replace("▁", "_")  # the plot's font has few other scripts
+            yield row, plot_text(f"{row} {text}") if text.isascii() else str(row)

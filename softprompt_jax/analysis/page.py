@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import textwrap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,24 +12,24 @@ from typing import Any
 from softprompt_jax.config import UserError
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #1c2733; background: #fff; max-width: 1080px; margin: 2em auto;
+body { font: 16px/1.5 system-ui, sans-serif; color: #1c2733; background: #fff; max-width: 1000px; margin: 2em auto;
        padding: 0 1em; }
 h1 { font-size: 1.5em; margin-bottom: .2em } h2 { font-size: 1.15em; margin: 2em 0 .4em }
-p { max-width: 75ch } .scroll { overflow-x: auto; margin-bottom: 1em }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+div { overflow-x: auto; margin-bottom: 1em }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 15px }
 th, td { padding: .25em .8em; text-align: left; border-bottom: 1px solid #dde3ea; vertical-align: top }
-th { border-bottom: 2px solid #9aa8b7; white-space: nowrap } td.number { text-align: right; white-space: nowrap }
-tr.chosen td { background: #eef5ee } code { background: #f2f4f7; padding: 0 .25em }
-img { max-width: 100%; height: auto } pre { background: #f2f4f7; padding: 1em; overflow-x: auto }
+th { border-bottom: 2px solid #9aa8b7 } td.number { text-align: right; white-space: nowrap }
+tr.chosen td { background: #eef5ee } img { width: 100% } pre { background: #f2f4f7; padding: 1em; overflow-x: auto }
 """
 COLOURS = ("#1f5fa8", "#d0632b", "#2f8f5b", "#8a4fa3", "#b3961a", "#3aa0b5", "#b5385f", "#6b7785")
+GREY = "#9aa8b7"
 
 
 class Page:
     """A page that is put together from above; `write` makes `index.html` and the plots in a folder."""
 
     def __init__(self, title: str, folder: Path):
-        """Make the folder; without matplotlib, or with no place to write, a UserError."""
+        """Make the folder. Errors: UserError without matplotlib, or without a place to write."""
         try:
             import matplotlib.figure  # noqa: F401
         except ImportError:
@@ -38,11 +39,10 @@ class Page:
             ) from None
         self._title, self._folder = title, folder
         self._parts: list[Any] = [f"<h1>{html.escape(title)}</h1>"]  # HTML, and plots until they are written
-        self._written = ["index.html"]
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror}); expected a folder") from None
+            raise self._cannot_be_written(error) from None
 
     def heading(self, text: str) -> None:
         """Begin a section."""
@@ -59,46 +59,59 @@ class Page:
         )
 
     def table(self, titles: Sequence[str], rows: Iterable[Sequence[Any]], chosen: Sequence[int] = ()) -> None:
-        """Add a table; numbers stand to the right, rows with the numbers in `chosen` stand out."""
+        """Add a table. Numbers stand to the right; texts wrap; rows with the numbers in `chosen` stand out."""
         head = "".join(f"<th>{html.escape(title)}</th>" for title in titles)
         body = []
         for number, row in enumerate(rows):
             cells = "".join(_cell(value) for value in row)
             body.append(f'<tr class="chosen">{cells}</tr>' if number in chosen else f"<tr>{cells}</tr>")
-        table = f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-        self._parts.append(f'<div class="scroll">{table}</div>')
+        self._parts.append(f"<div><table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table></div>")
 
-    def figure(self, name: str, described: str, width: float = 9.0, height: float = 3.6) -> Any:
+    def figure(self, name: str, described: str, height: float = 3.6) -> Any:
         """Return the axes of a new plot, which `write` saves as `name.png`; `described` is read where none is seen."""
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Figure(figsize=(9.0, height), layout="constrained")
         axes = figure.subplots()
         axes.spines[["top", "right"]].set_visible(False)
         self._parts.append((name, described, figure))
         return axes
 
+    def legend(self, axes: Any) -> None:
+        """Add the legend of a plot, below it."""
+        axes.figure.legend(loc="outside lower left", fontsize=8, ncols=2, frameon=False)
+
     def write(self) -> list[Path]:
         """Write the page and its plots, and return the files."""
+        written, parts = [self._folder / "index.html"], []
         try:
-            parts = [part if isinstance(part, str) else self._image(*part) for part in self._parts]
-            page = (
+            for part in self._parts:
+                if not isinstance(part, str):
+                    name, described, figure = part
+                    written.append(self._folder / f"{name}.png")
+                    figure.savefig(written[-1], dpi=160)
+                    data = base64.b64encode(written[-1].read_bytes()).decode()
+                    part = f'<img alt="{html.escape(described)}" src="data:image/png;base64,{data}">'
+                parts.append(part)
+            written[0].write_text(
                 '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-                f'<meta name="viewport" content="width=device-width, initial-scale=1">'
+                '<meta name="viewport" content="width=device-width, initial-scale=1">'
                 f"<title>{html.escape(self._title)}</title><style>{_STYLE}</style></head>"
-                f"<body>\n{chr(10).join(parts)}\n</body></html>\n"
+                f"<body>\n{chr(10).join(parts)}\n</body></html>\n",
+                encoding="utf-8",
             )
-            (self._folder / "index.html").write_text(page, encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{self._folder}: cannot be written ({error.strerror}); expected a folder") from None
-        return [self._folder / name for name in self._written]
+            raise self._cannot_be_written(error) from None
+        return written
 
-    def _image(self, name: str, described: str, figure: Any) -> str:
-        path = self._folder / f"{name}.png"
-        figure.savefig(path, dpi=110)
-        self._written.append(path.name)
-        data = base64.b64encode(path.read_bytes()).decode()
-        return f'<div><img alt="{html.escape(described)}" src="data:image/png;base64,{data}"></div>'
+    def _cannot_be_written(self, error: OSError) -> UserError:
+        return UserError(f"{self._folder}: cannot be written ({error.strerror}); expected a folder")
+
+
+def plot_text(text: str) -> str:
+    """Return a text for a plot, whose font has few scripts and reads $ as mathematics, in lines of 60 letters."""
+    text = "".join(c if c.isascii() else "?" for c in text).replace("$", r"\$")
+    return textwrap.fill(text, 60)
 
 
 def _cell(value: Any) -> str:

@@ -224,8 +224,7 @@ def abstract_step(run: Any, memory: int | None = None) -> tuple[Callable, tuple,
     from softprompt_jax.methods import Context, leaves, split
     from softprompt_jax.models.quantized import quantized
     from softprompt_jax.models.t5 import T5
-    from softprompt_jax.optim import optimizers
-    from softprompt_jax.training.step import make_step
+    from softprompt_jax.training.step import build_optimizer, make_step
 
     settings = backbone_settings(run).model_copy(update=run.of_the_backbone)
     kind = kept_as(run)
@@ -248,9 +247,7 @@ def abstract_step(run: Any, memory: int | None = None) -> tuple[Callable, tuple,
     mesh.check_divisible(run.batch_size // run.accumulate, settings.num_heads)
     model = mesh.shard_model(nnx.eval_shape(build))
     parts = split(model)
-    optimizer = optimizers.build(
-        run.optimizer, run.schedule.build(run.optimizer.learning_rate, run.steps), leaves(model), run.clip_norm
-    )
+    optimizer = build_optimizer(run, leaves(model))
 
     def begin(trainable: Any) -> dict[str, Any]:
         return {"trainable": trainable, "optimizer": optimizer.init(trainable), "step": jnp.zeros((), jnp.int32)}

@@ -1,4 +1,4 @@
-"""Compare runs: their curves, their scores with confidence over seeds, the settings that differ."""
+"""Compare runs on one page: their scores over seeds, their curves, the settings that differ."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ import dataclasses
 import itertools
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from softprompt_jax import config
-from softprompt_jax.analysis.page import COLOURS, Page
+from softprompt_jax.analysis.page import COLOURS, GREY, Page, plot_text
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.config import UserError
 from softprompt_jax.data.task import SEQIO
 from softprompt_jax.inference.evaluate import headline, shown, unit
 from softprompt_jax.run import UNHASHED_SETTINGS, Run
-from softprompt_jax.statistics import score_statistics
+from softprompt_jax.statistics import CELL, SCORE, mean_sd_text, score_statistics
 
 _IGNORED = frozenset({"seed", *UNHASHED_SETTINGS})
-_COUNTS = ("count",)  # of scores that are no measure
+_NO_METRICS = ("count",)  # in a split's scores
+# Settings of how a run is watched or computed, not of what it learns.
+_BOOKKEEPING = {"log_every", "evaluate_every", "checkpoint_every", "evaluation_batch_size", "evaluation_examples"}
+_BOOKKEEPING |= {"shapes", "accumulate", "attention", "remat", "unroll"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,22 +53,27 @@ class RunRecord:
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed only; `settings` are those in which it differs from other groups."""
+    """Runs that differ in their seed only; `settings` tell it from other groups, `others` differ as well."""
 
     settings: dict[str, Any]
     runs: list[RunRecord]
+    others: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def unit(self) -> float:
         """Return what its scores are multiplied by to be shown."""
         return unit(self.runs[0].run)
 
+    def number(self, score: float) -> str:
+        """Write a score of these runs in their unit."""
+        return shown(score, self.unit)
+
     @property
     def title(self) -> str:
-        """Name it by what is particular: task and kinds by themselves and first, what it has not is left out."""
-        has = {key: _shown(value) for key, value in self.settings.items() if value is not None}
-        kinds = [has[key] for key in sorted(has, key="task".__ne__) if _is_kind(key)]
-        others = [f"{key} {value}" for key, value in has.items() if not _is_kind(key)]
+        """Name it by its settings: task and kinds by themselves and first, others with their names."""
+        known = {key: _shown(value) for key, value in self.settings.items() if value is not None}
+        kinds = [known[key] for key in sorted(known, key="task".__ne__) if _is_kind(key)]
+        others = [f"{key} {value}" for key, value in known.items() if not _is_kind(key)]
         return ", ".join(kinds + others) or self.runs[0].run.task_name
 
 
@@ -99,45 +108,57 @@ def _read(folder: Path) -> RunRecord:
 
 
 def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
-    """Put runs together that differ in their seed only, and say in which settings the groups differ."""
-    flat = [
-        flatten(run.run.model_dump(mode="json", exclude={"task", *_IGNORED}))
-        | {"task": run.run.task_name}
-        | flatten({"task.settings": run.run.model_dump(mode="json", include={"task"})["task"]})
-        for run in runs
+    """Put runs together that differ in their seed only, and name each group by the fewest settings that it needs."""
+    grouped: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        grouped.setdefault(run.run.model_dump_json(exclude=set(_IGNORED)), []).append(run)
+    flat = [_settings_of(members[0].run) for members in grouped.values()]
+    keys = [
+        key
+        for key in dict.fromkeys(itertools.chain.from_iterable(flat))
+        if len({_shown(settings.get(key)) for settings in flat}) > 1
     ]
-    by_task: dict[str, list[dict[str, Any]]] = {}
-    for run, settings in zip(runs, flat, strict=True):
-        by_task.setdefault(run.run.task_name, []).append(settings)
-
-    def differs(key: str) -> bool:
-        # What a task is made of says no more than its name, unless there are several tasks of one name.
-        among = by_task.values() if key.startswith("task.") else [flat]
-        return any(len({_shown(settings.get(key)) for settings in part}) > 1 for part in among)
-
-    keys = [key for key in dict.fromkeys(itertools.chain.from_iterable(flat)) if differs(key)]
-    grouped: dict[str, list[int]] = {}
-    for index, settings in enumerate(flat):
-        grouped.setdefault(json.dumps(settings, sort_keys=True), []).append(index)
+    # What only one kind of method or optimizer has is said by the kind.
+    own = {key for key in keys if len({_shown(one[key]) for one in flat if key in one}) == 1 and not _is_kind(key)}
+    naming: list[str] = []
+    told_apart = 1
+    for key in sorted(keys, key=lambda key: (key in own, _rank(key))):
+        count = len({json.dumps([settings.get(name) for name in (*naming, key)]) for settings in flat})
+        if count > told_apart:
+            naming, told_apart = [*naming, key], count
+    others = [key for key in keys if key not in naming and key not in own and not key.startswith("task.")]
     short = _short_names(keys)
+
+    def named(settings: dict[str, Any], chosen: Sequence[str]) -> dict[str, Any]:
+        return {short[key]: settings.get(key) for key in keys if key in chosen}
+
     return [
-        Group({short[key]: flat[members[0]].get(key) for key in keys}, [runs[i] for i in members])
-        for members in grouped.values()
+        Group(named(settings, naming), members, named(settings, others))
+        for settings, members in zip(flat, grouped.values(), strict=True)
     ]
 
 
-def flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
+def _settings_of(run: Run) -> dict[str, Any]:
+    """Return the settings of a run by dotted keys; `task` is the task's name, `task.settings` what it is made of."""
+    settings = run.model_dump(mode="json", exclude=set(_IGNORED))
+    return flatten(settings | {"task": run.task_name}) | flatten({"task.settings": settings["task"]})
+
+
+def _rank(key: str) -> int:
+    """Return how soon a setting names a group: task, kinds, what changes learning, what the task is made of, others."""
+    if key.startswith("task."):
+        return 3
+    return 0 if key == "task" else 1 if _is_kind(key) else 4 if key in _BOOKKEEPING else 2
+
+
+def flatten(settings: Any) -> dict[str, Any]:
     """Return nested settings as dotted keys and values, as the command line takes them."""
-    if isinstance(settings, Mapping) and settings:
-        parts = ((str(key), value) for key, value in settings.items())
-    elif isinstance(settings, list) and any(isinstance(value, Mapping) for value in settings):
-        parts = ((str(number), value) for number, value in enumerate(settings))
-    else:
-        return {prefix: settings}
-    found: dict[str, Any] = {}
-    for key, value in parts:
-        found |= flatten(value, f"{prefix}.{key}" if prefix else key)
-    return found
+
+    def is_value(part: Any) -> bool:
+        return not part or (isinstance(part, list) and not any(isinstance(each, dict) for each in part))
+
+    leaves, _ = jax.tree.flatten_with_path(settings, is_leaf=is_value)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in leaves}
 
 
 def _short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -164,7 +185,7 @@ def table(groups: Sequence[Group]) -> list[dict[str, Any]]:
     """Return the scores of each group, as fractions: mean, sd, 95% interval and best over its finished runs."""
     rows = []
     for group in groups:
-        row: dict[str, Any] = {"settings": group.settings, "seeds": [run.run.seed for run in group.runs]}
+        row: dict[str, Any] = {"settings": group.settings | group.others, "seeds": [r.run.seed for r in group.runs]}
         row["finished"] = sum(run.result is not None for run in group.runs)
         for split in ("validation", "test"):
             values = [value for run in group.runs if (value := run.score(split)) is not None]
@@ -182,26 +203,34 @@ def breakdown(groups: Sequence[Group]) -> list[dict[str, Any]]:
             split = "test" if run.tasks("test") else "validation"
             for task, scores in run.tasks(split).items():
                 for name, value in scores.items():
-                    if name not in _COUNTS:
+                    if name not in _NO_METRICS:
                         found.setdefault((task, split), {}).setdefault(name, []).append(value)
         for (task, split), metrics in found.items():
             measured = {name: score_statistics(values) for name, values in metrics.items()}
-            rows.append({"settings": group.settings, "task": task, "split": split, "metrics": measured})
+            rows.append(
+                {"settings": group.settings, "title": group.title, "task": task, "split": split, "metrics": measured}
+            )
     return rows
 
 
 def curves(group: Group, name: str) -> list[tuple[list[int], list[float]]]:
-    """Return steps and values of each run: `loss`, `learning_rate`, ..., or `score`, what checkpoints are chosen by."""
+    """Return steps and values of each run that has some.
+
+    `name`: `loss`, `learning_rate` or another number of `metrics.jsonl`; `validation_loss`; or `score`, the mean of the
+    task's metrics on validation in the unit in which tables show it.
+    """
+
+    def value(run: Run, line: dict[str, Any]) -> float | None:
+        validation = line.get("validation")
+        if name == "score":
+            return None if validation is None or run.pretraining else group.unit * headline(run, validation)
+        return (validation or {}).get("loss") if name == "validation_loss" else line.get(name)
+
     found = []
     for run in group.runs:
-        points = [
-            (line["step"], headline(run.run, line["validation"]) if name == "score" else line[name])
-            for line in run.lines
-            if ("validation" if name == "score" else name) in line and not (name == "score" and run.run.pretraining)
-        ]
+        points = {line["step"]: number for line in run.lines if (number := value(run.run, line)) is not None}
         if points:
-            steps, values = zip(*points, strict=True)
-            found.append((list(steps), list(values)))
+            found.append((list(points), list(points.values())))
     return found
 
 
@@ -211,21 +240,16 @@ def curves(group: Group, name: str) -> list[tuple[list[int], list[float]]]:
 def report(sources: Sequence[str | Path], to: str | Path) -> list[Path]:
     """Write `index.html`, its plots as PNG and `report.json` on these runs into the folder `to`; return the files.
 
-    Sources are run folders, finished or not, or folders of such. Runs that differ in their seed only are one line, with
-    the 95% confidence interval of their mean. Errors: UserError for a folder without a run, or without matplotlib.
+    Sources are run folders, finished or not, or folders of such. Runs that differ in their seed only share a line, with
+    mean and sd. Errors: UserError for a folder without a run, or without matplotlib.
     """
     runs = read_runs(sources)
     groups, folder = group_runs(runs), Path(to)
-    page = Page("Runs compared", folder)
-    unfinished = [str(run.folder) for run in runs if run.result is None]
-    names = list(dict.fromkeys(run.run.task_name for run in runs))
-    page.text(
-        f"{len(runs)} runs in {len(groups)} settings on {', '.join(names)}. Runs that differ in their seed only are "
-        "one line: their mean ± half of its 95% confidence interval (Student's t), and the best of them."
-    )
-    if unfinished:
-        page.text(f"Not finished, in no table: {', '.join(unfinished)}.")
-    rows = table(groups)
+    page, rows = Page("Runs compared", folder), table(groups)
+    names = ", ".join(dict.fromkeys(run.run.task_name for run in runs))
+    page.text(f"{len(runs)} runs with {len(groups)} different settings on {names}.")
+    if unfinished := [str(run.folder) for run in runs if run.result is None]:
+        page.text(f"Not finished, in no table of scores: {', '.join(unfinished)}.")
     _scores(page, groups, rows)
     _curves(page, groups)
     _tasks(page, groups)
@@ -237,51 +261,44 @@ def report(sources: Sequence[str | Path], to: str | Path) -> list[Path]:
 
 def _scores(page: Page, groups: Sequence[Group], rows: Sequence[dict[str, Any]]) -> None:
     page.heading("Scores")
-    splits = [split for split in ("validation", "test") if any(row[split] for row in rows)]
-    keys = list(groups[0].settings) or ["task"]
+    splits = [split for split in ("test", "validation") if any(row[split] for row in rows)]
     best: dict[str, int] = {}
     for number, (group, row) in enumerate(zip(groups, rows, strict=True)):
         task, found = group.runs[0].run.task_name, row["validation"]
         if found and (task not in best or found["mean"] > rows[best[task]]["validation"]["mean"]):
             best[task] = number
-    baselines = [_baseline(group) for group in groups]
     page.table(
-        [*keys, "runs", *splits, *(f"best {split}" for split in splits), "untrained", "majority accuracy"],
+        ["setting", *splits, *(f"95% interval of the {split} mean" for split in splits[:1]), "before training",
+         "majority class", "runs"],
         [
             [
-                *([_shown(value) for value in group.settings.values()] or [group.title]),
+                group.title,
+                *(_mean_sd(row[split], group.number, best=True) for split in splits),
+                *(_interval(row[split], group.number) for split in splits[:1]),
+                *_baseline(group),
                 row["finished"],
-                *(_mean(row[split], group.unit) for split in splits),
-                *(_number(row[split] and row[split]["best"], group.unit) for split in splits),
-                *baseline,
             ]
-            for group, row, baseline in zip(groups, rows, baselines, strict=True)
+            for group, row in zip(groups, rows, strict=True)
         ],
         chosen=list(best.values()) if len(groups) > 1 else (),
+    )  # fmt: skip
+    page.text(
+        f"{SCORE} A cell: {CELL}. The interval is Student's. The majority class is scored by accuracy."
+        + (" Green: the best setting of each task on validation." if len(groups) > 1 else "")
     )
-    told = "The score of a run is the mean of its task's metrics, in percent (those of seqio Tasks: in their own unit)."
-    page.text(f"{told} Green: the best setting of each task on validation." if len(groups) > 1 else told)
-    shown = [(g, row) for g, row in zip(groups, rows, strict=True) if row[splits[-1]]] if splits else []
-    if not shown:
+    if not splits:
         return
-    axes = page.figure(
-        "scores", f"The {splits[-1]} score of each setting with its confidence", 9.0, 1 + 0.35 * len(shown)
-    )
-    for place, (group, row) in enumerate(reversed(shown)):
-        found = row[splits[-1]]
-        values = [group.unit * value for run in group.runs if (value := run.score(splits[-1])) is not None]
-        axes.plot(values, [place] * len(values), ".", color="#9aa8b7")
-        axes.errorbar(
-            group.unit * found["mean"],
-            place,
-            xerr=group.unit * (found["interval"] or 0),
-            fmt="o",
-            color=COLOURS[0],
-            capsize=3,
-        )
-    axes.set_yticks(range(len(shown)), [_plain(group.title) for group, _ in reversed(shown)])
-    percent = " in percent" if all(group.unit == 100 for group in groups) else ""
-    axes.set(xlabel=f"{splits[-1]} score{percent}: mean, 95% interval, each run", ylim=(-0.6, len(shown) - 0.4))
+    split = splits[0]
+    drawn = [number for number, row in enumerate(rows) if row[split]]
+    axes = page.figure("scores", f"The {split} score of each setting, mean and sd", 1 + 0.35 * len(drawn))
+    for place, number in enumerate(reversed(drawn)):
+        times, found = groups[number].unit, rows[number][split]
+        values = [times * value for run in groups[number].runs if (value := run.score(split)) is not None]
+        axes.plot(values, [place] * len(values), ".", color=GREY)
+        spread = times * (found["sd"] or 0)
+        axes.errorbar(times * found["mean"], place, xerr=spread, fmt="o", color=_colour(number), capsize=3)
+    axes.set_yticks(range(len(drawn)), [plot_text(groups[number].title) for number in reversed(drawn)], fontsize=8)
+    axes.set(xlabel=f"{split} score{_percent(groups)}: mean ± sd; grey: each run", ylim=(-0.6, len(drawn) - 0.4))
 
 
 def _baseline(group: Group) -> list[str | None]:
@@ -291,60 +308,65 @@ def _baseline(group: Group) -> list[str | None]:
         if baselines:
             majority = baselines["majority"]
             mean = statistics.fmean(majority.values()) if isinstance(majority, dict) else majority
-            return [_number(headline(run.run, baselines["untrained"]), group.unit), _number(mean)]
+            return [group.number(headline(run.run, baselines["untrained"])), shown(mean, 100.0)]
     return [None, None]
 
 
 def _curves(page: Page, groups: Sequence[Group]) -> None:
     page.heading("Curves")
-    for name, label in (("loss", "training loss per token"), ("score", "validation score")):
-        drawn = [(group, found) for group in groups if (found := curves(group, name))]
+    loss = "loss per target token"
+    named = {
+        "score": f"validation score{_percent(groups)}",
+        "validation_loss": f"validation {loss}",
+        "loss": f"training {loss}",
+    }
+    for name, label in named.items():
+        drawn = [(number, found) for number, group in enumerate(groups) if (found := curves(group, name))]
         if not drawn:
             continue
         axes = page.figure(name, f"{label} of each setting over the steps")
-        for number, (group, found) in enumerate(drawn):
-            colour, dashes = COLOURS[number % len(COLOURS)], ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
+        for number, found in drawn:
+            style = {"color": _colour(number), "linestyle": ("-", "--", ":", "-.")[number // len(COLOURS) % 4]}
             for steps, values in found:
-                axes.plot(steps, values, dashes, color=colour, alpha=0.3 if len(found) > 1 else 1, linewidth=1)
+                axes.plot(steps, values, alpha=0.3 if len(found) > 1 else 1, linewidth=1, **style)
             common = sorted(set.intersection(*(set(steps) for steps, _ in found)))
             means = [np.mean([values[steps.index(step)] for steps, values in found]) for step in common]
-            title = _plain(group.title) + (f" ({len(found)} runs)" if len(found) > 1 else "")
-            axes.plot(common, means, dashes, color=colour, linewidth=2, label=title)
+            title = groups[number].title + (f" ({len(found)} runs)" if len(found) > 1 else "")
+            axes.plot(common, means, linewidth=2, label=plot_text(title), **style)
         axes.set(xlabel="step", ylabel=label)
         if len(drawn) <= 12:
-            axes.legend(fontsize=8)
-    page.text("Thin lines are runs, thick ones the mean over the seeds of a setting.")
+            page.legend(axes)
+    page.text("Thin lines are runs, thick ones the mean over the runs of a setting.")
 
 
 def _tasks(page: Page, groups: Sequence[Group]) -> None:
     page.heading("Task by task")
-    rows = breakdown(groups)
-    names = list(dict.fromkeys(name for row in rows for name in row["metrics"]))
-    title = {id(group.settings): group.title for group in groups}
+    rows = sorted(breakdown(groups), key=lambda row: row["task"])
+    names = sorted(dict.fromkeys(name for row in rows for name in row["metrics"]), key="loss".__eq__)
     own = {task.name for group in groups for task in group.runs[0].run.tasks if SEQIO in task.metrics}
 
-    def _unit(task: str, name: str) -> float:
-        return 1.0 if name == "loss" or (task in own and name != "illegal") else 100.0
+    def number(task: str, name: str) -> Callable[[float], str]:
+        times = 1.0 if name == "loss" or (task in own and name != "illegal") else 100.0
+        return lambda value: shown(value, times)
 
-    ordered = sorted(rows, key=lambda row: row["task"])
     page.table(
-        ["task", "split", "setting", *names],
+        ["task", "split", "setting", *("loss per token" if name == "loss" else name for name in names)],
         [
-            [row["task"], row["split"], title[id(row["settings"])]]
-            + [_mean(row["metrics"].get(name), _unit(row["task"], name)) for name in names]
-            for row in ordered
+            [row["task"], row["split"], row["title"]]
+            + [_mean_sd(row["metrics"].get(name), number(row["task"], name)) for name in names]
+            for row in rows
         ],
     )
 
 
 def _settings(page: Page, groups: Sequence[Group]) -> None:
     page.heading("Settings")
-    keys = list(groups[0].settings)
     page.table(
-        [*(keys or ["settings"]), "seeds", "folders"],
+        ["setting", "differs also in", "seeds", "folders"],
         [
             [
-                *([_shown(value) for value in group.settings.values()] or ["all the same"]),
+                group.title,
+                ", ".join(f"{key} {_shown(value)}" for key, value in group.others.items()) or None,
                 ", ".join(str(run.run.seed) for run in group.runs),
                 ", ".join(str(run.folder) for run in group.runs),
             ]
@@ -355,18 +377,19 @@ def _settings(page: Page, groups: Sequence[Group]) -> None:
     page.details(f"All settings of {groups[0].title}", config.to_yaml(first).rstrip())
 
 
-def _mean(found: dict[str, Any] | None, factor: float) -> str | None:
-    if found is None:
+def _mean_sd(found: dict[str, Any] | None, number: Callable[[float], str], best: bool = False) -> str | None:
+    return None if found is None else mean_sd_text(found, number, best).replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def _interval(found: dict[str, Any] | None, number: Callable[[float], str]) -> str | None:
+    if found is None or found["interval"] is None:
         return None
-    text, interval = shown(found["mean"], factor), found["interval"]
-    return text if interval is None else f"{text} ± {shown(interval, factor)}"
+    return " to ".join(number(found["mean"] + sign * found["interval"]) for sign in (-1, 1))
 
 
-def _number(value: float | None, factor: float = 100.0) -> str | None:
-    return None if value is None else shown(value, factor)
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
 
 
-def _plain(text: str) -> str:
-    """Return a text for a plot, whose font has few scripts and reads $ as mathematics."""
-    text = "".join(c if c.isascii() else "?" for c in text).replace("$", r"\$")
-    return text if len(text) <= 60 else text[:57] + "..."
+def _percent(groups: Sequence[Group]) -> str:
+    return ", %" if all(group.unit == 100 for group in groups) else ""

@@ -36,7 +36,7 @@ def similarity(one: Float[np.ndarray, "P D"], other: Float[np.ndarray, "Q E"], m
         raise UserError(f"prompts: found widths {one.shape[1]} and {other.shape[1]}; expected prompts of one backbone")
     if measure == "mean":
         one, other = one.mean(0, keepdims=True), other.mean(0, keepdims=True)
-    return float(np.mean(_directions(one) @ _directions(other).T))
+    return float(np.mean(unit_rows(one.astype(np.float64)) @ unit_rows(other.astype(np.float64)).T))
 
 
 def rank_sources(
@@ -66,9 +66,10 @@ def rank_sources(
     return sorted(ranked, key=lambda entry: -entry["similarity"])  # type: ignore[operator,return-value]
 
 
-def _directions(rows: np.ndarray) -> np.ndarray:
-    rows = rows.astype(np.float64)
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+def unit_rows(rows: Float[np.ndarray, "*P D"]) -> Float[np.ndarray, "*P D"]:
+    """Return rows divided by their lengths, whose products are cosines; a row of zeros stays."""
+    norms = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return rows / np.where(norms == 0, 1, norms)
 
 
 # ---------------------------------------------------------------------------------------- recycling

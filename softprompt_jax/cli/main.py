@@ -266,20 +266,17 @@ def methods(
         str, typer.Option(metavar="NAME|FOLDER", help="A published size such as t5-v1_1-base, or a backbone.")
     ] = "embedded",
 ) -> None:
-    """List the methods: paper, what trains on a backbone with default settings, PEFT's name, what they exclude."""
+    """List the methods: paper, what trains on a backbone with default settings, optimizer, PEFT's name."""
     from softprompt_jax.checkpoints.backbone import load_backbone
     from softprompt_jax.methods.listing import listed
     from softprompt_jax.models.presets import PRESETS
 
     settings = PRESETS[backbone] if backbone in PRESETS else load_backbone(backbone).settings
     total = settings.parameters()
-    print(f"{'kind':12} {'paper':24} {'trains':>15} {'share':>9}  {'PEFT':24} not with")
+    print(f"{'kind':12} {'paper':24} {'trains':>15} {'share':>9}  {'optimizer':14} PEFT")
     for one in listed(settings):
         share = f"{one.parameters / total:.4%}"
-        print(
-            f"{one.kind:12} {one.paper:24} {one.parameters:15,} {share:>9}  {one.peft or '-':24} "
-            f"{', '.join(one.not_with) or '-'}"
-        )
+        print(f"{one.kind:12} {one.paper:24} {one.parameters:15,} {share:>9}  {one.optimizer:14} {one.peft or '-'}")
 
 
 @app.command()

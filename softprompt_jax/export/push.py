@@ -44,7 +44,7 @@ def push(source: str | Path, repository: str, dry_run: bool = False) -> Path:
         if (source / name).exists():
             shutil.copy(source / name, folder / name)
     (folder / "config.yaml").write_text(config.to_yaml(_public(run.model_dump(mode="json"))), encoding="utf-8")
-    whole = any(method.kind == "full" for method in run.methods)
+    whole = any(method.trains_backbone for method in run.methods)
     reason = None
     try:
         export(source, "hf" if whole else "peft", folder)

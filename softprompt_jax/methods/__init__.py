@@ -23,7 +23,7 @@ from softprompt_jax.methods.p_tuning import PTuning
 from softprompt_jax.methods.p_tuning_v2 import PTuningV2
 from softprompt_jax.methods.prefix import Prefix
 from softprompt_jax.methods.prompt import Prompt
-from softprompt_jax.methods.trainable import Split, Trainable, leaves, put_trained, split
+from softprompt_jax.methods.trainable import Split, Trainable, leaves, mark_owner, put_trained, split
 from softprompt_jax.methods.wayward import Wayward
 from softprompt_jax.models.t5 import T5
 
@@ -88,6 +88,7 @@ def finish(model: T5) -> T5:
 
 
 def attach(methods: Sequence[Method], model: T5, key: jax.Array, context: Context) -> None:
-    """Attach methods in their order, each with a key of its own."""
+    """Attach methods in their order, each with a key of its own; what trains is marked with its method's number."""
     for index, method in enumerate(methods):
         method.attach(model, jax.random.fold_in(key, index), context)
+        mark_owner(model, index, getattr(method, "learning_rate_scale", 1.0))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import zlib
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from pydantic import Field
 
-from softprompt_jax.methods.base import Context, MethodSettings
+from softprompt_jax.methods.base import Context, WeightMethod
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.methods.wrap import Wrapped, linear_of, replace
 from softprompt_jax.models.t5 import ACTIVATIONS, T5, Linear
+from softprompt_jax.optim.optimizers import AdamW, Optimizer
 
 _PLACES = {
     "houlsby": ["attention.output", "cross.output", "feed_forward.down"],
@@ -20,17 +21,17 @@ _PLACES = {
 }
 
 
-class Adapter(MethodSettings):
+class Adapter(WeightMethod):
     """Adapters of an inner `width`: behind attention and feed-forward (`houlsby`) or feed-forward only (`pfeiffer`)."""
 
     paper: ClassVar[str] = "Houlsby et al., 2019"
     identity_at_start: ClassVar[bool] = True
-    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "adamw", "learning_rate": 1e-3}
+    default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=1e-3)
     kind: Literal["adapter"] = "adapter"
-    style: Literal["houlsby", "pfeiffer"] = "houlsby"
-    width: int = Field(default=64, ge=1)
-    activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "relu"
-    learning_rate_scale: float = Field(default=1.0, gt=0)  # times the run's, for use beside a prompt
+    style: Literal["houlsby", "pfeiffer"] = "houlsby"  # place of the networks: behind attention and feed-forward
+    # (houlsby), or feed-forward only (pfeiffer)
+    width: int = Field(default=64, ge=1)  # inner width of each network
+    activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "relu"  # function between its two layers
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Put a network behind every sublayer of the style."""
@@ -47,14 +48,13 @@ class Bottleneck(Wrapped):
         kernel = linear_of(inner).kernel
         *layers, _, columns = kernel.shape
         axis, width = kernel.get_metadata()["axes"][-1], settings.width
-        rate: dict[str, Any] = {"learning_rate_scale": settings.learning_rate_scale}
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
         down = columns**-0.5 * jax.random.normal(own, (*layers, columns, width))
         self.inner, self.activation = inner, settings.activation
-        self.down = Trainable(down, axes=(axis, "rank"), **rate)
-        self.down_bias = Trainable(jnp.zeros((*layers, width)), axes=("rank",), **rate)
-        self.up = Trainable(jnp.zeros((*layers, width, columns)), axes=("rank", axis), **rate)
-        self.up_bias = Trainable(jnp.zeros((*layers, columns)), axes=(axis,), **rate)
+        self.down = Trainable(down, axes=(axis, "rank"))
+        self.down_bias = Trainable(jnp.zeros((*layers, width)), axes=("rank",))
+        self.up = Trainable(jnp.zeros((*layers, width, columns)), axes=("rank", axis))
+        self.up_bias = Trainable(jnp.zeros((*layers, columns)), axes=(axis,))
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         made = self.inner(x, key)

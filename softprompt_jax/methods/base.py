@@ -8,9 +8,11 @@ from typing import Any, ClassVar
 
 import jax
 import numpy as np
+from pydantic import Field, field_validator
 
 from softprompt_jax.config import Settings, UserError
 from softprompt_jax.models.t5 import T5, T5Settings
+from softprompt_jax.optim.optimizers import OPTIMIZERS, Adafactor, Optimizer
 
 Tensors = dict[str, np.ndarray]
 
@@ -24,7 +26,9 @@ class Context:
     label_words: tuple[str, ...] = ()
     word_ids: Sequence[int] = ()  # of the pieces that are whole words, the most common first
     load_rows: Callable[[str], np.ndarray] | None = None
-    tasks: tuple[tuple[str, ...], ...] = ()  # the label words of each task, where each wants a prompt of its own
+    words_by_task: tuple[
+        tuple[str, ...], ...
+    ] = ()  # the label words of each task, where each wants a prompt of its own
     load_trained: Callable[[str], dict[str, Any]] | None = None  # what a run has trained, nested
 
 
@@ -34,9 +38,25 @@ class MethodSettings(Settings):
     paper: ClassVar[str]  # Author et al., year
     identity_at_start: ClassVar[bool] = False  # attaching it leaves every logit as it was
     refuses_packing: ClassVar[str | None] = None  # why several examples cannot share a row
+    trains_backbone: ClassVar[bool] = False  # every weight, so that the run leaves a whole model
     draws_frozen: ClassVar[bool] = False  # what it freezes differs from seed to seed
-    default_optimizer: ClassVar[dict[str, Any] | None] = None  # of runs that state none; None: the paper's Adafactor
+    default_optimizer: ClassVar[Optimizer] = Adafactor()  # where neither the method nor the run states one
     peft_type: ClassVar[str | None] = None  # what PEFT calls it, if it has it
+    optimizer: Optimizer | None = Field(default=None, exclude_if=lambda value: value is None)  # optimizer of this
+    # method alone; null: the one that the run's `optimizer` says
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _whole_optimizer(cls, stated: Any) -> Any:
+        return cls.complete_optimizer(stated) if isinstance(stated, dict) else stated
+
+    @classmethod
+    def complete_optimizer(cls, stated: dict[str, Any]) -> dict[str, Any]:
+        """Return all settings of an optimizer; what is not stated is the method's default where the kind is equal."""
+        default = cls.default_optimizer
+        if (kind := stated.get("kind", default.kind)) != default.kind:
+            return OPTIMIZERS[kind]().model_dump() | stated if str(kind) in OPTIMIZERS else stated
+        return default.model_dump() | stated
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Put `Trainable` parameters into the model, in place."""
@@ -84,3 +104,10 @@ class MethodSettings(Settings):
         Errors: UserError where the adapter asks for what this method cannot do.
         """
         raise NotImplementedError
+
+
+class WeightMethod(MethodSettings):
+    """What methods on the backbone's weights share."""
+
+    learning_rate_scale: float = Field(default=1.0, gt=0)  # factor of the learning rate; with another than 1 the method
+    # shares the run's optimizer. `optimizer` says it better

@@ -7,29 +7,30 @@ gradient is 0 (Cordonnier et al., 2020), in BitFit too.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from pydantic import Field, model_validator
 
 from softprompt_jax.config import UserError
-from softprompt_jax.methods.base import Context, MethodSettings
+from softprompt_jax.methods.base import Context, WeightMethod
 from softprompt_jax.methods.trainable import Trainable, thaw
 from softprompt_jax.methods.wrap import Wrapped, linear_of, replace
 from softprompt_jax.models.t5 import T5, Linear
+from softprompt_jax.optim.optimizers import AdamW, Optimizer
 
 
-class Bias(MethodSettings):
+class Bias(WeightMethod):
     """Bias tuning. With `targets: []` only the position biases train, and the model stays a plain T5."""
 
     paper: ClassVar[str] = "Ben Zaken et al., 2022"
     identity_at_start: ClassVar[bool] = True
-    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "adamw", "learning_rate": 5e-3}
+    default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=5e-3)
     kind: Literal["bias"] = "bias"
-    targets: list[str] = Field(default=["query", "value", "output", "feed_forward.*"])  # patterns over paths
-    positions: bool = True
-    learning_rate_scale: float = Field(default=1.0, gt=0)  # times the run's, for use beside a prompt
+    targets: list[str] = Field(default=["query", "value", "output", "feed_forward.*"])  # patterns over the paths of the
+    # products that get a vector
+    positions: bool = True  # training of the relative position biases
 
     @model_validator(mode="after")
     def _something(self) -> Bias:
@@ -39,23 +40,20 @@ class Bias(MethodSettings):
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Add the vectors, and make the position biases trainable."""
-        rate = self.learning_rate_scale
         if self.targets:
-            replace(model, self.targets, lambda path, module: Shifted(module, rate), "methods: bias targets")
-        if self.positions and not thaw(model, lambda path: path.endswith("bias.table"), rate):
+            replace(model, self.targets, lambda path, module: Shifted(module), "methods: bias targets")
+        if self.positions and not thaw(model, lambda path: path.endswith("bias.table")):
             raise UserError("methods: two methods train the position biases; expected one; set positions=false")
 
 
 class Shifted(Wrapped):
     """`inner(x) + shift`."""
 
-    def __init__(self, inner: Linear | Wrapped, learning_rate_scale: float):
+    def __init__(self, inner: Linear | Wrapped):
         kernel = linear_of(inner).kernel
         self.inner = inner
         self.shift = Trainable(
-            jnp.zeros((*kernel.shape[:-2], kernel.shape[-1])),
-            axes=kernel.get_metadata()["axes"][-1:],
-            learning_rate_scale=learning_rate_scale,
+            jnp.zeros((*kernel.shape[:-2], kernel.shape[-1])), axes=kernel.get_metadata()["axes"][-1:]
         )
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:

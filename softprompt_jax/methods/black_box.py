@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,14 @@ from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.methods.base import Context, MethodSettings
 from softprompt_jax.methods.p_tuning_v2 import DeepRows, PTuningV2
 from softprompt_jax.methods.prefix import states
-from softprompt_jax.methods.prompt import Placed, Prompt, PromptTable, Uniform
+from softprompt_jax.methods.prompt import Prompt, PromptMethod, PromptTable, Uniform
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models.t5 import T5
+from softprompt_jax.optim.gradient_free import CMAES, projection
+from softprompt_jax.optim.optimizers import Optimizer
 
 
-class BlackBox(Placed):
+class BlackBox(PromptMethod):
     """Black-box tuning: `length` rows that are words plus a fixed random projection of `dimensions` numbers.
 
     The numbers train, by CMA-ES unless the run says otherwise. `deep`: every encoder layer has rows and numbers of its
@@ -30,17 +32,17 @@ class BlackBox(Placed):
 
     paper: ClassVar[str] = "Sun et al., 2022"
     draws_frozen: ClassVar[bool] = True
-    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "cma_es"}
+    default_optimizer: ClassVar[Optimizer] = CMAES()
     kind: Literal["black_box"] = "black_box"
-    length: int = Field(default=20, ge=1)
-    dimensions: int = Field(default=500, ge=1)
-    scale: float = Field(default=1.0, gt=0)
-    deep: bool = False
+    length: int = Field(default=20, ge=1)  # rows of the prompt
+    dimensions: int = Field(default=500, ge=1)  # trained numbers, of each layer with `deep`
+    scale: float = Field(default=1.0, gt=0)  # rows' movement for numbers of size 1, over the rows' own size
+    deep: bool = False  # rows and numbers for every encoder layer
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Give the model a prompt in a subspace, and with `deep` every encoder layer."""
-        placed = self.placed(model, context)
-        if context.tasks:
+        placement = self.find_placement(model, context)
+        if context.words_by_task:
             raise UserError("methods: black_box has one prompt for all tasks; expected prompts: shared")
         if self.deep and self.place in ("decoder", "both"):
             raise UserError(f"methods: black_box deep with place {self.place}; expected a place in the encoder's text")
@@ -52,20 +54,13 @@ class BlackBox(Placed):
             later = states(model, start)["encoder"][1:].astype(jnp.float32)
             model.encoder.deep = DeepSubspace(Subspace(later, keys[2], self.dimensions, self.scale))
         subspace = Subspace(start, keys[1], self.dimensions, self.scale)
-        model.prompt = SubspacePrompt(subspace, self.place, placed)
+        model.prompt = SubspacePrompt(subspace, self.place, placement)
 
     def finished(self) -> MethodSettings:
         """Return the settings of the plain rows."""
         if self.deep:
             return PTuningV2(length=self.length, place=self.place, init=Uniform())
         return Prompt(length=self.length, place=self.place, init=Uniform())
-
-
-def projection(key: jax.Array, dimensions: int, rows: Float[Array, "*L P D"], scale: float) -> Float[Array, "*L d P D"]:
-    """Return random directions: a normal vector times them has `scale` times the root mean square of `rows`."""
-    size = jnp.sqrt(jnp.mean(jnp.square(rows), axis=(-1, -2), keepdims=True))[..., None, :, :]
-    shape = (*rows.shape[:-2], dimensions, *rows.shape[-2:])
-    return scale * size * dimensions**-0.5 * jax.random.normal(key, shape)
 
 
 class Subspace(nnx.Module):
@@ -84,9 +79,9 @@ class Subspace(nnx.Module):
 class SubspacePrompt(PromptTable):
     """The rows of a subspace as a model's prompt."""
 
-    def __init__(self, subspace: Subspace, place: str, placed: Placement):
+    def __init__(self, subspace: Subspace, place: str, placement: Placement):
         self.subspace: Subspace = subspace
-        self.place, self.placement = place, placed
+        self.place, self.placement = place, placement
 
     def table(self) -> Float[Array, "P D"]:
         return self.subspace()

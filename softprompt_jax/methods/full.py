@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 
@@ -10,6 +10,7 @@ from softprompt_jax.methods.base import Context, MethodSettings
 from softprompt_jax.methods.trainable import thaw
 from softprompt_jax.models.families.t5 import names
 from softprompt_jax.models.t5 import T5
+from softprompt_jax.optim.optimizers import AdamW, Optimizer
 
 
 class Full(MethodSettings):
@@ -17,7 +18,8 @@ class Full(MethodSettings):
 
     paper: ClassVar[str] = "Raffel et al., 2020"
     identity_at_start: ClassVar[bool] = True
-    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "adamw", "learning_rate": 5e-4}
+    trains_backbone: ClassVar[bool] = True
+    default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=5e-4)
     kind: Literal["full"] = "full"
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:

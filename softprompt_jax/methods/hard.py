@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ from softprompt_jax.methods.base import Context, MethodSettings
 from softprompt_jax.methods.prompt import PromptTable, embedding_scale
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models.t5 import T5
-
-TEXT = "{text}"
+from softprompt_jax.optim.gradient_free import TEXT, GreedyWords, words_of
+from softprompt_jax.optim.optimizers import Optimizer
 
 
 class Hard(MethodSettings):
@@ -30,10 +30,10 @@ class Hard(MethodSettings):
     """
 
     paper: ClassVar[str] = "Schick and Schütze, 2021"
-    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "greedy_words"}
+    default_optimizer: ClassVar[Optimizer] = GreedyWords()
     kind: Literal["hard"] = "hard"
-    template: str = "{text} it was"
-    most_common: int = Field(default=5000, ge=1)  # words of the vocabulary that a search may use
+    template: str = "{text} it was"  # words around `{text}`, the place of the text
+    most_common: int = Field(default=5000, ge=1)  # words of the vocabulary that a search may use, the most common first
 
     @field_validator("template")
     @classmethod
@@ -48,40 +48,29 @@ class Hard(MethodSettings):
         """Give the model a prompt of the template's pieces."""
         if model.prompt is not None:
             raise UserError("methods: two methods want the prompt; expected one; remove the other")
-        if context.tasks:
+        if context.words_by_task:
             raise UserError("methods: hard has one template for all tasks; expected prompts: shared")
         before, _, after = self.template.partition(TEXT)
         sides = [context.encode(side.strip()) if side.strip() else [] for side in (before, after)]
         ids = [*sides[0], *sides[1]]
         place = "{text}".join(f"{{prompt:{len(side)}}}" if side else "" for side in sides)
-        placed = prompt_layout.place(place, len(ids), model.settings.vocabulary_rows, context.encode)
+        placement = prompt_layout.place(place, len(ids), model.settings.vocabulary_rows, context.encode)
         rows = range(model.settings.vocabulary_rows)
         words = context.word_ids or [i for i in rows if i not in context.special_ids]
         rows = model.embedding[...][jnp.asarray(ids)].astype(jnp.float32)
         known = jnp.asarray(words[: self.most_common], jnp.int32)
-        model.prompt = HardPrompt(rows, known, embedding_scale(model), place, placed)
-
-
-def words_of(template: str) -> list[str]:
-    """Return the words of a template, `{text}` among them.
-
-    Errors: UserError where it has no words, or `{text}` not once.
-    """
-    words = template.split()
-    if words.count(TEXT) != 1 or len(words) < 2 or set("".join(words).replace(TEXT, "")) & set("{}"):
-        raise UserError(f"template {template!r}; expected words and {{text}} once, such as '{{text}} it was'")
-    return words
+        model.prompt = HardPrompt(rows, known, embedding_scale(model), place, placement)
 
 
 class HardPrompt(PromptTable):
     """P words as rows of the embedding, and the ids of the words that may take their places."""
 
     def __init__(
-        self, words: Float[Array, "P D"], known: Array, scale: float, place: str, placed: prompt_layout.Placement
+        self, words: Float[Array, "P D"], known: Array, scale: float, place: str, placement: prompt_layout.Placement
     ):
-        self.words = Trainable(words, axes=("prompt", "embed"), learning_rate_scale=scale)
+        self.words = Trainable(words, axes=("prompt", "embed"), learning_rate_scale=scale, word_ids="prompt.known")
         self.known = nnx.Param(known, axes=("prompt",))
-        self.place, self.placement = place, placed
+        self.place, self.placement = place, placement
 
     def table(self) -> Float[Array, "P D"]:
         return self.words[...]

@@ -11,23 +11,23 @@ from pydantic import Field, model_validator
 
 from softprompt_jax.config import UserError
 from softprompt_jax.methods import peft_names
-from softprompt_jax.methods.base import Context, MethodSettings, Tensors
+from softprompt_jax.methods.base import Context, MethodSettings, Tensors, WeightMethod
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.methods.wrap import Wrapped, kernel_shape, linear_of, linears, replace
 from softprompt_jax.models.t5 import T5, Linear, T5Settings
+from softprompt_jax.optim.optimizers import AdamW, Optimizer
 
 
-class IA3(MethodSettings):
+class IA3(WeightMethod):
     """IA3: the outputs of some products and the inputs of others are multiplied by trained factors, 1 at the start."""
 
     paper: ClassVar[str] = "Liu et al., 2022"
     identity_at_start: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = "IA3"
-    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "adamw", "learning_rate": 1e-2}
+    default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=1e-2)
     kind: Literal["ia3"] = "ia3"
-    outputs: list[str] = Field(default=["key", "value"])  # patterns over paths of the backbone
-    inputs: list[str] = Field(default=["down"])
-    learning_rate_scale: float = Field(default=1.0, gt=0)  # times the run's, for use beside a prompt
+    outputs: list[str] = Field(default=["key", "value"])  # patterns over the paths of products whose outputs are scaled
+    inputs: list[str] = Field(default=["down"])  # patterns over the paths of products whose inputs are scaled
 
     @model_validator(mode="after")
     def _something(self) -> IA3:
@@ -39,12 +39,7 @@ class IA3(MethodSettings):
         """Put the factors behind or before every target."""
         for patterns, side in ((self.outputs, "outputs"), (self.inputs, "inputs")):
             if patterns:
-                replace(
-                    model,
-                    patterns,
-                    lambda path, module, side=side: Scaled(module, side, self.learning_rate_scale),
-                    f"methods: ia3 {side}",
-                )
+                replace(model, patterns, lambda path, module, side=side: Scaled(module, side), f"methods: ia3 {side}")
 
     def per_example_state(self, model: T5) -> Tensors:
         """Return the factors behind and before every target."""
@@ -100,15 +95,11 @@ class IA3(MethodSettings):
 class Scaled(Wrapped):
     """`inner(x) * factors`, or `inner(x * factors)`."""
 
-    def __init__(self, inner: Linear | Wrapped, side: str, learning_rate_scale: float):
+    def __init__(self, inner: Linear | Wrapped, side: str):
         shape, axes = kernel_shape(inner), linear_of(inner).kernel.get_metadata()["axes"]
         axis = -1 if side == "outputs" else -2
         self.inner, self.side = inner, side
-        self.factors = Trainable(
-            jnp.ones((*shape[:-2], shape[axis])),
-            axes=(axes[axis],),
-            learning_rate_scale=learning_rate_scale,
-        )
+        self.factors = Trainable(jnp.ones((*shape[:-2], shape[axis])), axes=(axes[axis],))
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:
         factors = self.factors[...].astype(x.dtype)

@@ -14,27 +14,29 @@ from pydantic import Field
 
 from softprompt_jax.config import UserError
 from softprompt_jax.methods import peft_names
-from softprompt_jax.methods.base import Context, MethodSettings, Tensors
+from softprompt_jax.methods.base import Context, MethodSettings, Tensors, WeightMethod
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.methods.wrap import Wrapped, kernel_shape, linear_of, linears, plain_kernel, replace
 from softprompt_jax.models.t5 import T5, Linear, T5Settings, dropout
+from softprompt_jax.optim.optimizers import AdamW, Optimizer
 
 
-class LoRA(MethodSettings):
+class LoRA(WeightMethod):
     """LoRA: `x W + alpha / rank * x A B` in the place of `x W`; A is random and B zero at the start."""
 
     paper: ClassVar[str] = "Hu et al., 2022"
     identity_at_start: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = "LORA"
-    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "adamw", "learning_rate": 2e-3}
+    default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=2e-3)
     kind: Literal["lora"] = "lora"
-    rank: int = Field(default=8, ge=1)
-    alpha: float = Field(default=16.0, gt=0)
-    targets: list[str] = Field(default=["query", "value"], min_length=1)  # patterns over paths of the backbone
-    dropout: float = Field(default=0.0, ge=0, lt=1)  # of the input of A, T5's way: whole features of an example
-    rslora: bool = False  # alpha / sqrt(rank) (Kalajdzievski, 2023)
-    dora: bool = False  # the length of each column trains by itself (Liu et al., 2024)
-    learning_rate_scale: float = Field(default=1.0, gt=0)  # times the run's, for use beside a prompt
+    rank: int = Field(default=8, ge=1)  # inner width of the two matrices
+    alpha: float = Field(default=16.0, gt=0)  # factor of their product, divided by the rank
+    targets: list[str] = Field(default=["query", "value"], min_length=1)  # patterns over the paths of the adapted
+    # products
+    dropout: float = Field(default=0.0, ge=0, lt=1)  # share of the features that A does not see in training, the same
+    # at every position
+    rslora: bool = False  # division of alpha by sqrt(rank) instead of rank (Kalajdzievski, 2023)
+    dora: bool = False  # trained length for each column of the sum (Liu et al., 2024)
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Put the two matrices beside every target."""
@@ -116,17 +118,16 @@ class LowRank(Wrapped):
     def __init__(self, inner: Linear | Wrapped, settings: LoRA, path: str, key: jax.Array):
         *layers, width, columns = kernel_shape(inner)
         into, out = linear_of(inner).kernel.get_metadata()["axes"]
-        rate: dict[str, Any] = {"learning_rate_scale": settings.learning_rate_scale}
         number = zlib.crc32(path.encode())  # of this place, so that no two draw the same
         bound = width**-0.5
         shape = (*layers, width, settings.rank)
         down = jax.random.uniform(jax.random.fold_in(key, number), shape, minval=-bound, maxval=bound)
         self.inner = inner
-        self.down = Trainable(down, axes=(into, "rank"), **rate)
-        self.up = Trainable(jnp.zeros((*layers, settings.rank, columns)), axes=("rank", out), **rate)
+        self.down = Trainable(down, axes=(into, "rank"))
+        self.up = Trainable(jnp.zeros((*layers, settings.rank, columns)), axes=("rank", out))
         self.magnitude: Any = nnx.data(None)
         if settings.dora:
-            self.magnitude = Trainable(_lengths(plain_kernel(inner)), axes=(out,), **rate)
+            self.magnitude = Trainable(_lengths(plain_kernel(inner)), axes=(out,))
         self.scale, self.dropout, self.number = settings.scale, settings.dropout, number
 
     def __call__(self, x: jax.Array, key: jax.Array | None = None) -> jax.Array:

@@ -21,7 +21,7 @@ from softprompt_jax.config import UserError
 from softprompt_jax.data import prompt_layout
 from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.methods.base import Context, MethodSettings, Tensors
-from softprompt_jax.methods.prompt import T5_EMBEDDING_RMS, Placed, PromptTable, Uniform, embedding_scale
+from softprompt_jax.methods.prompt import T5_EMBEDDING_RMS, PromptMethod, PromptTable, Uniform, embedding_scale
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models.t5 import T5, T5Settings
 
@@ -33,7 +33,7 @@ PARTS = {  # by `combine`, what trains
 }
 
 
-class Multitask(Placed):
+class Multitask(PromptMethod):
     """A prompt for each task of a mixture (`prompts: own`), made of what tasks share and what each has of its own.
 
     `combine`: "product" (shared rows times a matrix of rank `rank` for each task), "add", "concatenate" (the last half
@@ -46,13 +46,16 @@ class Multitask(Placed):
     paper: ClassVar[str] = "Wang et al., 2023"
     peft_type: ClassVar[str | None] = "MULTITASK_PROMPT_TUNING"
     kind: Literal["multitask"] = "multitask"
-    combine: Literal["product", "add", "concatenate", "project"] = "product"
-    rank: int = Field(default=1, ge=1)
-    tasks: int | None = Field(default=None, ge=1)  # None: as many as the mixture has, or one
-    teachers: list[str] | None = None  # runs or prompt files, in the order of the mixture's tasks
-    distillation: float = Field(default=0.9, ge=0)
-    source: str | None = None
-    source_task: int | Literal["mean", "shared"] = "mean"
+    combine: Literal["product", "add", "concatenate", "project"] = "product"  # way in which shared and own parts make a
+    # prompt
+    rank: int = Field(default=1, ge=1)  # rank of a task's matrix, for combine: product
+    tasks: int | None = Field(default=None, ge=1)  # number of tasks; null: as many as the mixture has, or one
+    teachers: list[str] | None = None  # runs or prompt files, one a task, in the order of the mixture's tasks
+    distillation: float = Field(default=0.9, ge=0)  # weight of the teachers' answers and hidden states beside the
+    # targets
+    source: str | None = None  # run of a first stage to start from
+    source_task: int | Literal["mean", "shared"] = "mean"  # task of the first stage to start from: the tasks' mean, a
+    # number, or only the shared part
 
     @model_validator(mode="after")
     def _stages(self) -> Multitask:
@@ -72,10 +75,10 @@ class Multitask(Placed):
             )
         count = self._count(context)
         first, total = model.settings.vocabulary_rows, prompt_layout.rows(self.place, self.length)
-        alone = dataclasses.replace(context, tasks=())
-        placed = self.placed(model, alone)
-        if context.tasks:
-            placed = placed.for_tasks(count, first, total)
+        alone = dataclasses.replace(context, words_by_task=())
+        placement = self.find_placement(model, alone)
+        if context.words_by_task:
+            placement = placement.for_tasks(count, first, total)
         scale, width = embedding_scale(model), model.settings.d_model
         keys = jax.random.split(key, 3)
         if self.source is None:
@@ -85,20 +88,21 @@ class Multitask(Placed):
         else:
             parts = self._continued(context, count, (total, width))
         teachers = None if self.teachers is None else self._taught(context, (count, total, width))
-        model.prompt = SharedPrompt(self.combine, parts, scale, teachers, self.place, placed)
+        model.prompt = SharedPrompt(self.combine, parts, scale, teachers, self.place, placement)
 
     def _count(self, context: Context) -> int:
-        if context.tasks and self.tasks not in (None, len(context.tasks)):
+        if context.words_by_task and self.tasks not in (None, len(context.words_by_task)):
             raise UserError(
-                f"methods: tasks is {self.tasks}, and the mixture has {len(context.tasks)}; expected the same; "
+                f"methods: tasks is {self.tasks}, and the mixture has {len(context.words_by_task)}; expected the same; "
                 "leave it out"
             )
-        if self.teachers is not None and len(self.teachers) != (len(context.tasks) or self.tasks or 1):
+        count = len(context.words_by_task) or self.tasks or 1
+        if self.teachers is not None and len(self.teachers) != count:
             raise UserError(
-                f"methods: found {len(self.teachers)} teachers for {len(context.tasks) or self.tasks or 1} task(s); "
+                f"methods: found {len(self.teachers)} teachers for {count} task(s); "
                 "expected one for each, in their order"
             )
-        return len(context.tasks) or self.tasks or 1
+        return count
 
     def _taught(self, context: Context, shape: tuple[int, ...]) -> Array:
         assert self.teachers is not None
@@ -238,9 +242,9 @@ class SharedPrompt(PromptTable):
         scale: float,
         teachers: Float[Array, "N P D"] | None,
         place: str,
-        placed: Placement,
+        placement: Placement,
     ):
-        self.combine, self.place, self.placement = combine, place, placed
+        self.combine, self.place, self.placement = combine, place, placement
 
         def weight(name: str, axes: tuple[str, str], scale: float) -> Any:
             if name not in parts:

@@ -11,30 +11,31 @@ from pydantic import Field
 
 from softprompt_jax.config import UserError
 from softprompt_jax.methods import peft_names
-from softprompt_jax.methods.base import Context, MethodSettings, Tensors
+from softprompt_jax.methods.base import Context, MethodSettings, Tensors, WeightMethod
 from softprompt_jax.methods.trainable import Trainable, thaw
 from softprompt_jax.methods.wrap import matching
 from softprompt_jax.models.families.t5 import names
 from softprompt_jax.models.t5 import T5, T5Settings
+from softprompt_jax.optim.optimizers import AdamW, Optimizer
 from softprompt_jax.trees import flatten
 
 
-class Norms(MethodSettings):
+class Norms(WeightMethod):
     """Norm tuning: float32 copies of the norms' scales train; merging is nothing to do."""
 
     paper: ClassVar[str] = "Zhao et al., 2024"
     identity_at_start: ClassVar[bool] = True
     peft_type: ClassVar[str | None] = "LN_TUNING"
-    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "adamw", "learning_rate": 5e-3}
+    default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=5e-3)
     kind: Literal["norms"] = "norms"
-    targets: list[str] = Field(default=["*"], min_length=1)  # patterns over paths such as decoder.layers.cross_norm
-    learning_rate_scale: float = Field(default=1.0, gt=0)  # times the run's, for use beside a prompt
+    targets: list[str] = Field(default=["*"], min_length=1)  # patterns over the paths of the norms, such as
+    # decoder.layers.cross_norm
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Make the scales trainable."""
         known = [weight.removesuffix(".scale") for weight in names(model.settings) if weight.endswith(".scale")]
         wanted = {f"{place}.scale" for place in matching(self.targets, known, "methods: norms targets")}
-        if set(thaw(model, wanted.__contains__, self.learning_rate_scale)) != wanted:
+        if set(thaw(model, wanted.__contains__)) != wanted:
             raise UserError("methods: two methods train the same norms; expected one; remove the other")
 
     def to_peft(self, model: T5) -> tuple[dict[str, Any], Tensors]:

@@ -14,8 +14,8 @@ from softprompt_jax.data.prompt_layout import Placement, rows
 from softprompt_jax.methods.base import Context, MethodSettings, Tensors
 from softprompt_jax.methods.prompt import (
     T5_EMBEDDING_RMS,
-    Placed,
     Prompt,
+    PromptMethod,
     PromptTable,
     Uniform,
     embedding_scale,
@@ -23,9 +23,10 @@ from softprompt_jax.methods.prompt import (
 )
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models.t5 import T5, T5Settings
+from softprompt_jax.optim.optimizers import AdamW, Optimizer
 
 
-class PTuning(Placed):
+class PTuning(PromptMethod):
     """P-tuning: `length` vectors that a network mixes ("lstm") or maps one by one ("mlp") to rows.
 
     The network's rows are scaled to the size of the backbone's words. With `place` they may stand at any place of a
@@ -34,26 +35,26 @@ class PTuning(Placed):
 
     paper: ClassVar[str] = "Liu et al., 2021"
     peft_type: ClassVar[str | None] = "P_TUNING"
-    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "adamw", "learning_rate": 1e-3}
+    default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=1e-3)
     kind: Literal["p_tuning"] = "p_tuning"
-    length: int = Field(default=20, ge=1)
-    network: Literal["lstm", "mlp"] = "lstm"
-    hidden: int = Field(default=256, ge=1)  # width of the network
-    layers: int = Field(default=2, ge=1)  # of the LSTM
+    length: int = Field(default=20, ge=1)  # rows of the prompt
+    network: Literal["lstm", "mlp"] = "lstm"  # network that makes the rows: lstm mixes them, mlp maps each by itself
+    hidden: int = Field(default=256, ge=1)  # network's width
+    layers: int = Field(default=2, ge=1)  # number of LSTM layers
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Give the model a prompt that a network makes."""
-        placed = self.placed(model, context)
+        placement = self.find_placement(model, context)
         scale, width = T5_EMBEDDING_RMS * embedding_scale(model), model.settings.d_model
         keys = jax.random.split(key)
         if self.init is None:
-            tasks = (len(context.tasks),) if context.tasks else ()
+            tasks = (len(context.words_by_task),) if context.words_by_task else ()
             vectors = jax.random.normal(keys[0], (*tasks, rows(self.place, self.length), width))
         else:
             vectors = self.first_rows(model, keys[0], context) / scale
         hidden = self.hidden
         network = LSTM(keys[1], width, hidden, self.layers) if self.network == "lstm" else MLP(keys[1], width, hidden)
-        model.prompt = NetworkPrompt(vectors, network, scale, self.place, placed)
+        model.prompt = NetworkPrompt(vectors, network, scale, self.place, placement)
 
     def finished(self) -> MethodSettings:
         """Return the settings of the plain rows."""
@@ -83,11 +84,11 @@ class NetworkPrompt(PromptTable):
     """P trainable vectors [P, D], or [N, P, D] for N tasks, and the network that makes rows of them."""
 
     def __init__(
-        self, vectors: Float[Array, "*N P D"], network: nnx.Module, scale: float, place: str, placed: Placement
+        self, vectors: Float[Array, "*N P D"], network: nnx.Module, scale: float, place: str, placement: Placement
     ):
         self.vectors = Trainable(jnp.asarray(vectors, jnp.float32), axes=("prompt", "embed"))
         self.network: Any = network
-        self.scale, self.place, self.placement = scale, place, placed
+        self.scale, self.place, self.placement = scale, place, placement
 
     def table(self) -> Float[Array, "NP D"]:
         vectors = self.vectors[...]

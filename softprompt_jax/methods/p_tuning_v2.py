@@ -15,12 +15,12 @@ from softprompt_jax.config import UserError
 from softprompt_jax.data import prompt_layout
 from softprompt_jax.methods.base import Context, MethodSettings
 from softprompt_jax.methods.prefix import states
-from softprompt_jax.methods.prompt import Placed, SoftPrompt, Uniform, embedding_scale
+from softprompt_jax.methods.prompt import PromptMethod, SoftPrompt, Uniform, embedding_scale
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models.t5 import T5, Stack
 
 
-class PTuningV2(Placed):
+class PTuningV2(PromptMethod):
     """P-tuning v2: `length` rows that every layer puts where the prompt stands.
 
     `mode`: each layer's rows "replace" what the layer before has left there (they start as the hidden states of the
@@ -30,8 +30,9 @@ class PTuningV2(Placed):
 
     paper: ClassVar[str] = "Liu et al., 2022"
     kind: Literal["p_tuning_v2"] = "p_tuning_v2"
-    length: int = Field(default=20, ge=1)
-    mode: Literal["replace", "add"] = "replace"
+    length: int = Field(default=20, ge=1)  # rows at every layer
+    mode: Literal["replace", "add"] = "replace"  # replacement of what the layer before has left there, or addition to
+    # it
 
     def finished(self) -> MethodSettings:
         """Return the settings of rows that start from nothing in particular."""
@@ -41,7 +42,7 @@ class PTuningV2(Placed):
         """Give every layer of the stacks in which the prompt stands its rows."""
         if model.encoder.deep is not None or model.decoder.deep is not None:
             raise UserError("methods: two methods want prompts at every layer; expected one; remove the other")
-        placed = self.placed(model, context)
+        placement = self.find_placement(model, context)
         rows, scale = self.first_rows(model, key, context), embedding_scale(model)
         every = prompt_layout.rows(self.place, self.length)  # rows of one task
         for stack, start in ((model.encoder, 0), (model.decoder, every - self.length)):
@@ -50,7 +51,7 @@ class PTuningV2(Placed):
                 continue
             tasks = rows.reshape(-1, every, rows.shape[-1])[:, start : start + self.length]
             stack.deep = DeepRows(self._started(model, stack, tasks), every, start, self.mode == "replace", scale)
-        model.prompt = SoftPrompt(rows, scale, self.place, placed)
+        model.prompt = SoftPrompt(rows, scale, self.place, placement)
 
     def _started(self, model: T5, stack: Stack, tasks: Float[Array, "N P D"]) -> Float[Array, "L N P D"]:
         """Return what the layers after the first start from."""

@@ -17,6 +17,7 @@ from softprompt_jax.methods.prompt import Init, Labels, Vocabulary
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models.attention import PrefixKeyValues
 from softprompt_jax.models.t5 import T5, Stack, T5Settings
+from softprompt_jax.optim.optimizers import AdamW, Optimizer
 
 Attended = Literal["encoder", "decoder", "cross"]
 Pair = tuple[Array, Array]  # keys and values
@@ -32,13 +33,17 @@ class Prefix(MethodSettings):
 
     paper: ClassVar[str] = "Li and Liang, 2021"
     peft_type: ClassVar[str | None] = "PREFIX_TUNING"
-    default_optimizer: ClassVar[dict[str, Any] | None] = {"kind": "adamw", "learning_rate": 1e-3}
+    default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=1e-3)
     kind: Literal["prefix"] = "prefix"
-    length: int = Field(default=20, ge=1)
-    attentions: list[Attended] = Field(["encoder", "decoder", "cross"], min_length=1)
-    network: int | None = Field(default=512, ge=1)
-    positions: Literal["none", "before"] = "none"
-    init: Init | Literal["zero"] | None = None  # without a network; None: label words where there are, or vocabulary
+    length: int = Field(default=20, ge=1)  # keys and values at every layer
+    attentions: list[Attended] = Field(["encoder", "decoder", "cross"], min_length=1)  # kinds of attention that get a
+    # prefix
+    network: int | None = Field(default=512, ge=1)  # width of the network that makes the prefix in training; null: no
+    # network
+    positions: Literal["none", "before"] = "none"  # position bias of the prefix: none, or that of tokens before the
+    # text
+    init: Init | Literal["zero"] | None = None  # start without a network; null: label words where the task has some,
+    # else vocabulary
 
     @field_validator("attentions")
     @classmethod

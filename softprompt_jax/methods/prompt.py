@@ -1,4 +1,8 @@
-"""Prompt tuning (Lester et al., 2021): a table of P trainable rows read as P extra vocabulary entries."""
+"""Prompt tuning (Lester et al., 2021): P trainable embeddings, read as P more entries of the vocabulary.
+
+The file has three parts: what rows start from (`Init`), the settings of methods with prompt rows (`PromptMethod`,
+`Prompt`), and the module that looks rows up (`PromptTable`, `SoftPrompt`).
+"""
 
 from __future__ import annotations
 
@@ -22,15 +26,17 @@ from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models.presets import published
 from softprompt_jax.models.t5 import T5, T5Settings
 
-T5_EMBEDDING_RMS = 10.7  # of the published T5s, for which the paper's widths and learning rate were found
+# Root mean square of a published T5's embeddings, for which the paper's widths and learning rate were found; 1 in a
+# T5 that has not been trained.
+T5_EMBEDDING_RMS = 10.7
 
 
 class Uniform(Settings):
-    """Rows drawn from U[low, high], times the backbone's embedding scale. The paper's code: low 0."""
+    """Rows drawn evenly from [low, high], times the backbone's embedding scale. The paper's code has low 0."""
 
     kind: Literal["random"] = "random"
-    low: float = -0.5
-    high: float = 0.5
+    low: float = -0.5  # smallest value, times the embedding scale
+    high: float = 0.5  # largest value, times the embedding scale
 
     def rows(self, length: int, model: T5, key: jax.Array, context: Context) -> Array:
         shape = (length, model.settings.d_model)
@@ -38,10 +44,10 @@ class Uniform(Settings):
 
 
 class Vocabulary(Settings):
-    """Rows of the most common pieces: drawn from the first ids that are neither special nor sentinels."""
+    """Embeddings of common pieces, drawn from the first ids that are neither special nor sentinels."""
 
     kind: Literal["vocabulary"] = "vocabulary"
-    first: int = Field(default=5000, gt=0)
+    first: int = Field(default=5000, gt=0)  # pieces to draw from, in the order of their ids
 
     def rows(self, length: int, model: T5, key: jax.Array, context: Context) -> Array:
         ids = [i for i in range(model.settings.vocabulary_rows) if i not in context.special_ids][: self.first]
@@ -50,7 +56,7 @@ class Vocabulary(Settings):
 
 
 class Labels(Settings):
-    """The first rows are the task's label words (their pieces averaged), the others are sampled vocabulary."""
+    """Embeddings of the task's label words (the mean of a word's pieces), then of sampled vocabulary."""
 
     kind: Literal["labels"] = "labels"
 
@@ -67,10 +73,10 @@ class Labels(Settings):
 
 
 class Text(Settings):
-    """The rows of a text's tokens, repeated or cut to the prompt's length."""
+    """Embeddings of a text's tokens, repeated or cut to the prompt's length."""
 
     kind: Literal["text"] = "text"
-    text: str
+    text: str  # words to start from
 
     def rows(self, length: int, model: T5, key: jax.Array, context: Context) -> Array:
         ids = context.encode(self.text)
@@ -80,10 +86,10 @@ class Text(Settings):
 
 
 class File(Settings):
-    """The rows of a saved prompt of the same length and width (also the start of SPoT transfer)."""
+    """Rows of a saved prompt of the same length and width; prompts of other tasks too (SPoT, Vu et al., 2022)."""
 
     kind: Literal["file"] = "file"
-    path: str
+    path: str  # run folder, or prompt file
 
     def rows(self, length: int, model: T5, key: jax.Array, context: Context) -> Array:
         assert context.load_rows is not None
@@ -106,46 +112,58 @@ Init = Annotated[
 ]
 
 
-class Placed(MethodSettings):
-    """What all methods with prompt rows share: how many, where they stand, what they start from.
+class PromptMethod(MethodSettings):
+    """Settings of methods with prompt rows: how many rows, where they stand, what they start from.
 
     `place`: "before" the text, "after" it (before its EOS), on the "decoder" side (before its first input), "both"
     (`length` rows before the text, `length` others before the decoder's input), or a template with anchor words
     such as "{prompt:10} {text} it was {prompt:5}", where {text} is the task's input.
     """
 
-    length: int = Field(default=100, ge=1)
-    place: str = "before"
-    init: Init | None = None  # None: labels where the task has label words, otherwise vocabulary
+    length: int = Field(default=100, ge=1)  # rows of the prompt
+    place: str = "before"  # place of the rows: before, after, decoder, both, or a template with `{text}` and
+    # `{prompt:N}`
+    init: Init | None = None  # rows to start from; null: label words where the task has some, else vocabulary
 
     @model_validator(mode="after")
-    def _place_fits(self) -> Placed:
+    def _place_fits(self) -> PromptMethod:
         prompt_layout.check(self.place, self.length)
         return self
 
-    def placed(self, model: T5, context: Context) -> Placement:
-        """Return where the rows stand; a second method that wants the prompt is a UserError."""
+    def find_placement(self, model: T5, context: Context) -> Placement:
+        """Return where the rows stand.
+
+        Errors: UserError if another method has given the model a prompt.
+        """
         if model.prompt is not None:
             raise UserError("methods: two methods want the prompt; expected one; remove the other")
         first = model.settings.vocabulary_rows
-        placed = prompt_layout.place(self.place, self.length, first, context.encode)
+        placement = prompt_layout.place(self.place, self.length, first, context.encode)
         rows = prompt_layout.rows(self.place, self.length)
-        return placed.for_tasks(len(context.tasks), first, rows) if context.tasks else placed
+        return placement.for_tasks(len(context.words_by_task), first, rows) if context.words_by_task else placement
 
     def first_rows(self, model: T5, key: jax.Array, context: Context) -> Float[Array, "*N P D"]:
-        """Return the rows that training starts from, [N, P, D] where N tasks have each its own."""
-        if context.tasks:
-            alone = [dataclasses.replace(context, label_words=words, tasks=()) for words in context.tasks]
+        """Return the rows that training starts from: [P, D], or [N, P, D] if each of N tasks has its own prompt."""
+        if context.words_by_task:
+            alone = [
+                dataclasses.replace(context, label_words=words, words_by_task=()) for words in context.words_by_task
+            ]
             return jnp.stack([self.first_rows(model, jax.random.fold_in(key, n), c) for n, c in enumerate(alone)])
         init = self.init or (Labels() if context.label_words else Vocabulary())
         return init.rows(prompt_layout.rows(self.place, self.length), model, key, context)
 
     def per_example_state(self, model: T5) -> Tensors:
-        """Return nothing: rows are read like words, so that they differ anyway; refuse rows at every layer."""
+        """Return nothing: prompt rows are looked up by id, so that examples differ in them anyway.
+
+        Errors: UserError for rows at every layer.
+        """
         return {} if model.encoder.deep is None and model.decoder.deep is None else super().per_example_state(model)
 
     def peft_rows(self, model: T5) -> tuple[dict[str, Any], Tensors]:
-        """Return the rows as PEFT saves those of all its prompts; elsewhere than before the text is a UserError."""
+        """Return the settings and the rows of a prompt as PEFT saves them.
+
+        Errors: UserError for rows that do not stand before the text, and for a prompt of each task.
+        """
         if len(model.prompt.table()) > prompt_layout.rows(self.place, self.length):
             raise UserError("methods: a prompt for each task; expected one; export the files in the run's prompts/")
         if self.place != "before":
@@ -163,8 +181,8 @@ class Placed(MethodSettings):
         return config, {"prompt_embeddings": np.asarray(model.prompt.table())}
 
 
-class Prompt(Placed):
-    """Prompt tuning: `length` rows, by default before the encoder's input; nothing else trains."""
+class Prompt(PromptMethod):
+    """Prompt tuning: `length` trainable rows, by default before the encoder's input."""
 
     paper: ClassVar[str] = "Lester et al., 2021"
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
@@ -172,29 +190,29 @@ class Prompt(Placed):
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Give the model a trainable prompt."""
-        placed = self.placed(model, context)
+        placement = self.find_placement(model, context)
         rows = self.first_rows(model, key, context)
-        model.prompt = SoftPrompt(rows, embedding_scale(model), self.place, placed)
+        model.prompt = SoftPrompt(rows, embedding_scale(model), self.place, placement)
 
     def finished(self) -> MethodSettings:
-        """Return the settings of rows that start from nothing in particular."""
+        """Return the settings without the start, which needs a task or a file."""
         return self.model_copy(update={"init": Uniform()})
 
     def to_peft(self, model: T5) -> tuple[dict[str, Any], Tensors]:
-        """Return P rows with one submodule; PEFT's default of two would ask for P dead ones."""
+        """Return P rows with one submodule; with PEFT's default of two, P more would be saved and never read."""
         return self.peft_rows(model)
 
     @classmethod
     def from_peft(
         cls, config: dict[str, Any], tensors: Tensors, settings: T5Settings
     ) -> tuple[MethodSettings, Tensors]:
-        """Take what PEFT reads as the settings of a new prompt and its rows."""
+        """Return the settings and the rows of a prompt that PEFT has saved."""
         rows = peft_rows(config, tensors)
         return cls(length=len(rows), init=Uniform()), {"prompt.rows": rows}
 
 
 class PromptTable(nnx.Module):
-    """What `model.prompt` is: `table()` gives the rows of the ids V onwards, `placement` says where those stand."""
+    """The prompt of a model: `table()` returns the embeddings of the ids V onwards, which stand at `placement`."""
 
     place: str
     placement: Placement
@@ -204,7 +222,7 @@ class PromptTable(nnx.Module):
         raise NotImplementedError
 
     def finished(self) -> SoftPrompt:
-        """Return the same rows as parameters of their own, [N, P, D] where N tasks have each its own."""
+        """Return a plain table of the same rows: [P, D], or [N, P, D] if each of N tasks has its own prompt."""
         rows, tasks = self.table(), self.placement.tasks
         return SoftPrompt(rows.reshape(tasks, -1, rows.shape[-1]) if tasks else rows, 1.0, self.place, self.placement)
 
@@ -222,7 +240,7 @@ class PromptTable(nnx.Module):
 class SoftPrompt(PromptTable):
     """P trainable rows of width D for the ids V to V + P - 1.
 
-    N prompts, each P rows on from the one before, are [N, P, D]: each is a weight of its own to the optimizer.
+    [N, P, D] are N prompts, one after the other; the optimizer updates each as a weight of its own.
     """
 
     def __init__(
@@ -243,18 +261,26 @@ class SoftPrompt(PromptTable):
 
 
 def embedding_scale(model: T5) -> float:
-    """Return the backbone's embedding RMS over T5's 10.7; exactly 1 for every published T5 size."""
-    if published(model.settings):
+    """Return the root mean square of the backbone's embeddings over that of a published T5; 1 where it has no weights.
+
+    Exactly 1 for a backbone that has the shapes of a published T5 and embeddings nearer (by ratio) to a published one's
+    than to new ones. The published sizes differ among each other (11.6 in T5 1.1 small), and the paper has one recipe.
+    """
+    table = model.embedding.get_value()
+    if isinstance(table, Tracer | jax.ShapeDtypeStruct):
         return 1.0
-    table = model.embedding[...]
-    if isinstance(table, Tracer):  # only shapes are asked for
-        return 1.0
-    table = table.astype(jnp.float32)
-    return float(jnp.sqrt(jnp.mean(table * table))) / T5_EMBEDDING_RMS
+    scale = float(_root_mean_square(table)) / T5_EMBEDDING_RMS
+    close = T5_EMBEDDING_RMS**-0.5 < scale < T5_EMBEDDING_RMS**0.5
+    return 1.0 if close and published(model.settings) else scale
+
+
+@jax.jit
+def _root_mean_square(table: Float[Array, "V D"]) -> Float[Array, ""]:
+    return jnp.sqrt(jnp.mean(jnp.square(table.astype(jnp.float32))))
 
 
 def peft_rows(config: dict[str, Any], tensors: Tensors) -> np.ndarray:
-    """Return the first P rows of a PEFT prompt: of the 2P that it saves for a T5 by default, P are never read."""
+    """Return the first P rows of a PEFT prompt; by default PEFT saves 2P for a T5, of which P are never read."""
     rows, length = tensors["prompt_embeddings"], config["num_virtual_tokens"]
     if rows.ndim != 2 or len(rows) not in (length, 2 * length):
         raise UserError(
@@ -266,7 +292,7 @@ def peft_rows(config: dict[str, Any], tensors: Tensors) -> np.ndarray:
 def attach_rows(
     model: T5, rows: np.ndarray | Array, place: str = "before", encode: Callable[[str], list[int]] | None = None
 ) -> None:
-    """Attach finished prompt rows [P, D], replacing those that are there; a template's anchors need `encode`."""
+    """Give a model prompt rows [P, D] in place of those that it has; `encode` reads a template's anchor words."""
     rows = jnp.asarray(rows)
     if rows.ndim != 2 or rows.shape[1] != model.settings.d_model:
         raise UserError(
@@ -275,10 +301,10 @@ def attach_rows(
         )
     try:
         length = len(rows) // prompt_layout.rows(place, 1)
-        placed = prompt_layout.place(place, length, model.settings.vocabulary_rows, encode or _no_anchors)
+        placement = prompt_layout.place(place, length, model.settings.vocabulary_rows, encode or _no_anchors)
     except ValueError as error:
         raise UserError(f"prompt: {error}") from None
-    model.prompt = SoftPrompt(rows, 1.0, place, placed)
+    model.prompt = SoftPrompt(rows, 1.0, place, placement)
 
 
 def _no_anchors(text: str) -> list[int]:

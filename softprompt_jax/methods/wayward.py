@@ -14,11 +14,11 @@ from softprompt_jax.config import UserError
 from softprompt_jax.data import prompt_layout
 from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.methods.base import Context, MethodSettings
-from softprompt_jax.methods.prompt import Placed, Prompt, SoftPrompt, Text, Uniform, embedding_scale
+from softprompt_jax.methods.prompt import Prompt, PromptMethod, SoftPrompt, Text, Uniform, embedding_scale
 from softprompt_jax.models.t5 import T5
 
 
-class Wayward(Placed):
+class Wayward(PromptMethod):
     """Prompt tuning whose rows also pay for their distance from the words of `text`, repeated or cut to the length.
 
     The distance is the mean squared difference over the mean square of the words, times `weight` for every target
@@ -27,18 +27,19 @@ class Wayward(Placed):
 
     paper: ClassVar[str] = "Khashabi et al., 2022"
     kind: Literal["wayward"] = "wayward"
-    length: int = Field(default=20, ge=1)
-    text: str = Field(default="Answer the question about this text.", min_length=1)
-    weight: float = Field(default=0.01, ge=0)
+    length: int = Field(default=20, ge=1)  # rows of the prompt
+    text: str = Field(default="Answer the question about this text.", min_length=1)  # text whose words the rows are
+    # held near
+    weight: float = Field(default=0.01, ge=0)  # weight of the distance in the loss of each target token
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Give the model a trainable prompt and the words that it is held near."""
-        placed = self.placed(model, context)
-        if context.tasks:
+        placement = self.find_placement(model, context)
+        if context.words_by_task:
             raise UserError("methods: wayward has one text for all tasks; expected prompts: shared")
         words = Text(text=self.text).rows(prompt_layout.rows(self.place, self.length), model, key, context)
         rows = words if self.init is None else self.first_rows(model, key, context)
-        model.prompt = WaywardPrompt(rows, words, embedding_scale(model), self.place, placed)
+        model.prompt = WaywardPrompt(rows, words, embedding_scale(model), self.place, placement)
 
     def penalty(self, model: T5, batch: dict[str, Array], hidden: Array, logits: Array) -> Array:
         """Return `weight` times the distance, for every real target token."""
@@ -53,9 +54,9 @@ class WaywardPrompt(SoftPrompt):
     """P trainable rows and the frozen words [P, D] that they are held near."""
 
     def __init__(
-        self, rows: Float[Array, "P D"], words: Float[Array, "P D"], scale: float, place: str, placed: Placement
+        self, rows: Float[Array, "P D"], words: Float[Array, "P D"], scale: float, place: str, placement: Placement
     ):
-        super().__init__(rows, scale, place, placed)
+        super().__init__(rows, scale, place, placement)
         self.words = nnx.Param(jnp.asarray(words, jnp.float32), axes=("prompt", "embed"))
 
     def distance(self) -> Float[Array, ""]:

@@ -1,8 +1,8 @@
-"""Optimizers that need scores instead of gradients: CMA-ES, a greedy search over words, and none at all.
+"""Training from scores, without gradients: CMA-ES, a greedy search over words, and no training at all.
 
-In a run they are optimizers like any other: `propose` makes a population, the step scores it in one batch, `choose`
-moves what trains. In Python they serve models of which one sees no weights: `tune_rows` where the model takes
-embeddings, `search_words` where it takes text only.
+In a run each is an optimizer: `propose` makes candidates, the step scores them all in one batch, `choose` changes the
+trainable parameters. Two functions tune prompts for a model whose weights nobody sees: `tune_rows` if it takes
+embeddings, `search_words` if it takes text only.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from jaxtyping import Array, Float, Int
 from pydantic import Field
 
 from softprompt_jax.config import Settings, UserError
-from softprompt_jax.methods.black_box import projection
-from softprompt_jax.methods.hard import TEXT, words_of
-from softprompt_jax.methods.trainable import Leaf
+from softprompt_jax.optim.leaf import Leaf
+from softprompt_jax.trees import flatten, unflatten
 
 LARGEST = 5000  # numbers whose covariance CMA-ES keeps: 100 MB in float32
+TEXT = "{text}"  # where the text stands in a template
 
 
 class Search:
-    """What a step does with scores; the state is a nested dictionary of arrays, as an optimizer's."""
+    """Proposes candidates and chooses by their losses. Its state is a nested dictionary of arrays."""
 
     population: int  # candidates that a step scores
 
@@ -36,24 +36,24 @@ class Search:
         raise NotImplementedError
 
     def propose(self, state: Any, trainable: Any, frozen: Any, key: jax.Array) -> tuple[Any, Any]:
-        """Return candidates, shaped as `trainable` with a leading axis N, and what `choose` must know of them."""
+        """Return candidates, shaped as `trainable` with a leading axis N, and what `choose` needs to know of them."""
         raise NotImplementedError
 
     def choose(self, state: Any, trainable: Any, drawn: Any, losses: Float[Array, "N"]) -> tuple[Any, Any]:
-        """Return what trains after the step, and the state."""
+        """Return the trainable parameters after the step, and the state."""
         raise NotImplementedError
 
     def report(self, model: Any, steps: int, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
-        """Return what the result of a run of so many steps says of the search, given the model that it found."""
+        """Return the search's part of the result of a run: the number of calls, and the words that it has found."""
         words = getattr(model.prompt, "template", None)
         return {"calls": steps * self.population} | ({} if words is None else {"template": words(model, decode)})
 
 
-class Scored(Settings):
-    """The settings of an optimizer that needs no gradients."""
+class GradientFree(Settings):
+    """Settings of an optimizer that needs no gradients."""
 
-    learning_rate: ClassVar[float] = 0.0  # there is none; the log has a number all the same
-    max_calls: int | None = Field(default=None, ge=1)  # candidates scored on a batch, in the whole run
+    learning_rate: ClassVar[float] = 0.0  # for the log, in which every step has a rate
+    max_calls: int | None = Field(default=None, ge=1)  # limit of candidates scored in the whole run; null: none
 
     @property
     def calls_per_step(self) -> int:
@@ -61,7 +61,7 @@ class Scored(Settings):
         raise NotImplementedError
 
     def check(self, steps: int) -> None:
-        """Raise a ValueError where so many steps need more calls than there may be."""
+        """Raise a ValueError if `steps` steps need more calls than `max_calls`."""
         calls, most = steps * self.calls_per_step, self.max_calls
         if most is not None and calls > most:
             raise ValueError(
@@ -70,9 +70,9 @@ class Scored(Settings):
             )
 
     def search(self, leaves: Mapping[str, Leaf]) -> Search:
-        """Return the search over what trains.
+        """Return the search over these arrays.
 
-        Errors: UserError where it cannot search that.
+        Errors: UserError for arrays that it cannot search.
         """
         raise NotImplementedError
 
@@ -80,17 +80,19 @@ class Scored(Settings):
 # ---------------------------------------------------------------------------------------------- CMA-ES
 
 
-class CMAES(Scored):
-    """CMA-ES (Hansen, 2016), as black-box tuning uses it (Sun et al., 2022): candidates drawn from a normal
-    distribution whose mean and covariance follow the better half of them. The mean is what trains.
+class CMAES(GradientFree):
+    """CMA-ES (Hansen, 2016), as black-box tuning uses it (Sun et al., 2022).
+
+    Candidates are drawn from a normal distribution. Its mean, which is the trained prompt, and its covariance follow
+    the better half of the candidates.
 
     `alternate`: each layer's weights have a distribution of their own and move in turns (BBTv2, Sun et al., 2022).
     """
 
     kind: Literal["cma_es"] = "cma_es"
-    population: int = Field(default=20, ge=4)  # all of them scored in one batch: N times the rows
-    deviation: float = Field(default=1.0, gt=0)  # of the first candidates
-    alternate: bool = False
+    population: int = Field(default=20, ge=4)  # candidates a step, scored in one batch of N times the rows
+    deviation: float = Field(default=1.0, gt=0)  # standard deviation of the first candidates
+    alternate: bool = False  # turns: each step moves one layer
 
     @property
     def calls_per_step(self) -> int:
@@ -148,7 +150,11 @@ class Constants:
 
 
 class Evolution(Search):
-    """CMA-ES over K blocks of n numbers each, of which a step moves one."""
+    """CMA-ES over K blocks of n numbers each; a step moves one block.
+
+    It is not taken from the package `cma`, which draws and updates in NumPy on one host: here everything is arrays in
+    the compiled step, which checkpoints hold and a mesh shares. A test follows `cma` generation by generation.
+    """
 
     def __init__(
         self, population: int, deviation: float, blocks: int, dimensions: int, constants: Constants | None = None
@@ -169,7 +175,7 @@ class Evolution(Search):
         }
 
     def _blocks(self, trainable: Any) -> Float[Array, "K n"]:
-        """Return what trains, its leaves one behind the other; a layer of a stacked leaf is a block."""
+        """Return all trainable numbers, leaf after leaf, in K blocks; with several, a block is a layer of a leaf."""
         return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(trainable)]).reshape(self.blocks, -1)
 
     def _trainable(self, blocks: Float[Array, "K n"], like: Any) -> Any:
@@ -196,7 +202,7 @@ class Evolution(Search):
         return self._trainable(mean, trainable), new | {"steps": state["steps"] + 1}
 
     def _updated(self, state: Any, best: Float[Array, "M n"], age: Int[Array, ""]) -> tuple[Array, Any]:
-        """Return how the mean moves, in deviations, and the distribution after a step, given its better half."""
+        """Return the move of the mean, in deviations, and the distribution after a step with these better moves."""
         fixed, n = self.constants, self.dimensions
         usual = math.sqrt(2) * math.exp(math.lgamma((n + 1) / 2) - math.lgamma(n / 2))  # length of a normal vector
         weights = jnp.asarray(fixed.weights)
@@ -232,44 +238,44 @@ class Evolution(Search):
 # ---------------------------------------------------------------------------------------------- words
 
 
-class GreedyWords(Scored):
-    """A greedy search over words: each step draws `candidates` for one place of the method `hard`, the places in
-    turns, and keeps the word with which the batch is most likely, the present one included.
+class GreedyWords(GradientFree):
+    """A greedy search over the words of the method `hard`.
 
-    A call is a candidate scored on a batch; a run whose steps need more than `max_calls` is refused.
+    Each step takes the next place, draws `candidates` words for it, and keeps the one with which the batch is most
+    likely; the present word is among them. A call is a candidate scored on a batch.
     """
 
     kind: Literal["greedy_words"] = "greedy_words"
-    candidates: int = Field(default=31, ge=1)
+    candidates: int = Field(default=31, ge=1)  # words tried for one place in a step, beside the present one
 
     @property
     def calls_per_step(self) -> int:
         return self.candidates + 1
 
     def search(self, leaves: Mapping[str, Leaf]) -> Search:
-        if set(leaves) != {"prompt.words"}:
+        if len(leaves) != 1 or (ids := next(iter(leaves.values())).word_ids) is None:
             raise UserError(
                 f"optimizer: greedy_words searches words, and {', '.join(list(leaves)[:3])} train; expected the "
                 "method hard alone; set methods to [{kind: hard}], or use another optimizer"
             )
-        return Words(self.calls_per_step)
+        return WordSearch(self.calls_per_step, next(iter(leaves)), ids)
 
 
-class Words(Search):
-    """What trains is the embedded words [P, D] of a prompt."""
+class WordSearch(Search):
+    """The embedded words [P, D] at `path` train; `ids` is the path of the ids of all words that a search may use."""
 
-    def __init__(self, population: int):
-        self.population = population
+    def __init__(self, population: int, path: str, ids: str):
+        self.population, self.path, self.ids = population, path, ids
 
     def init(self, trainable: Any) -> Any:
         return {"steps": jnp.zeros((), jnp.int32)}
 
     def propose(self, state: Any, trainable: Any, frozen: Any, key: jax.Array) -> tuple[Any, Any]:
-        words, known = trainable["prompt"]["words"], frozen["prompt"]["known"]
+        words, known = flatten(trainable)[self.path], flatten(frozen)[self.ids]
         drawn = jax.random.choice(key, known, (self.population - 1,), replace=self.population > len(known))
         rows = frozen["embedding"][drawn].astype(words.dtype)
         proposed = jax.vmap(lambda row: words.at[state["steps"] % len(words)].set(row))(rows)
-        proposed = {"prompt": {"words": jnp.concatenate([words[None], proposed])}}  # the first stays as it is
+        proposed = unflatten({self.path: jnp.concatenate([words[None], proposed])})  # the first stays as it is
         return proposed, proposed
 
     def choose(self, state: Any, trainable: Any, drawn: Any, losses: Float[Array, "N"]) -> tuple[Any, Any]:
@@ -277,8 +283,11 @@ class Words(Search):
         return jax.tree.map(lambda x: x[best], drawn), {"steps": state["steps"] + 1}
 
 
-class Untrained(Scored):
-    """No training: what the methods start from, such as a template by hand, is evaluated as it is."""
+class NoTraining(GradientFree):
+    """No training: a method stays where it starts, such as a template written by hand.
+
+    Beside other optimizers it holds one method of a list.
+    """
 
     kind: Literal["none"] = "none"
 
@@ -287,11 +296,11 @@ class Untrained(Scored):
         return 1
 
     def search(self, leaves: Mapping[str, Leaf]) -> Search:
-        return Nothing()
+        return IdentitySearch()
 
 
-class Nothing(Search):
-    """One candidate, which is chosen."""
+class IdentitySearch(Search):
+    """Proposes the parameters as they are and keeps them."""
 
     population = 1
 
@@ -308,12 +317,30 @@ class Nothing(Search):
 # ---------------------------------------------------------------------------------------------- models of others
 
 
+def projection(key: jax.Array, dimensions: int, rows: Float[Array, "*L P D"], scale: float) -> Float[Array, "*L d P D"]:
+    """Return random directions: a normal vector times them has `scale` times the root mean square of `rows`."""
+    size = jnp.sqrt(jnp.mean(jnp.square(rows), axis=(-1, -2), keepdims=True))[..., None, :, :]
+    shape = (*rows.shape[:-2], dimensions, *rows.shape[-2:])
+    return scale * size * dimensions**-0.5 * jax.random.normal(key, shape)
+
+
+def words_of(template: str) -> list[str]:
+    """Return the words of a template, `{text}` among them.
+
+    Errors: UserError where it has no words, or `{text}` not once.
+    """
+    words = template.split()
+    if words.count(TEXT) != 1 or len(words) < 2 or set("".join(words).replace(TEXT, "")) & set("{}"):
+        raise UserError(f"template {template!r}; expected words and {{text}} once, such as '{{text}} it was'")
+    return words
+
+
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """What a search over somebody else's model has found."""
+class SearchResult:
+    """The result of a search over a model whose weights nobody sees."""
 
     best: Any  # rows float32 [P, D], or a text
-    score: float  # of the last batch that it was scored on
+    score: float  # of the best candidate on the last batch
     calls: int
 
 
@@ -325,7 +352,7 @@ def tune_rows(
     dimensions: int = 500,
     scale: float = 1.0,
     seed: int = 0,
-) -> Found:
+) -> SearchResult:
     """Tune a prompt for a model that takes embeddings, seen only through scores (Sun et al., 2022).
 
     `score(rows, batch)` gets all candidates, float32 [N, P, D], and returns N numbers, higher being better. One batch
@@ -362,7 +389,7 @@ def tune_rows(
             f"tune_rows: max_calls {settings.max_calls} and the batches allow no generation of {settings.population} "
             "calls; expected a batch and at least as many calls"
         )
-    return Found(start + np.einsum("d,dpw->pw", np.asarray(found), directions), last, calls)
+    return SearchResult(start + np.einsum("d,dpw->pw", np.asarray(found), directions), last, calls)
 
 
 def search_words(
@@ -373,7 +400,7 @@ def search_words(
     candidates: int = 31,
     max_calls: int = 1000,
     seed: int = 0,
-) -> Found:
+) -> SearchResult:
     """Search the words of a template for a model that takes text only, one word after another, keeping the best.
 
     `score(text, batch)` gets a template with its `{text}` left in, and returns a number, higher being better. Every
@@ -401,7 +428,7 @@ def search_words(
             f"search_words: max_calls {max_calls} and the batches allow no round of {candidates + 1} calls; expected "
             "a batch and at least as many calls"
         )
-    return Found(" ".join(parts), best, calls)
+    return SearchResult(" ".join(parts), best, calls)
 
 
 def _check_numbers(what: str, scores: Any) -> None:

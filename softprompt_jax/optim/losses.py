@@ -33,5 +33,5 @@ def cross_entropy(
 
 
 def finite_mean(losses: Float[Array, " N"]) -> Float[Array, ""]:
-    """Return the mean of the losses that are numbers, NaN if none is: candidates of a search may be beyond them."""
+    """Return the mean of the finite losses, NaN if there is none; a search may try candidates whose loss overflows."""
     return jnp.nanmean(jnp.where(jnp.isfinite(losses), losses, jnp.nan))

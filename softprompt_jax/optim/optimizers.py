@@ -1,27 +1,30 @@
-"""Optimizers and schedules as settings: the paper's Adafactor, AdamW, warm-up, decay, clipping."""
+"""Optimizers and schedules as settings: the paper's Adafactor, AdamW, warm-up, decay, clipping.
+
+Each method of a run has an optimizer; methods with equal settings share one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from softprompt_jax.checkpoints.backbone import load_adafactor
 from softprompt_jax.config import Settings, UserError
-from softprompt_jax.methods.trainable import Leaf
-from softprompt_jax.optim.gradient_free import CMAES, GreedyWords, Scored, Search, Untrained
+from softprompt_jax.optim.gradient_free import CMAES, GradientFree, GreedyWords, NoTraining, Search
+from softprompt_jax.optim.leaf import Leaf
 
 
 class Schedule(Settings):
     """The learning rate's factor over the run: linear warm-up, then constant or decaying to `final`."""
 
-    warmup_steps: int = Field(default=0, ge=0)
-    decay: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"
+    warmup_steps: int = Field(default=0, ge=0)  # steps in which the factor rises to 1
+    decay: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"  # course of the factor after the
+    # warm-up
     final: float = Field(default=0.0, ge=0, le=1)  # share of the learning rate that is left at the last step
 
     def build(self, learning_rate: float | jax.Array, steps: int) -> optax.Schedule:
@@ -49,13 +52,15 @@ class Adafactor(Settings):
     """
 
     kind: Literal["adafactor"] = "adafactor"
-    learning_rate: float = Field(default=0.3, gt=0)
-    decay: float = Field(default=0.8, gt=0, lt=1)
-    clipping: float | None = Field(default=1.0, gt=0)  # of each update's RMS
-    weight_decay: float = Field(default=1e-5, ge=0)  # per step, not times the learning rate
-    parameter_scaling: bool = False
-    step_origin: int = Field(default=1_100_000, ge=0)
-    restore: bool = False
+    learning_rate: float = Field(default=0.3, gt=0)  # step's size (root mean square of an update that is clipped to 1)
+    decay: float = Field(default=0.8, gt=0, lt=1)  # exponent of the second moments' decay
+    clipping: float | None = Field(default=1.0, gt=0)  # largest root mean square of an update, before the learning
+    # rate; null: no limit
+    weight_decay: float = Field(default=1e-5, ge=0)  # share of each weight that is lost in a step, whatever the
+    # learning rate
+    parameter_scaling: bool = False  # factor of each update: the weight's root mean square
+    step_origin: int = Field(default=1_100_000, ge=0)  # first value of the step counter (see above)
+    restore: bool = False  # start from the step and the second moments of the backbone's T5X checkpoint
 
     def transform(self, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
         parts = [
@@ -81,12 +86,13 @@ class AdamW(Settings):
     """
 
     kind: Literal["adamw"] = "adamw"
-    learning_rate: float = Field(default=0.3, gt=0)
-    beta1: float = Field(default=0.9, ge=0, lt=1)
-    beta2: float = Field(default=0.999, ge=0, lt=1)
-    epsilon: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    parameter_scaling: bool = False
+    learning_rate: float = Field(default=0.3, gt=0)  # step's size; the default is for prompts
+    beta1: float = Field(default=0.9, ge=0, lt=1)  # decay of the first moments
+    beta2: float = Field(default=0.999, ge=0, lt=1)  # decay of the second moments
+    epsilon: float = Field(default=1e-8, gt=0)  # addition to the second moment's root
+    weight_decay: float = Field(default=0.0, ge=0)  # share of each weight that is lost in a step, times the learning
+    # rate
+    parameter_scaling: bool = False  # factor of each update: the weight's root mean square
 
     def transform(self, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
         return [
@@ -97,15 +103,56 @@ class AdamW(Settings):
         ]
 
 
-def _adafactor_by_default(value: Any) -> Any:
-    """Let `optimizer: {learning_rate: 0.1}` keep the default kind."""
-    return {"kind": "adafactor", **value} if isinstance(value, dict) else value
+Optimizer = Annotated[Adafactor | AdamW | CMAES | GreedyWords | NoTraining, Field(discriminator="kind")]
+OPTIMIZERS: dict[str, type[Settings]] = {
+    cls.model_fields["kind"].default: cls for cls in get_args(get_args(Optimizer)[0])
+}
 
 
-Optimizer = Annotated[
-    Annotated[Adafactor | AdamW | CMAES | GreedyWords | Untrained, Field(discriminator="kind")],
-    BeforeValidator(_adafactor_by_default),
-]
+def build_for_methods(
+    optimizers: Sequence[Optimizer],
+    schedule: Schedule,
+    steps: int,
+    leaves: Mapping[str, Leaf],
+    clip_norm: float | None = None,
+) -> optax.GradientTransformation | Search:
+    """Build what updates the arrays of a list of methods: each method's under its own settings, with one schedule.
+
+    Where all settings are equal the state is that of one optimizer over everything. `clip_norm` is of the gradient of
+    all that trains.
+    """
+    first, *others = optimizers
+    if all(settings == first for settings in others):
+        return build(first, schedule.build(first.learning_rate, steps), leaves, clip_norm)
+    parts: dict[Hashable, optax.GradientTransformation] = {}
+    for index, settings in enumerate(optimizers):
+        built = (
+            None
+            if isinstance(settings, NoTraining)
+            else build(settings, schedule.build(settings.learning_rate, steps), leaves)
+        )
+        assert not isinstance(built, Search), "Run refuses a search beside an optimizer"
+        parts[str(index)] = optax.set_to_zero() if built is None else built
+
+    def owners(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda keys, _: str(leaves[_path(keys)].method), params)
+
+    def untrained(params: Any) -> Any:
+        return jax.tree.map(lambda owner: isinstance(optimizers[int(owner)], NoTraining), owners(params))
+
+    clip = [] if clip_norm is None else [optax.clip_by_global_norm(clip_norm)]
+    return optax.chain(optax.masked(optax.set_to_zero(), untrained), *clip, optax.partition(parts, owners))
+
+
+def describe_rates(names: Sequence[str], optimizers: Sequence[Optimizer], leaves: Mapping[str, Leaf]) -> str:
+    """Return a line with the learning rate of each method: its optimizer's, times the scales of its arrays."""
+    found = []
+    for index, (name, settings) in enumerate(zip(names, optimizers, strict=True)):
+        scales = sorted({leaf.learning_rate_scale for leaf in leaves.values() if leaf.method == index})
+        rates = " and ".join(f"{settings.learning_rate * scale:.4g}" for scale in scales)
+        factors = f", {settings.learning_rate:g} x {', '.join(f'{s:.4g}' for s in scales)}" if scales != [1.0] else ""
+        found.append(f"{name} {rates} ({settings.kind}{factors})")
+    return f"learning rate: {'; '.join(found)}"
 
 
 def build(
@@ -114,11 +161,11 @@ def build(
     leaves: Mapping[str, Leaf],
     clip_norm: float | None = None,
 ) -> optax.GradientTransformation | Search:
-    """Build the transformation of a nested dictionary of trainable arrays, or the search over them.
+    """Build what updates a nested dictionary of trainable arrays under one optimizer: a transformation or a search.
 
     Stacked leaves [L, ...] are updated per layer, since clipping, scaling and factoring are per matrix.
     """
-    if isinstance(settings, Scored):
+    if isinstance(settings, GradientFree):
         return settings.search(leaves)
     parts = [_per_layer(part, leaves) for part in settings.transform(schedule)]
     parts.append(_scaled(leaves))
@@ -128,14 +175,6 @@ def build(
     if clip_norm is not None:
         parts.insert(0, optax.clip_by_global_norm(clip_norm))
     return optax.chain(*parts)
-
-
-def read_slots(settings: Optimizer, backbone: str) -> tuple[Optimizer, dict[str, dict[str, np.ndarray]]]:
-    """Return the settings at a T5X checkpoint's step, and its slots, if they ask to go on from there."""
-    if settings.kind != "adafactor" or not settings.restore:
-        return settings, {}
-    step, slots = load_adafactor(backbone)
-    return settings.model_copy(update={"step_origin": step}), slots
 
 
 def from_slots(

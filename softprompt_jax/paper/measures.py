@@ -1,159 +1,182 @@
-"""What an experiment reads off finished prompts beside scores: a vote, neighbours in the vocabulary, mixed batches."""
+"""What is measured on the runs of an experiment, for each line and column a value for each seed.
+
+A value is there as soon as all the runs that it needs are finished.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Sequence
+import json
+import statistics
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from softprompt_jax.config import settings_hash
-from softprompt_jax.run import UNHASHED_SETTINGS, Run
+from softprompt_jax.analysis.inspect import inspect
+from softprompt_jax.checkpoints import artifact
+from softprompt_jax.data.task import Example, Task
+from softprompt_jax.inference.bank import PromptBank
+from softprompt_jax.inference.ensemble import ensemble
+from softprompt_jax.inference.evaluate import headline, mean_score, score
+from softprompt_jax.inference.predictor import load_predictor
+from softprompt_jax.tasks import load, resolve, splits
+from softprompt_jax.training.sweep import Member
 
-Values = dict[str, dict[str, list[float]]]  # line, column, a value for each seed
-NEAREST = 5
+if TYPE_CHECKING:
+    from softprompt_jax.paper.experiments import Grid
 
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """One run of a grid, and where its score goes."""
-
-    line: str
-    point: str
-    task: str
-    seed: int
-    read: str
-    run: Run
-
-    @property
-    def name(self) -> str:
-        """What the run is filed under."""
-        return settings_hash(self.run, without=UNHASHED_SETTINGS)
-
-    @property
-    def label(self) -> str:
-        """The run in words."""
-        return ", ".join(filter(None, (self.line, self.point, self.task, f"seed {self.seed}")))
+Measure = Literal["score", "transfer", "ensemble", "neighbours", "mixed"]
+Values = dict[str, dict[str, list[float]]]  # line, column, a fraction for each seed
+NEIGHBOURS, SHOWN_ROWS = 5, 8
 
 
-def by_line(members: Sequence[Member]) -> dict[str, list[Member]]:
-    """Group members by their line."""
-    found: dict[str, list[Member]] = {}
+def result_of(member: Member, runs: Path) -> dict[str, Any] | None:
+    """Return the `result.json` of a run, or None while it is not finished."""
+    path = runs / member.name / "result.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def _finished(members: Sequence[Member], runs: Path, *keys: str) -> Iterator[list[Member]]:
+    """Yield the runs that agree in `keys` ("line", "point", "task", "seed"), where all of them are finished."""
+    groups: dict[tuple[Any, ...], list[Member]] = {}
     for member in members:
-        found.setdefault(member.line, []).append(member)
-    return found
+        groups.setdefault(tuple(member.varied[key] for key in keys), []).append(member)
+    for group in groups.values():
+        if all((runs / member.name / "result.json").exists() for member in group):
+            yield group
 
 
-def ensemble(finished: Sequence[Member], grid: Sequence[Member], runs: Path) -> tuple[Values, dict[str, Any]]:
-    """Let the seeds of a line vote on the test split, or on validation where there is none, once all are finished."""
-    from softprompt_jax.inference.ensemble import Ensemble
-    from softprompt_jax.inference.evaluate import mean_score, score
-    from softprompt_jax.tasks import load, splits
+def _scored_on(task: Task) -> str:
+    return "test" if "test" in splits(task) else "validation"
 
+
+def scores(grid: Grid, members: Sequence[Member], runs: Path) -> tuple[Values, dict[str, Any]]:
+    """Return the mean metric of each point, after training or before it, and the mean of that over tasks."""
     values: Values = {}
-    wanted = {line: len(members) for line, members in by_line(grid).items()}
-    for line, members in by_line(finished).items():
-        if len(members) < wanted[line] or len(members) < 2:
+    for group in _finished(members, runs, "line", "point", "seed"):
+        line, point = group[0].varied["line"], group[0].varied["point"]
+        found = []
+        for member in group:
+            result = result_of(member, runs) or {}
+            baselines = result["baselines"]
+            trained = grid.lines[line].read == "trained"
+            found.append(headline(member.run, result[baselines["split"]] if trained else baselines["untrained"]))
+        values.setdefault(line, {}).setdefault(point or "score", []).append(statistics.fmean(found))
+    return values, {}
+
+
+def transfer_scores(grid: Grid, members: Sequence[Member], runs: Path) -> tuple[Values, dict[str, Any]]:
+    """Return the first metric of other tasks under what each run has learnt; it is kept in the run's folder."""
+    values: Values = {}
+    for (member,) in _finished(members, runs, "line", "point", "task", "seed"):
+        kept, predictor = runs / member.name / "scored_on.json", None
+        known = json.loads(kept.read_text()) if kept.exists() else {}
+        for target in grid.score_on[member.varied["task"]]:
+            task = resolve(target)
+            if target not in known:
+                predictor = predictor or load_predictor(runs / member.name)
+                known[target] = predictor.evaluate(task, _scored_on(task))
+                artifact.dump(known, kept)
+            column = _transfer_column(grid, member.varied["task"], target)
+            values.setdefault(member.varied["line"], {}).setdefault(column, []).append(known[target][task.metrics[0]])
+    return values, {}
+
+
+def targets(grid: Grid) -> dict[str, Task]:
+    """Return the tasks of `score_on` by the column that they have in the table."""
+    return {_transfer_column(grid, of, target): resolve(target) for of, on in grid.score_on.items() for target in on}
+
+
+def _transfer_column(grid: Grid, trained_on: str, target: str) -> str:
+    return target if len(grid.tasks) < 2 else f"{trained_on} to {target}"
+
+
+def ensemble_scores(grid: Grid, members: Sequence[Member], runs: Path) -> tuple[Values, dict[str, Any]]:
+    """Return the scores of the seeds of a line by themselves, of the best, and of the two ways to join them."""
+    values: Values = {}
+    for group in _finished(members, runs, "line"):
+        if len(group) < 2:
             continue
-        task = members[0].run.tasks[0]
-        examples = load(task, "test" if "test" in splits(task) else "validation")
-        found = Ensemble([runs / member.name for member in members]).answers(examples, task)
-        alone = [mean_score(task, score(task, found.of(number), examples)) for number in range(len(members))]
-        values[line] = {
-            "average": alone,
-            "best": [max(alone)],
-            "majority vote": [mean_score(task, score(task, found.vote(), examples))],
-            "mean log-probability": [mean_score(task, score(task, found.likeliest(), examples))],
+        task = group[0].run.tasks[0]
+        found = ensemble([runs / member.name for member in group], split=_scored_on(task))
+
+        alone = [{name: value for name, value in each.items() if name != "source"} for each in found["prompts"]]
+        joined = {
+            way: {name: cell["value"] for name, cell in found[way].items() if name != "source"}
+            for way in ("best", "vote", "log_probability")
+        }
+        values[group[0].varied["line"]] = {
+            "average": [mean_score(task, each) for each in alone],
+            "best": [mean_score(task, joined["best"])],
+            "majority vote": [mean_score(task, joined["vote"])],
+            "mean log-probability": [mean_score(task, joined["log_probability"])],
         }
     return values, {}
 
 
-def neighbours(finished: Sequence[Member], grid: Sequence[Member], runs: Path) -> tuple[Values, dict[str, Any]]:
+def neighbour_shares(grid: Grid, members: Sequence[Member], runs: Path) -> tuple[Values, dict[str, Any]]:
     """Read prompts as pieces: the nearest of each row by cosine, whether those are label words, how unlike rows are.
 
-    Columns: "label words found" is the share of the task's label words with a piece among the nearest of any row;
-    "distinct nearest" the share of rows whose nearest piece no other row has; "cosine" that of the nearest piece.
+    Columns: "label words found" is the share of the task's label words among the nearest pieces of a row; "distinct
+    nearest" the number of pieces that are nearest to a row, as a share of the rows; "cosine" that of the nearest piece.
     """
-    from softprompt_jax.checkpoints.artifact import PROMPT_FILE, load_prompt
-    from softprompt_jax.checkpoints.backbone import load_backbone
-    from softprompt_jax.data.tokenizer import load_tokenizer
-
     values: Values = {}
     nearest: dict[str, list[list[str]]] = {}
-    for line, members in by_line(finished).items():
-        for member in members:
-            assert isinstance(member.run.backbone, str)
-            backbone = load_backbone(member.run.backbone)
-            tokenizer = load_tokenizer(backbone.folder)
-            table = np.asarray(backbone.model.embedding[...], np.float32)[: tokenizer.size]
-            cosines = _directions(load_prompt(runs / member.name / PROMPT_FILE)) @ _directions(table).T
-            cosines[:, sorted(tokenizer.special_ids)] = -1
-            order = np.argsort(-cosines, axis=1)[:, :NEAREST]
-            words = [set(tokenizer.encode(word)) for word in member.run.tasks[0].words or ()]
-            near = set(order.flat)
-            columns = values.setdefault(line, {})
-            if words:
-                columns.setdefault("label words found", []).append(
-                    float(np.mean([bool(pieces & near) for pieces in words]))
-                )
-            columns.setdefault("distinct nearest", []).append(len(set(order[:, 0])) / len(order))
-            columns.setdefault("cosine", []).append(float(cosines.max(1).mean()))
-            nearest.setdefault(line, [[tokenizer.pieces[i].replace("▁", "") for i in row] for row in order[:8]])
+    of_backbone: dict[str, list[Member]] = {}
+    for (member,) in _finished(members, runs, "line", "point", "task", "seed"):
+        of_backbone.setdefault(str(member.run.backbone), []).append(member)
+    for group in of_backbone.values():
+        prompts = inspect([runs / member.name for member in group], neighbours=NEIGHBOURS)["prompts"]
+        for member, prompt in zip(group, prompts, strict=True):
+            columns, labels = values.setdefault(member.varied["line"], {}), prompt["labels"]
+            found = {} if labels is None else {"label words found": labels["survive"] / labels["of"]}
+            found["distinct nearest"] = prompt["nearest_pieces"] / prompt["length"]
+            found["cosine"] = statistics.fmean(row["cosine"][0][1] for row in prompt["rows"])
+            for column, value in found.items():
+                columns.setdefault(column, []).append(value)
+            pieces = [[piece.replace("▁", "") for piece, _ in row["cosine"]] for row in prompt["rows"][:SHOWN_ROWS]]
+            nearest.setdefault(member.varied["line"], pieces)
     return values, {"nearest": nearest}
 
 
-def _directions(rows: np.ndarray) -> np.ndarray:
-    return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-
-
-def mixed(finished: Sequence[Member], grid: Sequence[Member], runs: Path) -> tuple[Values, dict[str, Any]]:
+def mixed_batch_scores(grid: Grid, members: Sequence[Member], runs: Path) -> tuple[Values, dict[str, Any]]:
     """Answer the tests of all tasks of a seed in common batches, and one task at a time; they must not differ.
 
     Columns: the score of each task when its texts stand among the others', and "same answers", the share of texts
     that get the same answer either way.
     """
-    from softprompt_jax.inference.bank import PromptBank
-    from softprompt_jax.inference.evaluate import mean_score, score
-    from softprompt_jax.tasks import load, splits
-
     values: Values = {}
-    for line, members in by_line(finished).items():
-        for seed in sorted({member.seed for member in members}):
-            members = [member for member in members if member.seed == seed]
-            if len(members) < sum(member.line == line and member.seed == seed for member in grid):
-                continue
-            first = members[0].run
-            bank = PromptBank(str(first.backbone), max_input_tokens=first.max_input_tokens, dtype=first.dtype)
-            sets, longest = {}, 0
-            for member in members:
-                bank.add(member.task, runs / member.name)
-                task = member.run.tasks[0]
-                sets[member.task] = task, load(task, "test" if "test" in splits(task) else "validation")
-                longest = max(longest, member.run.max_target_tokens)
-            texts, names = [], []
-            for name, (_, examples) in sets.items():
-                texts += [example.input for example in examples]
-                names += [name] * len(examples)
-            order = np.random.default_rng(seed).permutation(len(texts))
-            shuffled = bank.generate([texts[i] for i in order], [names[i] for i in order], longest)
-            answers = dict(zip(order.tolist(), (answer for answer, _ in shuffled), strict=True))
-            alone: list[str] = []
-            for name in sets:
-                own = [text for text, of in zip(texts, names, strict=True) if of == name]
-                alone += [answer for answer, _ in bank.generate(own, name, longest)]
-            columns = values.setdefault(line, {})
-            for name, (task, examples) in sets.items():
-                own = [answers[i] for i, of in enumerate(names) if of == name]
-                columns.setdefault(name, []).append(mean_score(task, score(task, own, examples)))
-            same = float(np.mean([answers[i] == answer for i, answer in enumerate(alone)]))
-            columns.setdefault("same answers", []).append(same)
+    for group in _finished(members, runs, "line", "seed"):
+        run, columns = group[0].run, values.setdefault(group[0].varied["line"], {})
+        bank = PromptBank(str(run.backbone), max_input_tokens=run.max_input_tokens, dtype=run.dtype)
+        longest = max(member.run.max_target_tokens for member in group)
+        each: dict[str, tuple[Task, list[Example]]] = {}
+        for member in group:
+            bank.add(member.varied["task"], runs / member.name)
+            task = member.run.tasks[0]
+            each[member.varied["task"]] = task, load(task, _scored_on(task))
+        asked = [(example.input, name) for name, (_, examples) in each.items() for example in examples]
+        order = np.random.default_rng(group[0].varied["seed"]).permutation(len(asked))
+        texts, names = zip(*(asked[i] for i in order), strict=True)
+        shuffled = bank.generate(texts, names, longest)
+        mixed = dict(zip(order.tolist(), (answer for answer, _ in shuffled), strict=True))
+        same, first = [], 0
+        for name, (task, examples) in each.items():
+            alone = [answer for answer, _ in bank.generate([example.input for example in examples], name, longest)]
+            own = [mixed[first + number] for number in range(len(examples))]
+            columns.setdefault(name, []).append(mean_score(task, score(task, own, examples)))
+            same += [one == other for one, other in zip(own, alone, strict=True)]
+            first += len(examples)
+        columns.setdefault("same answers", []).append(statistics.fmean(same))
     return values, {}
 
 
-MEASURES: dict[str, Callable[[Sequence[Member], Sequence[Member], Path], tuple[Values, dict[str, Any]]]] = {
-    "ensemble": ensemble,
-    "neighbours": neighbours,
-    "mixed": mixed,
+# From a grid, its runs and their folder to values, and what else the result holds.
+MEASURES: dict[Measure, Callable[[Grid, Sequence[Member], Path], tuple[Values, dict[str, Any]]]] = {
+    "score": scores,
+    "transfer": transfer_scores,
+    "ensemble": ensemble_scores,
+    "neighbours": neighbour_shares,
+    "mixed": mixed_batch_scores,
 }

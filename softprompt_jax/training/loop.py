@@ -29,13 +29,13 @@ from softprompt_jax.distributed.multihost import (
     run_on_process_0,
 )
 from softprompt_jax.methods import leaves, split
-from softprompt_jax.optim import optimizers
 from softprompt_jax.optim.gradient_free import Search
+from softprompt_jax.optim.optimizers import describe_rates
 from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import UNHASHED_SETTINGS, Run
 from softprompt_jax.training.run_data import ILLEGAL_HINT, PretrainingRunData, RunData, mostly_illegal
 from softprompt_jax.training.run_folder import Log, begin_folder, check_folder, create_folder, leave_files, scores_in
-from softprompt_jax.training.step import State, first_state, make_step
+from softprompt_jax.training.step import State, build_optimizer, first_state, make_step
 
 SAVE_EVERY_S = 180  # wall time after which a checkpoint is written, whatever `checkpoint_every` says
 _SAVING_SHARE = 0.05  # of the wall time at most goes into checkpoints that only time asks for
@@ -85,11 +85,7 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
     parts = split(model)
     about = leaves(model)
     data = PretrainingRunData(run, assembly, parts) if run.pretraining else RunData(run, assembly, parts)
-    schedule = run.schedule.build(run.optimizer.learning_rate, run.steps)
-    settings, slots = optimizers.read_slots(run.optimizer, assembly.identity)
-    optimizer = optimizers.build(settings, schedule, about, run.clip_norm)
-    if slots:
-        optimizer = optimizers.from_slots(optimizer, slots, assembly.identity)
+    optimizer = build_optimizer(run, about, assembly.identity)
 
     begin = functools.partial(first_state, optimizer)
     layout = sharding.state_sharding(jax.eval_shape(begin, parts.trainable), parts.trainable)
@@ -97,19 +93,14 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
     step_function = make_step(run, parts, optimizer, layout)
     _, shares = sharding.process_share()
     trained = sum(leaf.size for leaf in jax.tree.leaves(parts.trainable))
-    scales = sorted({leaf.learning_rate_scale for leaf in about.values()})
     reporter.line(
         f"backbone {assembly.identity}: {assembly.model.settings.parameters():,} parameters, {trained:,} train; "
         f"{sharding.describe()}, {run.dtype}"
     )
-    rate = run.optimizer.learning_rate
     if isinstance(optimizer, Search):
         reporter.line(f"no gradients: {run.optimizer.kind}, {optimizer.population} candidates a step")
     else:
-        reporter.line(
-            f"learning rate {' and '.join(f'{rate * scale:.4g}' for scale in scales)} "
-            f"({rate:g} x scale {', '.join(f'{scale:.4g}' for scale in scales)} of the embedding)"
-        )
+        reporter.line(describe_rates(run.method_names, run.optimizers, about))
     reporter.line(data.describe())
 
     # ---- resume. The order is important:
@@ -166,7 +157,7 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
                 "clip the gradient or use float32",
                 step,
             )
-        log.write(speed.line(step, float(np.asarray(schedule(step - 1))), log.seconds()))
+        log.write(speed.line(step, run.learning_rate(step - 1), log.seconds()))
         return f"loss {loss:.4f}  {float(speed.tokens_per_s):,.0f} tokens/s"
 
     state = fit(
@@ -288,7 +279,7 @@ class Speed(NamedTuple):
     tokens_per_s: Any
     padding: Any
 
-    def line(self, step: int, learning_rate: float, seconds: float) -> dict[str, Any]:
+    def line(self, step: int, learning_rate: Any, seconds: float) -> dict[str, Any]:
         """Return the line of metrics.jsonl: `tokens_per_s` counts text, `padding` is that of BatchCounts."""
         return {
             "step": step,

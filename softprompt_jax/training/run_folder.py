@@ -42,7 +42,7 @@ def leave_files(
 
     def write() -> None:
         artifact.save_trained(finish(final), folder / artifact.TRAINED_FILE, metadata)
-        if set(parts.trainable) == {"prompt"}:
+        if parts.trains_prompt_only:
             rows, placed = np.asarray(final.prompt.table()), metadata | {"place": final.prompt.place}
             if run.own_prompts:
                 save_own_prompts(run, rows, folder, placed)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from softprompt_jax.checkpoints.backbone import load_adafactor
 from softprompt_jax.distributed import mesh as sharding
 from softprompt_jax.methods import Split
 from softprompt_jax.optim.gradient_free import Search
+from softprompt_jax.optim.leaf import Leaf
 from softprompt_jax.optim.losses import cross_entropy, finite_mean
+from softprompt_jax.optim.optimizers import build_for_methods, from_slots
 from softprompt_jax.run import Run
 from softprompt_jax.training import remat
 
@@ -27,6 +30,21 @@ def first_state(optimizer: optax.GradientTransformation | Search, trainable: Any
         "optimizer": optimizer.init(trainable),
         "step": jnp.zeros((), jnp.int32),
     }
+
+
+def build_optimizer(
+    run: Run, leaves: Mapping[str, Leaf], backbone: str | None = None
+) -> optax.GradientTransformation | Search:
+    """Build what updates a run's trainable arrays.
+
+    `backbone`: the T5X checkpoint from whose step and slots an optimizer with `restore` goes on; None: from none.
+    """
+    optimizers, slots = run.optimizers, {}
+    if backbone is not None and getattr(run.optimizer, "restore", False):
+        step, slots = load_adafactor(backbone)
+        optimizers = [each.model_copy(update={"step_origin": step}) for each in optimizers]
+    built = build_for_methods(optimizers, run.schedule, run.steps, leaves, run.clip_norm)
+    return from_slots(built, slots, str(backbone)) if slots else built
 
 
 def make_step(

@@ -9,7 +9,7 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,10 @@ from softprompt_jax.config import Diverged, UserError
 from softprompt_jax.distributed.cloud_files import is_remote
 from softprompt_jax.distributed.folder_lock import lock_folder
 from softprompt_jax.inference.evaluate import headline, shown, unit
-from softprompt_jax.optim.gradient_free import Scored
+from softprompt_jax.optim.gradient_free import GradientFree
 from softprompt_jax.progress import Reporter
 from softprompt_jax.run import Run, Scratch
-from softprompt_jax.statistics import score_statistics
+from softprompt_jax.statistics import CELL, SCORE, mean_sd_text, score_statistics
 from softprompt_jax.training.loop import train
 from softprompt_jax.training.run_folder import check_folder, create_folder
 from softprompt_jax.training.vmapped import FAILED_FILE, VmappedSweep, shape_of
@@ -74,19 +74,36 @@ def sweep(
     found = members(path, over, overrides)
     if stop_after is not None and (alone := [member.name for member in found if _alone(member.run)]):
         raise UserError(f"sweep: {alone[0]} trains alone; expected prompts on one backbone; leave --stop-after out")
-    programs: dict[str, VmappedSweep] = {}
-    create_folder(folder)
-    with lock_folder(folder, report=reporter.line):
-        for member in found:
-            check_folder(member.run, folder / member.name)
-        reporter.line(f"{folder}: {len(found)} runs, {sum(_done(folder / m.name) for m in found)} of them finished")
-        for group in _open_groups(found, folder, together):
-            _train_group(group, folder, reporter, stop_after, programs)
-    with contextlib.suppress(OSError):  # it is not there, or holds a group that was not asked for
-        (folder / GROUPS).rmdir()
+    train_members(found, folder, together, reporter, stop_after)
     result = summary(found, folder)
     artifact.dump(result, folder / SWEEP_FILE)
     return result
+
+
+def train_members(
+    members: Sequence[Member],
+    folder: Path,
+    together: int,
+    reporter: Reporter,
+    stop_after: int | None = None,
+    before_group: Callable[[Sequence[Member]], None] = lambda group: None,
+) -> None:
+    """Train the members that are not finished in `folder`/NAME; the same call goes on where a killed one stopped.
+
+    `before_group` is called with the members that train next, in one program or one after another. A member that
+    `train` has begun in its own folder goes on alone.
+    """
+    programs: dict[str, VmappedSweep] = {}
+    create_folder(folder)
+    with lock_folder(folder, report=reporter.line):
+        for member in members:
+            check_folder(member.run, folder / member.name)
+        reporter.line(f"{folder}: {len(members)} runs, {sum(_done(folder / m.name) for m in members)} of them finished")
+        for group in _open_groups(members, folder, together):
+            before_group(group)
+            _train_group(group, folder, reporter, stop_after, programs)
+    with contextlib.suppress(OSError):  # it is not there, or holds a group that was not asked for
+        (folder / GROUPS).rmdir()
 
 
 def members(path: str | Path, over: Sequence[str], overrides: Sequence[str] = ()) -> list[Member]:
@@ -143,7 +160,12 @@ def _done(folder: Path) -> bool:
 def _alone(run: Run) -> bool:
     """Whether a run has frozen weights of its own, or no gradients to compute together."""
     own = isinstance(run.backbone, Scratch) or any(method.draws_frozen for method in run.methods)
-    return run.pretraining is not None or own or isinstance(run.optimizer, Scored)
+    return run.pretraining is not None or own or isinstance(run.optimizer, GradientFree)
+
+
+def _begun_alone(folder: Path) -> bool:
+    """Whether `train` has checkpoints in the folder; runs that train together keep theirs elsewhere."""
+    return (folder / "checkpoints").exists()
 
 
 def _open_groups(found: Sequence[Member], folder: Path, together: int) -> Iterator[list[Member]]:
@@ -158,7 +180,8 @@ def _open_groups(found: Sequence[Member], folder: Path, together: int) -> Iterat
     groups: dict[str, list[Member]] = {}
     for member in found:
         if member.name not in begun and not _done(folder / member.name):
-            key = member.name if _alone(member.run) else json.dumps(shape_of(member.run), sort_keys=True)
+            alone = _alone(member.run) or _begun_alone(folder / member.name)
+            key = member.name if alone else json.dumps(shape_of(member.run), sort_keys=True)
             groups.setdefault(key, []).append(member)
     for group in groups.values():
         for first in range(0, len(group), together):
@@ -177,7 +200,7 @@ def _train_group(
     """Train runs of one shape, together if that is possible."""
     run, runs = group[0].run, [(member.run, folder / member.name) for member in group]
     with jax.set_mesh(run.mesh.build()):
-        program = None if _alone(run) else _program(run, programs)
+        program = None if _alone(run) or _begun_alone(runs[0][1]) else _program(run, programs)
         if program is not None and program.possible:
             names = [member.name for member in group]
             own = folder / GROUPS / hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
@@ -240,14 +263,14 @@ def summary(found: Sequence[Member], folder: Path) -> dict[str, Any]:
 
 
 def describe(result: dict[str, Any]) -> Iterator[str]:
-    """Yield a sweep's table as lines: mean, sd and best of the task's metric, in percent or its own unit."""
+    """Yield a sweep's table as lines: mean, sd and best of the scores of each setting."""
     titles = [", ".join(f"{key} {value}" for key, value in row["settings"].items()) for row in result["table"]]
     width = max([8, *map(len, titles)])
     yield f"{'setting':{width}}  {'task':20} runs  " + "  ".join(f"{s:>22}" for s in ("validation", "test"))
     for title, row in zip(titles, result["table"], strict=True):
         cells = (_cell(row[split], row["unit"]) if split in row else "" for split in ("validation", "test"))
         yield f"{title:{width}}  {row['task']:20} {row['runs']:4}  " + "  ".join(f"{cell:>22}" for cell in cells)
-    yield f"{'':{width}}  {'':20}       " + "  ".join(f"{'mean ± sd (best)':>22}" for _ in range(2))
+    yield f"{SCORE} A cell: {CELL}."
     for task, name in result["best"].items():
         yield f"best on {task}: {name}"
     for run in result["runs"]:
@@ -256,5 +279,4 @@ def describe(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _cell(found: dict[str, Any], times: float) -> str:
-    sd = f" ± {shown(found['sd'], times)}" if found["sd"] is not None else ""
-    return f"{shown(found['mean'], times)}{sd} ({shown(found['best'], times)})"
+    return mean_sd_text(found, lambda value: shown(value, times), best=True)

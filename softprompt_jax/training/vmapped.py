@@ -33,14 +33,13 @@ from softprompt_jax.distributed.folder_lock import lock_folder
 from softprompt_jax.distributed.multihost import PreemptedDuringEval, Preemption
 from softprompt_jax.inference.evaluate import Decoder
 from softprompt_jax.methods import Split, leaves, split
-from softprompt_jax.optim import optimizers
 from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import Run
 from softprompt_jax.training import remat
 from softprompt_jax.training.loop import Speed, fit
 from softprompt_jax.training.run_data import ILLEGAL_HINT, RunData, TaskSplits, mostly_illegal
 from softprompt_jax.training.run_folder import Log, begin_folder, create_folder, leave_files, scores_in
-from softprompt_jax.training.step import first_state, plain_step
+from softprompt_jax.training.step import build_optimizer, first_state, plain_step
 
 FAILED_FILE = "failed.json"  # what a run leaves whose loss is no number
 _PLANNED_STEPS = 1000  # whose shapes are looked at when common ones are chosen
@@ -65,7 +64,7 @@ class VmappedSweep:
         self._decoder = Decoder(self._parts, self.assembly.tokenizer, run.decoding)
         self._tasks: dict[str, list[TaskSplits]] = {}
         self._step = jax.jit(self._mapped_step, donate_argnums=0)
-        self._begin = jax.jit(jax.vmap(functools.partial(first_state, self._optimizer(run.optimizer.learning_rate))))
+        self._begin = jax.jit(jax.vmap(functools.partial(first_state, build_optimizer(run, self._about))))
 
     def _assemble(self, run: Run) -> tuple[Assembly, Split]:
         assembly = assemble(run, self.backbone)
@@ -76,11 +75,11 @@ class VmappedSweep:
     def possible(self) -> bool:
         """Whether nothing but the prompt trains, and all else is the same for every run."""
         alone = getattr(self.run.optimizer, "restore", False)  # whose slots are a checkpoint's
-        return set(self._parts.trainable) == {"prompt"} and "prompt" not in self._parts.frozen and not alone
+        return self._parts.trains_prompt_only and "prompt" not in self._parts.frozen and not alone
 
     def _optimizer(self, learning_rate: Any) -> Any:
-        schedule = self.run.schedule.build(learning_rate, self.run.steps)
-        return optimizers.build(self.run.optimizer, schedule, self._about, self.run.clip_norm)
+        optimizer = self.run.optimizer.model_copy(update={"learning_rate": learning_rate})
+        return build_optimizer(self.run.model_copy(update={"optimizer": optimizer}), self._about)
 
     def _mapped_step(self, states: Any, running: Any, rates: Any, frozen: Any, batches: Any, keys: Any) -> Any:
         """Take a step of each run that is still running."""
@@ -197,7 +196,6 @@ class _VmappedGroup:
         """Train all to their end and leave their files."""
         run, count = self.run, len(self.runs)
         self.rates = jnp.asarray([each.optimizer.learning_rate for each in self.runs], jnp.float32)
-        self.schedules = [each.schedule.build(each.optimizer.learning_rate, run.steps) for each in self.runs]
         self.keys = jnp.stack([jax.random.fold_in(jax.random.key(each.seed), 2) for each in self.runs])
         unlike = list({id(data): data for data in self.data}.values())
         batches = [each for data in unlike if isinstance(each := data.train_batches, TrainBatches)]
@@ -257,8 +255,8 @@ class _VmappedGroup:
         for index in running:
             own = Speed(*(each[index] for each in speed))
             if np.isfinite(own.loss):
-                rate = float(np.asarray(self.schedules[index](step - 1)))
-                self.logs[index].write(own.line(step, rate, self.logs[index].seconds()))
+                rate, seconds = self.runs[index].learning_rate(step - 1), self.logs[index].seconds()
+                self.logs[index].write(own.line(step, rate, seconds))
             else:
                 self.marks["failed_at"][index] = step
                 self.reporter.line(f"{self.folders[index].name}: step {step}: the loss is {own.loss}; stopped")
