@@ -69,17 +69,15 @@ class Checkpoints:
     def best(self) -> int | None:
         """Return the step with the highest score; None if no step has one.
 
-        Of equal scores the one with the lowest validation loss is taken, of equal losses the earliest. Steps of older
-        versions have no loss and come last.
+        Of equal scores the one with the lowest validation loss is taken, of equal losses the earliest.
         """
         step = self._manager.best_step()
         return None if step is None or self._rank(self._manager.metrics(step))[0] == -math.inf else step
 
     def _rank(self, metrics: Any) -> tuple[float, float]:
-        """Return the score and minus the loss; minus infinity where there is none, or no number."""
+        """Return the score, minus infinity where there is none or no number, and minus the loss."""
         score, loss = self._scores.get(metrics[_STEP], (metrics[_SCORE], metrics.get(_LOSS)))
-        known = [None if value is None or math.isnan(value) else value for value in (score, loss)]
-        return -math.inf if known[0] is None else known[0], -math.inf if known[1] is None else -known[1]
+        return -math.inf if score is None or math.isnan(score) else score, math.inf if loss is None else -loss
 
     def restore(self, step: int, like: Any = None) -> Any:
         """Read the state of a step with the structure, dtypes and sharding of `like`, or as NumPy arrays."""

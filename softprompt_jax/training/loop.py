@@ -120,6 +120,8 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
     scored = {step: score for step, *score in scored if step <= first}
     for step, score in scored.items():
         checkpoints.score(step, *score)
+    # A run that began before there were validation losses ends as it would have: the earliest of equal scores.
+    losses_count = all(loss is not None for _, loss in scored.values())
     log = opened.enter_context(contextlib.closing(Log(folder, first)))
     if first == 0:
         log.write({"step": 0, "data": data.measures()})
@@ -140,9 +142,10 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
         reporter.line(f"step {step}: validation " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
         if step > 0 and mostly_illegal(scores):
             reporter.once(ILLEGAL_HINT)
+        loss = scores.get("loss") if losses_count else None
         if step == first > 0:  # its validation was cut short
-            checkpoints.score(step, score, scores.get("loss"))
-        return score, scores.get("loss")
+            checkpoints.score(step, score, loss)
+        return score, loss
 
     def save(step: int, state: State, score: tuple[float, float | None] | None) -> None:
         checkpoints.save(step, state, *(score or ()))

@@ -175,9 +175,12 @@ class _VmappedGroup:
         logs = [Log(path, self.first, self.validated) for path in self.folders]
         self.logs = [opened.enter_context(contextlib.closing(log)) for log in logs]
         self.best_loss = np.full(count, np.inf)
+        self.losses_count = [True] * count  # False: it began before there were any, and keeps the first of equal scores
         self.better_at = self.marks["best_step"].copy()  # when the score rose last: a lower loss alone ends no waiting
         for index, (run, path) in enumerate(runs):
-            scored = {step: score for step, score in scores_in(path, run).items() if step > 0}
+            scored = scores_in(path, run)
+            self.losses_count[index] = all(loss is not None for _, loss in scored.values())
+            scored.pop(0, None)  # the start is no candidate
             if (loss := scored.get(int(self.marks["best_step"][index]), (0, None))[1]) is not None:
                 self.best_loss[index] = loss
             if scored:
@@ -280,7 +283,8 @@ class _VmappedGroup:
                 self.reporter.once(ILLEGAL_HINT)
             best, loss = self.marks["best_score"][index], scores.get("loss", np.inf)
             better = np.float32(score) > best
-            if better or (np.float32(score) == best and loss < self.best_loss[index]):
+            lower = np.float32(score) == best and loss < self.best_loss[index] and self.losses_count[index]
+            if better or lower:
                 improved[index] = True
                 self.marks["best_score"][index], self.marks["best_step"][index] = score, step
                 self.best_loss[index] = loss
