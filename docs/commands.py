@@ -52,10 +52,6 @@ def _names(option: Any) -> str:
 
 
 def _said(option: Any) -> str:
-    default = option.default
-    shown = (
-        ""
-        if default in (None, False, "", ()) or callable(default)
-        else f" (default: `{getattr(default, 'value', default)}`)"
-    )
+    default = option.show_default if isinstance(option.show_default, str) else option.default
+    shown = "" if default in (None, False, "", ()) or callable(default) else f" (default: `{default}`)"
     return " ".join((option.help or "").split()).replace("|", "\\|") + shown

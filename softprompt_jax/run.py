@@ -111,8 +111,9 @@ class Run(Settings):
     z_loss: float = Field(1e-4, ge=0)  # times the square of log Z, the logarithm of softmax's sum
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     dropout: float = Field(0.1, ge=0, lt=1)  # of the backbone, in training
-    attention: Implementation = "auto"  # plain, or flash: no scores in memory (cuDNN, Pallas); auto: flash on
-    # GPUs in bfloat16, while training without dropout only
+    attention: Implementation = "auto"  # kernel of the encoder's self-attention: plain; flash: cuDNN's, which keeps no
+    # scores in memory, or an error that says why not; auto: cuDNN's where it can be had (NVIDIA GPUs, bfloat16, no
+    # dropout)
     remat: Literal["auto", "none", "dots", "full"] = "auto"  # activations computed again for the gradient; auto: where
     # they would not fit into a device's memory
     unroll: bool = False  # the scan over layers: compiles longer, runs 4 to 10% faster on a CPU
@@ -241,7 +242,8 @@ class Run(Settings):
 
     def finished(self) -> Run:
         """Return the settings with which what was trained is read: without what only training needed."""
-        return self.model_copy(update={"methods": [method.finished() for method in self.methods]})
+        methods = [method.finished() for method in self.methods]
+        return self.model_copy(update={"methods": methods, "attention": "auto"})  # on whatever devices there are
 
     @property
     def tasks(self) -> list[Task]:

@@ -12,9 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import small_runs
+import typer
 from small_runs import rows, write_backbone, write_config, write_rows
 
+import softprompt_jax
 from softprompt_jax import load_predictor, load_prompt
+from softprompt_jax.cli.main import app
 from softprompt_jax.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,17 +38,67 @@ def config(small, tmp_path):
 # ----------------------------------------------------------------------------------------------- help
 
 
-COMMANDS = (
-    "train eval submit average predict export import show push similar recycle tasks task tokenizer sweep ensemble"
-    " inspect report"
-)
+COMMANDS = typer.main.get_command(app).commands
 
 
-@pytest.mark.parametrize("command", COMMANDS.split())
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(softprompt, command):
     code, out, err = softprompt(command, "--help")
     assert (code, err) == (0, "")
     assert f"Usage: softprompt {command}" in out
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_is_sentences_that_only_the_terminal_breaks(command):
+    for paragraph in COMMANDS[command].help.split("\n\n"):
+        assert "\n" not in paragraph
+        assert paragraph.endswith(".")
+    for parameter in COMMANDS[command].params:
+        if parameter.name != "help":
+            assert parameter.help, f"{command} {parameter.name}: no help"
+            assert parameter.help.endswith("."), f"{command} {parameter.name}: {parameter.help}"
+
+
+def test_commands_are_grouped_in_the_order_of_a_workflow(softprompt):
+    out = softprompt("--help")[1]
+    groups = ("Data", "Train", "Evaluate and use", "Compare and understand", "Files", "Benchmarks")
+    places = [out.index(f"─ {group} ─") for group in groups]
+    assert places == sorted(places)
+    assert out.index(" train ") < out.index(" eval ") < out.index(" report ") < out.index(" push ")
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"),
+    [
+        (["sweep", "a.yaml", "--out", "x"], "--over"),
+        (["sweep", "a.yaml", "--over", "seed=0..1"], "--out"),
+        (["report", "x"], "--to"),
+        (["plan", "a.yaml"], "--topology"),
+    ],
+)
+def test_required_options_are_marked_and_asked_for(softprompt, refused, command, missing):
+    (line,) = (line for line in softprompt(command[0], "--help")[1].splitlines() if f" {missing} " in line)
+    assert line.startswith("│ *")
+    assert f"Missing option '{missing}'; see softprompt {command[0]} --help" in refused(*command)
+
+
+def test_the_version_is_told(softprompt):
+    assert softprompt("--version") == (0, f"softprompt {softprompt_jax.__version__}\n", "")
+
+
+def test_importing_the_library_leaves_the_users_process_alone():
+    """Loggers, hooks and the environment are the command line's to change, when it runs; not when it is imported."""
+    code = """if True:
+        import logging, os, sys, threading, transformers, orbax.checkpoint, huggingface_hub, tokenizers, jax
+        def state():
+            loggers = {name: logging.getLogger(name).level for name in ("", "absl", "transformers", "huggingface_hub")}
+            return loggers, dict(os.environ), threading.excepthook, sys.excepthook
+        before = state()
+        import softprompt_jax.training.loop, softprompt_jax.serve.engine, softprompt_jax.cli.main
+        after = state()
+        assert before == after, [pair for pair in zip(before, after) if pair[0] != pair[1]]
+    """
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_help_lists_the_commands_and_where_to_start(softprompt):

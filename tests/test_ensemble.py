@@ -108,12 +108,13 @@ def test_scores_have_average_best_and_both_ensembles_with_their_sd(prompts, foun
         assert result[name]["accuracy"]["sd"] == pytest.approx((share * (1 - share) / 16) ** 0.5, rel=0.25, abs=1e-6)
 
 
-def test_command_prints_json_and_a_line_each(softprompt, prompts):
-    code, out, err = softprompt("ensemble", *prompts[:2], "--split", "test")
-    assert code == 0
-    assert json.loads(out)["count"] == 16
-    assert [line.split()[0] for line in err.splitlines()] == ["average", "best", "vote", "log_probability"]
-    assert "±" in err
+def test_command_prints_a_table_and_json_on_request(softprompt, prompts):
+    command = "ensemble", *prompts[:2], "--split", "test"
+    code, out, err = softprompt(*command)
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == ["average", "best", "vote", "log_probability"]
+    assert all("±" in line and line.endswith("(sd)") for line in out.splitlines())
+    assert json.loads(softprompt(*command, "--json")[1])["count"] == 16
 
 
 def test_what_is_no_ensemble_is_one_line(prompts, prompt_run, full_run, tmp_path):

@@ -46,6 +46,16 @@ def test_tuned_model_is_a_backbone_with_its_tokenizer(full_run, tmp_path):
     assert found == expected
 
 
+def test_an_exported_model_has_a_tokenizer_that_needs_no_sentencepiece(full_run, tmp_path):
+    from tokenizers import Tokenizer
+
+    export(full_run, "hf", tmp_path / "model")
+    fast = Tokenizer.from_file(str(tmp_path / "model" / "tokenizer.json"))
+    ours = load_predictor(full_run).tokenizer
+    for row in rows():
+        assert fast.encode(row["text"], add_special_tokens=False).ids == ours.encode(row["text"])
+
+
 def test_unfinished_run_exports_its_latest_checkpoint(full_run, tmp_path):
     shutil.copytree(full_run, tmp_path / "run")
     for name in ("result.json", "trained.safetensors"):
@@ -66,7 +76,7 @@ def test_unfinished_run_exports_its_latest_checkpoint(full_run, tmp_path):
         ("safetensors", "p", "ends in ''; expected a file name ending in .safetensors"),
         ("npy", "file/p.npy", r"p.npy: cannot be written"),
         ("safetensors", "file/p.safetensors", r"p.safetensors: cannot be written"),
-        ("hf", "model", "has a prompt, which no Hugging Face model holds; export it as npy"),
+        ("hf", "model", "has a prompt, which no Hugging Face model holds; export it as peft or npy"),
     ],
 )
 def test_export_that_cannot_be_is_one_line(prompt_run, tmp_path, format, to, expected):

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from test_torch_file import save_tensors
 
 from softprompt_jax import UserError, load_backbone, load_prompt
-from softprompt_jax.checkpoints import backbone as pretrained
+from softprompt_jax.checkpoints import tensors as tensors_module
 from softprompt_jax.checkpoints.artifact import read_prompt
 from softprompt_jax.checkpoints.backbone import EMBEDDED, save_backbone
 from softprompt_jax.data.tokenizer import load_tokenizer
@@ -53,7 +53,7 @@ def test_a_bin_becomes_safetensors_in_files_of_a_size(tmp_path, monkeypatch, fil
     save_tensors(tmp_path / "old" / "pytorch_model.bin", tensors)
     shutil.copy(SPIECE, tmp_path / "old")
     if files == "several":
-        monkeypatch.setattr(pretrained, "_SHARD_BYTES", 8_000)
+        monkeypatch.setattr(tensors_module, "_FILE_BYTES", 8_000)
     import_source(str(tmp_path / "old"), tmp_path / "new")
     same(tmp_path / "new", tmp_path / "old")
     found = list((tmp_path / "new").glob("*.safetensors"))

@@ -32,7 +32,7 @@ LAYERS = (
     "models",
     "data",
     "distributed optim",
-    "config progress statistics trees",
+    "config files progress statistics trees",
 )
 LAYER = {module: height for height, line in enumerate(reversed(LAYERS)) for module in line.split()}
 # Not for reasons of height: what knows tasks and text knows no model, and the other way round.

@@ -14,7 +14,7 @@ import yaml
 from small_runs import write_rows
 
 from softprompt_jax.analysis import plan
-from softprompt_jax.cli.train import PREEMPTED
+from softprompt_jax.cli.signals import PREEMPTED
 from softprompt_jax.config import Preempted, UserError, parse
 from softprompt_jax.paper import experiments, measures, results
 from softprompt_jax.run import Run

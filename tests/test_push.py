@@ -8,11 +8,12 @@ import shutil
 import numpy as np
 import pytest
 import yaml
+from small_runs import CONFIGS
 
 from softprompt_jax import UserError, load_backbone, load_predictor, load_prompt
 from softprompt_jax.config import parse, read, to_yaml
 from softprompt_jax.export.push import card, push
-from softprompt_jax.run import Run
+from softprompt_jax.run import Run, load_run
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -36,7 +37,7 @@ def test_a_dry_run_writes_a_folder_that_loads_here_and_in_peft(run):
     result = json.loads((run / "result.json").read_text())
     assert f"| test | accuracy | {result['test']['accuracy']:.4f} |" in text
     assert 'PeftModel.from_pretrained(model, "me/moods")' in text
-    assert "load_prompt(folder)" in text
+    assert "load_predictor(folder" in text
     assert "kind: prompt" in text
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     assert settings["methods"] == yaml.safe_load((run / "config.yaml").read_text())["methods"]
@@ -57,7 +58,7 @@ def test_a_published_backbone_is_named_and_what_peft_lacks_is_said():
     text = card(run, {"test": {"accuracy": 0.5}, "steps": 3, "best_step": 2}, "me/x", {"prompt.safetensors"}, "m: why")
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "google/t5-base-lm-adapt"
     assert "No form for PEFT: why" in text
-    assert 'load_backbone("google/t5-base-lm-adapt")' in text
+    assert 'load_predictor(folder, backbone="google/t5-base-lm-adapt")' in text
     assert "step 2 of 3" in text
 
 
@@ -65,15 +66,51 @@ def test_the_hub_is_asked_for_the_repository_and_given_the_folder(run, monkeypat
     asked = []
 
     class Api:
-        def create_repo(self, name, exist_ok):
-            asked.append((name, exist_ok))
+        def create_repo(self, name, private, exist_ok):
+            asked.append((name, private, exist_ok))
 
         def upload_folder(self, repo_id, folder_path):
             asked.append((repo_id, sorted(path.name for path in folder_path.iterdir())[0]))
 
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     push(run, "me/moods")
-    assert asked == [("me/moods", True), ("me/moods", "README.md")]
+    assert asked == [("me/moods", True, True), ("me/moods", "README.md")]
+
+
+@pytest.mark.parametrize(("options", "private"), [((), True), (("--public",), False)])
+def test_a_new_repository_is_private_unless_public_is_said(softprompt, run, monkeypatch, options, private):
+    asked = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **settings: asked.append(settings["private"]))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda *_, **__: None)
+    assert softprompt("push", run, "me/moods", *options)[0] == 0
+    assert asked == [private]
+
+
+def settings_of(text: str) -> dict:
+    """Return the settings that a card shows."""
+    return yaml.safe_load(text.rpartition("```yaml")[2].partition("```")[0])
+
+
+def test_a_card_counts_nothing_as_a_score_and_shows_what_differs(run):
+    text = (push(run, "me/moods", dry_run=True) / "README.md").read_text()
+    assert "count" not in text.partition("## Use")[0]
+    settings = settings_of(text)
+    assert set(settings["task"]) <= {"name", "source", "input", "target", "label_words", "metrics"}
+    assert settings["methods"] == [{"kind": "prompt", "length": 3}]
+
+
+@pytest.mark.parametrize(
+    "config", [path for path in CONFIGS if path.parent.name == "methods"], ids=lambda path: path.stem
+)
+def test_the_settings_of_a_card_are_those_of_the_run(config):
+    run = load_run(config)
+    assert parse(Run, settings_of(card(run, {}, "me/x", set(), None)), "card") == run
+
+
+def test_a_card_of_the_embedded_backbone_says_where_to_get_it(small):
+    run = parse(Run, small.short | {"backbone": "embedded"}, "test")
+    text = card(run, {}, "me/x", {"prompt.safetensors", "adapter_config.json"}, None)
+    assert text.index("softprompt import embedded --to embedded") < text.index('from_pretrained("embedded")')
 
 
 def test_what_cannot_be_pushed_is_refused_in_a_line(run, tmp_path, monkeypatch):
@@ -120,13 +157,6 @@ def test_a_card_survives_a_push_that_fails(run, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         push(run, "me/moods", dry_run=True)
     assert card.read_text().endswith("\nMine.\n")
-
-
-def test_rows_that_stand_elsewhere_are_loaded_by_what_knows_their_place(small):
-    run = parse(Run, small.short | {"methods": [{"kind": "prompt", "place": "after"}]}, "test")
-    text = card(run, {}, "me/moods", {"prompt.safetensors"}, None)
-    assert "load_predictor(folder" in text
-    assert "load_prompt" not in text
 
 
 def test_a_published_folder_answers_as_its_run(small, run):

@@ -225,7 +225,7 @@ def test_folder_without_a_run_is_one_line(tmp_path, refused):
     with pytest.raises(UserError, match="no run; expected the folder of a run, or one that holds some"):
         write_report([tmp_path], tmp_path / "page")
     assert not (tmp_path / "page").exists()
-    assert "no --to; expected a folder" in refused("report", tmp_path)
+    assert "Missing option '--to'; see softprompt report --help" in refused("report", tmp_path)
 
 
 def test_what_push_has_written_is_no_run_of_its_own(small, tmp_path):

@@ -20,9 +20,9 @@ from softprompt_jax.checkpoints.artifact import save_prompt
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.models import decode
 from softprompt_jax.models.decode import Sampling
-from softprompt_jax.serve.engine import Engine
-from softprompt_jax.serve.limits import Limits, Refused
-from softprompt_jax.serve.requests import Request, Texts, job, told
+from softprompt_jax.serve.engine import Engine, Job
+from softprompt_jax.serve.limits import Limits, RequestError
+from softprompt_jax.serve.requests import Request, TextStream, make_job, reply
 
 WIDTH, TOKENS = 16, 6
 LIMITS = {"slots": 8, "max_input_tokens": 16, "max_prompt_rows": 12, "max_tokens": TOKENS, "timeout_s": 900}
@@ -68,16 +68,16 @@ def asked(engine: Engine, *requests: Request) -> list[dict]:
     pending = []
     for request in requests:
         news: queue.SimpleQueue = queue.SimpleQueue()
-        work = job(request, engine, news.put)
+        work = make_job(request, engine, news.put)
         engine.submit(work)
         pending.append((request, work, news))
     found = []
     for request, work, news in pending:
         while (event := news.get(timeout=900)) is None:
             pass
-        if isinstance(event, Refused):
+        if isinstance(event, RequestError):
             raise event
-        found.append(told(request, work, engine))
+        found.append(reply(request, work, engine))
     return found
 
 
@@ -138,11 +138,11 @@ def test_requests_of_64_prompts_are_answered_as_each_alone(engine, alone):
 def test_scores_are_those_of_a_forward_pass(engine, backbone, prompts):
     text, words = TEXTS[1], ["yes", "no", "the garden"]
     (found,) = asked(engine, Request(inputs=text, prompt="p5", words=words))
-    for told_of in [*found["words"], found["answers"][0]]:
-        ids = told_of.get("tokens") or [*engine.bank.tokenizer.encode(told_of["word"]), decode.EOS]
+    for heard in [*found["words"], found["answers"][0]]:
+        ids = heard.get("tokens") or [*engine.bank.tokenizer.encode(heard["word"]), decode.EOS]
         inputs = np.asarray([[0, *ids[:-1]]], np.int32)
         log_p = jax.nn.log_softmax(logits(backbone, tokens_of(engine, text), inputs, prompts["p5"])[0])
-        assert told_of["score"] == pytest.approx(float(log_p[np.arange(len(ids)), ids].sum()), abs=1e-4)
+        assert heard["score"] == pytest.approx(float(log_p[np.arange(len(ids)), ids].sum()), abs=1e-4)
     best = max(found["words"], key=lambda word: word["score"])["word"]
     assert found["best_word"] == best
     (only,) = asked(engine, Request(inputs=text, prompt="p5", words=words, max_tokens=0))
@@ -183,25 +183,25 @@ def test_an_answer_begins_with_what_is_forced(engine):
 
 def test_pieces_of_a_watched_answer_make_up_the_whole(engine):
     request, news = Request(inputs=TEXTS[0], prompt="p4", stream=True), queue.SimpleQueue()
-    work = job(request, engine, lambda event: news.put((event, list(work.answers[0].tokens))))
+    work = make_job(request, engine, lambda event: news.put((event, list(work.answers[0].tokens))))
     engine.submit(work)
-    pieces, seen = Texts(engine, 1), []
+    pieces, seen = TextStream(engine, 1), []
     while True:
         event, tokens = news.get(timeout=900)
         seen.append(len(tokens))
         work_so_far = [type(work.answers[0])(TOKENS, tokens=tokens)]
-        pieces.news(work_so_far)
+        pieces.new_pieces(work_so_far)
         if event is True:
             break
     assert seen == sorted(seen)
     assert len(set(seen)) == len(tokens), "a token at a time"
-    assert pieces._sent[0] == told(request, work, engine)["prediction"]
+    assert pieces._sent[0] == reply(request, work, engine)["prediction"]
 
 
 def test_a_cancelled_request_leaves_its_slot_to_others(engine, alone):
     seen: list = []
     for text, name in list(alone)[:40]:
-        work = job(Request(inputs=text, prompt=name), engine, seen.append)
+        work = make_job(Request(inputs=text, prompt=name), engine, seen.append)
         engine.submit(work)
         engine.cancel(work)
     (text, name), expected = next(iter(alone.items()))
@@ -223,11 +223,11 @@ def test_a_cancelled_call_is_not_made_and_fails_no_request(engine, capfd):
 
 def test_a_prompt_removed_while_a_request_waits_is_told(engine, prompts):
     engine.call(lambda: engine.bank.add("brief", prompts["p3"])).result(900)
-    told_of: queue.SimpleQueue = queue.SimpleQueue()
-    work = job(Request(inputs=TEXTS[0], prompt="brief"), engine, told_of.put)
+    heard: queue.SimpleQueue = queue.SimpleQueue()
+    work = make_job(Request(inputs=TEXTS[0], prompt="brief"), engine, heard.put)
     engine.call(lambda: engine.bank.remove("brief")).result(900)
     engine.submit(work)
-    event = told_of.get(timeout=900)
+    event = heard.get(timeout=900)
     assert (event.status, "not in the bank" in str(event)) == (404, True)
 
 
@@ -237,16 +237,16 @@ def test_late_requests_and_a_full_queue_are_told(backbone, prompts):
     small = Engine(bank, Limits(**LIMITS | {"max_waiting": 2, "timeout_s": 0.05}))
     small._thread = threading.Thread(target=time.sleep, args=(0.5,))  # nothing is answered meanwhile
     small._thread.start()
-    told_of: queue.SimpleQueue = queue.SimpleQueue()
+    heard: queue.SimpleQueue = queue.SimpleQueue()
     request = Request(inputs="the garden", prompt="p1")
     for _ in range(2):
-        small.submit(job(request, small, told_of.put))
-    with pytest.raises(Refused, match="2 requests wait already") as refused:
-        small.submit(job(request, small, told_of.put))
+        small.submit(make_job(request, small, heard.put))
+    with pytest.raises(RequestError, match="2 requests wait already") as refused:
+        small.submit(make_job(request, small, heard.put))
     assert refused.value.status == 429
     small._thread.join()
-    small._drop()
-    assert [told_of.get_nowait().status for _ in range(2)] == [504, 504]
+    small._drop_late()
+    assert [heard.get_nowait().status for _ in range(2)] == [504, 504]
 
 
 def test_a_failing_step_is_told_and_the_next_request_answered(engine, alone, monkeypatch, capsys):
@@ -257,11 +257,61 @@ def test_a_failing_step_is_told_and_the_next_request_answered(engine, alone, mon
         raise MemoryError("no room")
 
     monkeypatch.setattr(engine, "_advance", failing)
-    with pytest.raises(Refused, match="failed \\(MemoryError\\)"):
+    with pytest.raises(RequestError, match="failed \\(MemoryError\\)"):
         asked(engine, Request(inputs=text, prompt=name))
     (found,) = asked(engine, Request(inputs=text, prompt=name))
     assert found["answers"][0]["tokens"] == alone[text, name]
     assert "no room" in capsys.readouterr().err
+
+
+def test_an_engine_that_cannot_begin_again_tells_everyone_and_takes_nothing_more(
+    backbone, prompts, monkeypatch, capsys
+):
+    bank = PromptBank(backbone, device_rows=24)
+    bank.add("p1", prompts["p1"])
+    dying = Engine(bank, Limits(**LIMITS | {"max_waiting": 20}))
+    request, heard, held = Request(inputs="the garden", prompt="p1"), queue.SimpleQueue(), threading.Event()
+    dying.start()
+    dying.call(lambda: held.wait(900))  # so that all of them have come before the failing step
+
+    def no_room(*_: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(dying, "_advance", no_room)
+    monkeypatch.setattr(dying, "_reset", no_room)
+    works = [make_job(request, dying, heard.put) for _ in range(LIMITS["slots"] + 4)]  # more than there are slots
+    for work in works:
+        dying.submit(work)
+    held.set()
+    events = [heard.get(timeout=60) for _ in works]
+    dying._thread.join(60)
+    assert {event.status for event in events} <= {500, 503}
+    assert sum(event.status == 503 for event in events) >= 4, "those in the queue"
+    assert (dying.status, dying.waiting, dying.working) == ("failed", 0, 0)
+    for late in (lambda: make_job(request, dying, print), lambda: dying.submit(works[0]), lambda: dying.call(print)):
+        with pytest.raises(RequestError, match="its engine has failed") as error:
+            late()
+        assert error.value.status == 503
+    assert capsys.readouterr().err.count("MemoryError: no room") >= 2
+    dying.stop()  # and does not wait
+
+
+def test_a_call_that_waits_for_a_dying_engine_is_told(backbone, prompts, monkeypatch, capsys):
+    bank = PromptBank(backbone, device_rows=24)
+    bank.add("p1", prompts["p1"])
+    dying = Engine(bank, Limits(**LIMITS))
+    dying._waiting.append(job_of_nothing := Job("p1", [5], [], time.monotonic() + 900, print))
+    future = dying.call(print)
+    dying._fail_for_good()
+    assert isinstance(future.exception(60), RequestError)
+    assert job_of_nothing not in dying._waiting
+
+
+def test_random_keys_are_made_by_the_engines_thread(engine, monkeypatch):
+    threads, real = [], engine._rngs
+    monkeypatch.setattr(engine, "_rngs", lambda seed: (threads.append(threading.current_thread()), real(seed))[1])
+    asked(engine, Request(inputs=TEXTS[0], prompt="p1", decoding=Sampling(samples=2, seed=3)))
+    assert threads == [engine._thread]
 
 
 @pytest.mark.parametrize(
@@ -279,14 +329,14 @@ def test_a_failing_step_is_told_and_the_next_request_answered(engine, alone, mon
     ],
 )
 def test_what_cannot_be_answered_is_told_in_one_line(engine, settings, status, message):
-    with pytest.raises(Refused, match=message) as error:
-        job(Request(**{"inputs": "the garden", "prompt": "p2"} | settings), engine, print)
+    with pytest.raises(RequestError, match=message) as error:
+        make_job(Request(**{"inputs": "the garden", "prompt": "p2"} | settings), engine, print)
     assert error.value.status == status
     assert "\n" not in str(error.value)
 
 
 def test_a_prompt_too_long_for_the_compiled_shapes_is_refused(engine):
-    with pytest.raises(Refused, match="prompt long: 13 ids around a text; expected at most 12"):
+    with pytest.raises(RequestError, match="prompt long: 13 ids around a text; expected at most 12"):
         engine.check_prompt("long", engine.bank.read("long", rows(13, 0)))
 
 
@@ -320,10 +370,8 @@ def test_prefixes_and_factors_share_the_slots(many):
     sampled = Sampling(samples=2, temperature=2.0, seed=8)
     few = ["prefix placed, rows", "ia3 everywhere", "nothing"]
     requests += [Request(inputs=TEXTS[0], prompt=name, decoding=sampled, words=["yes"]) for name in few]
-    told_of = [
-        answer for start in range(0, len(requests), 20) for answer in asked(mixed, *requests[start : start + 20])
-    ]
-    for request, answer in zip(requests, told_of, strict=True):
+    heard = [answer for start in range(0, len(requests), 20) for answer in asked(mixed, *requests[start : start + 20])]
+    for request, answer in zip(requests, heard, strict=True):
         ids, model = bank.tokenizer.encode(request.inputs), many.models[request.prompt]
         tokens, scores = many_methods.answered(model, ids, TOKENS, request.decoding, 0)
         for found, row, score in zip(answer["answers"], tokens, scores, strict=True):
@@ -331,7 +379,7 @@ def test_prefixes_and_factors_share_the_slots(many):
             if found["tokens"] == whole(row):
                 assert found["score"] == pytest.approx(float(score), abs=1e-4)
     longer = dataclasses.replace(bank.prompt("prefix"), extras={"prefix encoder": np.zeros((2, 2, 9, 16), np.float32)})
-    with pytest.raises(Refused, match="prompt longer: has a prefix or factors for which this server has compiled"):
+    with pytest.raises(RequestError, match="prompt longer: has a prefix or factors for which this server has compiled"):
         mixed.check_prompt("longer", longer)
     mixed.stop()
 
@@ -340,8 +388,8 @@ def test_a_stopped_engine_takes_nothing_more(backbone, prompts):
     bank = PromptBank(backbone, device_rows=24)
     bank.add("p1", prompts["p1"])
     stopped = Engine(bank, Limits(**LIMITS))
-    with pytest.raises(Refused, match="is stopping") as error:
-        job(Request(inputs="x", prompt="p1"), stopped, print)
+    with pytest.raises(RequestError, match="is stopping") as error:
+        make_job(Request(inputs="x", prompt="p1"), stopped, print)
     assert error.value.status == 503
 
 

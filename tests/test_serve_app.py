@@ -136,8 +136,10 @@ GOOD = {"inputs": TEXT, "prompt": "p1"}
         ("POST", "/v1/generate", GOOD | {"inputs": ""}, {}, 422, "inputs: found an empty text"),
         ("POST", "/v1/generate", GOOD | {"inputs": "warm " * 16}, {}, 422, r"inputs: 17 tokens; expected at most 16"),
         ("POST", "/v1/generate", GOOD | {"inputs": "warm " * 1000}, {}, 413, "body: over 4000 bytes"),
-        ("POST", "/v1/generate", {"inputs": TEXT}, {}, 422, "body: prompt: missing"),
-        ("POST", "/v1/generate", GOOD | {"beams": 4}, {}, 422, "body: beams: unknown setting"),
+        ("POST", "/v1/generate", {"inputs": TEXT}, {}, 422, "body: no field 'prompt'; expected {\"inputs\""),
+        ("POST", "/v1/generate", GOOD | {"beams": 4}, {}, 422, "body: 'beams': unknown field; expected inputs, prompt"),
+        ("POST", "/v1/generate", {"input": TEXT}, {}, 422, "'input': unknown field; .* did you mean inputs"),
+        ("POST", "/v1/generate", GOOD | {"inputs": [TEXT]}, {}, 422, "body: inputs: .*expected one text; send a req"),
         (
             "POST",
             "/v1/generate",
@@ -181,6 +183,69 @@ def test_bad_requests_get_a_status_and_one_line(port, method, path, body, header
     assert (found, list(told)) == (status, ["error"])
     assert re.search(message, told["error"]), told
     assert "\n" not in told["error"]
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.usefixtures("alive")
+def test_others_are_answered_while_an_uploaded_file_is_read(port, engine, monkeypatch):
+    """Were the file read in the event loop or by the engine, the answers would come after the upload's."""
+    real, reading, held = engine.bank.read, threading.Event(), threading.Event()
+
+    def slow(*arguments):
+        reading.set()
+        held.wait(20)
+        return real(*arguments)
+
+    monkeypatch.setattr(engine.bank, "read", slow)
+    upload: list[int] = []
+    thread = threading.Thread(target=lambda: upload.append(ask(port, "PUT", "/v1/prompts/slow", npy(rows(2, 7)))[0]))
+    thread.start()
+    assert reading.wait(PATIENCE_S)
+    status, text, _ = ask(port, "POST", "/v1/generate", GOOD | {"stream": True})
+    assert (status, events(text)[-1][0], upload) == (200, "done", [])
+    held.set()
+    thread.join()
+    assert upload == [201]
+    assert ask(port, "DELETE", "/v1/prompts/slow")[0] == 204
+
+
+def test_a_client_does_not_wait_for_a_step_without_end(small, monkeypatch):
+    stuck, held = served.engine_of(small.backbone, timeout_s=0.2), threading.Event()
+    monkeypatch.setattr(stuck, "_advance", lambda: held.wait(20))
+    stuck.start()
+    try:
+        with served.serving(stuck) as port:
+            assert ask(port, "POST", "/v1/generate", GOOD)[0] == 504
+            assert ask(port, "DELETE", "/v1/prompts/p1")[0] == 504
+            assert not held.is_set()
+    finally:
+        held.set()
+        stuck.stop()
+
+
+def test_a_server_whose_engine_has_died_says_so(small, monkeypatch, capfd):
+    dying = served.engine_of(small.backbone)
+    dying.start()
+
+    def no_room() -> None:
+        raise MemoryError("no room")
+
+    with served.serving(dying) as port:
+        monkeypatch.setattr(dying, "_advance", no_room)
+        monkeypatch.setattr(dying, "_reset", no_room)
+        assert ask(port, "POST", "/v1/generate", GOOD)[0] in (500, 503)
+        dying._thread.join(PATIENCE_S)
+        status, about, _ = ask(port, "GET", "/health")
+        assert (status, about) == (503, {"status": "failed", "waiting": 0, "working": 0})
+        for request in (("POST", "/v1/generate", GOOD), ("PUT", "/v1/prompts/new", npy(rows(2, 7)))):
+            status, told, _ = ask(port, *request)
+            assert (status, "its engine has failed" in told["error"]) == (503, True)
+    assert "MemoryError" in capfd.readouterr().err
 
 
 @pytest.mark.usefixtures("alive")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from softprompt_jax import UserError
 from softprompt_jax.checkpoints.artifact import save_prompt
 from softprompt_jax.checkpoints.backbone import EMBEDDED, save_backbone
 from softprompt_jax.export.show import show
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 
 
 def shown(source, norms: bool = False) -> str:
@@ -31,20 +34,25 @@ def test_a_prompt_is_told_with_its_norms_and_metadata(tmp_path):
     save_tensors(tmp_path / "p.bin", {"w": rows})
     assert shown(tmp_path / "p.bin").splitlines() == [
         f"{tmp_path / 'p.bin'}: 1 tensors, 4 numbers",
-        "  w           2x2  norm 5.099",
         "  checksums: of 1 of 1 tensors",
+        "  w           2x2  norm 5.099",
     ]
     save_file({"prompt": rows}, tmp_path / "p.safetensors")
-    assert "checksums: none; a changed number that is still finite cannot be seen" in shown(tmp_path / "p.safetensors")
+    assert "checksums: none, a changed number cannot be seen" in shown(tmp_path / "p.safetensors")
 
 
 def test_runs_are_told_with_their_scores_and_what_they_trained(prompt_run, full_run):
     text = shown(prompt_run)
     assert "a run on moods with prompt, backbone" in text
-    assert "test accuracy: " in text
+    assert "  test:\n    accuracy: " in text
+    assert "\n  settings:\n    task:\n" in text  # not JSON in one line
     assert "a prompt of " in text
     assert "fingerprint: " in text
     assert "encoder.layers.attention.query.kernel" in shown(full_run)
+
+
+def test_a_config_is_told_as_one():
+    assert shown(QUICKSTART) == f"{QUICKSTART}: a run on sentiment_movie with prompt, backbone embedded"
 
 
 def test_checkpoints_are_told_with_their_settings(shared_fixtures, tmp_path):
@@ -144,11 +152,13 @@ def test_what_is_none_of_these_is_refused_in_a_line(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "text.safetensors").write_text("hello")
     (tmp_path / "text.npy").write_text("hello")
+    (tmp_path / "text.txt").write_text("hello")
     for name, problem in {
         "nothing": "no such file or folder; expected a prompt",
         "folder": "none that is known; expected a prompt",
         "text.safetensors": "not a complete safetensors file",
         "text.npy": "not a .npy array",
+        "text.txt": "found the suffix '.txt'; expected one of .safetensors, .npy",
     }.items():
         with pytest.raises(UserError, match=problem) as caught:
             shown(tmp_path / name)

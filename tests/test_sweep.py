@@ -124,6 +124,15 @@ def test_sweep_into_runs_of_other_settings_is_refused(swept, config):
         sweep(config, ["seed=0..1", "learning_rate=0.1,0.3"], swept[0], ["steps=30"])
 
 
+@pytest.mark.usefixtures("no_training")
+def test_command_prints_a_table_and_json_on_request(swept, config, softprompt):
+    command = "sweep", config, "--over", "seed=0..1", "--over", "learning_rate=0.1,0.3", "--out", swept[0]
+    code, out, _ = softprompt(*command)
+    assert (code, out.splitlines()[0].split()) == (0, ["setting", "task", "runs", "validation", "test"])
+    assert "sd: " in out
+    assert json.loads(softprompt(*command, "--json")[1]) == swept[1]
+
+
 @pytest.mark.slow
 def test_eight_devices_share_the_rows_of_every_prompt(swept, config, tmp_path):
     over = ["--over", "seed=0..1", "--over", "learning_rate=0.1,0.3"]
@@ -310,5 +319,5 @@ def test_names_of_runs_are_file_names_and_differ(config):
 
 
 def test_command_says_what_is_missing(config, refused):
-    assert "no --over; expected settings to go over" in refused("sweep", config, "--out", "x")
-    assert "no --out; expected a folder" in refused("sweep", config, "--over", "seed=0..1")
+    assert "Missing option '--over'; see softprompt sweep --help" in refused("sweep", config, "--out", "x")
+    assert "Missing option '--out'" in refused("sweep", config, "--over", "seed=0..1")

@@ -27,7 +27,7 @@ _RANDOM = 200  # random vectors that the prompt's rows are compared with
 
 
 @dataclasses.dataclass(frozen=True)
-class Vocabulary:
+class TextPieces:
     """The pieces of a backbone that are text, with their rows."""
 
     ids: Int[np.ndarray, " W"]
@@ -35,7 +35,7 @@ class Vocabulary:
     pieces: list[str]
 
     @classmethod
-    def of(cls, backbone: Backbone, tokenizer: Tokenizer) -> Vocabulary:
+    def of(cls, backbone: Backbone, tokenizer: Tokenizer) -> TextPieces:
         """Leave out special tokens, sentinels and rows that no piece has."""
         table = np.asarray(backbone.model.embedding[...]).astype(np.float32)
         ids = np.array([i for i in range(min(tokenizer.size, len(table))) if i not in tokenizer.special_ids])
@@ -85,7 +85,7 @@ def inspect(
         raise UserError(f"{read[0][0]}: says no backbone; expected one; add --backbone with a folder or hub name")
     loaded = load_backbone(named, next((run.dtype for run in runs if run is not None), "float32"))
     tokenizer = load_tokenizer(loaded.folder)
-    words, described = Vocabulary.of(loaded, tokenizer), []
+    words, described = TextPieces.of(loaded, tokenizer), []
     for (source, rows, metadata), run in zip(read, runs, strict=True):
         if rows.shape[1] != words.rows.shape[1]:
             raise UserError(
@@ -116,7 +116,7 @@ def inspect(
 
 def _prompt(
     rows: Float[np.ndarray, "P D"],
-    words: Vocabulary,
+    words: TextPieces,
     tokenizer: Tokenizer,
     run: Run | None,
     start: Float[np.ndarray, "P D"] | None,

@@ -1,38 +1,25 @@
-"""The commands that put to use elsewhere what was trained: export it, serve it, publish it."""
+"""Commands about files, ours and those of other programs: show, export, import, push."""
 
 from __future__ import annotations
 
-import enum
-import sys
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from softprompt_jax.cli.data import AnyBackbone, Backbone, Source
+from softprompt_jax.cli.options import Dtype, Quantize, Source, note
+
+PANEL = "Files"
 
 
-class Format(enum.StrEnum):
-    """What a run can be exported as."""
+def show(
+    source: Annotated[str, typer.Argument(metavar="FILE|FOLDER", help="Prompt, adapter, checkpoint or run.")],
+    norms: Annotated[bool, typer.Option("--norms", help="Also compute norms of large tensors (slow).")] = False,
+) -> None:
+    """Say what a file or folder is, with its shapes, norms and metadata."""
+    from softprompt_jax.export import show as showing
 
-    hf = "hf"
-    npy = "npy"
-    peft = "peft"
-    safetensors = "safetensors"
-    stablehlo = "stablehlo"
-
-
-class Dtype(enum.StrEnum):
-    """What weights can be written as."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Quantize(enum.StrEnum):
-    """How frozen layers can be kept."""
-
-    int8 = "int8"
-    nf4 = "nf4"
+    for line in showing.show(source, norms):
+        print(line)
 
 
 def export(
@@ -41,65 +28,71 @@ def export(
         str, typer.Option(metavar="PATH", help="File (npy, safetensors) or folder (hf, peft, stablehlo) to write.")
     ],
     format: Annotated[
-        Format,
+        Literal["hf", "npy", "peft", "safetensors", "stablehlo"],
         typer.Option(
-            help="npy, safetensors: the prompt's rows (safetensors without a prompt: all that trained). "
-            "hf: a Hugging Face model. peft: an adapter. stablehlo: a program that needs JAX alone."
+            help="peft: an adapter for PEFT. npy, safetensors: the rows of the prompt; of a run without a prompt, "
+            "safetensors has all that was trained. hf: a Hugging Face model. stablehlo: a program that needs only JAX."
         ),
     ],
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of stablehlo's answers. \\[default: as in training]", show_default=False)
+        int | None,
+        typer.Option(min=1, help="stablehlo: longest answer in tokens.", show_default="as in training"),
     ] = None,
     prompt_input: Annotated[
-        bool, typer.Option("--prompt-input", help="stablehlo: the prompt goes in with the text.")
+        bool, typer.Option("--prompt-input", help="stablehlo: the program takes the prompt as an input.")
     ] = False,
 ) -> None:
-    """Write a trained prompt, adapter or tuned model for other programs."""
+    """Write a trained prompt, adapter or tuned model in a format of other programs."""
     from softprompt_jax.export import export as exporting
 
-    exporting.export(source, format.value, to, max_tokens, prompt_input)
-    print(f"wrote {to}", file=sys.stderr)
+    exporting.export(source, format, to, max_tokens, prompt_input)
+    note(f"wrote {to}")
 
 
-def serve(
-    source: Annotated[str, typer.Argument(metavar="BANK", help="A folder of prompt files and finished runs.")],
-    backbone: Backbone = None,
-    any_backbone: AnyBackbone = False,
-    host: Annotated[str, typer.Option(help="Address; other than loopback needs a token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
-    token_file: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="The token that clients must send. \\[default: $SOFTPROMPT_TOKEN]"),
-    ] = None,
-    limits: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--limit",
-            metavar="KEY=VALUE",
-            help="slots, max_input_tokens, max_tokens, max_prompt_rows, max_decoder_rows, max_waiting, "
-            "max_body_bytes, max_prompt_bytes or timeout_s; repeat it for several.",
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="T5X checkpoint (folder or gs://), a T5 of Hugging Face, or a prompt file of others."
         ),
+    ],
+    to: Annotated[str, typer.Option(metavar="PATH", help="Folder to write; for a prompt a .safetensors file.")],
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="FILE|FOLDER|NAME", help="Tokenizer, if SOURCE has none.")
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of weights and activations.")] = Dtype.float32,
-    quantize: Annotated[Quantize | None, typer.Option(help="Of the backbone's layers.", show_default=False)] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Type of the written weights.", show_default="as they are")
+    ] = None,
+    quantize: Annotated[
+        Quantize | None,
+        typer.Option(help="Write the frozen layers in 8 or 4 bits, as a folder that only softprompt reads."),
+    ] = None,
 ) -> None:
-    """Answer requests over HTTP, each under the prompt that it names, with a page to try them (extra `serve`).
+    """Convert checkpoints and prompts of other programs: a T5 to a Hugging Face folder, a prompt to our file.
 
-    SIGTERM: what is here is answered, nothing more is taken.
+    The written folder can be the backbone of a run.
     """
-    from softprompt_jax.serve import server as serving
+    from softprompt_jax.export.import_source import import_source
 
-    kind = None if quantize is None else quantize.value
-    serving.serve_folder(source, backbone, host, port, token_file, limits or [], dtype.value, kind, any_backbone)
+    for line in import_source(source, to, tokenizer, dtype, quantize):
+        note(f"wrote {line}")
 
 
 def push(
-    source: Annotated[str, typer.Argument(metavar="RUN", help="A finished run's folder.")],
-    repository: Annotated[str, typer.Argument(metavar="REPO", help="Hub name, OWNER/NAME.")],
+    source: Annotated[str, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    repository: Annotated[str, typer.Argument(metavar="REPO", help="Name on the hub, OWNER/NAME.")],
+    public: Annotated[bool, typer.Option("--public", help="Create a public repository.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only write the files, to RUN/hub.")] = False,
 ) -> None:
-    """Publish a finished run on the hub with a model card; changes to the one in RUN/hub stay."""
-    from softprompt_jax.export import push as publishing
+    """Upload a finished run with a model card to the Hugging Face hub, to a private repository.
 
-    folder = publishing.push(source, repository, dry_run)
-    print(f"wrote {folder}" if dry_run else f"pushed {folder} to {repository}", file=sys.stderr)
+    With --public a new repository is public; one that exists stays as it is. Edit the card in RUN/hub/README.md and
+    push again: your changes stay.
+    """
+    from softprompt_jax.export.push import push as push_run
+
+    folder = push_run(source, repository, dry_run, public)
+    note(f"wrote {folder}" if dry_run else f"pushed {folder} to {repository}")
+
+
+COMMANDS = {"show": show, "export": export, "import": import_, "push": push}

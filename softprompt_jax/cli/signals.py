@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from typing import NoReturn
 
+from softprompt_jax.cli.options import note
 from softprompt_jax.config import Interrupted, Preempted
 
 PREEMPTED = 75  # exit code of a run that was told to go and has saved: start it again (EX_TEMPFAIL)
@@ -45,7 +46,7 @@ def preemptible() -> Iterator[None]:
         try:
             yield
         except Preempted as stopped:
-            print(f"softprompt: {stopped}", file=sys.stderr)
+            note(f"softprompt: {stopped}")
             raise SystemExit(INTERRUPTED if isinstance(stopped, Interrupted) else PREEMPTED) from None
 
 

@@ -1,49 +1,51 @@
-"""The commands about whole runs and many at once: plan, sweep, ensemble, inspect, report."""
+"""Commands that train, and what helps to choose what to train: methods, plan, train, sweep."""
 
 from __future__ import annotations
 
 import json
-import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from softprompt_jax.cli.data import JSON_INDENT, AnyBackbone, Backbone
+from softprompt_jax.cli.options import AsJson, Config, Overrides, Quiet, Topology, note, print_json
 from softprompt_jax.cli.signals import preemptible
-from softprompt_jax.config import UserError
 
-Over = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="KEY=VALUES",
-        help="Setting to go over: seed=0..7, learning_rate=0.03,0.1,0.3, any dotted one; repeat it.",
-        show_default=False,
-    ),
-]
+PANEL = "Train"
+
+
+def methods(
+    backbone: Annotated[
+        str, typer.Option(metavar="NAME|FOLDER", help="A published size, e.g. t5-v1_1-base, or a backbone.")
+    ] = "embedded",
+) -> None:
+    """List the methods: parameters that each trains with default settings, its paper, optimizer and name in PEFT."""
+    from softprompt_jax.checkpoints.backbone import load_backbone
+    from softprompt_jax.methods.listing import listed
+    from softprompt_jax.models.presets import PRESETS
+
+    settings = PRESETS[backbone] if backbone in PRESETS else load_backbone(backbone).settings
+    total = settings.parameters()
+    print(f"{'kind':12} {'paper':24} {'trains':>15} {'share':>9}  {'optimizer':14} PEFT")
+    for one in listed(settings):
+        share = f"{one.parameters / total:.4%}"
+        print(f"{one.kind:12} {one.paper:24} {one.parameters:15,} {share:>9}  {one.optimizer:14} {one.peft or '-'}")
 
 
 def plan(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file with the run's settings.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that differ, e.g. batch_size=64.")
-    ] = None,
-    topology: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="CHIP:SHAPE", help="v5e:2x4, v5p:4x4x4, h100:8; repeat it for several.", show_default=False
-        ),
-    ] = None,
-    utilisation: Annotated[float, typer.Option(min=0.01, max=1, help="Share of peak assumed for examples/s.")] = 0.4,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object per topology.")] = False,
+    config: Config,
+    topology: Topology,
+    overrides: Overrides = None,
+    utilisation: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the chip's peak that the estimate of examples/s assumes.")
+    ] = 0.4,
+    as_json: AsJson = False,
 ) -> None:
-    """Say what a run takes on machines you do not have: compile its step for them, ahead of time.
+    """Estimate memory and speed of a run on machines that you do not have, by compiling its step for them.
 
-    TPUs need the extra `tpu`, but no TPU. Exit code 3: it does not fit on one of them.
+    TPUs need the extra `tpu`, but no TPU. The exit code is 3 if the run does not fit on one of the machines.
     """
     from softprompt_jax.analysis import plan as planning
 
-    if not topology:
-        raise UserError("plan: no topology; expected at least one; add --topology v5e:2x4")
     answers = planning.plan(config, overrides or [], topology, utilisation)
     for answer in answers:
         print(json.dumps(answer) if as_json else planning.describe(answer))
@@ -51,29 +53,90 @@ def plan(
         raise typer.Exit(planning.DOES_NOT_FIT)
 
 
-def sweep(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file with the runs' settings.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings of all runs, e.g. steps=500.")
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN", help="Folder of the run, local or gs://.", show_default="runs/ and a hash of the settings"
+        ),
     ] = None,
-    over: Over = None,
-    out: Annotated[str, typer.Option(metavar="DIR", help="Folder of the runs' folders.", show_default=False)] = "",
-    together: Annotated[int, typer.Option(min=1, help="Prompts in one program; memory grows with them.")] = 8,
+    quiet: Quiet = False,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(metavar="HOST:PORT", help="Several machines: address of process 0. TPU pods and Slurm set it."),
+    ] = None,
+    processes: Annotated[int | None, typer.Option(help="Several machines: number of processes.")] = None,
+    process: Annotated[int | None, typer.Option(help="Several machines: number of this process, from 0.")] = None,
+) -> None:
+    """Train what the config says, by default a prompt, score it and print the result as JSON.
+
+    The same command continues a run that was stopped, and prints the result of a finished one. RUN gets config.yaml,
+    metrics.jsonl, tensorboard/, checkpoints/, trained.safetensors, prompt.safetensors and result.json.
+    """
+    with preemptible():
+        from softprompt_jax.distributed.multihost import connect, is_first
+        from softprompt_jax.progress import Reporter
+        from softprompt_jax.run import load_run
+        from softprompt_jax.training.loop import train as train_run
+
+        run = load_run(config, overrides or [])
+        connect(coordinator, processes, process)
+        reporter = Reporter(quiet)
+        try:
+            result = train_run(run, out, reporter)
+        finally:
+            reporter.stop()  # a bar hides the cursor
+    if not is_first():
+        return
+    print_json(result)
+    if not quiet:
+        note(_summary(run, result))
+
+
+def _summary(run: Any, result: dict[str, Any]) -> str:
+    """Say in a line how the result compares with no training and with the majority class."""
+    from softprompt_jax.inference.evaluate import shown, unit
+
+    baselines = result.get("baselines")
+    if baselines is None:
+        return f"validation: {result['validation']}"
+    scores = result[baselines["split"]]
+    name, times = next(iter(scores)), unit(run)
+    sign = "%" if times == 100 else ""
+    after, before = (f"{shown(found[name], times)}{sign}" for found in (scores, baselines["untrained"]))
+    text = f"{baselines['split']} {name}: {after} after training, {before} before"
+    return f"{text}, {baselines['majority']:.1%} for the majority class" if name == "accuracy" else text
+
+
+def sweep(
+    config: Config,
+    over: Annotated[
+        list[str],
+        typer.Option(
+            metavar="KEY=VALUES",
+            help="Setting and its values: seed=0..7, learning_rate=0.03,0.1 or any dotted one. Repeat it for several.",
+        ),
+    ],
+    out: Annotated[str, typer.Option(metavar="DIR", help="Folder for the folders of the runs.")],
+    overrides: Overrides = None,
+    together: Annotated[
+        int, typer.Option(min=1, help="Prompts that train in one program. Memory grows with them.")
+    ] = 8,
     stop_after: Annotated[
         int | None,
         typer.Option(min=1, metavar="N", help="Stop a prompt after N evaluations without a better score."),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print the result only.")] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Train a config over lists of settings, prompts of one shape together in one program.
+    """Train a config with every combination of some settings, and print a table: mean, sd and best over seeds.
 
-    Runs that train only prompts and differ in seed, task, learning rate or init go together; all others one after
-    another. Each leaves the folder that train would leave, DIR/NAME. The same command goes on where it was killed.
+    Runs that train only prompts and differ in seed, task, learning rate or init train in one program. All others train
+    one after another. Each leaves the folder that `train` would leave, DIR/NAME; DIR/sweep.json has all numbers. The
+    same command continues where a stopped one was.
     """
-    if not over:
-        raise UserError("sweep: no --over; expected settings to go over; add --over seed=0..4")
-    if not out:
-        raise UserError("sweep: no --out; expected a folder for the runs; add --out runs/sweep")
     with preemptible():
         from softprompt_jax.progress import Reporter
         from softprompt_jax.training.sweep import describe
@@ -84,68 +147,11 @@ def sweep(
             result = train_sweep(config, over, out, overrides or [], together, stop_after, reporter)
         finally:
             reporter.stop()  # a bar hides the cursor
-    print(json.dumps(result, indent=JSON_INDENT))
-    if not quiet:
-        for line in describe(result):
-            print(line, file=sys.stderr)
-
-
-def ensemble(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN|PROMPT...", help="Two or more prompts of one task.")],
-    task: Annotated[str | None, typer.Option(metavar="NAME", help="Task. \\[default: their own]")] = None,
-    split: Annotated[str, typer.Option(metavar="NAME", help="Split to score.")] = "validation",
-    backbone: Backbone = None,
-    any_backbone: AnyBackbone = False,
-) -> None:
-    """Score prompts of one task together: average, best, majority vote and mean log-probability, each with its sd.
-
-    Every batch holds each text under every prompt. The sd of the average is that over prompts, the others are over
-    bootstrap samples of the examples.
-    """
-    from softprompt_jax.inference.ensemble import ensemble as score_ensemble
-
-    result = score_ensemble(runs, task, split, backbone, any_backbone)
-    print(json.dumps(result, indent=JSON_INDENT))
-    for name in ("average", "best", "vote", "log_probability"):
-        found = {metric: cell for metric, cell in result[name].items() if metric != "source"}
-        line = "  ".join(f"{metric} {cell['value']:.4g} ± {cell['sd']:.2g}" for metric, cell in found.items())
-        print(f"{name:16} {line}", file=sys.stderr)
-
-
-def inspect(
-    prompts: Annotated[list[str], typer.Argument(metavar="RUN|PROMPT...", help="Prompts of one backbone.")],
-    to: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Write a page with plots (needs the extra report).")
-    ] = None,
-    neighbours: Annotated[int, typer.Option(min=2, help="Nearest pieces of each row.")] = 5,
-    backbone: Backbone = None,
-    any_backbone: AnyBackbone = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print all numbers as JSON.")] = False,
-) -> None:
-    """Read prompts back: norms, nearest pieces, clusters, surviving labels, distances to the start and each other."""
-    from softprompt_jax.analysis import inspect as interpret
-
-    result = interpret.inspect(prompts, backbone, neighbours, any_backbone)
     if as_json:
-        print(json.dumps(result, indent=JSON_INDENT))
-    else:
-        for line in interpret.describe(result):
-            print(line)
-    for path in interpret.write_page(result, to) if to else ():
-        print(f"wrote {path}", file=sys.stderr)
+        print_json(result)
+        return
+    for line in describe(result):
+        print(line)
 
 
-def report(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN|DIR...", help="Run folders, or folders of them.")],
-    to: Annotated[str, typer.Option(metavar="DIR", help="Folder of the page.", show_default=False)] = "",
-) -> None:
-    """Compare runs on one HTML page with PNGs: curves, scores with confidence over seeds, tasks, settings."""
-    from softprompt_jax.analysis.report import report as write_report
-
-    if not to:
-        raise UserError("report: no --to; expected a folder for the page; add --to reports/first")
-    for path in write_report(runs, to):
-        print(f"wrote {path}", file=sys.stderr)
-
-
-COMMANDS = (plan, sweep, ensemble, inspect, report)
+COMMANDS = {"methods": methods, "plan": plan, "train": train, "sweep": sweep}

@@ -12,6 +12,7 @@ import numpy as np
 from softprompt_jax.config import UserError
 from softprompt_jax.data.preprocessors import POSTPROCESSORS
 from softprompt_jax.data.task import Example, Task
+from softprompt_jax.files import writable
 
 # The sets whose mean is the score; those in one tuple are averaged first, as MNLI's two halves are.
 BENCHMARKS: dict[str, tuple[tuple[str, ...], ...]] = {
@@ -53,11 +54,8 @@ def write_submission(task: Task, examples: Sequence[Example], predictions: Seque
     benchmark, _, name = task.submission.partition("/")
     lines = {"glue": _glue, "superglue": _superglue}[benchmark](task, name, examples, predictions)
     path = folder / f"{name}.{'tsv' if benchmark == 'glue' else 'jsonl'}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writable(path):
         path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); expected a writable folder") from None
     return path
 
 

@@ -58,7 +58,7 @@ def _export(source: Path, format: str, to: Path, checkpoints: str) -> None:
         if format == "hf":
             assembly = load_latest(source, checkpoints)
             if assembly.model.prompt is not None:
-                raise UserError(f"{source}: has a prompt, which no Hugging Face model holds; export it as npy")
+                raise UserError(f"{source}: has a prompt, which no Hugging Face model holds; export it as peft or npy")
             if sharded := next(to.glob("*.index.json"), None):
                 raise UserError(f"{sharded}: of weights in several files, which would be read first; use another --to")
             folder, rows = assembly.tokenizer_folder, assembly.model.settings.vocabulary_rows
@@ -67,6 +67,7 @@ def _export(source: Path, format: str, to: Path, checkpoints: str) -> None:
             save_backbone(merged(assembly.model), to, "float32")
             for path in tokenizer:
                 shutil.copy(path, to / path.name)
+            _write_fast_tokenizer(to, {path.name for path in tokenizer})
             return
         if format == "peft":
             assembly, run = load_latest(source, checkpoints), load_run(source / "config.yaml")
@@ -94,13 +95,22 @@ def _export(source: Path, format: str, to: Path, checkpoints: str) -> None:
         raise UserError(f"{to}: cannot be written ({error.strerror}); expected a writable place") from None
 
 
+def _write_fast_tokenizer(folder: Path, copied: set[str]) -> None:
+    """Write `tokenizer.json` beside a lone `spiece.model`, which transformers reads only with protobuf."""
+    if "spiece.model" in copied and "tokenizer.json" not in copied:
+        from transformers import AutoTokenizer
+
+        (folder / "tokenizer.json").unlink(missing_ok=True)  # of an export before this one
+        AutoTokenizer.from_pretrained(folder).backend_tokenizer.save(str(folder / "tokenizer.json"))
+
+
 def load_latest(folder: Path, checkpoints: str | None = None) -> Assembly:
     """Load what a run has trained: its result, or until it is finished its latest checkpoint."""
     settings = folder / "config.yaml"
     if not settings.exists():
         raise UserError(f"{folder}: no config.yaml; expected a run folder")
     run, file = config.parse(Run, config.read(settings), str(settings)), folder / artifact.TRAINED_FILE
-    assembly = assemble(run.finished() if file.exists() else run)
+    assembly = assemble(run.finished() if file.exists() else run.model_copy(update={"attention": "auto"}))
     if file.exists():
         trained, metadata = artifact.load_trained(file)
     else:

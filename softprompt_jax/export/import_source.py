@@ -1,13 +1,14 @@
-"""Take in what others have made: any checkpoint as a Hugging Face folder, any prompt as our file."""
+"""Convert any checkpoint to a Hugging Face folder, and any prompt to our file."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from softprompt_jax.checkpoints import artifact, quantized_folder, t5x
+from softprompt_jax.checkpoints import artifact, hugging_face, quantized_folder, t5x
 from softprompt_jax.checkpoints import backbone as pretrained
 from softprompt_jax.config import UserError
+from softprompt_jax.files import writable
 from softprompt_jax.models.quantized import Quantization
 
 TOKENIZER_FILES = ("*.model", "tokenizer*", "special_tokens_map.json", "added_tokens.json")
@@ -23,9 +24,9 @@ def import_source(
     """Write a checkpoint (T5X, `.bin`, safetensors) to a folder in Hugging Face layout and return what was written.
 
     The prompt of a T5X prompt tuning run is written beside it; if `to` ends in .safetensors, only the prompt is.
-    `dtype`: of the weights (default: as they are). `tokenizer`: a SentencePiece file, a folder or a hub name, where
-    the source has none. `quantize`: write the layers in int8 or nf4, the rest in `dtype` (default bfloat16), as a
-    folder of our own that is never whole in floats on the way.
+    `dtype`: of the weights (default: as they are). `tokenizer`: a SentencePiece file, a folder or a hub name, for a
+    source that has none. `quantize`: write a folder of our own with the layers in int8 or nf4 and the rest in `dtype`
+    (default bfloat16); the model is never whole in floats.
     Errors: UserError for a source that is no T5, and for a folder that holds weights already.
     """
     to, path = Path(to), Path(source)
@@ -38,13 +39,12 @@ def import_source(
     if to.exists() and (not to.is_dir() or any(to.glob("*.safetensors"))):
         raise UserError(f"{to}: holds weights already, or is a file; expected a new folder; use another --to")
     settings, tensors, folder = pretrained.open_source(source)
-    pretrained.check(settings, tensors, source)  # before anything is written
+    hugging_face.weight_parts(settings, tensors, source)  # before anything is written
     files = tokenizer_files(tokenizer or folder, required=tokenizer is not None)
     if not files and settings.vocabulary_rows != 384:  # ByT5 needs none
         raise UserError(f"{source}: has no tokenizer; expected one; add --tokenizer with spiece.model or a hub name")
-    try:
-        to.mkdir(parents=True, exist_ok=True)
-        for file in files:  # one of another name is called as the hub calls it
+    with writable(to, folder=True):
+        for file in files:  # a single SentencePiece file gets the hub's name for it
             alone = file.suffix == ".model" and len(files) == 1
             shutil.copy(file, to / ("spiece.model" if alone else file.name))
         if quantize is None:
@@ -59,8 +59,6 @@ def import_source(
             metadata = {"backbone": str(to), "fingerprint": print_of_it, "step": str(opened.step)}
             artifact.save_prompt(opened.prompt(), to / artifact.PROMPT_FILE, metadata)
             written.append(f"{to / artifact.PROMPT_FILE}: its prompt")
-    except OSError as error:
-        raise UserError(f"{to}: cannot be written ({error.strerror}); expected a writable place") from None
     return written
 
 
@@ -68,11 +66,8 @@ def _import_prompt(source: str, to: Path) -> str:
     if to.suffix != ".safetensors":
         raise UserError(f"{to}: for a prompt; expected a file name ending in .safetensors")
     rows, metadata = artifact.read_prompt(source)
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{to}: cannot be written ({error.strerror}); expected a writable place") from None
-    artifact.save_prompt(rows, to, metadata)
+    with writable(to):
+        artifact.save_prompt(rows, to, metadata)
     return f"{to}: a prompt of {len(rows)} rows"
 
 

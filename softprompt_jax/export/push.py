@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import string
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pydantic
 
 from softprompt_jax import config
 from softprompt_jax.checkpoints import artifact
@@ -18,12 +22,14 @@ from softprompt_jax.run import Run
 from softprompt_jax.trees import flatten
 
 FOLDER = "hub"  # within the run's
+TEMPLATE = Path(__file__).parent / "card.md"
 
 
-def push(source: str | Path, repository: str, dry_run: bool = False) -> Path:
+def push(source: str | Path, repository: str, dry_run: bool = False, public: bool = False) -> Path:
     """Write a finished run's files and card to RUN/hub, and upload them unless it is a dry run.
 
-    A card that is there already, of this repository, stays as it is: it may have been changed by hand.
+    A new repository is private unless `public`. A card that is there already, of this repository, stays as it is: it
+    may have been changed by hand.
     Errors: UserError for a run that is not finished, a name that is none, and a hub that refuses.
     """
     source = Path(source)
@@ -43,7 +49,7 @@ def push(source: str | Path, repository: str, dry_run: bool = False) -> Path:
     for name in ("result.json", artifact.PROMPT_FILE):
         if (source / name).exists():
             shutil.copy(source / name, folder / name)
-    (folder / "config.yaml").write_text(config.to_yaml(_public(run.model_dump(mode="json"))), encoding="utf-8")
+    (folder / "config.yaml").write_text(config.to_yaml(_without_paths(run.model_dump(mode="json"))), encoding="utf-8")
     whole = any(method.trains_backbone for method in run.methods)
     reason = None
     try:
@@ -59,49 +65,79 @@ def push(source: str | Path, repository: str, dry_run: bool = False) -> Path:
     shutil.rmtree(before, ignore_errors=True)  # only now: what is there may have been changed by hand
     folder = folder.rename(before)
     if not dry_run:
-        _upload(folder, repository)
+        _upload(folder, repository, public)
     return folder
 
 
 def card(run: Run, result: dict[str, Any], repository: str, files: set[str], reason: str | None) -> str:
-    """Write the model card: what it is for, scores, settings, how to load it here and in PEFT."""
-    backbone = run.backbone if isinstance(run.backbone, str) else "a T5 with random weights"
-    public = _public(backbone)
-    name = repository.split("/")[1]
-    kinds = ", ".join(method.kind for method in run.methods)
+    """Fill in the model card `card.md`: what it is for, scores, how to load it here and in PEFT, settings.
+
+    `files`: the names of what is published; `reason`: why there is no adapter among them.
+    """
+    backbone = _without_paths(run.backbone) if isinstance(run.backbone, str) else "random weights"
+    kinds = [method.kind for method in run.methods]
     front: dict[str, Any] = {
         "library_name": "peft" if "adapter_config.json" in files else "softprompt_jax",
         "pipeline_tag": "text2text-generation",
-        "tags": ["t5", "softprompt_jax", *[method.kind for method in run.methods]],
+        "tags": ["t5", "softprompt_jax", *kinds],
     }
-    if backbone in SOURCES:
-        front["base_model"] = backbone
-    lines = ["---", config.to_yaml(front).strip(), "---", "", f"# {name}", ""]
-    lines += [f"{kinds.capitalize()} for a frozen T5 ({public}), trained with softprompt_jax.", ""]
+    if run.backbone in SOURCES:
+        front["base_model"] = run.backbone
+    tasks = ""
     for task in run.tasks:
-        lines += ["## Task", "", f"{task.name}. The text that the model reads:", "", f"    {task.input}", ""]
-        lines += [f"Answers: {', '.join(task.words)}." if task.words else "Answers: free text.", ""]
-    lines += ["## Scores", "", "| split | metric | value |", "|---|---|---|"]
+        answers = ", ".join(task.words) if task.words else "free text"
+        tasks += (
+            f"## Task\n\n{task.name}. The text that the model reads:\n\n    {task.input}\n\nAnswers: {answers}.\n\n"
+        )
+    use = _use(repository, backbone, files)
+    return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        front=config.to_yaml(front).strip(),
+        name=repository.split("/")[1],
+        kinds=", ".join(kinds).capitalize(),
+        backbone=backbone,
+        tasks=tasks.rstrip("\n") + "\n",
+        scores="\n".join(f"| {split} | {metric} | {value:.4f} |" for split, metric, value in _scores(result)),
+        how=f"One run, seed {run.seed}; step {result.get('best_step')} of {result.get('steps')}.",
+        use=use if reason is None else f"{use}\n\nNo form for PEFT: {reason.partition(': ')[2] or reason}",
+        settings=config.to_yaml(_without_paths(_changed_settings(run))).strip(),
+    )
+
+
+def _scores(result: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """Yield (split, metric, value) of the trained model and of the baselines; a count of examples is no score."""
     for split in ("validation", "test"):
         for metric, value in flatten(result.get(split) or {}).items():  # of a mixture: by task
-            lines.append(f"| {split} | {metric} | {value:.4f} |")
-    baselines = result.get("baselines")
-    if baselines:
-        for metric, value in flatten({"majority class": baselines.get("majority")}).items():
-            lines += [] if value is None else [f"| {baselines['split']} | {metric} | {value:.4f} |"]
-        for metric, value in flatten(baselines.get("untrained") or {}).items():
-            lines.append(f"| {baselines['split']} | {metric} before training | {value:.4f} |")
-    lines += ["", f"One run, seed {run.seed}; step {result.get('best_step')} of {result.get('steps')}.", ""]
-    before = all(getattr(method, "place", "before") == "before" for method in run.methods)
-    lines += ["## Use", "", *_usage(repository, public, files, before), ""]
-    if reason is not None:
-        lines += [f"No form for PEFT: {reason.partition(': ')[2] or reason}", ""]
-    defaults = config.parse(Run, {"task": run.task}, "defaults").model_dump(mode="json")
-    settings = {key: value for key, value in run.model_dump(mode="json").items() if value != defaults[key]}
-    settings = {"task": defaults["task"], "methods": defaults["methods"]} | settings
-    lines += ["## Settings", "", "Only what differs from the defaults; `config.yaml` has all.", "", "```yaml"]
-    lines += [config.to_yaml(_public(settings)).strip(), "```", ""]
-    return "\n".join(lines)
+            if metric.rpartition(".")[2] != "count":
+                yield split, metric, value
+    baselines = result.get("baselines") or {}
+    for name, suffix in (("majority", ""), ("untrained", " before training")):
+        found = baselines.get(name)
+        for metric, value in flatten(found if isinstance(found, dict) else {"majority class": found}).items():
+            if value is not None and metric.rpartition(".")[2] != "count":
+                yield baselines["split"], f"{metric}{suffix}", value
+
+
+def _changed_settings(run: Run) -> dict[str, Any]:
+    """Return the task, the methods, and all else in which a run differs from the defaults with these."""
+    chosen = {"task": run.task, "methods": run.methods}
+    defaults = config.parse(Run, chosen, "defaults").model_dump(mode="json")
+    changed = {key: value for key, value in run.model_dump(mode="json").items() if value != defaults[key]}
+    return {key: _changed(value) for key, value in chosen.items()} | changed
+
+
+def _changed(value: Any) -> Any:
+    """Return what differs from the defaults of nested settings; a `kind` stays, since it says which they are."""
+    if isinstance(value, pydantic.BaseModel):
+        fields = type(value).model_fields
+        found = {name: getattr(value, name) for name in fields}
+        return {
+            name: _changed(item)
+            for name, item in found.items()
+            if name == "kind" or item != fields[name].get_default(call_default_factory=True)
+        }
+    if isinstance(value, list | tuple):
+        return [_changed(item) for item in value]
+    return {key: _changed(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
 def _shorten_paths(folder: Path) -> None:
@@ -110,53 +146,47 @@ def _shorten_paths(folder: Path) -> None:
         if (path := folder / name).exists():
             arrays, metadata = artifact.read_tensors(path)
             if "settings" in metadata:
-                metadata["settings"] = json.dumps(_public(json.loads(metadata["settings"])))
-            artifact.write_tensors(arrays, path, _public(metadata))
+                metadata["settings"] = json.dumps(_without_paths(json.loads(metadata["settings"])))
+            artifact.write_tensors(arrays, path, _without_paths(metadata))
     adapter = folder / "adapter_config.json"
     if adapter.exists():
-        artifact.dump(_public(json.loads(adapter.read_text(encoding="utf-8"))), adapter)
+        artifact.dump(_without_paths(json.loads(adapter.read_text(encoding="utf-8"))), adapter)
 
 
-def _public(value: Any) -> Any:
+def _without_paths(value: Any) -> Any:
     """Shorten paths of this machine to their last name: they tell others nothing."""
     if isinstance(value, dict):
-        return {key: _public(item) for key, item in value.items()}
+        return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_public(item) for item in value]
+        return [_without_paths(item) for item in value]
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def _usage(repository: str, backbone: str, files: set[str], before: bool) -> list[str]:
-    fetch = ["from huggingface_hub import snapshot_download", f'folder = snapshot_download("{repository}")']
+def _use(repository: str, backbone: str, files: set[str]) -> str:
+    """Return Markdown with the code that loads what is published, here and in PEFT."""
     if "config.json" in files:
-        here = ["from softprompt_jax import generate, load_backbone", "", f'model = load_backbone("{repository}")']
-        here += ['generate(model, ["..."])']
-    elif artifact.PROMPT_FILE in files and not before:
-        here = ["from softprompt_jax import load_predictor", *fetch, ""]
-        here += [f'load_predictor(folder, backbone="{backbone}").texts(["..."])']
-    elif artifact.PROMPT_FILE in files:
-        here = ["from softprompt_jax import generate, load_backbone, load_prompt", *fetch, ""]
-        here += [f'generate(load_backbone("{backbone}"), ["..."], load_prompt(folder))']
-    elif "adapter_config.json" in files:
-        here = ["from softprompt_jax import generate, load_backbone", *fetch, ""]
-        here += [f'generate(load_backbone("{backbone}", adapter=folder), ["..."])']
+        lines = ["from softprompt_jax import generate, load_backbone", ""]
+        lines += [f'generate(load_backbone("{repository}"), ["..."])']
     else:
-        here = [f"# train again: softprompt train config.yaml, or download the files of {repository}"]
-    lines = ["```python", *here, "```"]
+        lines = ["from huggingface_hub import snapshot_download", "from softprompt_jax import load_predictor", ""]
+        lines += [f'folder = snapshot_download("{repository}")']
+        lines += [f'load_predictor(folder, backbone="{backbone}").texts(["..."])']
+    lines = ["```python", *lines, "```"]
     if "adapter_config.json" in files:
-        lines += ["", "In PEFT:", "", "```python", "from peft import PeftModel"]
-        lines += ["from transformers import AutoModelForSeq2SeqLM", ""]
+        embedded = " the backbone comes with softprompt_jax; `softprompt import embedded --to embedded` writes it."
+        lines += ["", "In PEFT:" + embedded * (backbone == "embedded"), "", "```python"]
+        lines += ["from peft import PeftModel", "from transformers import AutoModelForSeq2SeqLM", ""]
         lines += [f'model = AutoModelForSeq2SeqLM.from_pretrained("{backbone}")']
         lines += [f'model = PeftModel.from_pretrained(model, "{repository}")', "```"]
-    return lines
+    return "\n".join(lines)
 
 
-def _upload(folder: Path, repository: str) -> None:
+def _upload(folder: Path, repository: str, public: bool) -> None:
     from huggingface_hub import HfApi
 
     try:
         api = HfApi()
-        api.create_repo(repository, exist_ok=True)
+        api.create_repo(repository, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
     except Exception as error:  # the hub's own errors, and those of whatever carries its requests
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

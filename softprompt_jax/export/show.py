@@ -1,4 +1,4 @@
-"""Say what a file or folder is: a prompt, an adapter, a checkpoint, a run; shapes, norms, metadata."""
+"""Say what a file or folder is: a prompt, an adapter, a checkpoint, a run; its facts as YAML, tensors as a table."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from softprompt_jax import config
-from softprompt_jax.checkpoints import artifact, backbone, peft, quantized_folder, t5x
+from softprompt_jax.checkpoints import artifact, backbone, hugging_face, peft, quantized_folder, t5x
 from softprompt_jax.checkpoints.tensors import Tensor, open_safetensors
 from softprompt_jax.checkpoints.torch_file import open_torch
 from softprompt_jax.config import UserError
 from softprompt_jax.models.presets import published
 
 _READ_NUMBERS = 1 << 28  # norms of more are not computed unasked: they need every number
+_TORCH, _YAML = (".bin", ".pt", ".pth"), (".yaml", ".yml")
+_Tensors = Mapping[str, Tensor]
 
 
 def show(source: str, norms: bool = False) -> Iterator[str]:
@@ -24,50 +26,70 @@ def show(source: str, norms: bool = False) -> Iterator[str]:
 
     Errors: UserError for what is none of these, or damaged.
     """
+    for title, facts, tensors in _parts(source):
+        yield title
+        yield from (f"  {line}" for line in (config.to_yaml(facts).splitlines() if facts else ()))
+        yield from _table(tensors, norms)
+
+
+def _parts(source: str) -> Iterator[tuple[str, dict[str, Any], _Tensors]]:
+    """Yield a title, facts and tensors of the source, and of what lies in it."""
     path = Path(source).expanduser()
     if t5x.is_remote(source) or source == "embedded":
-        yield from _backbone(source, norms)
+        yield _backbone(source)
     elif not path.exists():
         raise UserError(f"{source}: no such file or folder; expected a prompt, an adapter, a checkpoint or a run")
     elif path.is_file():
-        yield from _file(path, norms)
+        yield _file(path)
     elif quantized_folder.is_quantized_folder(path):
-        yield f"{path}: a quantised T5, {quantized_folder.read_about(path).settings.parameters():,} parameters"
-        yield from quantized_folder.describe(path)
-        tensors = quantized_folder.open_tensors(path)
-        yield from _tensors(tensors, norms)
-        yield from _checksums(tensors)
+        numbers, tensors = quantized_folder.read_about(path).settings.parameters(), quantized_folder.open_tensors(path)
+        yield f"{path}: a quantised T5, {numbers:,} parameters", {"checksums": _checksums(tensors)}, tensors
     elif (path / "config.yaml").exists():
-        yield from _run(path, norms)
+        title, _, _ = _file(path / "config.yaml")
+        if not (path / "result.json").exists():
+            yield f"{title}; not finished: the same command goes on", {}, {}
+            return
+        result = config.read(path / "result.json")  # JSON is YAML
+        yield title, {key: result.get(key) for key in ("validation", "test", "steps", "best_step")}, {}
+        trained = (path / artifact.PROMPT_FILE, path / artifact.TRAINED_FILE)
+        yield from (_file(file) for file in trained if file.exists())
     elif (path / peft.CONFIG_FILE).exists():
-        yield from _adapter(path, norms)
+        settings = peft.read_config(path)
+        about = f"{peft.read_kind(settings, path)}, for {settings.get('base_model_name_or_path')}"
+        file = next((path / name for name in (peft.TENSOR_FILE, peft.OLD_TENSOR_FILE) if (path / name).exists()), None)
+        if file is None:
+            raise UserError(f"{path}: no {peft.TENSOR_FILE}; expected a complete adapter")
+        yield f"{path}: an adapter of PEFT, {about}", {}, {}
+        yield _file(file)
     elif (path / "config.json").exists() or t5x.find_checkpoint(path) is not None:
-        yield from _backbone(source, norms)
+        yield _backbone(source)
         if (path / artifact.PROMPT_FILE).exists():
-            yield from _file(path / artifact.PROMPT_FILE, norms)
+            yield _file(path / artifact.PROMPT_FILE)
     else:
         raise UserError(f"{source}: none that is known; expected a prompt, an adapter, a checkpoint or a run")
 
 
-def _file(path: Path, norms: bool) -> Iterator[str]:
+def _file(path: Path) -> tuple[str, dict[str, Any], _Tensors]:
+    if path.suffix in _YAML:
+        settings = config.read(path)
+        task = settings.get("task")
+        name = task.get("name", task.get("kind")) if isinstance(task, dict) else task
+        kinds = ", ".join(str(method.get("kind")) for method in settings.get("methods") or [{"kind": "prompt"}])
+        return f"{path}: a run on {name} with {kinds}, backbone {settings.get('backbone', 'embedded')}", {}, {}
+    if path.suffix == ".npy":
+        return f"{path}: {_rows(artifact.load_prompt(path))}", {}, {}
+    if path.suffix != ".safetensors" and path.suffix not in _TORCH:
+        known = ", ".join((".safetensors", ".npy", *_TORCH, *_YAML))
+        raise UserError(f"{path}: found the suffix {path.suffix!r}; expected one of {known}, or a folder")
+    tensors = open_torch(path) if path.suffix in _TORCH else open_safetensors(path)
+    facts: dict[str, Any] = {"checksums": _checksums(tensors)}
     if path.suffix == ".safetensors":
-        tensors = open_safetensors(path)
-        metadata = artifact.read_metadata(path)
-    elif path.suffix in (".bin", ".pt", ".pth"):
-        tensors, metadata = open_torch(path), {}
-    else:
-        rows, metadata = artifact.read_prompt(path)
-        yield f"{path}: {_rows(rows)}"
-        return
+        facts |= dict(sorted(artifact.read_metadata(path).items()))
+    if "settings" in facts:  # JSON in a text
+        facts["settings"] = json.loads(facts["settings"])
     if set(tensors) == {artifact.ROWS}:
-        rows, _ = artifact.read_prompt(path)
-        yield f"{path}: {_rows(rows)}"
-    else:
-        numbers = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
-        yield f"{path}: {len(tensors)} tensors, {numbers:,} numbers"
-        yield from _tensors(tensors, norms)
-    yield from _checksums(tensors)
-    yield from _metadata(metadata)
+        return f"{path}: {_rows(artifact.load_prompt(path))}", facts, {}
+    return f"{path}: {len(tensors)} tensors, {_numbers(tensors):,} numbers", facts, tensors
 
 
 def _rows(rows: np.ndarray) -> str:
@@ -78,82 +100,44 @@ def _rows(rows: np.ndarray) -> str:
     )
 
 
-def _adapter(folder: Path, norms: bool) -> Iterator[str]:
-    settings = peft.read_config(folder)
-    kind = peft.read_kind(settings, folder)
-    yield f"{folder}: an adapter of PEFT, {kind}, for {settings.get('base_model_name_or_path')}"
-    files = [folder / name for name in (peft.TENSOR_FILE, peft.OLD_TENSOR_FILE) if (folder / name).exists()]
-    if not files:
-        raise UserError(f"{folder}: no {peft.TENSOR_FILE}; expected a complete adapter")
-    yield from _file(files[0], norms)
-
-
-def _run(folder: Path, norms: bool) -> Iterator[str]:
-    settings = config.read(folder / "config.yaml")
-    task = settings.get("task")
-    name = task.get("name", task.get("kind")) if isinstance(task, dict) else task
-    kinds = ", ".join(str(method.get("kind")) for method in settings.get("methods") or [])
-    yield f"{folder}: a run on {name} with {kinds}, backbone {settings.get('backbone')}"
-    result = folder / "result.json"
-    if not result.exists():
-        yield "not finished: the same command goes on"
-        return
-    try:
-        values = json.loads(result.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{result}: not JSON ({error}); expected a run's result") from None
-    for key in ("validation", "test"):
-        for metric, value in (values.get(key) or {}).items():
-            yield f"{key} {metric}: {value:.4g}" if isinstance(value, float) else f"{key} {metric}: {value}"
-    yield f"best of {values.get('steps')} steps: {values.get('best_step')}"
-    for file in (artifact.PROMPT_FILE, artifact.TRAINED_FILE):
-        if (folder / file).exists():
-            yield from _file(folder / file, norms)
-            return
-
-
-def _backbone(source: str, norms: bool) -> Iterator[str]:
+def _backbone(source: str) -> tuple[str, dict[str, Any], _Tensors]:
     settings, tensors, folder = backbone.open_source(source)
-    backbone.check(settings, tensors, source)
-    checkpoint = t5x.find_checkpoint(source)
-    form = "a checkpoint of T5X" if checkpoint is not None else "a T5 in Hugging Face layout"
-    known = published(settings)
-    yield f"{source}: {form}, {settings.parameters():,} parameters" + (f", sizes of {known}" if known else "")
-    for name, value in settings.model_dump().items():
-        yield f"  {name}: {value}"
+    hugging_face.weight_parts(settings, tensors, source)
+    form, facts, checkpoint = (
+        "a T5 in Hugging Face layout",
+        settings.model_dump(mode="json"),
+        t5x.find_checkpoint(source),
+    )
     if checkpoint is not None:
-        opened = t5x.Checkpoint(checkpoint)
-        slots = opened.adafactor()
-        yield f"  step: {opened.step}"
-        yield f"  Adafactor: slots of {len(slots)} weights" if slots else "  Adafactor: no slots"
-        if opened.prompts:
-            yield f"  {_rows(opened.prompt())}"
-    elif not any(folder.glob("*.model")) and not any(folder.glob("tokenizer*")):
-        yield "  tokenizer: none in the folder"
-    yield from _tensors(tensors, norms)
-    if checkpoint is None:
-        yield from _checksums(tensors)
+        form, opened = "a checkpoint of T5X", t5x.Checkpoint(checkpoint)
+        facts |= {"step": opened.step, "Adafactor": f"slots of {len(opened.adafactor())} weights"}
+        facts |= {"prompt": _rows(opened.prompt())} if opened.prompts else {}
+    else:
+        facts["checksums"] = _checksums(tensors)
+        if not any(folder.glob("*.model")) and not any(folder.glob("tokenizer*")):
+            facts["tokenizer"] = "none in the folder"
+    known = published(settings)
+    return (
+        f"{source}: {form}, {settings.parameters():,} parameters{f', sizes of {known}' * bool(known)}",
+        facts,
+        tensors,
+    )
 
 
-def _tensors(tensors: Mapping[str, Tensor], norms: bool) -> Iterator[str]:
-    numbers = sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
-    wanted = norms or numbers <= _READ_NUMBERS
+def _numbers(tensors: _Tensors) -> int:
+    return sum(int(np.prod(tensor.shape)) for tensor in tensors.values())
+
+
+def _table(tensors: _Tensors, norms: bool) -> Iterator[str]:
+    wanted = norms or _numbers(tensors) <= _READ_NUMBERS
     width = max(map(len, tensors), default=0)
     for name, tensor in sorted(tensors.items()):
         norm = f"  norm {np.linalg.norm(tensor.read().astype(np.float32)):.4g}" if wanted else ""
         yield f"  {name:{width}}  {'x'.join(map(str, tensor.shape)) or 'number':>12}{norm}"
     if not wanted:
-        yield f"  norms left out, since {numbers:,} numbers would be read; add --norms"
+        yield f"  norms left out, since {_numbers(tensors):,} numbers would be read; add --norms"
 
 
-def _checksums(tensors: Mapping[str, Tensor]) -> Iterator[str]:
+def _checksums(tensors: _Tensors) -> str:
     checked = sum(tensor.checked for tensor in tensors.values())
-    if tensors and not checked:
-        yield "  checksums: none; a changed number that is still finite cannot be seen"
-    else:
-        yield f"  checksums: of {checked} of {len(tensors)} tensors"
-
-
-def _metadata(metadata: dict[str, Any]) -> Iterator[str]:
-    for name, value in sorted(metadata.items()):
-        yield f"  {name}: {value}"
+    return f"of {checked} of {len(tensors)} tensors" if checked else "none, a changed number cannot be seen"

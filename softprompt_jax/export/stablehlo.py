@@ -55,6 +55,7 @@ def write_program(model: T5, tokenizer_folder: Path, to: Path, max_tokens: int, 
     Errors: UserError where there is no prompt that could be an input.
     """
     model = finish(model)
+    model.encoder.layers.attention.implementation = "plain"  # the program runs on every platform
     placed = prompt_ids(model) or Placement()
     if placed.tasks:
         raise UserError("export: has a prompt for each task; expected one; export one of the files in prompts/")

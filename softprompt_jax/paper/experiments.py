@@ -166,14 +166,16 @@ def steps_of_one_size(runs: Iterable[Member]) -> dict[str, list[Member]]:
 
     Seeds, texts, losses, numbers of steps, weights, learning rates and initial values change neither.
     """
-    from softprompt_jax.analysis.plan import backbone_settings, kept_as
+    from softprompt_jax.assembly import abstract_backbone_of
+    from softprompt_jax.models.quantized import quantization_of
 
     found: dict[str, list[Member]] = {}
     for member in runs:
         left_out = {"seed", "task", "loss", "steps", "schedule", "target_sentinel"}
         settings = member.run.model_dump(mode="json", exclude=left_out)
-        settings["backbone"] = backbone_settings(member.run).model_dump(mode="json")
-        settings["quantize"] = kept_as(member.run)
+        backbone = abstract_backbone_of(member.run)
+        settings["backbone"] = backbone.settings.model_dump(mode="json")
+        settings["quantize"] = quantization_of(backbone.model)
         settings["methods"] = [method | {"init": None} for method in settings["methods"]]
         settings["optimizer"] |= dict.fromkeys(("learning_rate", "weight_decay", "step_origin"))
         key = json.dumps([settings, len(member.run.tasks)], sort_keys=True)

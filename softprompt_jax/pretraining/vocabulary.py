@@ -10,6 +10,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from softprompt_jax.config import UserError
+from softprompt_jax.files import writable
 from softprompt_jax.pretraining.corpus import TextFile, read_documents, split_sentences
 
 # Words of instructions and labels, so that the common ones are single pieces.
@@ -37,10 +38,8 @@ def train_tokenizer(
     """
     out, sample = Path(out), _sample(texts, characters, seed)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        _train(sample, out, size)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); expected a writable folder") from None
+        with writable(out, folder=True):
+            _train(sample, out, size)
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2] or str(error)  # after the place in its source
         raise UserError(f"{out}: no tokenizer of {size} pieces ({' '.join(reason.split())})") from None

@@ -1,13 +1,14 @@
-"""The thread that answers: requests wait in a queue, join free slots, and leave when they are done.
+"""Continuous batching in one thread: requests wait in a queue, join free slots, and leave when they are done.
 
-A request has one or more answers in the making: what is generated (several samples), and each label word that is to be
-scored, which is an answer with every token forced. They share one run of the encoder.
+A request has one or more answers: each generated sample, and each word to score, which is an answer with every token
+forced. They share one run of the encoder.
 """
 
 from __future__ import annotations
 
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import heapq
@@ -16,28 +17,31 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 
+from softprompt_jax.config import UserError
 from softprompt_jax.inference.bank import PromptBank
 from softprompt_jax.inference.prompt_cache import Stored, Structure
 from softprompt_jax.models import continuous_batching, decode, per_example
-from softprompt_jax.serve.limits import Limits, Refused
+from softprompt_jax.serve.limits import Limits, RequestError
 
 JOINED = 8  # requests that are encoded together
 _SHORTEST = 32  # encoder positions; longer ones are four times as many, up to the limit
-_STEPS = 4  # between two looks at the queue, where no one waits or watches
+_STEP_S = 5.0  # seconds that `stop` waits beyond the longest request, for a step in progress
+_STEPS = 4  # decoding steps between two looks at the queue, if no request waits or streams
 
 
 @dataclasses.dataclass
 class Answer:
-    """One answer in the making."""
+    """One answer, growing in a slot."""
 
     limit: int
     forced: list[int] = dataclasses.field(default_factory=list)
-    key: np.ndarray | None = None
+    seed: int | None = None  # of sampling; None: the most probable token
+    sample: int = 0  # which of the seed's samples
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -52,17 +56,17 @@ class Answer:
 
 @dataclasses.dataclass(eq=False)
 class Job:
-    """A request: a text under a prompt, its answers, and who wants to hear of them.
+    """A request: a text, the name of its prompt, its answers, and a function to call when they change.
 
-    `tell` is called from the engine's thread: with None whenever tokens came (if `watched`), in the end with True or
-    with a Refused.
+    `notify` is called from the engine's thread: with None after new tokens (if `watched`), at the end with True or with
+    a RequestError.
     """
 
     prompt: str
     ids: list[int]
     answers: list[Answer]
     deadline: float  # of time.monotonic()
-    tell: Callable[[Any], object]
+    notify: Callable[[Any], object]
     watched: bool = False
     cancelled: bool = False
     places: list[int] = dataclasses.field(default_factory=list)
@@ -70,10 +74,11 @@ class Job:
 
 
 class Engine:
-    """Answers requests about the prompts of a bank, any mix of them at once; one thread does all that the device does.
+    """Answers requests for the prompts of a bank, any mix of them at once.
 
-    Compiled shapes: the encoder for 1 and for `JOINED` texts, a step with an eighth of the slots and with all, each for
-    the lengths 32, 128, 512, ... up to the longest; all of them before the first request.
+    One thread runs the model and brings prompts onto the device. These shapes are compiled before the first request:
+    the encoder for 1 and for `JOINED` texts, a step with an eighth of the slots and with all, each for the lengths 32,
+    128, 512, ... up to the longest.
     """
 
     def __init__(self, bank: PromptBank, limits: Limits):
@@ -94,7 +99,7 @@ class Engine:
         self._waiting: collections.deque[Job] = collections.deque()
         self._calls: collections.deque[tuple[Callable[[], Any], concurrent.futures.Future]] = collections.deque()
         self._working: dict[int, tuple[Job, Answer]] = {}  # by slot
-        self._draining = self._stopped = False
+        self._draining = self._stopped = self._failed = False
         self._reset()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
@@ -106,21 +111,23 @@ class Engine:
         self._thread.start()
 
     def check_open(self) -> None:
-        """Raise Refused: with 429 while the queue is full, with 503 once the server drains."""
+        """Raise RequestError: 429 if the queue is full, 503 if the server stops or its engine has failed."""
         if not self.alive:
-            raise Refused(503, "server: is stopping; expected one that goes on; ask another")
+            raise self._unavailable()
         if self.waiting >= self.limits.max_waiting:
-            raise Refused(429, f"server: {self.waiting} requests wait already; expected fewer; try again in a second")
+            raise RequestError(
+                429, f"server: {self.waiting} requests wait already; expected fewer; try again in a second"
+            )
 
     def submit(self, job: Job) -> None:
-        """Queue a request. Errors: Refused as by `check_open`."""
+        """Queue a request. Errors: RequestError as by `check_open`."""
         with self._wake:
             self.check_open()
             self._waiting.append(job)
             self._wake.notify()
 
     def cancel(self, job: Job) -> None:
-        """Stop working on a request that no one waits for."""
+        """Stop working on a request whose client has left."""
         with self._wake:
             job.cancelled = True
             self._wake.notify()
@@ -129,28 +136,35 @@ class Engine:
         """Run a function on the bank between two steps."""
         future: concurrent.futures.Future = concurrent.futures.Future()
         with self._wake:
-            if self._stopped:
-                raise Refused(503, "server: is stopping; expected one that goes on; ask another")
+            if self._stopped or self._failed:
+                raise self._unavailable()
             self._calls.append((function, future))
             self._wake.notify()
         return future
 
     def drain(self) -> None:
-        """Take no more requests; those that are here are answered."""
+        """Accept no more requests; those in the queue are answered."""
         self._draining = True
 
     def stop(self) -> None:
-        """Answer what is here, and end."""
+        """Answer the requests in the queue, then end the thread."""
         with self._wake:
             self._draining = self._stopped = True
             self._wake.notify()
         if self._thread.ident is not None:
-            self._thread.join()
+            self._thread.join(self.limits.timeout_s + _STEP_S)
+
+    @property
+    def status(self) -> Literal["ok", "stopping", "failed"]:
+        """Whether requests are answered, and if not, why: the server stops, or the engine has failed for good."""
+        if self._failed:
+            return "failed"
+        return "ok" if self._thread.is_alive() and not self._draining else "stopping"
 
     @property
     def alive(self) -> bool:
         """Whether requests are answered."""
-        return self._thread.is_alive() and not self._draining
+        return self.status == "ok"
 
     @property
     def waiting(self) -> int:
@@ -169,12 +183,12 @@ class Engine:
             ("rows before the decoder's input", len(stored.placed.decoder), self.decoder_rows, "max_decoder_rows"),
         ):
             if found > limit:
-                raise Refused(
+                raise RequestError(
                     422,
                     f"prompt {name}: {found} {side}; expected at most {limit}; start the server with more {setting}",
                 )
         if not self.bank.device.has_room(stored.extras):
-            raise Refused(
+            raise RequestError(
                 422,
                 f"prompt {name}: has a prefix or factors for which this server has compiled nothing; expected prompt "
                 "rows, or what those have with which it was started; start it with this one in its folder",
@@ -183,38 +197,45 @@ class Engine:
     # ------------------------------------------------------------------------------------------- its own thread
 
     def _run(self) -> None:
-        while True:
-            with self._wake:
-                while not (self._calls or self._waiting or self._working or self._stopped):
-                    self._wake.wait()
-                if self._stopped and not (self._calls or self._waiting or self._working):
-                    return
+        while self._has_work():
             try:
-                self._turn()
-            except Exception as error:  # a defect of ours, or the device's: whoever waits is told, and it goes on
+                self._turn_once()
+            except Exception as error:  # a defect of ours, or an error of the device
                 traceback.print_exc(file=sys.stderr)
-                self._fail(Refused(500, f"server: failed ({type(error).__name__}); expected none of this; see its log"))
+                try:  # the requests in the slots fail; those in the queue go on
+                    self._fail_slots(type(error).__name__)
+                except Exception:  # for example out of memory again
+                    traceback.print_exc(file=sys.stderr)
+                    self._fail_for_good()
+                    return
 
-    def _turn(self) -> None:
+    def _has_work(self) -> bool:
+        """Wait until there is something to do; return whether there is, or the engine shall end."""
+        with self._wake:
+            while not (found := bool(self._calls or self._waiting or self._working)) and not self._stopped:
+                self._wake.wait()
+            return found
+
+    def _turn_once(self) -> None:
         while self._calls:
             function, future = self._calls.popleft()
             if not future.set_running_or_notify_cancel():
                 continue
             try:
                 future.set_result(function())
-            except Exception as error:
+            except Exception as error:  # raised again where the result is awaited
                 future.set_exception(error)
-        self._drop()
+        self._drop_late()
         group = self._next_group()
         if group:
             self._join(group)
         if self._working:
             self._advance()
 
-    def _drop(self) -> None:
-        """Let go of requests that were cancelled or have run out of time."""
+    def _drop_late(self) -> None:
+        """Free the slots of requests that were cancelled or are past their deadline."""
         now = time.monotonic()
-        late = Refused(504, f"request: took longer than its {self.limits.timeout_s:g} s at most; try again later")
+        late = RequestError(504, f"request: took longer than its {self.limits.timeout_s:g} s at most; try again later")
         with self._wake:
             waiting = [job for job in self._waiting if job.cancelled or job.deadline < now]
             for job in waiting:
@@ -222,7 +243,7 @@ class Engine:
         working = {job for job, _ in self._working.values() if job.cancelled or job.deadline < now}
         for job in [*waiting, *working]:
             if not job.cancelled:
-                job.tell(late)
+                _notify(job, late)
         places = [place for place, (job, _) in self._working.items() if job in working]
         if places:
             which = np.zeros(self.limits.slots, bool)
@@ -232,7 +253,7 @@ class Engine:
                 self._free_slot(place)
 
     def _next_group(self) -> list[Job]:
-        """Take the requests from the queue for which there are slots, and room on the device for their prompts."""
+        """Take requests from the queue as long as there are free slots, and room on the device for their prompts."""
         group: list[Job] = []
         wanted: dict[str, Stored] = {}
         free = len(self._free)
@@ -241,9 +262,9 @@ class Engine:
                 job = self._waiting[0]
                 try:
                     wanted[job.prompt] = self.bank.prompt(job.prompt)
-                except Exception as error:  # it was removed meanwhile
+                except UserError as error:  # it was removed meanwhile
                     self._waiting.popleft()
-                    job.tell(Refused(404, str(error)))
+                    _notify(job, RequestError(404, str(error)))
                     continue
                 if len(job.answers) > free or not self.bank.device.fit(list(wanted.values())):
                     break
@@ -257,7 +278,7 @@ class Engine:
             self._working |= {place: (job, answer) for place, answer in zip(job.places, job.answers, strict=True)}
         self.bank.load({job.prompt for job in group})
         sides = [self.bank.sides(job.prompt, job.ids) for job in group]
-        length = self._class(max(len(encoder) for encoder, _ in sides))
+        length = self._padded_length(max(len(encoder) for encoder, _ in sides))
         tokens = np.zeros((1 if len(group) == 1 else JOINED, length), np.int32)
         before = np.zeros((len(tokens), self.decoder_rows), np.int32)
         for row, (job, (encoder, decoder)) in enumerate(zip(group, sides, strict=True)):
@@ -266,7 +287,9 @@ class Engine:
             before[row, self.decoder_rows - len(decoder) :] = decoder
         size = self.limits.slots
         count, source, place = 0, np.zeros(size, np.int32), np.zeros(size, np.int32)
-        wanted = _nothing_wanted(size, self.ring)
+        wanted = _no_answers(size, self.ring)
+        seeds = {answer.seed for job in group for answer in job.answers}
+        rngs = {seed: self._rngs(seed) for seed in seeds if seed is not None}
         for row, job in enumerate(group):
             for slot, answer in zip(job.places, job.answers, strict=True):
                 source[count], place[count] = row, slot
@@ -274,8 +297,8 @@ class Engine:
                 wanted.forced[count, : len(answer.forced)] = answer.forced
                 wanted.temperature[count], wanted.top_k[count] = answer.temperature, answer.top_k
                 wanted.top_p[count] = answer.top_p
-                if answer.key is not None:
-                    wanted.rng[count] = answer.key
+                if answer.seed is not None:
+                    wanted.rng[count] = rngs[answer.seed][answer.sample]
                 count += 1
         tables, entries = self.bank.device.entries([job.prompt for job in group])
         entries = np.pad(entries, (0, len(tokens) - len(group)))
@@ -303,32 +326,55 @@ class Engine:
             changed[job] = changed.get(job, True) and answer.done
         for job, done in changed.items():
             if done and not any(job is other for other, _ in self._working.values()):
-                job.tell(True)
+                _notify(job, True)
             elif job.watched:
-                job.tell(None)
+                _notify(job, None)
 
     def _free_slot(self, place: int) -> None:
         del self._working[place]
         heapq.heappush(self._free, place)
 
-    def _class(self, length: int) -> int:
+    def _padded_length(self, length: int) -> int:
         return next(one for one in self.lengths if one >= length)
 
-    def _fail(self, error: Refused) -> None:
+    def _fail_slots(self, reason: str) -> None:
+        """Fail the requests in the slots, and begin with empty slots again."""
         for job in {job for job, _ in self._working.values()}:
-            job.tell(error)
+            _notify(job, RequestError(500, f"server: failed ({reason}); expected none of this; see its log"))
         self._reset()
+
+    def _fail_for_good(self) -> None:
+        """Fail every request and call with 503, and accept no more."""
+        with self._wake:
+            self._failed = True
+            jobs = {*self._waiting, *(job for job, _ in self._working.values())}
+            futures = [future for _, future in self._calls]
+            for left in (self._waiting, self._calls, self._working):
+                left.clear()
+        for job in jobs:
+            _notify(job, self._unavailable())
+        for future in futures:
+            if future.set_running_or_notify_cancel():
+                future.set_exception(self._unavailable())
+
+    def _unavailable(self) -> RequestError:
+        if self._failed:
+            return RequestError(
+                503, "server: its engine has failed; expected one that answers; restart it and see its log"
+            )
+        return RequestError(503, "server: is stopping; expected one that goes on; ask another")
 
     def _reset(self) -> None:
         self._working.clear()
         self._free = list(range(self.limits.slots))
+        self._state: Any = None  # frees the old state before the new one is made
         self._state = _empty(
             *self.bank.device.parts, self.limits.slots, self.ring, self.lengths[-1], *self.bank.device.entries([""])
         )
 
     def _warm(self) -> None:
         size = self.limits.slots
-        none, places, wanted = np.asarray(0, np.int32), np.zeros(size, np.int32), _nothing_wanted(size, self.ring)
+        none, places, wanted = np.asarray(0, np.int32), np.zeros(size, np.int32), _no_answers(size, self.ring)
         for length, count in ((length, count) for length in self.lengths for count in (1, JOINED)):
             tokens, before = np.zeros((count, length), np.int32), np.zeros((count, self.decoder_rows), np.int32)
             tables, entries = self.bank.device.entries([""] * count)
@@ -337,17 +383,22 @@ class Engine:
         for length, rows in ((length, rows) for length in self.lengths for rows in self._rows):
             self._state, *_ = _advance(*self.bank.device.parts, self._state, none, rows, self._before + length)
         self._state = _leave(self._state, np.zeros(size, bool))
-        self.keys(0)
+        self._rngs(0)
         for name in self.bank.names[:1]:
             self.bank.load({name})
 
-    def keys(self, seed: int) -> np.ndarray:
+    def _rngs(self, seed: int) -> np.ndarray:
         """Return the keys of the samples of one text: those of `decode.answers` for the text number 0."""
         split = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), self.limits.slots)
         return np.asarray(jax.random.key_data(split))
 
 
-def _nothing_wanted(size: int, ring: int) -> continuous_batching.Wanted:
+def _notify(job: Job, event: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # the client's event loop has closed
+        job.notify(event)
+
+
+def _no_answers(size: int, ring: int) -> continuous_batching.Wanted:
     zeros = np.zeros(size, np.int32)
     return continuous_batching.Wanted(
         zeros,  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What the server tells Prometheus."""
+"""Counters of a server in the format of Prometheus."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from softprompt_jax.serve.engine import Engine
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
-class Measures:
-    """Counts answers, refusals and seconds; asks the engine for the rest when Prometheus asks."""
+class ServerMetrics:
+    """Counts answers, errors and seconds; reads the rest from the engine on request."""
 
     def __init__(self, engine: Engine):
         from prometheus_client import CollectorRegistry, Counter, Histogram
@@ -26,7 +26,7 @@ class Measures:
         self._refused = Counter(
             "softprompt_refused_total", "Requests not answered, by HTTP status.", ["status"], registry=self._registry
         )
-        self._registry.register(_OfEngine(engine))  # type: ignore[arg-type]
+        self._registry.register(_EngineCollector(engine))  # type: ignore[arg-type]
 
     def answered(self, seconds: float) -> None:
         """Count an answered request."""
@@ -43,7 +43,7 @@ class Measures:
         return generate_latest(self._registry).decode()
 
 
-class _OfEngine:
+class _EngineCollector:
     def __init__(self, engine: Engine):
         self._engine = engine
 
@@ -53,6 +53,6 @@ class _OfEngine:
         engine = self._engine
         yield CounterMetricFamily("softprompt_tokens", "Tokens written.", value=engine.tokens)
         yield GaugeMetricFamily("softprompt_waiting_requests", "Requests that wait for a slot.", value=engine.waiting)
-        yield GaugeMetricFamily("softprompt_working_slots", "Answers in the making.", value=engine.working)
-        yield GaugeMetricFamily("softprompt_slots", "Answers in the making at most.", value=engine.limits.slots)
+        yield GaugeMetricFamily("softprompt_working_slots", "Answers that are decoded.", value=engine.working)
+        yield GaugeMetricFamily("softprompt_slots", "Answers that can be decoded at once.", value=engine.limits.slots)
         yield GaugeMetricFamily("softprompt_prompts", "Prompts in the bank.", value=len(engine.bank.names))

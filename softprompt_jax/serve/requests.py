@@ -1,4 +1,4 @@
-"""What a client may ask, and what it is told."""
+"""The request and the reply of /v1/generate."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
+from softprompt_jax import config
 from softprompt_jax.config import Settings, UserError
 from softprompt_jax.models.decode import EOS, Greedy, Sampling
 from softprompt_jax.serve.engine import Answer, Engine, Job
-from softprompt_jax.serve.limits import Refused
+from softprompt_jax.serve.limits import RequestError
 
 
 class Request(Settings):
@@ -19,12 +20,19 @@ class Request(Settings):
 
     inputs: str
     prompt: str
-    max_tokens: int | None = Field(None, ge=0)  # of the answer; 0: only the words' scores
+    max_tokens: int | None = Field(None, ge=0)  # longest answer in tokens; 0: only score the words
     decoding: Annotated[Greedy | Sampling, Field(discriminator="kind")] = Greedy()
-    forced: str = ""  # what the answer begins with
-    words: list[str] = Field([])  # to be scored as answers
+    forced: str = ""  # beginning of the answer
+    words: list[str] = Field([])  # answers to score
     stream: bool = False
     timeout_s: float | None = Field(None, gt=0)
+
+    @field_validator("inputs", mode="before")
+    @classmethod
+    def _one_text(cls, inputs: Any) -> Any:
+        if isinstance(inputs, list):
+            raise ValueError("expected one text; send a request for each, they are answered together")
+        return inputs
 
     @field_validator("decoding", mode="before")
     @classmethod
@@ -37,61 +45,74 @@ class Request(Settings):
         return decoding
 
 
-def job(request: Request, engine: Engine, tell: Callable[[Any], object]) -> Job:
-    """Return the work that a request asks for. Errors: Refused, with the status for the client."""
-    engine.check_open()  # before the work
+def parse(values: dict[str, Any]) -> Request:
+    """Validate a JSON body. Errors: RequestError with the field that is missing, unknown or wrong."""
+    fields = Request.model_fields
+    for name in values:
+        if name not in fields:
+            hint = config.nearest(name, fields)
+            raise RequestError(422, f"body: {name!r}: unknown field; expected {', '.join(fields)}{hint}")
+    for name in ("inputs", "prompt"):
+        if name not in values:
+            raise RequestError(422, f'body: no field {name!r}; expected {{"inputs": "...", "prompt": "NAME"}}')
+    return config.parse(Request, values, "body")
+
+
+def make_job(request: Request, engine: Engine, notify: Callable[[Any], object]) -> Job:
+    """Turn a request into work for the engine. Errors: RequestError with the HTTP status."""
+    engine.check_open()  # before anything is tokenized
     limits, bank = engine.limits, engine.bank
     try:
         bank.prompt(request.prompt)
     except UserError as error:
-        raise Refused(404, str(error)) from None
+        raise RequestError(404, str(error)) from None
     if not request.inputs.strip():
-        raise Refused(422, "inputs: found an empty text; expected some words")
+        raise RequestError(422, "inputs: found an empty text; expected some words")
     ids = bank.tokenizer.encode(request.inputs)
     if len(ids) >= limits.max_input_tokens:
-        raise Refused(
+        raise RequestError(
             422,
             f"inputs: {len(ids) + 1} tokens; expected at most {limits.max_input_tokens}, its end included; shorten it",
         )
     most = limits.max_tokens if request.max_tokens is None else request.max_tokens
     if most > limits.max_tokens:
-        raise Refused(422, f"max_tokens: found {most}; expected at most {limits.max_tokens}")
+        raise RequestError(422, f"max_tokens: found {most}; expected at most {limits.max_tokens}")
     if not most and not request.words:
-        raise Refused(422, "max_tokens: found 0 and no words; expected an answer or words to score")
+        raise RequestError(422, "max_tokens: found 0 and no words; expected an answer or words to score")
     forced = bank.tokenizer.encode(request.forced) if request.forced else []
     if forced and len(forced) >= most:
-        raise Refused(422, f"forced: {len(forced)} tokens; expected fewer than max_tokens, {most}")
+        raise RequestError(422, f"forced: {len(forced)} tokens; expected fewer than max_tokens, {most}")
     sentinel = [bank.tokenizer.sentinel(0)] if bank.prompt(request.prompt).target_sentinel else []
     answers = [_word(word, sentinel, engine) for word in request.words]
     answers = (_generated(request.decoding, most, forced, engine) if most else []) + answers
     if len(answers) > limits.slots:
-        raise Refused(
+        raise RequestError(
             422, f"request: {len(answers)} samples and words; expected at most {limits.slots}, the server's slots"
         )
     time_s = min(limits.timeout_s, request.timeout_s or limits.timeout_s)
-    return Job(request.prompt, ids, answers, time.monotonic() + time_s, tell, request.stream)
+    return Job(request.prompt, ids, answers, time.monotonic() + time_s, notify, request.stream)
 
 
 def _generated(how: Greedy | Sampling, most: int, forced: list[int], engine: Engine) -> list[Answer]:
     if isinstance(how, Greedy):
         return [Answer(most, forced)]
     if how.samples > engine.limits.slots:
-        raise Refused(
+        raise RequestError(
             422, f"decoding.samples: found {how.samples}; expected at most {engine.limits.slots}, the server's slots"
         )
-    keys = engine.keys(how.seed)[: how.samples]
-    return [Answer(most, forced, key, how.temperature, how.top_k or 0, how.top_p or 1.0) for key in keys]
+    cuts = how.temperature, how.top_k or 0, how.top_p or 1.0
+    return [Answer(most, forced, how.seed, number, *cuts) for number in range(how.samples)]
 
 
 def _word(word: str, before: list[int], engine: Engine) -> Answer:
     ids = [*before, *engine.bank.tokenizer.encode(word), EOS]
     if len(ids) > engine.limits.max_tokens:
-        raise Refused(422, f"words: {word!r} has {len(ids)} tokens; expected at most {engine.limits.max_tokens}")
+        raise RequestError(422, f"words: {word!r} has {len(ids)} tokens; expected at most {engine.limits.max_tokens}")
     return Answer(len(ids), ids)
 
 
-def told(request: Request, done: Job, engine: Engine) -> dict[str, Any]:
-    """Return what a client is told of an answered request."""
+def reply(request: Request, done: Job, engine: Engine) -> dict[str, Any]:
+    """Return the JSON that answers a finished request."""
     made = len(done.answers) - len(request.words)
     answers = [
         {
@@ -114,14 +135,14 @@ def told(request: Request, done: Job, engine: Engine) -> dict[str, Any]:
     }
 
 
-class Texts:
-    """The texts of answers in the making, piece by piece."""
+class TextStream:
+    """The texts of unfinished answers, piece by piece."""
 
     def __init__(self, engine: Engine, count: int):
         self._decode, self._sent = engine.bank.tokenizer.decode, [""] * count
 
-    def news(self, answers: list[Answer]) -> list[tuple[int, str]]:
-        """Return what each answer's text has grown by; a character that is not whole yet waits."""
+    def new_pieces(self, answers: list[Answer]) -> list[tuple[int, str]]:
+        """Return (answer, new text) for each answer that has grown; an incomplete character waits."""
         found = []
         for index, answer in enumerate(answers[: len(self._sent)]):
             text, old = self._decode(answer.tokens), self._sent[index]

@@ -21,7 +21,7 @@ TOKEN = "SOFTPROMPT_TOKEN"  # the environment variable
 
 
 def serve(bank: PromptBank, limits: Limits, host: str, port: int, token: str | None) -> None:
-    """Serve a bank until SIGTERM or SIGINT; then answer what is here, and return. Port 0: any that is free.
+    """Serve a bank until SIGTERM or SIGINT; then answer the open requests and return. Port 0: any that is free.
 
     Errors: UserError for an address that is not this machine's loopback and no token, or that cannot be had.
     """
@@ -58,7 +58,7 @@ def serve(bank: PromptBank, limits: Limits, host: str, port: int, token: str | N
 
 
 def make_server(engine: Engine, token: str | None, loopback: bool) -> Any:
-    """Return a uvicorn server; when it is told to stop, the engine takes no more, and it waits for the answers."""
+    """Return a uvicorn server that on a signal accepts no more requests and finishes the open ones."""
     try:
         import uvicorn
 
@@ -133,7 +133,7 @@ def read_token(file: str | None) -> str | None:
 
 
 def _many_connections() -> None:
-    """Let this process hold as many connections as it may."""
+    """Raise the process's limit of open connections to its maximum."""
     try:
         import resource
     except ImportError:  # not on Windows

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 import softprompt_jax
-from softprompt_jax.assembly import assemble, check_mesh
+from softprompt_jax.assembly import assemble, check_devices
 from softprompt_jax.checkpoints.training_state import Checkpoints
 from softprompt_jax.config import Diverged, settings_hash
 from softprompt_jax.data.batches import BatchCounts, count_slots
@@ -80,7 +80,7 @@ def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.Exi
 
     # ---- model, data, step
     assembly = assemble(run)
-    check_mesh(run, assembly)
+    check_devices(run, assembly)
     model = sharding.shard_model(assembly.model)
     parts = split(model)
     about = leaves(model)

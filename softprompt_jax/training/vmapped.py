@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Int
 
-from softprompt_jax.assembly import Assembly, assemble, check_mesh
+from softprompt_jax.assembly import Assembly, assemble, check_devices
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.checkpoints.backbone import Backbone
 from softprompt_jax.checkpoints.training_state import MEMBERS, Checkpoints
@@ -68,7 +68,7 @@ class VmappedSweep:
 
     def _assemble(self, run: Run) -> tuple[Assembly, Split]:
         assembly = assemble(run, self.backbone)
-        check_mesh(run, assembly)
+        check_devices(run, assembly)
         return assembly, split(mesh.shard_model(assembly.model))
 
     @property

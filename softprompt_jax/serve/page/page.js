@@ -27,7 +27,7 @@ async function list() {
   if (!response.ok) throw new Error(await problem(response));
   const found = await response.json();
   prompts = found.prompts;
-  at("about").textContent = `${prompts.length} prompts over ${found.backbone}, which stays as it is.`;
+  at("about").textContent = `${prompts.length} prompts, backbone: ${found.backbone} (frozen).`;
   const boxes = prompts.map((prompt, index) => {
     const box = made("input", { type: "checkbox", value: prompt.name, checked: index < 4 });
     const holds = [...(prompt.rows ? [`${prompt.rows} rows`] : []), ...prompt.extras];
@@ -79,7 +79,8 @@ function scores(words, best) {
     row.className = word.word === best ? "best" : "";
     return row;
   });
-  return made("table", {}, made("tbody", {}, ...rows));
+  const caption = made("caption", { textContent: "Shares of these words only" });
+  return made("table", {}, caption, made("tbody", {}, ...rows));
 }
 
 async function ask(name, card, signal) {

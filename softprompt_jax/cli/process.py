@@ -1,0 +1,27 @@
+"""What the command line does to its own process, and the library never does: allocator, environment, loggers."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import threading
+from pathlib import Path
+
+from softprompt_jax.cli.allocator import keep_freed_memory
+
+
+def prepare() -> None:
+    """Set the allocator, the environment and the loggers; before JAX is imported."""
+    keep_freed_memory()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it announces the absence of torch
+    if importlib.util.find_spec("libtpu") and not any(Path("/dev").glob("accel*")) and not Path("/dev/vfio").exists():
+        # An installed libtpu would look for a TPU, and wait for it.
+        os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if Path("/dev/nvidia0").exists() else "cpu")
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it announces every retry of an unreachable hub
+    # Orbax warns through absl of what is meant here, such as opening a folder to read only. What fails in its threads
+    # is raised again where a save is waited for: tell it once.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    threading.excepthook = lambda _: None
