@@ -56,6 +56,26 @@ def test_latest_and_best_stay(tmp_path, scores, best, kept):
     reopened.close()
 
 
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ([3.0, 2.0, 2.0], 2),  # of equal scores the lowest loss, of equal losses the earliest
+        ([None, 2.0, 1.0], 1),  # an older version had no losses, and chose the earliest
+        ([None, None, 1.0], 1),
+    ],
+)
+def test_of_equal_scores_the_lowest_loss_is_the_best(tmp_path, losses, best):
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        for step, loss in enumerate(losses, start=1):
+            checkpoints.save(step, state(step), 0.5, loss)
+        checkpoints.wait()
+        assert checkpoints.best() == best
+    assert steps(tmp_path) == {str(best), "3"}
+    with contextlib.closing(Checkpoints(tmp_path)) as reopened:
+        reopened.score(3, 0.5, -1.0)  # a lower one that was measured later
+        assert reopened.best() == (3 if losses[0] is not None else best)
+
+
 def test_a_step_that_is_scored_later_is_the_best_from_then_on(tmp_path):
     checkpoints = saved(tmp_path, {1: 0.1, 2: None})
     assert checkpoints.best() == 1

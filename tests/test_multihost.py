@@ -184,24 +184,42 @@ def test_a_run_told_to_stop_saves_and_says_so_by_its_exit_code(config, whole, tm
 
 
 class Told:
-    """Sends SIGTERM to this process at the call of a function that is counted, from 0."""
+    """Sends a signal to this process at the call of a function that is counted, from 0."""
 
-    def __init__(self, owner: type, name: str, call: int, after_s: float = 0):
-        self._function, self._left, self._after_s = getattr(owner, name), call, after_s
+    def __init__(self, owner: type, name: str, call: int, after_s: float = 0, number: int = signal.SIGTERM):
+        self._function, self._left, self._after_s, self._number = getattr(owner, name), call, after_s, number
         setattr(owner, name, lambda *arguments: self(*arguments))
 
     def __call__(self, *arguments):
         if self._left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self._number)
             time.sleep(self._after_s)  # until the others have been told, too
         self._left -= 1
         return self._function(*arguments)
 
 
-def told_at(monkeypatch, owner: type, name: str, call: int) -> None:
-    """Send SIGTERM at a call, once."""
+def told_at(monkeypatch, owner: type, name: str, call: int, number: int = signal.SIGTERM) -> None:
+    """Send a signal at a call, once."""
     monkeypatch.setattr(owner, name, getattr(owner, name))  # so that the old one comes back
-    Told(owner, name, call)
+    Told(owner, name, call, number=number)
+
+
+def test_ctrl_c_saves_as_sigterm_does(small, prompt_run, softprompt, own_cache, tmp_path, monkeypatch):
+    config, out = write_config(tmp_path / "run.yaml", small.short), tmp_path / "out"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    try:
+        told_at(monkeypatch, Checkpoints, "save", 1, signal.SIGINT)  # at step 10
+        code, _, err = softprompt("train", config, "--out", out)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (code, err.splitlines()[-1]) == (
+        130,
+        f"softprompt: {out}: told to stop, saved at step 11; the same command goes on",
+    )
+    code, _, err = softprompt("train", config, "--out", out)
+    assert (code, "resumed at step 11" in err) == (0, True), err
+    for file in ("prompt.safetensors", "trained.safetensors"):
+        assert (out / file).read_bytes() == (prompt_run / file).read_bytes()
 
 
 def lines_of(out: Path) -> list[tuple]:
@@ -226,7 +244,11 @@ def test_a_validation_is_cut_short_and_made_up_for(
     told_at(monkeypatch, RunData, name, call)
     code, _, err = softprompt("train", config, "--out", out)
     assert (code, err.count(said)) == (PREEMPTED, 1), err
-    assert (out / "checkpoints" / "10").exists() is ("step 10" in said or name == "result" or call == 4)
+    best = json.loads((prompt_run / "result.json").read_text())["best_step"]
+    kept = {"validate 0": [], "validate 1": [10], "validate 4": [best, 40], "result 0": [best, 40]}[f"{name} {call}"]
+    found = {int(path.name) for path in out.glob("checkpoints/*")}
+    assert set(kept) <= found
+    assert bool(kept) is bool(found)
     code, _, err = softprompt("train", config, "--out", out)
     assert code == 0, err
     for file in ("prompt.safetensors", "trained.safetensors"):
@@ -298,10 +320,10 @@ def test_two_processes_cut_a_validation_short_together(config, whole, tmp_path):
 
 def test_a_run_told_to_stop_while_it_loads_ends_at_once(config, tmp_path):
     script = (
-        "import os, signal, time; from softprompt_jax.cli import main as cli\n"
+        "import os, signal, time; from softprompt_jax.cli import main\n"
         "from softprompt_jax.distributed import multihost\n"
         "multihost.connect = lambda *_: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)]\n"
-        "cli.main()"
+        "main.main()"
     )
     ended = subprocess.run(
         [sys.executable, "-c", script, "train", config, "--out", tmp_path / "out"],

@@ -18,7 +18,7 @@ from softprompt_jax.config import UserError
 from softprompt_jax.distributed import cloud_files
 
 GROUPS, MEMBERS = "groups", "members.json"  # of a sweep: GROUPS/HASH/ holds the state that its MEMBERS share
-_SCORE, _STEP = "score", "step"
+_SCORE, _LOSS, _STEP = "score", "loss", "step"
 
 
 class _Manager(ocp.CheckpointManager):
@@ -31,10 +31,10 @@ class Checkpoints:
     """A run's `checkpoints/` folder, here or on gs://. A step is complete or absent, whatever kills a write."""
 
     def __init__(self, folder: str | Path, read_only: bool = False):
-        def rank(metrics: Any) -> Any:  # the highest score; of equal ones the earliest step
-            return self._score_of(metrics), -metrics[_STEP]
+        def rank(metrics: Any) -> Any:  # the highest score; of equal ones the lowest loss, then the earliest step
+            return *self._rank(metrics), -metrics[_STEP]
 
-        self._scores: dict[int, float] = {}
+        self._scores: dict[int, tuple[float, float | None]] = {}
         self._folder = str(folder if cloud_files.is_remote(folder) else Path(folder).absolute())
         if read_only:
             options = ocp.CheckpointManagerOptions(read_only=True, best_fn=rank, best_mode="max")
@@ -52,40 +52,45 @@ class Checkpoints:
         with self._writing():
             self._manager = _Manager(self._folder, options=options, item_handlers=ocp.StandardCheckpointHandler())
 
-    def save(self, step: int, state: Any, score: float | None = None) -> None:
+    def save(self, step: int, state: Any, score: float | None = None, loss: float | None = None) -> None:
         """Start writing the state after `step` steps; returns once it has been copied off the device."""
         with self._writing():
-            metrics = {_SCORE: score, _STEP: step}
+            metrics = {_SCORE: score, _LOSS: loss, _STEP: step}
             self._manager.save(step, args=ocp.args.StandardSave(state), metrics=metrics, force=True)
 
-    def score(self, step: int, score: float) -> None:
+    def score(self, step: int, score: float, loss: float | None = None) -> None:
         """Score a step that was saved without; this object remembers it, no checkpoint."""
-        self._scores[step] = score
+        self._scores[step] = score, loss
 
     def latest(self) -> int | None:
         """Return the last complete step, or None."""
         return self._manager.latest_step()
 
     def best(self) -> int | None:
-        """Return the step with the highest score, the earliest of equal ones; None if no step has a score."""
-        step = self._manager.best_step()
-        return None if step is None or self._score_of(self._manager.metrics(step)) == -math.inf else step
+        """Return the step with the highest score; None if no step has one.
 
-    def _score_of(self, metrics: Any) -> float:
-        score = self._scores.get(metrics[_STEP], metrics[_SCORE])
-        return -math.inf if score is None or math.isnan(score) else score
+        Of equal scores the one with the lowest validation loss is taken, of equal losses the earliest.
+        """
+        step = self._manager.best_step()
+        return None if step is None or self._rank(self._manager.metrics(step))[0] == -math.inf else step
+
+    def _rank(self, metrics: Any) -> tuple[float, float]:
+        """Return the score, minus infinity where there is none or no number, and minus the loss."""
+        score, loss = self._scores.get(metrics[_STEP], (metrics[_SCORE], metrics.get(_LOSS)))
+        return -math.inf if score is None or math.isnan(score) else score, math.inf if loss is None else -loss
 
     def restore(self, step: int, like: Any = None) -> Any:
         """Read the state of a step with the structure, dtypes and sharding of `like`, or as NumPy arrays."""
         try:
             if like is None:  # wherever it was saved, devices of which this machine may have fewer
                 self._manager.wait_until_finished()
-                saved = self._manager.item_metadata(step).tree
-                abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved)
+                if (saved := self._manager.item_metadata(step)) is None:
+                    raise ValueError("no metadata")
+                abstract = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), saved.tree)
             else:
                 abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except Exception as error:  # Orbax and TensorStore raise nearly anything for a broken file
+        except (OSError, ValueError, KeyError, TypeError) as error:  # of Orbax and TensorStore for a broken file
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"{self._folder}/{step}: cannot be read ({type(error).__name__}: {reason}); expected a complete "

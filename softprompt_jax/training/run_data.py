@@ -30,6 +30,10 @@ from softprompt_jax.tasks.mixture import Mixture, draw_mixture
 
 WINDOW = 64  # batches of a split without end that are in memory at a time
 SENTINEL = "<extra_id_0>"
+ILLEGAL_HINT = (
+    "more than half of the validation answers are no label word (`illegal`); try predict_by: likelihood in the task, "
+    "more steps, or a larger pre-trained backbone"
+)
 
 
 class RunData:
@@ -121,10 +125,12 @@ class RunData:
         """Yield the batches from step `first` on."""
         return self.train_batches.from_step(first)
 
-    def _scores(self, split: str, trainable: Any, frozen: Any, first: int | None = None) -> dict[str, dict[str, float]]:
-        """The metrics of each task that has the split, of its first examples or of all."""
+    def _scores(
+        self, split: str, trainable: Any, frozen: Any, first: int | None = None, loss: bool = False
+    ) -> dict[str, dict[str, float]]:
+        """The metrics of each task that has the split, of its first examples or of all; also the `loss` if asked."""
         return {
-            task.name: task.scores(split, self._decoder, trainable, frozen, self._longest, first)
+            task.name: task.scores(split, self._decoder, trainable, frozen, self._longest, first, loss)
             for task in self.tasks
             if split in task.tokens
         }
@@ -133,13 +139,17 @@ class RunData:
         return float(np.mean([mean_score(task.task, scores[task.name]) for task in self.tasks if task.name in scores]))
 
     def validate(self, trainable: Any, frozen: Any) -> tuple[dict[str, float], float]:
-        """Return the validation metrics and the number that selects the best checkpoint, their mean over tasks."""
-        scores = self._scores("validation", trainable, frozen, self.run.evaluation_examples)
+        """Return the validation metrics and the number that selects the best checkpoint, their mean over tasks.
+
+        Among the metrics is `loss`, the mean cross entropy in nats per target token; that of a mixture is the mean over
+        its tasks.
+        """
+        scores = self._scores("validation", trainable, frozen, self.run.evaluation_examples, loss=True)
         mean = self._mean(scores)
         if not isinstance(self.run.task, Mixture):
             return scores[self.run.task_name], mean
         flat = {f"{task}/{name}": value for task, each in scores.items() for name, value in each.items()}
-        return {"mean": mean, **flat}, mean
+        return {"mean": mean, **flat, "loss": float(np.mean([each["loss"] for each in scores.values()]))}, mean
 
     def result(self, trainable: Any, parts: Split) -> dict[str, Any]:
         """Return the metrics of the chosen weights, beside the majority class and no training.
@@ -166,6 +176,11 @@ class RunData:
                 "untrained": scores(measured, parts.trainable),
             },
         }
+
+
+def mostly_illegal(scores: dict[str, float]) -> bool:
+    """Tell whether more than half of the answers, of a task of a mixture too, are no label word."""
+    return any(value > 0.5 for name, value in scores.items() if name.rpartition("/")[2] == "illegal")
 
 
 class TaskSplits:
@@ -231,17 +246,28 @@ class TaskSplits:
         return f"task {self.name}: " + ", ".join(f"{split} {size}" for split, size in sizes.items())
 
     def scores(
-        self, split: str, decoder: Decoder, trainable: Any, frozen: Any, longest: int, first: int | None = None
+        self,
+        split: str,
+        decoder: Decoder,
+        trainable: Any,
+        frozen: Any,
+        longest: int,
+        first: int | None = None,
+        loss: bool = False,
     ) -> dict[str, float]:
-        """Return the metrics of a split, of its first examples or of all."""
+        """Return the metrics of a split, of its first examples or of all, and if asked the `loss` per target token."""
         batch_size, tokens = self._run.evaluation_batch_size, self.tokens[split].first(first)
         answers = decoder.answers(trainable, frozen, tokens, batch_size, longest, self._layout, task=self.task)
         likelihoods = None
-        if wants_likelihoods(self.task):
+        if loss or wants_likelihoods(self.task):
             likelihoods = decoder.likelihoods(trainable, frozen, tokens, batch_size, self._layout)
         best = [each[0] for each in answers]
         outputs = Outputs([answer.ids for answer in best], [answer.score for answer in best], likelihoods)
-        return score(self.task, [answer.text for answer in best], self.examples[split][:first], outputs)
+        found = score(self.task, [answer.text for answer in best], self.examples[split][:first], outputs)
+        if loss:
+            assert likelihoods is not None
+            found["loss"] = -float(likelihoods.sum(dtype=np.float64)) / int(tokens.target_lengths.sum())
+        return found
 
     def majority(self, split: str) -> float:
         """Return the accuracy of the train split's most frequent target, of an endless one's first window's."""

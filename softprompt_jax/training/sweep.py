@@ -21,14 +21,14 @@ from softprompt_jax.checkpoints import artifact
 from softprompt_jax.checkpoints.training_state import GROUPS, MEMBERS
 from softprompt_jax.config import Diverged, UserError
 from softprompt_jax.distributed.cloud_files import is_remote
-from softprompt_jax.distributed.multihost import lock_folder
+from softprompt_jax.distributed.folder_lock import lock_folder
 from softprompt_jax.inference.evaluate import run_score, score_factor, score_text
 from softprompt_jax.optim.gradient_free import GradientFree
 from softprompt_jax.progress import Reporter
 from softprompt_jax.run import Run, Scratch
 from softprompt_jax.statistics import CELL, SCORE, mean_sd_text, score_statistics
 from softprompt_jax.training.loop import train
-from softprompt_jax.training.run_folder import prepare_folder
+from softprompt_jax.training.run_folder import check_folder, create_folder
 from softprompt_jax.training.vmapped import FAILED_FILE, VmappedSweep, shape_of
 
 SWEEP_FILE = "sweep.json"
@@ -59,7 +59,7 @@ def sweep(
     `out/NAME` that `train` would leave. Runs that train nothing but prompts and differ in seed, task, learning rate or
     initialisation only share one program, at most `together` at a time; all others train one after another.
     `stop_after`: a prompt stops after so many evaluations without a better validation score (of those that train
-    together). The same call goes on where a killed one stopped. Raises Preempted after SIGTERM.
+    together). The same call goes on where a killed one stopped. Raises Preempted after SIGTERM and Ctrl-C.
 
     Returned: `runs` (name, settings, scores or why it failed), `table` (mean, sd and best over seeds of each setting)
     and `best`, the name of the run with the best validation score.
@@ -93,11 +93,12 @@ def train_members(
     `before_group` is called with the members that train next, in one program or one after another. A member that
     `train` has begun in its own folder goes on alone.
     """
-    for member in members:
-        prepare_folder(member.run, folder / member.name)
-    reporter.line(f"{folder}: {len(members)} runs, {sum(_done(folder / m.name) for m in members)} of them finished")
     programs: dict[str, VmappedSweep] = {}
-    with lock_folder(folder):
+    create_folder(folder)
+    with lock_folder(folder, report=reporter.line):
+        for member in members:
+            check_folder(member.run, folder / member.name)
+        reporter.line(f"{folder}: {len(members)} runs, {sum(_done(folder / m.name) for m in members)} of them finished")
         for group in _open_groups(members, folder, together):
             before_group(group)
             _train_group(group, folder, reporter, stop_after, programs)
@@ -203,8 +204,6 @@ def _train_group(
         if program is not None and program.possible:
             names = [member.name for member in group]
             own = folder / GROUPS / hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
-            own.mkdir(parents=True, exist_ok=True)
-            artifact.dump(names, own / MEMBERS)
             program.train(runs, own, reporter, stop_after)
             shutil.rmtree(own)  # what it held is now in the runs' folders
             return
