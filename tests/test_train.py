@@ -491,11 +491,11 @@ def test_time_saves_at_the_same_steps_in_every_process_by_the_clock_of_process_0
     monkeypatch.setattr(jax, "process_count", lambda: count)
     timers = [TRAIN.SaveTimer(0) for _ in range(count)]
 
-    def from_process_0(value):
-        told.append(value)
-        return told[-1] if len(told) % count else told[-count]
+    def run_on_process_0(action):
+        told.append(action())
+        return told[-1 - (len(told) - 1) % count]  # the first of each round
 
-    monkeypatch.setattr(TRAIN, "from_process_0", from_process_0)
+    monkeypatch.setattr(TRAIN, "run_on_process_0", run_on_process_0)
     saves: list[list[int]] = [[] for _ in timers]
     for step in range(1, 1001):
         now += 2.0  # seconds a step, at first more

@@ -74,6 +74,7 @@ def _lock_object(place: str, wait_s: float, report: Callable[[str], None]) -> It
         report(f"{place}: another command trains in it, or was killed; waiting up to {wait_s:g} s for its end")
     while not cloud_files.create_object(path, json.dumps(own).encode()):
         found = cloud_files.read_object(path)
+        first = first or found
         if found is not None and found == first and time.monotonic() > until:
             cloud_files.remove_object(path)  # nobody has renewed it
         elif found is not None and time.monotonic() > until:

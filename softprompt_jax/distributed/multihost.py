@@ -104,11 +104,6 @@ def _broadcast_text(text: str) -> str:
     return bytes(multihost_utils.broadcast_one_to_all(np.resize(content, length).astype(np.uint8))).decode()
 
 
-def from_process_0(value: float) -> float:
-    """Return process 0's value in every process, such as a time."""
-    return run_on_process_0(lambda: value)
-
-
 def assert_same_everywhere(name: str, value: str) -> None:
     """Fail unless every process has the same value, such as versions or settings."""
     if jax.process_count() == 1:

@@ -24,7 +24,6 @@ from softprompt_jax.distributed.multihost import (
     PreemptedDuringEval,
     Preemption,
     assert_same_everywhere,
-    from_process_0,
     is_first,
     run_on_process_0,
 )
@@ -303,26 +302,23 @@ class Meter:
 
     def restart(self) -> None:
         """Begin a new line."""
-        self._losses: list[Any] = []
-        self._counts: list[BatchCounts] = []
-        self._compiled: list[float | None] = []
+        self._steps: list[tuple[Any, BatchCounts, float | None]] = []
         self._start = time.monotonic()
 
     def add(self, loss: Any, counts: BatchCounts, compiling_s: float | None) -> None:
         """Add a step, and how long it took if it compiled."""
-        self._losses.append(loss)
-        self._counts.append(counts)
-        self._compiled.append(compiling_s)
+        self._steps.append((loss, counts, compiling_s))
 
     def read(self) -> Speed:
         """Wait for the steps and return their means."""
-        loss = np.mean([np.asarray(loss, np.float64) for loss in self._losses], axis=0)
+        losses, counts, compiled = zip(*self._steps, strict=True)
+        loss = np.mean([np.asarray(loss, np.float64) for loss in losses], axis=0)
         seconds = time.monotonic() - self._start
-        fast = [counts for counts, compiling_s in zip(self._counts, self._compiled, strict=True) if compiling_s is None]
+        fast = [counts for _, counts, compiling_s in self._steps if compiling_s is None]
         if fast:
-            seconds -= sum(filter(None, self._compiled))
-        done = _total(fast or self._counts)
-        return Speed(loss, done.examples / seconds, done.text / seconds, _total(self._counts).padding)
+            seconds -= sum(filter(None, compiled))
+        done = _total(fast or counts)
+        return Speed(loss, done.examples / seconds, done.text / seconds, _total(counts).padding)
 
 
 def _total(counts: Sequence[BatchCounts]) -> BatchCounts:
@@ -347,7 +343,7 @@ class SaveTimer:
         """Is it time to save after `step`?"""
         if step < self._look:
             return False
-        waited = from_process_0((time.monotonic() - self._start) / self._interval)
+        waited = run_on_process_0(lambda: (time.monotonic() - self._start) / self._interval)
         if jax.process_count() > 1:  # look again at half the way to the step at which the time will be over
             self._look = step + max(1, int((1 - waited) / max(waited, 1e-6) * (step - self._step) / 2))
         return waited >= 1
