@@ -14,15 +14,8 @@ import pytest
 from softprompt_jax import tasks
 from softprompt_jax.config import UserError
 from softprompt_jax.data.metrics import majority
-from softprompt_jax.data.packages import (
-    READERS,
-    Package,
-    extract,
-    fetch_members,
-    reader,
-    split_rows,
-    without_duplicates,
-)
+from softprompt_jax.data.packages import Package, extract, fetch_members
+from softprompt_jax.data.readers import READERS, reader, split_rows, without_duplicates
 from softprompt_jax.data.sources import read_rows
 
 

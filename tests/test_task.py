@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
+
 import pytest
 
 from softprompt_jax import tasks
-from softprompt_jax.config import UserError, parse
+from softprompt_jax.config import UserError, parse, read
 from softprompt_jax.data.sources import Files
 from softprompt_jax.data.task import Example, Task, examples, fill
 
@@ -101,6 +105,20 @@ def test_task_by_name_or_inline():
     assert tasks.resolve(tasks.get("spam_sms")).words == ["no", "yes"]
     with pytest.raises(UserError, match=r"unknown; expected one of .*; did you mean sentiment_movie"):
         tasks.get("sentiment_movies")
+
+
+def test_the_named_tasks_are_these_each_in_one_file():
+    groups = ("superglue", "glue", "nli", "summarization", "translation", "question_answering", "sentiment")
+    files = {path.stem: read(path) for path in Path(tasks.__file__).parent.glob("*.yaml")}
+    assert {*groups, "paraphrase", "spam", "bible"} == set(files)
+    every = [name for file in files.values() for name in file]
+    assert sorted(every) == tasks.names()
+    assert (len(every), len(set(every))) == (68, 68)
+
+
+def test_the_settings_of_named_tasks_are_those_of_the_first_release():
+    made = {name: tasks.get(name).model_dump(mode="json") for name in tasks.names()}
+    assert hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12] == "ce15a87d15e2"
 
 
 @pytest.mark.parametrize("name", tasks.names())

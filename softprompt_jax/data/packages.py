@@ -11,28 +11,14 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pydantic
 
 from softprompt_jax.config import Settings, UserError, cache_folder, nearest
-
-SPLITS = ("train", "validation", "test")
-Row = Mapping[str, Any]
-Reader = Callable[[dict[str, bytes], str], dict[str, list[dict[str, Any]]]]
-READERS: dict[str, Reader] = {}  # how the members of a package become the rows of each split
-
-
-def reader(name: str) -> Callable[[Reader], Reader]:
-    """Register `function(members, part) -> {split: rows}` as the reader of package sources called `name`."""
-
-    def register(function: Reader) -> Reader:
-        READERS[name] = function
-        return function
-
-    return register
+from softprompt_jax.data.readers import READERS, SPLITS, Row
 
 
 class Package(Settings):
@@ -179,37 +165,6 @@ def _read(archive: Path | bytes, names: set[str]) -> dict[str, bytes]:
                 if len(found) == len(names):
                     break  # the rest of a large archive need not be unpacked
     return found
-
-
-# -------------------------------------------------------------------------------------------- splitting
-
-
-def split_rows(
-    rows: list[dict[str, Any]], validation: int, test: int, group: Callable[[dict[str, Any]], str]
-) -> dict[str, list[dict[str, Any]]]:
-    """Split rows for good: whole groups, in the order of the hash of their names, fill test, then validation.
-
-    No random number takes part, so that the split is the same in every library version and order of
-    the rows. `validation` and `test` are sizes in rows; the last group of each may overshoot them.
-    """
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(group(row), []).append(row)
-    parts: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    for name in sorted(groups, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        split = (
-            "test" if len(parts["test"]) < test else "validation" if len(parts["validation"]) < validation else "train"
-        )
-        parts[split] += groups[name]
-    return parts
-
-
-def without_duplicates(rows: list[dict[str, Any]], field: str) -> list[dict[str, Any]]:
-    """Keep the first of the rows whose `field` differs only in case and spaces."""
-    kept: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        kept.setdefault(" ".join(row[field].lower().split()), row)
-    return list(kept.values())
 
 
 def first_line(error: BaseException) -> str:

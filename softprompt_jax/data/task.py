@@ -12,7 +12,7 @@ import pydantic
 from softprompt_jax.config import Settings, UserError, nearest
 from softprompt_jax.data.few_shot import FewShot
 from softprompt_jax.data.metrics import METRICS
-from softprompt_jax.data.preprocessors import POSTPROCESSORS, PREPARATIONS, one_space
+from softprompt_jax.data.preprocessors import POSTPROCESSORS, PREPROCESSORS, one_space
 from softprompt_jax.data.seqio_source import Seqio, is_endless, seqio_rows
 from softprompt_jax.data.sources import Source, available_splits, check_split, read_rows
 
@@ -78,11 +78,11 @@ class Task(Settings):
     predict_by: Literal["decoding", "likelihood", "likelihood_per_token"] = "decoding"  # of the label words
     keep: dict[str, str] = pydantic.Field(default={})  # only rows whose fields have these values
     few_shot: FewShot | None = None  # so many examples of the train split only
-    prepare: str | None = None  # what a template cannot do, see preparations.py
+    prepare: str | None = None  # what a template cannot do, see preprocessors.py
     one_space: bool = False  # make one space of each run of white space in the input
     answers_field: str | None = None  # a list of acceptable answers, of which metrics take the best
     group_fields: list[str] = pydantic.Field(default=[])
-    postprocess: str | None = None  # what a prediction goes through before it is scored, see preparations.py
+    postprocess: str | None = None  # what a prediction goes through before it is scored, see preprocessors.py
     hidden: list[str] = pydantic.Field(default=[])  # splits without public labels: never scored, only predicted
     submission: str | None = None  # of which benchmark and in which file, see submission.py
 
@@ -109,8 +109,8 @@ class Task(Settings):
 
     @pydantic.field_validator("prepare")
     @classmethod
-    def _preparation_exists(cls, name: str | None) -> str | None:
-        return _known(name, PREPARATIONS)
+    def _preprocessor_exists(cls, name: str | None) -> str | None:
+        return _known(name, PREPROCESSORS)
 
     @pydantic.field_validator("postprocess")
     @classmethod
@@ -252,12 +252,12 @@ def _prepared(task: Task, row: Mapping[str, Any], split: str, where: str) -> lis
     if task.prepare is None:
         return [row]
     try:
-        return list(PREPARATIONS[task.prepare](row, split))
+        return list(PREPROCESSORS[task.prepare](row, split))
     except KeyError as error:
         raise _no_field(row, str(error.args[0]), where) from None
     except (ValueError, TypeError, AttributeError, IndexError) as error:
         raise UserError(
-            f"{where}: does not fit the preparation {task.prepare!r} ({error}); expected a row of that data set"
+            f"{where}: does not fit the preprocessor {task.prepare!r} ({error}); expected a row of that data set"
         ) from None
 
 

@@ -1,44 +1,46 @@
 """Text-to-text tasks by name: `tasks.get("sentiment_movie")`, `tasks.load(task, "train")`.
 
-A new task is a file here with a dict `TASKS`, listed below.
+The files `*.yaml` here hold the named tasks. A key is a name; its value is what `task:` of a run may hold, so that it
+can be copied from here and changed. To add a task, write its settings into one of the files, or a new file.
+Python is needed only for what settings cannot say: `data/preprocessors.py` (how a row becomes other rows, and a
+prediction an answer) and `data/readers.py` (how the files of a package become rows).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from softprompt_jax import config
 from softprompt_jax.config import UserError, nearest, parse
 from softprompt_jax.data.seqio_source import Seqio
 from softprompt_jax.data.task import SEQIO, Example, Task, load, splits
-from softprompt_jax.tasks import (
-    generation,
-    glue,
-    inference,
-    paraphrase,
-    question_answering,
-    rewriting,
-    sentiment,
-    spam,
-    superglue,
-)
 
 __all__ = ["Example", "Task", "complete", "get", "load", "names", "resolve", "splits"]
 
-_FILES = (superglue, glue, question_answering, inference, generation, rewriting, sentiment, paraphrase, spam)
-_TASKS: dict[str, Task] = {name: task for file in _FILES for name, task in file.TASKS.items()}
+
+@functools.cache
+def _settings() -> dict[str, dict[str, Any]]:
+    """Read the settings of all named tasks."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(Path(__file__).parent.glob("*.yaml")):
+        found |= config.read(path)
+    return found
 
 
 def names() -> list[str]:
     """Return the names of all tasks."""
-    return sorted(_TASKS)
+    return sorted(_settings())
 
 
+@functools.cache
 def get(name: str) -> Task:
     """Return a task by its name; an unknown name is a UserError with the nearest ones."""
-    if name not in _TASKS:
-        raise UserError(f"task {name!r}: unknown; expected one of {', '.join(names())}{nearest(name, _TASKS)}")
-    return _TASKS[name]
+    if name not in _settings():
+        raise UserError(f"task {name!r}: unknown; expected one of {', '.join(names())}{nearest(name, names())}")
+    return parse(Task, {"name": name} | _settings()[name], f"task {name}")
 
 
 def complete(value: Any) -> Any:
