@@ -14,11 +14,6 @@ from typing import Any, TypeVar, get_origin
 import pydantic
 import yaml
 
-try:
-    from yaml import CSafeLoader as SafeLoader  # several times as fast
-except ImportError:
-    from yaml import SafeLoader
-
 S = TypeVar("S", bound=pydantic.BaseModel)
 
 # What other libraries call a setting, and its name here.
@@ -71,6 +66,12 @@ def nearest(name: str, known) -> str:
     """Return "; did you mean X or Y?" for a misspelt name, or the empty string."""
     close = difflib.get_close_matches(name, [str(word) for word in known], n=3, cutoff=0.6)
     return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type's name."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip() if lines else type(error).__name__
 
 
 def parse(schema: type[S], values: Any, where: str) -> S:
@@ -182,7 +183,10 @@ def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     return [] if old == new else [f"{prefix}: {old!r} -> {new!r}"]
 
 
-class _Loader(SafeLoader):
+_SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C is several times as fast
+
+
+class _Loader(_SafeLoader):
     """YAML 1.1 that also reads 1e-3 as a number, which the specification's grammar calls a text."""
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from softprompt_jax import config
 from softprompt_jax.config import Settings, nearest
@@ -21,8 +21,8 @@ from softprompt_jax.models.t5 import T5Settings
 from softprompt_jax.optim.gradient_free import GradientFree
 from softprompt_jax.optim.optimizers import Adafactor, Optimizer, Schedule
 from softprompt_jax.pretraining.data import Pretraining
-from softprompt_jax.tasks import complete, names, resolve
-from softprompt_jax.tasks.mixture import Mixture, expand
+from softprompt_jax.tasks import complete, get, names
+from softprompt_jax.tasks.mixture import Mixture, at_revisions_of, expand, pinned
 
 DEFAULT_METHOD = Prompt()
 MACHINE = frozenset({"mesh"})  # settings that say where a run computes, not what: it may go on with others
@@ -42,8 +42,15 @@ def _task_kind(value: Any) -> str:
     return kind if kind in ("pretraining", "mixture") else "task"
 
 
+def _named(name: str) -> Any:
+    """Put the settings of a named task in the place of its name."""
+    if name not in names():
+        raise ValueError(f"expected a name that `softprompt tasks` lists, or settings{nearest(name, names())}")
+    return get(name)
+
+
 AnyTask = Annotated[
-    Annotated[str, Tag("name")]
+    Annotated[Annotated[str, AfterValidator(_named)], Tag("name")]
     | Annotated[Annotated[Task, BeforeValidator(complete)], Tag("task")]
     | Annotated[Mixture, Tag("mixture")]
     | Annotated[Pretraining, Tag("pretraining")],
@@ -151,13 +158,6 @@ class Run(Settings):
     def _first_has_the_runs_optimizer(cls, methods: list[Method]) -> list[Method]:
         return [methods[0].model_copy(update={"optimizer": None}), *methods[1:]]
 
-    @field_validator("task")
-    @classmethod
-    def _task_exists(cls, task: Any) -> Any:
-        if isinstance(task, str) and task not in names():
-            raise ValueError(f"expected a name that `softprompt tasks` lists, or settings{nearest(task, names())}")
-        return task
-
     @model_validator(mode="after")
     def _consistent(self) -> Run:
         if self.attention == "flash" and self.dropout > 0:
@@ -166,7 +166,7 @@ class Run(Settings):
             raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
         if isinstance(self.backbone, Scratch) and getattr(self.optimizer, "restore", False):
             raise ValueError("optimizer.restore with random weights; expected a T5X checkpoint as the backbone")
-        if self.target_sentinel and any(t.predict_by != "decoding" or t.source.kind == "seqio" for t in self.tasks):
+        if self.target_sentinel and any(t.predict_by != "decoding" or t.source.makes_ids for t in self.tasks):
             raise ValueError("target_sentinel with predict_by likelihood or a seqio task: expected decoding and text")
         if self.packing is not None and self.pretraining is not None:
             raise ValueError("packing with pre-training, whose batches have shapes of their own: expected none")
@@ -239,6 +239,14 @@ class Run(Settings):
         """Return the run with a seqio Mixture as the mixture that it is, which imports seqio."""
         return self.model_copy(update={"task": expand(self.task)})
 
+    def pinned(self) -> Run:
+        """Return the run with the revisions of hub data that are read now, where it states none."""
+        return self.model_copy(update={"task": pinned(self.task)})
+
+    def at_revisions_of(self, saved: Run) -> Run:
+        """Return the run with the revisions of hub data that a saved one has, where it states none."""
+        return self.model_copy(update={"task": at_revisions_of(self.task, saved.task)})
+
     def finished(self) -> Run:
         """Return the settings with which what was trained is read: without what only training needed."""
         return self.model_copy(update={"methods": [method.finished() for method in self.methods]})
@@ -248,7 +256,10 @@ class Run(Settings):
         """The settings of the run's task, of each task of a mixture; none in pre-training."""
         if isinstance(self.task, Pretraining):
             return []
-        return self.task.tasks if isinstance(self.task, Mixture) else [resolve(self.task)]
+        if isinstance(self.task, Mixture):
+            return self.task.tasks
+        assert isinstance(self.task, Task)  # validation has put the settings in the place of a name
+        return [self.task]
 
     @property
     def task_name(self) -> str:

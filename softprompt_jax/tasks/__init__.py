@@ -15,8 +15,9 @@ from typing import Any
 
 from softprompt_jax import config
 from softprompt_jax.config import UserError, nearest, parse
-from softprompt_jax.data.seqio_source import Seqio
-from softprompt_jax.data.task import SEQIO, Example, Task, load, splits
+from softprompt_jax.data.examples import Example
+from softprompt_jax.data.sources import SHORT_FORMS
+from softprompt_jax.data.task import Task, load, splits
 
 __all__ = ["Example", "Task", "complete", "get", "load", "names", "resolve", "splits"]
 
@@ -46,15 +47,37 @@ def get(name: str) -> Task:
 def complete(value: Any) -> Any:
     """Return a mapping without a source as the named task with these settings in the stead of its own.
 
-    `{kind: seqio, name: ..., module: ...}` is a seqio Task with its own metrics, and further settings as in any task.
+    `source: {revision: ...}`, without a kind, changes a part of the named task's source. `{kind: seqio, name: ...,
+    module: ...}` is a seqio Task with its own metrics, and further settings as in any task.
     """
-    if not isinstance(value, Mapping) or "source" in value or "name" not in value:
+    if not isinstance(value, Mapping):
         return value
-    if value.get("kind") == "seqio":
-        source = {key: value[key] for key in Seqio.model_fields if key in value}
-        rest = {key: item for key, item in value.items() if key not in source or key == "name"}
-        return {"source": source, "input": "{inputs}", "target": "{targets}", "metrics": [SEQIO], **rest}
-    return {**get(str(value["name"])).model_dump(), **value}
+    source, kind = value.get("source", {}), SHORT_FORMS.get(value.get("kind", ""))
+    if kind is not None and "source" not in value:
+        own = {key: value[key] for key in kind.model_fields if key in value}
+        rest = {key: item for key, item in value.items() if key not in own or key == "name"}
+        return {"source": own, **kind.fixed, "metrics": [kind.own_metrics], **rest}
+    if not isinstance(source, Mapping) or "kind" in source:
+        return value
+    if "name" not in value:
+        raise UserError(
+            f"task: found {', '.join(map(str, value))}; expected a source too, or the name of the task to change, "
+            "as in {name: boolq, with_prefix: true}"
+        )
+    named = get(str(value["name"])).model_dump()
+    return {**named, **value, "source": {**named["source"], **source}}
+
+
+def short(task: Task) -> Any:
+    """Return the shortest settings of a task: its name, what differs from the task of that name, or all of it."""
+    if task.name not in names():
+        stated = task.model_dump(mode="json", exclude_defaults=True)
+        return stated | {"source": {"kind": task.source.kind, **stated["source"]}}
+    named, own = (each.model_dump(mode="json") for each in (get(task.name), task))
+    changes = {key: item for key, item in own.items() if item != named[key]}
+    if "source" in changes and own["source"]["kind"] == named["source"]["kind"]:
+        changes["source"] = {key: item for key, item in own["source"].items() if item != named["source"][key]}
+    return {"name": task.name, **changes} if changes else task.name
 
 
 def resolve(value: Any, where: str = "task") -> Task:

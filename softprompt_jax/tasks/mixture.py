@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
 from jaxtyping import Float, Int
 
-from softprompt_jax.config import Settings, nearest
+from softprompt_jax.config import Settings, UserError, nearest, to_yaml
 from softprompt_jax.data.batches import Draw
-from softprompt_jax.data.seqio_source import Seqio, mixture_rates
+from softprompt_jax.data.examples import Source
+from softprompt_jax.data.sources import Hub
 from softprompt_jax.data.task import Task
-from softprompt_jax.tasks import complete, get, names
+from softprompt_jax.tasks import complete, get, names, short
 
 
 class Equal(Settings):
@@ -51,7 +52,7 @@ class Temperature(Settings):
         return weights / weights.sum()
 
 
-class Given(Settings):
+class FixedRates(Settings):
     """Each task as often as its share says, relative to the others'."""
 
     kind: Literal["given"] = "given"
@@ -77,7 +78,7 @@ def _task(value: Any) -> Any:
 
 
 Rates = Annotated[
-    Annotated[Equal | Proportional | Temperature | Given, pydantic.Field(discriminator="kind")],
+    Annotated[Equal | Proportional | Temperature | FixedRates, pydantic.Field(discriminator="kind")],
     pydantic.BeforeValidator(_named),
 ]
 
@@ -108,20 +109,61 @@ class Mixture(Settings):
 
     @pydantic.model_validator(mode="after")
     def _shares_are_of_the_tasks(self) -> Mixture:
-        if isinstance(self.rates, Given) and len(self.rates.shares) != len(self.tasks):
+        if isinstance(self.rates, FixedRates) and len(self.rates.shares) != len(self.tasks):
             raise ValueError(f"found {len(self.rates.shares)} shares for {len(self.tasks)} tasks; expected one each")
         return self
 
 
 def expand(task: Any) -> Any:
-    """Return a seqio Mixture as a mixture of its Tasks at its rates, any other task as it is."""
-    if not isinstance(task, Task) or not isinstance(task.source, Seqio):
+    """Return a task whose source stands for several as a mixture of them at its rates, any other task as it is."""
+    found = task.source.mixture() if isinstance(task, Task) else []
+    if not found:
         return task
-    rates = mixture_rates(task.source)
-    if rates is None:
-        return task
-    changes = [task.model_copy(update={"name": n, "source": task.source.model_copy(update={"name": n})}) for n in rates]
-    return Mixture(name=task.name, tasks=changes, rates=Given(shares=list(rates.values())))
+    tasks = [task.model_copy(update={"name": name, "source": source}) for name, source, _ in found]
+    return Mixture(name=task.name, tasks=tasks, rates=FixedRates(shares=[rate for *_, rate in found]))
+
+
+def pinned(task: Any) -> Any:
+    """Return a task or mixture at the revisions that are read now, where it states none."""
+    return _with_sources(task, lambda each: each.source.pinned(f"task {each.name}"))
+
+
+def at_revisions_of(task: Any, saved: Any) -> Any:
+    """Return a task or mixture at the revisions of one that was saved, where it states none itself."""
+    known = {each.name: each.source for each in _tasks_of(saved)}
+
+    def stated(each: Task) -> Source:
+        source, other = each.source, known.get(each.name)
+        if not isinstance(source, Hub) or not isinstance(other, Hub) or source.revision is not None:
+            return source
+        return other if other.model_copy(update={"revision": None}) == source else source
+
+    return _with_sources(task, stated)
+
+
+def newest_as_yaml(task: Task | Mixture) -> str:
+    """Ask the hub for the commits of a task's data sets, and return YAML of the task at these for a run's settings."""
+    for each in _tasks_of(task):
+        if not isinstance(each.source, Hub):
+            raise UserError(
+                f"task {each.name}: its rows are not the hub's; expected a task of the hub; leave --pin out"
+            )
+    found = _with_sources(task, lambda each: each.source.newest(f"task {each.name}"))
+    settings: Any = [short(each) for each in _tasks_of(found)]
+    if isinstance(found, Mixture):
+        settings = {"kind": "mixture", **found.model_dump(mode="json", exclude_defaults=True), "tasks": settings}
+    return to_yaml({"task": settings if isinstance(found, Mixture) else settings[0]})
+
+
+def _tasks_of(task: Any) -> list[Task]:
+    return task.tasks if isinstance(task, Mixture) else [task] if isinstance(task, Task) else []
+
+
+def _with_sources(task: Any, change: Callable[[Any], Source]) -> Any:
+    """Return a task, or a mixture of tasks, with other sources."""
+    if isinstance(task, Mixture):
+        return task.model_copy(update={"tasks": [_with_sources(each, change) for each in task.tasks]})
+    return task.model_copy(update={"source": change(task)}) if isinstance(task, Task) else task
 
 
 def draw_mixture(counts: Sequence[int], rates: Float[np.ndarray, " N"], seed: int, at_least: int = 1) -> Draw:
