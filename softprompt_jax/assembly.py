@@ -56,7 +56,7 @@ def assemble(run: Run, backbone: Backbone | None = None) -> Assembly:
     """
     if backbone is None:
         backbone = backbone_of(run)
-    model = with_settings(backbone.model, **run.of_the_backbone)
+    model = with_settings(backbone.model, **run.backbone_overrides)
     model.dtype = run.dtype
     if run.quantize is not None and isinstance(run.backbone, Scratch):
         quantized(model, run.quantize)

@@ -62,6 +62,11 @@ class Settings(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
+def by_kind(value: Any) -> Any:
+    """Let a kind stand for settings of that kind with their defaults: `lora` for `{kind: lora}`."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
 def nearest(name: str, known) -> str:
     """Return "; did you mean X or Y?" for a misspelt name, or the empty string."""
     close = difflib.get_close_matches(name, [str(word) for word in known], n=3, cutoff=0.6)
@@ -234,10 +239,15 @@ def _first_problem(schema: type[pydantic.BaseModel], error: pydantic.ValidationE
         return f"{'.'.join(path)}: unknown setting; {expected}{_meant(schema, path, known)}"
     if problem["type"] == "missing":
         return f"{'.'.join(path)}: missing; expected a value; add it to the settings"
-    found, cause = problem.get("input"), problem.get("ctx", {}).get("error")
+    context = problem.get("ctx", {})
+    found, cause = problem.get("input"), context.get("error")
     if isinstance(cause, WrongSetting):
         path, found = [*path, cause.key], cause.found
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "union_tag_invalid":
+        tag, known = context["tag"], context["expected_tags"]
+        message = f"kind {tag!r} is unknown; expected one of {known}"
+        message += nearest(tag, known.replace("'", "").split(", "))
     shown = repr(found)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
     return f"{'.'.join(path) or schema.__name__}: found {shown}; {message[0].lower() + message[1:]}"

@@ -9,9 +9,9 @@ from benchmark_rows import GOLDEN, RECORD, WSC
 
 from softprompt_jax import tasks
 from softprompt_jax.config import UserError
+from softprompt_jax.data.examples import examples, input_text
 from softprompt_jax.data.preprocessors import read_wsc
 from softprompt_jax.data.sources import Hub
-from softprompt_jax.data.task import examples, input_text
 from softprompt_jax.inference.evaluate import score
 
 

@@ -13,8 +13,8 @@ from benchmark_rows import GOLDEN, SQUAD, WSC
 
 from softprompt_jax import tasks
 from softprompt_jax.data import metrics
+from softprompt_jax.data.examples import Example, examples
 from softprompt_jax.data.preprocessors import read_wsc
-from softprompt_jax.data.task import Example, examples
 from softprompt_jax.inference.evaluate import score
 
 # TensorFlow, seqio and what they need warn of their own old ways; none of it is ours.

@@ -10,8 +10,9 @@ import pytest
 
 from softprompt_jax import tasks
 from softprompt_jax.config import UserError, parse, read
+from softprompt_jax.data.examples import Example, examples, fill
 from softprompt_jax.data.sources import Files
-from softprompt_jax.data.task import Example, Task, examples, fill
+from softprompt_jax.data.task import Task
 
 FILES = {"kind": "files", "train": "train.jsonl"}
 
@@ -83,11 +84,14 @@ def test_row_that_does_not_fit_names_its_place(row, settings, message):
         ({"target": {}}, "expected at least one value"),
         ({"metrics": ["acuracy"]}, "unknown metric 'acuracy'; expected some of accuracy, "),
         ({"metrics": []}, "expected at least one metric"),
-        ({"metrics": ["f1"]}, "needs two label words or `positive`"),
-        ({"metrics": ["f1_macro"]}, "needs label_words"),
-        ({"label_words": ["a", "a"]}, "repeat a word"),
-        ({"label_words": ["a"], "target": {0: "b"}}, "target 'b' is not one of the label_words"),
-        ({"label_words": ["a", "b"], "positive": "c"}, "positive 'c' is not one of the label words"),
+        ({"metrics": ["f1"]}, "task: metrics: found ['f1']; the metric f1 needs two label words or `positive`"),
+        ({"metrics": ["f1_macro"]}, "task: metrics: found ['f1_macro']; the metric f1_macro needs label_words"),
+        ({"label_words": ["a", "a"]}, "task: label_words: found ['a', 'a']; a word is repeated"),
+        (
+            {"label_words": ["a"], "target": {0: "b"}},
+            "target: found {'0': 'b'}; 'b' is not one of the label_words",
+        ),
+        ({"label_words": ["a", "b"], "positive": "c"}, "task: positive: found 'c'; expected one of the label words"),
         ({"source": {"kind": "hubb"}}, "found {'kind': 'hubb'}"),
         ({"source": {"kind": "files", "trian": "x"}}, "unknown setting; expected one of"),
     ],

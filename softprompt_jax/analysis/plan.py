@@ -226,7 +226,7 @@ def abstract_step(run: Any, memory: int | None = None) -> tuple[Callable, tuple,
     from softprompt_jax.models.t5 import T5
     from softprompt_jax.training.step import build_optimizer, make_step
 
-    settings = backbone_settings(run).model_copy(update=run.of_the_backbone)
+    settings = backbone_settings(run).model_copy(update=run.backbone_overrides)
     kind = kept_as(run)
     each = tuple(tuple(task.words or ()) for task in run.tasks)
     words = tuple(dict.fromkeys(itertools.chain.from_iterable(each)))

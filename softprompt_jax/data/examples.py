@@ -1,4 +1,7 @@
-"""From rows to examples: templates over the fields of a row, label words, and what every source of rows can do."""
+"""From rows to examples: templates over the fields of a row, label words, and what every source of rows can do.
+
+`task` is everywhere a `Task`, whose class (task.py) needs those of all sources and is made after this.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,12 @@ import itertools
 import string
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar
 
 from softprompt_jax.config import Settings, UserError, nearest
+from softprompt_jax.data.metrics import Outputs
 from softprompt_jax.data.preprocessors import PREPROCESSORS, one_space
-
-if TYPE_CHECKING:
-    from softprompt_jax.data.metrics import Outputs
-    from softprompt_jax.data.task import Task
-    from softprompt_jax.data.tokenizer import Tokenizer
+from softprompt_jax.data.tokenizer import Tokenizer
 
 _UNLABELLED = (None, "", -1, "-1")  # hubs hide labels as -1
 Row = Mapping[str, Any]
@@ -57,10 +57,14 @@ class Source(Settings):
         raise NotImplementedError
 
     def rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
-        """Yield (place, row) for every row of a split; the place is "file:line" or "source split row"."""
+        """Return (place, row) for every row of a split; the place is "file:line" or "source split row"."""
+        self.check_split(split, where)
+        return self._rows(split, where)
+
+    def _rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
         raise NotImplementedError
 
-    def examples(self, task: Task, split: str, labelled: bool = True, first: int = 0) -> Iterator[Example]:
+    def examples(self, task: Any, split: str, labelled: bool = True, first: int = 0) -> Iterator[Example]:
         """Yield the examples of a split in the source's order, from number `first` on."""
         rows = self.rows(split, f"task {task.name}")
         return itertools.islice(examples(task, rows, labelled, split), first, None)
@@ -69,15 +73,15 @@ class Source(Settings):
         """Tell whether a split never ends."""
         return False
 
-    def pinned(self, where: str) -> Self:
+    def pinned(self, where: str) -> Source:
         """Return the source at the revision that is read now, if it has revisions and states none."""
         return self
 
-    def within(self, max_input_tokens: int, max_target_tokens: int) -> Self:
+    def within(self, max_input_tokens: int, max_target_tokens: int) -> Source:
         """Return the source with the limits of a run, if it is one that cuts its examples itself."""
         return self
 
-    def mixture(self) -> list[tuple[str, Self, float]]:
+    def mixture(self) -> list[tuple[str, Source, float]]:
         """Return the name, source and rate of each task, if the source stands for a mixture of tasks."""
         return []
 
@@ -104,7 +108,7 @@ class Source(Settings):
             )
 
 
-def examples(task: Task, rows: Iterable[tuple[str, Row]], labelled: bool = True, split: str = "") -> Iterator[Example]:
+def examples(task: Any, rows: Iterable[tuple[str, Row]], labelled: bool = True, split: str = "") -> Iterator[Example]:
     """Turn rows, each with the place it came from, into examples; unlabelled ones get the target ""."""
     words = frozenset(task.words or ())
     for where, row in rows:
@@ -123,13 +127,13 @@ def examples(task: Task, rows: Iterable[tuple[str, Row]], labelled: bool = True,
             yield Example(_input(task, prepared, where), target, dict(prepared), answers, group)
 
 
-def input_text(task: Task, row: Row, where: str) -> str:
+def input_text(task: Any, row: Row, where: str) -> str:
     """Return the input text of one row, labelled or not, as `examples` makes it."""
     (prepared,) = _prepared(task, row, "", where)
     return _input(task, prepared, where)
 
 
-def _prepared(task: Task, row: Row, split: str, where: str) -> list[Row]:
+def _prepared(task: Any, row: Row, split: str, where: str) -> list[Row]:
     if task.prepare is None:
         return [row]
     try:
@@ -142,7 +146,7 @@ def _prepared(task: Task, row: Row, split: str, where: str) -> list[Row]:
         ) from None
 
 
-def _input(task: Task, row: Row, where: str) -> str:
+def _input(task: Any, row: Row, where: str) -> str:
     text = (task.prefix if task.with_prefix else "") + fill(task.input, row, where)
     return one_space(text) if task.one_space else text
 
@@ -166,7 +170,7 @@ def fill(template: str, row: Row, where: str) -> str:
     return "".join(parts)
 
 
-def _target(task: Task, row: Row, where: str) -> str:
+def _target(task: Any, row: Row, where: str) -> str:
     if isinstance(task.target, dict):
         value = _field(row, task.target_field, where)
         if not isinstance(value, (list, dict)) and text_of(value) in task.target:

@@ -46,7 +46,7 @@ class Package(Source):
     def split_names(self) -> list[str]:
         return list(self.splits)
 
-    def rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
+    def _rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
         if self.reader not in READERS:
             known = ", ".join(sorted(READERS))
             raise UserError(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import importlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pydantic
@@ -64,11 +64,11 @@ class Seqio(Source):
         """Tell whether a split never ends: tf.data says so, or the settings do, of the train split."""
         return (self.endless and split == "train") or int(_dataset(self, split).cardinality()) == _INFINITE
 
-    def within(self, max_input_tokens: int, max_target_tokens: int) -> Self:
+    def within(self, max_input_tokens: int, max_target_tokens: int) -> Seqio:
         lengths = (max_input_tokens, max_target_tokens)
         return self.model_copy(update={"lengths": lengths}) if self.lengths is None else self
 
-    def mixture(self) -> list[tuple[str, Self, float]]:
+    def mixture(self) -> list[tuple[str, Source, float]]:
         """Return the Tasks of a Mixture that have a train split, at the Mixture's rates."""
         registered = _registered(self)
         if not hasattr(registered, "get_rate"):

@@ -21,7 +21,7 @@ from softprompt_jax.distributed import cloud_files
 
 
 class Files(Source):
-    """One file per split: jsonl, csv, tsv or parquet by suffix; relative to the working directory.
+    """One file per split: jsonl, json (a list), csv, tsv or parquet by suffix; relative to the working directory.
 
     `quotes` follows csv's quoting rules; false takes a quote mark for a letter, as GLUE's tsv files do.
     """
@@ -35,7 +35,7 @@ class Files(Source):
     def split_names(self) -> list[str]:
         return [split for split in SPLITS if getattr(self, split) is not None]
 
-    def rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
+    def _rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
         return read_file(getattr(self, split), self.quotes)
 
 
@@ -49,7 +49,7 @@ class Folder(Source):
     def split_names(self) -> list[str]:
         return list(split_files(self))
 
-    def rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
+    def _rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
         return itertools.chain.from_iterable(read_file(path, self.quotes) for path in split_files(self)[split])
 
 
@@ -77,7 +77,7 @@ class Hub(Source):
     def split_names(self) -> list[str]:
         return sorted(self.splits, key=lambda split: SPLITS.index(split) if split in SPLITS else len(SPLITS))
 
-    def rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
+    def _rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
         for number, row in enumerate(self._load(split, where), start=1):
             yield f"{self.name} {split} row {number}", row
 
@@ -140,7 +140,7 @@ SHORT_FORMS: dict[str, type[Source]] = {"seqio": Seqio}  # sources whose setting
 AnySource = Annotated[Files | Folder | Hub | Package | Seqio, pydantic.Field(discriminator="kind")]
 
 
-SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -167,20 +167,21 @@ def split_files(source: Folder) -> dict[str, list[Path]]:
 
 
 def read_file(path: str | Path, quotes: bool = True) -> Iterator[tuple[str, Row]]:
-    """Yield (place, row) for every row of a jsonl, csv, tsv or parquet file.
+    """Yield (place, row) for every row of a jsonl, json, csv, tsv or parquet file.
 
     Text formats are read here, not by `datasets`: an error must name the line, and a text "NA" must stay a text.
     """
     path = cloud_files.local(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a data file (.jsonl, .csv, .tsv or .parquet)")
+        raise UserError(f"{path}: no such file; expected a data file ({', '.join(SUFFIXES)})")
     suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UserError(f"{path}: found the suffix {suffix!r}; expected {', '.join(SUFFIXES)}; convert the file")
     if suffix == ".parquet":
         return _parquet_rows(path)
-    if suffix in SUFFIXES:
-        lines = _jsonl_rows if suffix == ".jsonl" else lambda p: _csv_rows(p, "," if suffix == ".csv" else "\t", quotes)
-        return _decoded(path, lines(path))
-    raise UserError(f"{path}: found the suffix {suffix!r}; expected .jsonl, .csv, .tsv or .parquet; convert the file")
+    if suffix in (".jsonl", ".json"):
+        return _decoded(path, _jsonl_rows(path) if suffix == ".jsonl" else _json_rows(path))
+    return _decoded(path, _csv_rows(path, "," if suffix == ".csv" else "\t", quotes))
 
 
 def _decoded(path: Path, rows: Iterator[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
@@ -206,6 +207,19 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row]]:
                     f"{path}:{number}: found {type(row).__name__}; expected a JSON object with the fields of a row"
                 )
             yield f"{path}:{number}", row
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); expected a list of JSON objects") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: found {type(rows).__name__}; expected a list of JSON objects, one a row")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path} row {number}: found {type(row).__name__}; expected a JSON object with its fields")
+        yield f"{path} row {number}", row
 
 
 def _csv_rows(path: Path, delimiter: str, quotes: bool) -> Iterator[tuple[str, Row]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pydantic
 from jaxtyping import Float, Int
 
-from softprompt_jax.config import Settings, UserError, nearest, to_yaml
+from softprompt_jax.config import Settings, UserError, by_kind, nearest, to_yaml
 from softprompt_jax.data.batches import Draw
 from softprompt_jax.data.examples import Source
 from softprompt_jax.data.sources import Hub
@@ -63,11 +63,6 @@ class FixedRates(Settings):
         return np.asarray(self.shares) / sum(self.shares)
 
 
-def _named(value: Any) -> Any:
-    """Let `rates: proportional` stand for `rates: {kind: proportional}`."""
-    return {"kind": value} if isinstance(value, str) else value
-
-
 def _task(value: Any) -> Any:
     """Read a task's name where its settings may stand."""
     if not isinstance(value, str):
@@ -79,7 +74,7 @@ def _task(value: Any) -> Any:
 
 Rates = Annotated[
     Annotated[Equal | Proportional | Temperature | FixedRates, pydantic.Field(discriminator="kind")],
-    pydantic.BeforeValidator(_named),
+    pydantic.BeforeValidator(by_kind),
 ]
 
 
@@ -141,18 +136,17 @@ def at_revisions_of(task: Any, saved: Any) -> Any:
     return _with_sources(task, stated)
 
 
-def newest_as_yaml(task: Task | Mixture) -> str:
+def newest_as_yaml(task: Any) -> str:
     """Ask the hub for the commits of a task's data sets, and return YAML of the task at these for a run's settings."""
+    if not _tasks_of(task):
+        raise UserError("task: found pre-training; expected a task of the hub, or no --pin")
     for each in _tasks_of(task):
         if not isinstance(each.source, Hub):
-            raise UserError(
-                f"task {each.name}: its rows are not the hub's; expected a task of the hub; leave --pin out"
-            )
+            raise UserError(f"task {each.name}: its rows are not the hub's; expected a task of the hub, or no --pin")
     found = _with_sources(task, lambda each: each.source.newest(f"task {each.name}"))
-    settings: Any = [short(each) for each in _tasks_of(found)]
-    if isinstance(found, Mixture):
-        settings = {"kind": "mixture", **found.model_dump(mode="json", exclude_defaults=True), "tasks": settings}
-    return to_yaml({"task": settings if isinstance(found, Mixture) else settings[0]})
+    tasks = [short(each) for each in _tasks_of(found)]
+    settings = found.model_dump(mode="json") | {"tasks": tasks} if isinstance(found, Mixture) else tasks[0]
+    return to_yaml({"task": settings})
 
 
 def _tasks_of(task: Any) -> list[Task]:

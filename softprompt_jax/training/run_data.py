@@ -60,7 +60,7 @@ class TaskRun:
             draw = draw_mixture(counts, self.rates, run.seed, at_least=run.batch_size)
             train = [concatenate(train)]
         index, count = mesh.process_share()
-        around: dict[str, Any] = {"prompt_ids": assembly.prompt_ids, "max_shapes": run.most_shapes}
+        around: dict[str, Any] = {"prompt_ids": assembly.prompt_ids, "max_shapes": run.max_compiled_shapes}
         shares: dict[str, Any] = {"process_index": index, "process_count": count}
         if any(task.endless for task in self.tasks):
             if len(self.tasks) > 1 or run.packing is not None:

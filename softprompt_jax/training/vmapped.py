@@ -179,7 +179,7 @@ class _Training:
         unlike = list({id(data): data for data in self.data}.values())
         source = [unlike.index(data) for data in self.data]
         batches = [each for data in unlike if isinstance(each := data.train_batches, TrainBatches)]
-        shapes = common_shapes(batches, run.most_shapes, run.steps)
+        shapes = common_shapes(batches, run.max_compiled_shapes, run.steps)
         self.reporter.line(
             f"{count} prompts in one program; {mesh.describe()}, {run.dtype}; shapes "
             + ", ".join(f"{t}/{u}" for t, u in shapes)
