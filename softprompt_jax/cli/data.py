@@ -39,7 +39,7 @@ def task(
         int | None, typer.Option(min=1, help="Longest target in tokens.", show_default="that of CONFIG, or 64")
     ] = None,
     most: Annotated[int, typer.Option(min=1, help="Number of examples to count at most.")] = 10_000,
-    pin: Annotated[bool, typer.Option("--pin", help="Only print settings that hold the hub's revision of now.")] = False,
+    pin: Annotated[bool, typer.Option("--pin", help="Only print settings with the revision on the hub now.")] = False,
 ) -> None:
     """Show the examples of a task as text and tokens, with their lengths and labels, and how many are cut."""
     from softprompt_jax.checkpoints.backbone import EMBEDDED
