@@ -44,7 +44,7 @@ class Folder(Source):
 
     kind: Literal["folder"] = "folder"
     path: str
-    quotes: bool = True  # as in files
+    quotes: bool = True  # whether csv's quoting rules hold, as in files
 
     def split_names(self) -> list[str]:
         return list(split_files(self))

@@ -28,35 +28,35 @@ def _known(name: str | None, known: Mapping[str, Any]) -> str | None:
 
 
 class Task(Settings):
-    """A text-to-text task, by name (`tasks.get`) or inline in a run's settings.
+    """A text-to-text task. A named one can be changed in part: `{name: boolq, with_prefix: true}`.
 
     `input` and `target` are templates over the fields of a row, such as
     `"premise: {premise} hypothesis: {hypothesis}"` (`{{` is a brace, `{score:.1f}` formats,
-    `{translation.de}` looks inside). Instead `target` may map each value of `target_field` to its label
-    word. `label_words` are the legal targets, in order; `positive` is the word `f1` counts (default: the
-    second). A task by name can be changed in part: `{name: boolq, with_prefix: true}`.
+    `{translation.de}` looks inside). Instead `target` may map each value of `target_field` to its label word.
     """
 
-    name: str = "task"
-    source: AnySource
-    input: str = "{text}"
-    prefix: str = ""  # the name that T5 was told the task by; Lester et al. (2021) leave it out
-    with_prefix: bool = False
-    target: Annotated[str | dict[str, str], pydantic.BeforeValidator(_words)] = "{label}"
-    target_field: str = "label"
-    label_words: list[str] | None = None
-    positive: str | None = None
-    metrics: list[str] = pydantic.Field(default=["accuracy"])
-    predict_by: Literal["decoding", "likelihood", "likelihood_per_token"] = "decoding"  # of the label words
-    keep: dict[str, str] = pydantic.Field(default={})  # only rows whose fields have these values
-    few_shot: FewShot | None = None  # so many examples of the train split only
-    prepare: str | None = None  # what a template cannot do, see preprocessors.py
-    one_space: bool = False  # make one space of each run of white space in the input
-    answers_field: str | None = None  # a list of acceptable answers, of which metrics take the best
-    group_fields: list[str] = pydantic.Field(default=[])
-    postprocess: str | None = None  # what a prediction goes through before it is scored, see preprocessors.py
-    hidden: list[str] = pydantic.Field(default=[])  # splits without public labels: never scored, only predicted
-    submission: str | None = None  # of which benchmark and in which file, see submission.py
+    name: str = "task"  # name in results and messages
+    source: AnySource  # place that rows come from
+    input: str = "{text}"  # template of the input
+    prefix: str = ""  # prefix that T5 was trained on the task with; Lester et al. (2021) leave it out
+    with_prefix: bool = False  # whether the input begins with the prefix
+    target: Annotated[str | dict[str, str], pydantic.BeforeValidator(_words)] = (
+        "{label}"  # template, or words of labels
+    )
+    target_field: str = "label"  # field whose values `target` maps to words
+    label_words: list[str] | None = None  # legal targets, in order; default: the words of `target`
+    positive: str | None = None  # label word that f1 counts; default: the second
+    metrics: list[str] = pydantic.Field(default=["accuracy"])  # scores, whose mean selects the best checkpoint
+    predict_by: Literal["decoding", "likelihood", "likelihood_per_token"] = "decoding"  # choice among the label words
+    keep: dict[str, str] = pydantic.Field(default={})  # values that fields must have, or the row is left out
+    few_shot: FewShot | None = None  # number of examples that are taken of the train split
+    prepare: str | None = None  # preprocessor of rows, for what a template cannot do (data/preprocessors.py)
+    one_space: bool = False  # whether each run of white space in the input becomes one space
+    answers_field: str | None = None  # field with a list of acceptable answers, of which metrics take the best
+    group_fields: list[str] = pydantic.Field(default=[])  # fields that say which examples metrics take together
+    postprocess: str | None = None  # postprocessor of predictions before they are scored (data/preprocessors.py)
+    hidden: list[str] = pydantic.Field(default=[])  # splits whose labels are not public: predicted, never scored
+    submission: str | None = None  # benchmark and file of its server's form, such as glue/CoLA
 
     @pydantic.field_validator("input", "target")
     @classmethod
@@ -71,7 +71,7 @@ class Task(Settings):
     @classmethod
     def _some_metric(cls, names: list[str]) -> list[str]:
         if not names:
-            raise ValueError("expected at least one metric; the first one selects the best checkpoint")
+            raise ValueError("expected at least one metric; the mean of all selects the best checkpoint")
         return names
 
     @pydantic.field_validator("prepare")

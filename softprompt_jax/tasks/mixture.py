@@ -18,7 +18,7 @@ from softprompt_jax.tasks import complete, get, names, short
 
 
 class Equal(Settings):
-    """Every task as often as any other."""
+    """All tasks are drawn equally often."""
 
     kind: Literal["equal"] = "equal"
 
@@ -28,10 +28,10 @@ class Equal(Settings):
 
 
 class Proportional(Settings):
-    """As often as a task has examples, of which `limit` count at most (Raffel et al., 2020)."""
+    """Tasks are drawn in proportion to their numbers of examples (Raffel et al., 2020)."""
 
     kind: Literal["proportional"] = "proportional"
-    limit: int | None = pydantic.Field(None, gt=0)
+    limit: int | None = pydantic.Field(None, gt=0)  # number of a task's examples that count at most
 
     def rates(self, counts: Sequence[int]) -> Float[np.ndarray, " N"]:
         """Return each task's share of the examples, from the examples it has."""
@@ -42,8 +42,8 @@ class Temperature(Settings):
     """Proportional rates to the power of 1 / temperature, so that high ones are near equal (Raffel et al., 2020)."""
 
     kind: Literal["temperature"] = "temperature"
-    temperature: float = pydantic.Field(2.0, ge=1)
-    limit: int | None = pydantic.Field(None, gt=0)
+    temperature: float = pydantic.Field(2.0, ge=1)  # flatness: 1 is proportional, large is equal
+    limit: int | None = pydantic.Field(None, gt=0)  # number of a task's examples that count at most
 
     def rates(self, counts: Sequence[int]) -> Float[np.ndarray, " N"]:
         """Return each task's share of the examples, from the examples it has."""
@@ -53,10 +53,10 @@ class Temperature(Settings):
 
 
 class FixedRates(Settings):
-    """Each task as often as its share says, relative to the others'."""
+    """Tasks are drawn in proportion to fixed shares."""
 
     kind: Literal["given"] = "given"
-    shares: list[Annotated[float, pydantic.Field(gt=0)]] = pydantic.Field(min_length=1)
+    shares: list[Annotated[float, pydantic.Field(gt=0)]] = pydantic.Field(min_length=1)  # one number for each task
 
     def rates(self, counts: Sequence[int]) -> Float[np.ndarray, " N"]:
         """Return each task's share of the examples."""
@@ -79,18 +79,18 @@ Rates = Annotated[
 
 
 class Mixture(Settings):
-    """Several tasks, by name or as settings, trained together.
+    """Several tasks that are trained together.
 
-    With `prompts: own` each has a prompt of its own, its rows among those of the others in every batch; with
-    `shared` one prompt serves all, and the inputs must tell the tasks apart. A task without a validation split is
-    trained on and not scored.
+    With `prompts: own` each task has its own prompt, and a batch holds examples of all. With `shared` one prompt
+    serves all; then the inputs must tell the tasks apart. A task without a validation split is trained on, but not
+    scored.
     """
 
     kind: Literal["mixture"] = "mixture"
-    name: str = "mixture"
-    tasks: list[Annotated[Task, pydantic.BeforeValidator(_task)]] = pydantic.Field(min_length=1)
-    rates: Rates = Equal()
-    prompts: Literal["shared", "own"] = "shared"
+    name: str = "mixture"  # name in results and messages
+    tasks: list[Annotated[Task, pydantic.BeforeValidator(_task)]] = pydantic.Field(min_length=1)  # names or settings
+    rates: Rates = Equal()  # how often each task is drawn
+    prompts: Literal["shared", "own"] = "shared"  # one prompt for all tasks, or one for each
 
     @pydantic.field_validator("tasks")
     @classmethod
