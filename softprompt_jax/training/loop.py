@@ -26,7 +26,14 @@ from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import MACHINE, Run
 from softprompt_jax.training.checkpoints import Checkpoints
 from softprompt_jax.training.run_data import PretrainingRun, TaskRun
-from softprompt_jax.training.run_folder import Log, leave_files, prepare_folder, scores_in
+from softprompt_jax.training.run_folder import (
+    Log,
+    at_saved_revisions,
+    default_folder,
+    leave_files,
+    prepare_folder,
+    scores_in,
+)
 from softprompt_jax.training.step import State, build_optimizer, first_state, make_step
 
 
@@ -41,7 +48,7 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
     Raises Preempted after SIGTERM, with everything saved.
     """
     run = run.expanded()
-    home = RunFolder(out if out is not None else Path("runs") / settings_hash(run, without=MACHINE))
+    home = RunFolder(out if out is not None else default_folder(run))
     reporter = reporter if reporter is not None and is_first() else Reporter(quiet=True)
     agreed("versions", f"softprompt_jax {softprompt_jax.__version__}, jax {jax.__version__}")
     agreed("settings", settings_hash(run, without=MACHINE))
@@ -63,7 +70,7 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
             reporter.line(f"{home.place}: finished already; delete the folder to run it again")
             return json.loads(finished.read_text())
         opened.enter_context(jax.set_mesh(mesh))
-        return _train(run, home, reporter, opened)
+        return _train(at_saved_revisions(run, home.path), home, reporter, opened)
 
 
 def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.ExitStack) -> dict[str, Any]:

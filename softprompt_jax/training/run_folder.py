@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -124,12 +125,36 @@ class Log:
             self._events.close()
 
 
+def default_folder(run: Run, runs: Path = Path("runs")) -> Path:
+    """Return the folder of a run that states none: `runs/HASH`, or what an older version called the same settings."""
+    name = settings_hash(run, without=MACHINE)
+    return runs / (name if (runs / name).exists() else folders_by_hash(runs).get(name, name))
+
+
+def folders_by_hash(runs: Path) -> dict[str, str]:
+    """Return the folders in `runs` that are named by a hash, by the hash that their settings have in this version."""
+    found = {}
+    for path in sorted(runs.glob("*/config.yaml")):
+        if re.fullmatch("[0-9a-f]{12}", path.parent.name):
+            with contextlib.suppress(UserError):  # settings that this version refuses
+                saved = config.parse(Run, config.read(path), str(path))
+                found[settings_hash(saved, without=MACHINE)] = path.parent.name
+    return found
+
+
+def at_saved_revisions(run: Run, folder: Path) -> Run:
+    """Return a run at the revisions of hub data that its folder's `config.yaml` states."""
+    path = folder / "config.yaml"
+    return run.at_revisions_of(config.parse(Run, config.read(path), str(path)))
+
+
 def prepare_folder(run: Run, folder: Path) -> dict[str, Any] | None:
     """Create a run's folder; return the result if it is finished; refuse one with other settings."""
     settings, partial = folder / "config.yaml", folder / "config.partial"
     if settings.exists():
         saved = config.parse(Run, config.read(settings), str(settings))  # fills in settings that are newer than it
-        old, new = (each.model_dump(mode="json", exclude=set(MACHINE)) for each in (saved, run))
+        pair = (saved, run.at_revisions_of(saved))
+        old, new = (each.model_dump(mode="json", exclude=set(MACHINE)) for each in pair)
         changed = differences(old, new)
         if changed:
             raise UserError(
@@ -144,7 +169,7 @@ def prepare_folder(run: Run, folder: Path) -> dict[str, Any] | None:
         if folder.exists() and set(folder.iterdir()) - {partial}:
             raise UserError(f"{folder}: is not empty and no run; expected a new folder; use another --out")
         folder.mkdir(parents=True, exist_ok=True)
-        partial.write_text(to_yaml(run))
+        partial.write_text(to_yaml(run.pinned()))
         partial.replace(settings)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); expected a writable folder") from None

@@ -27,7 +27,7 @@ from softprompt_jax.progress import Reporter
 from softprompt_jax.run import Run, Scratch
 from softprompt_jax.statistics import CELL, SCORE, mean_sd_text, score_statistics
 from softprompt_jax.training.loop import train
-from softprompt_jax.training.run_folder import prepare_folder
+from softprompt_jax.training.run_folder import at_saved_revisions, prepare_folder
 from softprompt_jax.training.vmapped import FAILED_FILE, Together, shape_of
 
 SWEEP_FILE = "sweep.json"
@@ -95,6 +95,8 @@ def train_members(
     """
     for member in members:
         prepare_folder(member.run, folder / member.name)
+    runs = [at_saved_revisions(member.run, folder / member.name) for member in members]
+    members = [dataclasses.replace(member, run=run) for member, run in zip(members, runs, strict=True)]
     reporter.line(f"{folder}: {len(members)} runs, {sum(_done(folder / m.name) for m in members)} of them finished")
     programs: dict[str, Together] = {}
     with alone_in(folder):
