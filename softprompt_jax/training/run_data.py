@@ -178,7 +178,8 @@ class TaskData:
         for needed in ("train",) if isinstance(run.task, Mixture) else ("train", "validation"):
             if needed not in available:
                 raise UserError(
-                    f"task {task.name}: no {needed} split; found {', '.join(available)}; expected train and validation"
+                    f"task {task.name}: no {needed} split; found {', '.join(available)}; expected train and "
+                    f"validation; keep some rows apart in a file and state it (task.source.{needed}=FILE)"
                 )
         if "validation" not in available:  # a task of a mixture that is trained on and not scored
             available = ["train"]
