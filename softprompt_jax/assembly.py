@@ -74,7 +74,7 @@ def assemble(
     """
     if backbone is None:
         backbone = backbone_of(run)
-    model = with_settings(backbone.model, platform=platform or mesh.platform(), **run.of_the_backbone)
+    model = with_settings(backbone.model, platform=platform or mesh.platform(), **run.backbone_overrides)
     model.dtype = run.dtype
     tokenizer = tokenizer or load_tokenizer(backbone.folder)
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from softprompt_jax import config
-from softprompt_jax.config import Settings, nearest
+from softprompt_jax.config import Settings, by_kind, nearest
 from softprompt_jax.data.packing import Packing
 from softprompt_jax.data.task import Task
 from softprompt_jax.distributed.mesh import Mesh
@@ -21,8 +21,8 @@ from softprompt_jax.models.t5 import T5Settings
 from softprompt_jax.optim.gradient_free import GradientFree
 from softprompt_jax.optim.optimizers import Adafactor, Optimizer, Schedule
 from softprompt_jax.pretraining.data import Pretraining
-from softprompt_jax.tasks import complete, names, resolve
-from softprompt_jax.tasks.mixture import Mixture, expand
+from softprompt_jax.tasks import complete, get, names
+from softprompt_jax.tasks.mixture import Mixture, at_revisions_of, expand, pinned
 
 DEFAULT_METHOD = Prompt()
 UNHASHED_SETTINGS = frozenset({"mesh"})  # settings that say where a run computes, not what: it may go on with others
@@ -32,7 +32,7 @@ class Scratch(Settings):
     """A new backbone with random weights, for pre-training."""
 
     settings: T5Settings
-    tokenizer: str = "embedded"  # folder or hub name
+    tokenizer: str = "embedded"  # folder or hub name of the backbone whose tokenizer is used
 
 
 def _task_kind(value: Any) -> str:
@@ -42,8 +42,15 @@ def _task_kind(value: Any) -> str:
     return kind if kind in ("pretraining", "mixture") else "task"
 
 
+def _named(name: str) -> Any:
+    """Put the settings of a named task in the place of its name."""
+    if name not in names():
+        raise ValueError(f"expected a name that `softprompt tasks` lists, or settings{nearest(name, names())}")
+    return get(name)
+
+
 AnyTask = Annotated[
-    Annotated[str, Tag("name")]
+    Annotated[Annotated[str, AfterValidator(_named)], Tag("name")]
     | Annotated[Annotated[Task, BeforeValidator(complete)], Tag("task")]
     | Annotated[Mixture, Tag("mixture")]
     | Annotated[Pretraining, Tag("pretraining")],
@@ -89,42 +96,56 @@ def _optimizers_of(methods: list[dict[str, Any]], shared: dict[str, Any] | None)
 class Run(Settings):
     """One training run: a task, a frozen backbone, a list of methods, and how to train them."""
 
-    task: AnyTask  # a name that `softprompt tasks` lists, or settings
-    backbone: str | Scratch = "embedded"  # a Hugging Face folder, a hub name, or "embedded"
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of frozen weights and activations
-    quantize: Quantization | None = None  # of the frozen layers: int8, or nf4
-    methods: list[Method] = Field([DEFAULT_METHOD], min_length=1)
+    # ---- what is trained, and on what
+
+    task: AnyTask  # name that `softprompt tasks` lists, or the settings of a task, a mixture or pre-training
+    backbone: str | Scratch = "embedded"  # folder in Hugging Face's layout, hub name, or "embedded"; it stays frozen
+    dtype: Literal["float32", "bfloat16"] = "float32"  # number format of frozen weights and activations
+    quantize: Quantization | None = None  # storage of the frozen layers, in 8 or 4 bits
+    methods: list[Method] = Field([DEFAULT_METHOD], min_length=1)  # methods whose weights train together
+
+    # ---- how it is trained
+
     # optimizer of the first method, and with a `kind` of all methods that state none; else each has its own default
     optimizer: Optimizer = Adafactor()
     schedule: Schedule = Schedule()  # factor of all learning rates over the run; constant
-    steps: int = Field(30_000, gt=0)
+    steps: int = Field(30_000, gt=0)  # number of training steps
     batch_size: int = Field(32, gt=0)  # examples per step, over all devices and accumulated parts
-    accumulate: int = Field(1, gt=0)  # parts a batch is computed in, one after the other
-    clip_norm: float | None = Field(None, gt=0)  # of the gradient of all trainable weights together
-    max_input_tokens: int = Field(512, gt=0)  # of text with its EOS; the prompt comes on top
-    max_target_tokens: int = Field(64, gt=0)
-    truncate_targets: bool = False  # a longer target is an error
-    target_sentinel: bool = False  # <extra_id_0> before each target, for a backbone that has only filled in spans
-    shapes: int | None = Field(None, gt=0)  # compiled (encoder, decoder) lengths at most; one per 250 steps, 4 to 12
-    packing: PackingSetting = None  # several examples in a row of one shape: true, or {length: 512}
-    loss: Literal["sum", "mean"] = "sum"  # over the batch's real target tokens
-    z_loss: float = Field(1e-4, ge=0)  # times the square of log Z, the logarithm of softmax's sum
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    dropout: float = Field(0.1, ge=0, lt=1)  # of the backbone, in training
-    attention: Implementation = "auto"  # kernel of the encoder's self-attention: plain; flash: cuDNN's, which keeps no
-    # scores in memory, or an error that says why not; auto: cuDNN's where it can be had (NVIDIA GPUs, bfloat16, no
-    # dropout)
-    remat: Literal["auto", "none", "dots", "full"] = "auto"  # activations computed again for the gradient; auto: where
-    # they would not fit into a device's memory
-    unroll: bool = False  # the scan over layers: compiles longer, runs 4 to 10% faster on a CPU
-    mesh: Mesh = Mesh()  # how the devices share the work; not part of what a run is
-    decoding: Decoding = Greedy()  # of predictions and evaluation: greedy, beam or sampling
-    seed: int = Field(0, ge=0)  # of the order of examples, dropout and what starts at random
-    log_every: int = Field(50, gt=0)  # steps
-    evaluate_every: int = Field(1000, gt=0)  # steps; among these the best checkpoint is chosen
-    evaluation_batch_size: int = Field(64, gt=0)
-    evaluation_examples: int | None = Field(None, gt=0)  # of the validation split while training, the first
-    checkpoint_every: int = Field(1000, gt=0)  # steps
+    accumulate: int = Field(1, gt=0)  # parts of a batch that are computed one after the other, which saves memory
+    clip_norm: float | None = Field(None, gt=0)  # largest norm of the gradient of all trainable weights together
+    loss: Literal["sum", "mean"] = "sum"  # sum or mean over the real target tokens of a batch
+    z_loss: float = Field(1e-4, ge=0)  # weight of the square of log Z, where Z is the sum in the softmax
+    label_smoothing: float = Field(0.0, ge=0, lt=1)  # probability of a target that goes to all tokens alike
+    dropout: float = Field(0.1, ge=0, lt=1)  # dropout rate of the backbone in training
+    seed: int = Field(0, ge=0)  # seed of the order of examples, of dropout and of what starts at random
+
+    # ---- how text becomes batches
+
+    max_input_tokens: int = Field(512, gt=0)  # limit of an input's tokens, EOS included; prompt rows come on top
+    max_target_tokens: int = Field(64, gt=0)  # limit of a target's tokens, EOS included
+    truncate_targets: bool = False  # whether targets over the limit are cut; otherwise they are an error
+    target_sentinel: bool = False  # whether <extra_id_0> precedes targets, for a backbone that only filled in spans
+    shapes: int | None = Field(None, gt=0)  # limit of compiled (input, target) lengths; null: steps / 250, from 4 to 12
+    packing: PackingSetting = None  # rows of one shape with several examples in each: true, or {length: 512}
+
+    # ---- how it is computed
+
+    # kernel of the encoder's self-attention: plain; flash: cuDNN's, which keeps no scores in memory, or an error that
+    # says why not; auto: cuDNN's where it can be had (NVIDIA GPUs, bfloat16, no dropout)
+    attention: Implementation = "auto"
+    # activations that are computed again for the gradient; auto: those that would not fit into a device's memory
+    remat: Literal["auto", "none", "dots", "full"] = "auto"
+    unroll: bool = False  # whether the scan over layers is unrolled: compiles longer, 4 to 10% faster on a CPU
+    mesh: Mesh = Mesh()  # division of the work among devices; a run may go on with another
+
+    # ---- how it is evaluated and saved
+
+    decoding: Decoding = Greedy()  # kind of decoding of predictions: greedy, beam or sampling
+    evaluate_every: int = Field(1000, gt=0)  # steps between validations, among which the best checkpoint is chosen
+    evaluation_batch_size: int = Field(64, gt=0)  # examples that are evaluated at once
+    evaluation_examples: int | None = Field(None, gt=0)  # first examples of the validation split that training looks at
+    checkpoint_every: int = Field(1000, gt=0)  # steps between checkpoints
+    log_every: int = Field(50, gt=0)  # steps between lines of the log
 
     @model_validator(mode="before")
     @classmethod
@@ -152,12 +173,16 @@ class Run(Settings):
     def _first_has_the_runs_optimizer(cls, methods: list[Method]) -> list[Method]:
         return [methods[0].model_copy(update={"optimizer": None}), *methods[1:]]
 
-    @field_validator("task")
+    @model_validator(mode="before")  # the last one of this mode is the first to run
     @classmethod
-    def _task_exists(cls, task: Any) -> Any:
-        if isinstance(task, str) and task not in names():
-            raise ValueError(f"expected a name that `softprompt tasks` lists, or settings{nearest(task, names())}")
-        return task
+    def _methods_by_name(cls, values: Any) -> Any:
+        """Let `methods: [lora]` stand for `methods: [{kind: lora}]`, and `methods.0=lora` likewise."""
+        methods = values.get("methods") if isinstance(values, dict) else None
+        if isinstance(methods, str):
+            methods = [methods]
+        if isinstance(methods, dict):
+            return values | {"methods": {key: by_kind(method) for key, method in methods.items()}}
+        return values | {"methods": [*map(by_kind, methods)]} if isinstance(methods, list) else values
 
     @model_validator(mode="after")
     def _consistent(self) -> Run:
@@ -167,7 +192,7 @@ class Run(Settings):
             raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
         if isinstance(self.backbone, Scratch) and getattr(self.optimizer, "restore", False):
             raise ValueError("optimizer.restore with random weights; expected a T5X checkpoint as the backbone")
-        if self.target_sentinel and any(t.predict_by != "decoding" or t.source.kind == "seqio" for t in self.tasks):
+        if self.target_sentinel and any(t.predict_by != "decoding" or t.source.makes_ids for t in self.tasks):
             raise ValueError("target_sentinel with predict_by likelihood or a seqio task: expected decoding and text")
         if self.packing is not None and self.pretraining is not None:
             raise ValueError("packing with pre-training, whose batches have shapes of their own: expected none")
@@ -198,12 +223,12 @@ class Run(Settings):
         return step % self.evaluate_every == 0 or step == self.steps
 
     @property
-    def most_shapes(self) -> int:
+    def max_compiled_shapes(self) -> int:
         """How many shapes may be compiled: each pads less and takes seconds, which a long run earns back."""
         return self.shapes or min(max(self.steps // 250, 4), 12)
 
     @property
-    def of_the_backbone(self) -> dict[str, Any]:
+    def backbone_overrides(self) -> dict[str, Any]:
         """The settings of T5Settings that a run has for its backbone; a step chooses `remat: auto` by its shapes."""
         remat = "none" if self.remat == "auto" else self.remat
         return {"dropout": self.dropout, "attention": self.attention, "remat": remat, "unroll": self.unroll}
@@ -240,6 +265,14 @@ class Run(Settings):
         """Return the run with a seqio Mixture as the mixture that it is, which imports seqio."""
         return self.model_copy(update={"task": expand(self.task)})
 
+    def pinned(self) -> Run:
+        """Return the run with the revisions of hub data that are read now, where it states none."""
+        return self.model_copy(update={"task": pinned(self.task)})
+
+    def at_revisions_of(self, saved: Run) -> Run:
+        """Return the run with the revisions of hub data that a saved one has, where it states none."""
+        return self.model_copy(update={"task": at_revisions_of(self.task, saved.task)})
+
     def finished(self) -> Run:
         """Return the settings with which what was trained is read: without what only training needed."""
         methods = [method.finished() for method in self.methods]
@@ -250,7 +283,10 @@ class Run(Settings):
         """The settings of the run's task, of each task of a mixture; none in pre-training."""
         if isinstance(self.task, Pretraining):
             return []
-        return self.task.tasks if isinstance(self.task, Mixture) else [resolve(self.task)]
+        if isinstance(self.task, Mixture):
+            return self.task.tasks
+        assert isinstance(self.task, Task)  # validation has put the settings in the place of a name
+        return [self.task]
 
     @property
     def task_name(self) -> str:
@@ -277,6 +313,4 @@ def read_decoding(text: str) -> Decoding:
         decoding: Decoding
 
     values = config.read_text(text, "--decoding")
-    return config.parse(
-        Holder, {"decoding": {"kind": values} if isinstance(values, str) else values}, "--decoding"
-    ).decoding
+    return config.parse(Holder, {"decoding": by_kind(values)}, "--decoding").decoding

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ GOOD = ("bright", "warm", "quick", "kind", "neat")
 BAD = ("dull", "cold", "slow", "rude", "messy")
 THINGS = ("tea room", "old mill", "night train", "corner shop", "garden", "small café")
 _CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-# The runs that ship: what states no task is a paper's experiment or a list of sizes.
-CONFIGS = sorted(path for path in _CONFIGS.rglob("*.yaml") if "\ntask:" in path.read_text(encoding="utf-8"))
+# The runs that ship: what states no task and no base is a paper's experiment or a list of sizes.
+_RUN = re.compile(r"^(task|base):", re.M)
+CONFIGS = sorted(path for path in _CONFIGS.rglob("*.yaml") if _RUN.search(path.read_text(encoding="utf-8")))
 ROWS = 160  # V: more than the tokenizer has ids
 ENDS = ("today", "as ever", "and far away", "on market days")
 

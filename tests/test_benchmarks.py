@@ -9,10 +9,10 @@ from benchmark_rows import GOLDEN, RECORD, WSC
 
 from softprompt_jax import tasks
 from softprompt_jax.config import UserError
+from softprompt_jax.data.examples import examples, input_text
+from softprompt_jax.data.preprocessors import read_wsc
 from softprompt_jax.data.sources import Hub
-from softprompt_jax.data.task import examples, input_text
 from softprompt_jax.inference.evaluate import score
-from softprompt_jax.tasks.superglue import read_wsc
 
 
 def made(name, row, split, labelled=True, **changes):
@@ -55,7 +55,7 @@ def test_wsc_finds_the_pronoun_beside_the_index_and_tells_where_there_is_none():
         (0, "neither the first nor the last"),
         (99, "word 99 of"),
     ):
-        with pytest.raises(UserError, match=rf"task wsc: row 1: does not fit the preparation 'wsc' \(.*{message}"):
+        with pytest.raises(UserError, match=rf"task wsc: row 1: does not fit the preprocessor 'wsc' \(.*{message}"):
             made("wsc", WSC | {"span2_index": index}, "train")
 
 
@@ -124,7 +124,7 @@ def test_hidden_test_splits_are_not_scored():
     ("name", "row", "message"),
     [
         ("record", {"passage": "p", "query": "q"}, "task record: row 1: no field 'entities'; found passage, query"),
-        ("squad", {"question": None, "context": "x"}, "does not fit the preparation 'squad'"),
+        ("squad", {"question": None, "context": "x"}, "does not fit the preprocessor 'squad'"),
         ("mrqa_drop", {"question": "x"}, "no field 'subset'; found question"),
         ("wmt14_en_de", {"translation": {"en": "x"}}, "no field 'de'; found en"),
         ("cb", {"premise": "x", "hypothesis": "y", "label": -1}, "unlabelled (label = -1)"),

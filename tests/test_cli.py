@@ -334,8 +334,8 @@ def test_row_that_does_not_fit_names_its_line(refused, config, small, tmp_path, 
     [
         ({"validation": "empty.jsonl"}, "split 'validation' is empty; expected at least one example"),
         ({"train": "none.jsonl"}, "none.jsonl: no such file"),
-        ({"validation": None}, "task moods: no validation split; found train, test; expected train and validation"),
-        ({"train": "rows.xlsx"}, "found the suffix '.xlsx'; expected .jsonl, .csv, .tsv or .parquet"),
+        ({"validation": None}, "no validation split; found train, test; expected train and validation; keep some rows"),
+        ({"train": "rows.xlsx"}, "found the suffix '.xlsx'; expected .jsonl, .json, .csv, .tsv, .parquet"),
     ],
 )
 def test_split_that_does_not_fit(refused, config, small, tmp_path, monkeypatch, changes, expected):

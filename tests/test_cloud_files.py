@@ -19,7 +19,7 @@ from small_runs import write_config
 
 from softprompt_jax.checkpoints.artifact import load_prompt
 from softprompt_jax.config import UserError
-from softprompt_jax.data.sources import Files, Folder, read_rows
+from softprompt_jax.data.sources import Files, Folder
 from softprompt_jax.distributed import cloud_files, folder_lock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,12 +50,12 @@ def test_a_remote_file_is_copied_once_and_again_when_it_changes(memory):
 def test_rows_are_read_from_remote_files_and_folders(memory):
     memory.pipe("bucket/data/train.jsonl", b'{"x": "one"}\n{"x": "two"}\n')
     memory.pipe("bucket/data/test/part.csv", b"x\nthree\n")
-    rows = list(read_rows(Files(train="gs://bucket/data/train.jsonl"), "train", "task"))
+    rows = list(Files(train="gs://bucket/data/train.jsonl").rows("train", "task"))
     assert [row for _, row in rows] == [{"x": "one"}, {"x": "two"}]
     folder = Folder(path="s3://bucket/data")
-    assert [row for _, row in read_rows(folder, "test", "task")] == [{"x": "three"}]
+    assert [row for _, row in folder.rows("test", "task")] == [{"x": "three"}]
     with pytest.raises(UserError, match=r"s3://bucket/none: nothing there; expected a file or a folder"):
-        list(read_rows(Folder(path="s3://bucket/none"), "train", "task"))
+        list(Folder(path="s3://bucket/none").rows("train", "task"))
 
 
 def test_what_is_written_goes_to_the_remote_place_when_it_is_whole(memory):
@@ -326,9 +326,9 @@ def test_a_run_on_gs_that_is_told_to_go_goes_on_from_there_to_the_same_bits(goog
 def test_data_and_exports_go_through_s3(amazon, prompt_run, softprompt, tmp_path, monkeypatch):
     monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
     amazon.pipe("bucket/data/train.jsonl", b'{"x": "one"}\n')
-    assert [row for _, row in read_rows(Folder(path="s3://bucket/data"), "train", "task")] == [{"x": "one"}]
+    assert [row for _, row in Folder(path="s3://bucket/data").rows("train", "task")] == [{"x": "one"}]
     amazon.pipe("bucket/data/train.jsonl", b'{"x": "two"}\n')
-    assert [row for _, row in read_rows(Folder(path="s3://bucket/data"), "train", "task")] == [{"x": "two"}]
+    assert [row for _, row in Folder(path="s3://bucket/data").rows("train", "task")] == [{"x": "two"}]
     amazon.put(str(prompt_run), "bucket/run", recursive=True)
     code, _, err = softprompt("export", "s3://bucket/run", "--format", "npy", "--to", "s3://bucket/prompt.npy")
     assert code == 0, err

@@ -6,9 +6,19 @@ from typing import Annotated, Literal
 
 import pytest
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from softprompt_jax.config import Settings, UserError, differences, nearest, parse, read, settings_hash, to_yaml
+from softprompt_jax.config import (
+    Settings,
+    UserError,
+    WrongSetting,
+    differences,
+    nearest,
+    parse,
+    read,
+    settings_hash,
+    to_yaml,
+)
 
 
 class Red(Settings):
@@ -69,6 +79,46 @@ def test_overrides_are_yaml_at_a_dotted_path(tmp_path, override, expected):
     path = written(tmp_path, "name: a\nnote: x\ncolours: [{kind: red}, {kind: blue}]\n")
     paint = parse(Paint, read(path, [override]), str(path))
     assert {key: getattr(paint, key) for key in expected} == expected
+
+
+def test_an_override_of_a_mapping_with_numbers_as_keys_replaces_the_value(tmp_path):
+    assert read(written(tmp_path, "words: {0: no, 1: yes}\n"), ["words.0=never"]) == {"words": {0: "never", 1: True}}
+
+
+def test_an_override_makes_the_mappings_that_it_needs(tmp_path):
+    path = written(tmp_path, "note: null\nname: a\n")
+    assert read(path, ["note.deep.er=1", "name.x=2", "more.0=3"]) == {
+        "note": {"deep": {"er": 1}},
+        "name": {"x": 2},
+        "more": {"0": 3},
+    }
+
+
+def test_a_file_with_a_base_says_what_differs(tmp_path):
+    (tmp_path / "inner").mkdir()
+    written(tmp_path, "name: a\nrate: 0.1\ncolours: [{kind: red, depth: 2}, {kind: blue}]\n")
+    middle, last = tmp_path / "inner" / "b.yaml", tmp_path / "inner" / "c.yaml"
+    middle.write_text("# a comment\nrate: 0.2\nbase: ../a.yaml\ncolours.0.depth: 7\n")
+    last.write_text("base: b.yaml\nname: c\ncolours: [{kind: blue}]\n")
+    assert read(middle) == {"name": "a", "rate": 0.2, "colours": [{"kind": "red", "depth": 7}, {"kind": "blue"}]}
+    assert read(last, ["rate=1"]) == {"name": "c", "rate": 1, "colours": [{"kind": "blue"}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("base: a.yaml", "a.yaml: base: {0}/a.yaml is based on this file; expected no circle; leave one base out"),
+        ("base: b.yaml", "b.yaml: base: {0}/a.yaml is based on this file; expected no circle"),
+        ("base: none.yaml", "{0}/none.yaml: no such file; base of {0}/a.yaml; expected a YAML settings file"),
+        ("base: [b.yaml]", "{0}/a.yaml: base: found ['b.yaml']; expected a YAML file, relative to this one"),
+        ("base: c.yaml\ncolours.3.depth: 1", "{0}/a.yaml: colours.3.depth: no such place in the settings"),
+    ],
+)
+def test_a_base_that_cannot_be_is_one_line(tmp_path, content, expected):
+    path = written(tmp_path, content)
+    (tmp_path / "b.yaml").write_text("base: a.yaml")
+    (tmp_path / "c.yaml").write_text("colours: [{kind: red}]")
+    assert expected.format(tmp_path) in message(read, path)
 
 
 def test_later_override_wins(tmp_path):
@@ -134,6 +184,33 @@ def test_file_that_cannot_be_read_is_one_line(tmp_path):
 )
 def test_value_that_does_not_fit_names_its_key(values, expected):
     assert expected in message(parse, Paint, values, "w")
+
+
+class Shop(Settings):
+    paint: Paint
+    count: int = 1
+    sample: Literal["red"] | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Shop:
+        if self.count > self.paint.count:
+            raise WrongSetting("count", self.count, f"Expected at most paint.count, {self.paint.count}")
+        return self
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"rate": 1}, "w: rate: unknown setting; expected one of paint, count, sample; did you mean paint.rate?"),
+        ({"wide": 1}, "w: wide: unknown setting; expected one of paint, count, sample"),
+        ({"paint": {"name": "a", "batch": 1}}, "w: paint.batch: unknown setting"),
+        ({"count": 9}, "w: count: found 9; expected at most paint.count, 3"),
+        ({"paint": {"name": "a", "colours": {"0": {"kind": "red", "dept": 1}}}}, "w: paint.colours: found {'0': "),
+    ],
+)
+def test_what_may_be_meant_and_which_setting_is_wrong_are_said(values, expected):
+    found = message(parse, Shop, {"paint": {"name": "a"}} | values, "w")
+    assert found.startswith(expected)
 
 
 def test_long_value_is_shortened_in_the_message():

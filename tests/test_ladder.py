@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
-from softprompt_jax import load_run
+from softprompt_jax import config, load_run
 from softprompt_jax.checkpoints.backbone import EMBEDDED
 from softprompt_jax.config import UserError
 
@@ -47,7 +46,7 @@ def test_the_middle_size_is_the_embedded_backbone():
 
 
 def test_both_forms_read_the_same_texts_and_differ_in_their_objective():
-    span, lm = (yaml.safe_load((LADDER / f"{form}.yaml").read_text()) for form in ("span", "lm"))
+    span, lm = (config.read(LADDER / f"{form}.yaml") for form in ("span", "lm"))
     assert span["task"]["stages"] == [{"until": 1.0, "objectives": {"span_corruption": 1}}]
     assert lm["task"]["stages"] == [{"until": 1.0, "objectives": {"prefix_lm": 1}}]
     assert span["task"] | {"stages": 0} == lm["task"] | {"stages": 0}

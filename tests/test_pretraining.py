@@ -13,10 +13,10 @@ import pytest
 import softprompt_jax
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.pretraining.corpus import TextFile, read_documents, split_sentences, tokenize_file
-from softprompt_jax.pretraining.data import Pretraining, PretrainingData
+from softprompt_jax.pretraining.data import OBJECTIVES, Pretraining, PretrainingData
 from softprompt_jax.pretraining.instructions import TASKS
 from softprompt_jax.pretraining.lexicon import Lexicon, parse_entry, read_lexicon
-from softprompt_jax.pretraining.objectives import OBJECTIVES, Library, _mask
+from softprompt_jax.pretraining.objectives import Library, _mask
 from softprompt_jax.pretraining.opinions import compose
 from softprompt_jax.pretraining.vocabulary import train_tokenizer
 

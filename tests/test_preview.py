@@ -75,7 +75,7 @@ def test_hidden_split_is_shown_without_targets(softprompt, config):
     ("arguments", "message"),
     [
         (["boolk"], "task 'boolk': unknown; expected one of "),
-        (["spam_sms", "--pin"], "task spam_sms: its rows do not come from the hub; expected a hub task"),
+        (["spam_sms", "--pin"], "task spam_sms: its rows are not the hub's; expected a task of the hub, or no --pin"),
         (["no.yaml"], "no.yaml: no such file; expected a YAML settings file"),
     ],
 )
@@ -124,10 +124,31 @@ def test_pin_prints_a_config_that_holds_the_commit(softprompt, monkeypatch, tmp_
     )
     code, out, _ = softprompt("task", "cb", "--pin")
     assert code == 0
+    assert yaml.safe_load(out) == {"task": {"name": "cb", "source": {"revision": "c0ffee"}}}
     (tmp_path / "pinned.yaml").write_text(out)
     task = load_run(tmp_path / "pinned.yaml").tasks[0]
     assert task == get("cb").model_copy(update={"source": get("cb").source.model_copy(update={"revision": "c0ffee"})})
-    assert json.loads((tmp_path / "revisions.json").read_text()) == {"aps/super_glue@refs/convert/parquet": "c0ffee"}
+    assert [path.name for path in tmp_path.iterdir()] == ["pinned.yaml"]  # nothing that later runs read
+
+
+def test_pin_of_a_config_keeps_what_it_changes(softprompt, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "dataset_info", lambda self, name, revision: types.SimpleNamespace(sha="c0ffee")
+    )
+    mine = {"name": "mine", "source": {"kind": "hub", "name": "a/b"}, "label_words": ["x", "y"]}
+    tasks = [{"name": "boolq", "with_prefix": True}, mine]
+    (tmp_path / "a.yaml").write_text(
+        to_yaml({"task": {"kind": "mixture", "tasks": tasks, "rates": "proportional", "prompts": "own"}})
+    )
+    code, out, _ = softprompt("task", tmp_path / "a.yaml", "--pin")
+    assert code == 0
+    (tmp_path / "b.yaml").write_text(out)
+    before, after = (load_run(tmp_path / name).task for name in ("a.yaml", "b.yaml"))
+    assert [task.source.revision for task in after.tasks] == ["c0ffee", "c0ffee"]
+    assert after.model_copy(update={"tasks": before.tasks}) == before
+    assert (after.tasks[0].with_prefix, after.tasks[1].words) == (True, ["x", "y"])
 
 
 def test_submission_answers_the_hidden_split(prompt_run, small, tmp_path):

@@ -10,7 +10,9 @@ from small_runs import CONFIGS, write_config
 
 from softprompt_jax import Run, load_run
 from softprompt_jax.config import UserError, parse, read_text, to_yaml
+from softprompt_jax.data.few_shot import FewShot
 from softprompt_jax.methods import LoRA, Prompt
+from softprompt_jax.tasks import get, names, resolve, short
 
 
 def refused(small, tmp_path, *overrides: str) -> str:
@@ -80,10 +82,17 @@ def test_a_file_without_methods_has_one_that_can_be_changed(tmp_path, override):
     path.write_text("task: boolq\n")
     assert [(method.kind, method.length) for method in load_run(path, [override]).methods] == [("prompt", 20)]
     assert load_run(path, ["methods.0.kind=lora"]).methods[0].kind == "lora"
-    with pytest.raises(UserError, match="lenght: unknown setting"):
+    with pytest.raises(UserError, match=r"methods\.0\.lenght: unknown setting; .*; did you mean length\?"):
         load_run(path, ["methods.0.lenght=20"])
-    with pytest.raises(UserError, match="methods: found"):
-        load_run(path, ["methods.0=prompt"])
+
+
+@pytest.mark.parametrize("override", ["methods=lora", "methods=[lora]", "methods.0=lora", "methods=[{kind: lora}]"])
+def test_a_methods_kind_may_stand_for_it_and_brings_its_optimizer(tmp_path, override):
+    for text in ("task: boolq\n", "task: boolq\nmethods: [{kind: prompt, length: 3}]\n"):
+        (tmp_path / "mine.yaml").write_text(text)
+        run = load_run(tmp_path / "mine.yaml", [override])
+        assert run == load_run(tmp_path / "mine.yaml", ["methods=[{kind: lora}]"])
+        assert (run.methods[0].kind, run.optimizer.kind) == ("lora", "adamw")
 
 
 def test_prompt_start_has_a_short_form(small, tmp_path):
@@ -96,6 +105,21 @@ def test_prompt_start_has_a_short_form(small, tmp_path):
     [
         ("stpes=3", "A: stpes: unknown setting; expected one of task, backbone, dtype, "),
         ("stpes=3", "; did you mean steps"),
+        ("learning_rate=0.1", "A: learning_rate: unknown setting; expected one of task, backbone, "),
+        ("learning_rate=0.1", "; did you mean optimizer.learning_rate?"),
+        ("lr=0.1", "A: lr: unknown setting; "),
+        ("lr=0.1", "; did you mean optimizer.learning_rate?"),
+        ("optimizer.lr=0.1", "; did you mean optimizer.learning_rate?"),
+        ("epochs=3", "; did you mean steps?"),
+        ("num_virtual_tokens=3", "; did you mean methods.0.length"),
+        (
+            "methods=[loora]",
+            "A: methods.0: found {'kind': 'loora'}; kind 'loora' is unknown; expected one of 'pro",
+        ),
+        ("methods=[loora]", "; did you mean lora?"),
+        ("task={name: boolq, metrics: [f1_macro, acc]}", "A: task.metrics: found ['f1_macro', 'acc']; unknown metric"),
+        ("task={name: squad, metrics: [f1]}", "A: task.metrics: found ['f1']; the metric f1 needs two label words or"),
+        ("task={few_shot: {count: 3}}", "task: found few_shot; expected a source too, or the name of the task to"),
         ("steps=many", "A: steps: found 'many'; input should be a valid integer"),
         ("steps=0", "A: steps: found 0; input should be greater than 0"),
         ("steps=1.5", "A: steps: found 1.5; input should be a valid integer"),
@@ -127,6 +151,38 @@ def test_prompt_start_has_a_short_form(small, tmp_path):
 )
 def test_setting_that_does_not_fit_is_one_line(small, tmp_path, override, expected):
     assert expected in refused(small, tmp_path, override)
+
+
+def test_a_named_task_stands_in_the_settings_whole():
+    run = Run(task="cb")
+    assert run.task == get("cb")
+    assert run.model_dump(mode="json")["task"]["target"] == {"0": "entailment", "1": "contradiction", "2": "neutral"}
+    changed = parse(Run, {"task": {"name": "cb", "source": {"revision": "abc"}, "with_prefix": True}}, "here")
+    assert changed.tasks[0].source == get("cb").source.model_copy(update={"revision": "abc"})
+    assert parse(Run, changed.model_dump(mode="json"), "here") == changed
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_short_form_of_a_task_is_the_task(name):
+    task = get(name)
+    assert short(task) == name
+    for changes in ({"with_prefix": True}, {"source": task.source.model_copy(update={"kind": task.source.kind})}):
+        changed = task.model_copy(update=changes)
+        assert resolve(short(changed)) == changed
+    other = task.model_copy(update={"name": "mine", "few_shot": FewShot(count=2)})
+    assert resolve(short(other)) == other
+
+
+def test_revisions_of_a_saved_run_are_taken_where_none_is_stated():
+    saved = parse(Run, {"task": {"name": "cb", "source": {"revision": "abc"}}}, "here")
+    assert Run(task="cb").at_revisions_of(saved) == saved
+    stated = parse(Run, {"task": {"name": "cb", "source": {"revision": "def"}}}, "here")
+    assert stated.at_revisions_of(saved) == stated
+    assert Run(task="rte").at_revisions_of(saved) == Run(task="rte")
+    assert Run(task="spam_sms").at_revisions_of(saved) == Run(task="spam_sms") == Run(task="spam_sms").pinned()
+    mixture = {"kind": "mixture", "tasks": ["rte", "cb"]}
+    both = parse(Run, {"task": mixture}, "here").at_revisions_of(saved)
+    assert [task.source.revision for task in both.tasks] == [None, "abc"]
 
 
 def test_task_is_the_one_setting_without_a_default(tmp_path):

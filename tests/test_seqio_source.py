@@ -16,7 +16,7 @@ from softprompt_jax.assembly import layout_of
 from softprompt_jax.checkpoints.backbone import EMBEDDED
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.data.preview import describe
-from softprompt_jax.data.seqio_source import Seqio, check_vocabulary, digest, is_endless, seqio_rows
+from softprompt_jax.data.seqio_source import Seqio
 from softprompt_jax.data.task import Task, iterate
 from softprompt_jax.data.tokenizer import load_tokenizer
 from softprompt_jax.inference.evaluate import score
@@ -89,29 +89,30 @@ def test_examples_are_those_of_the_tasks_preprocessors_with_their_ids(small):
 
 @with_seqio
 def test_lengths_are_what_the_task_trims_to_and_cuts_are_seen():
-    (row,) = itertools.islice(seqio_rows(task("moods", lengths=[3, 2]).source, "train"), 1)
+    row = next(iterate(task("moods", lengths=[3, 2]), "train"))
     assert (len(row.ids[0]), row.ids[0][-1]) == (3, 1)
     assert row.cut == (True, False)
-    (row,) = itertools.islice(seqio_rows(task("moods").source, "train"), 1)
+    row = next(iterate(task("moods"), "train"))
     assert row.cut == (False, False)
     assert len(row.ids[0]) > 3
 
 
 @with_seqio
 def test_an_endless_split_goes_on_from_any_example():
-    source = task("endless").source
-    assert is_endless(source, "train")
-    assert not is_endless(task("moods").source, "train")
-    whole = [row.texts for row in itertools.islice(seqio_rows(source, "train"), 90)]
-    assert [row.texts for row in itertools.islice(seqio_rows(source, "train", 70), 20)] == whole[70:]
+    endless = task("endless")
+    assert endless.source.is_endless("train")
+    assert not task("moods").source.is_endless("train")
+    whole = [(row.input, row.target) for row in itertools.islice(iterate(endless, "train"), 90)]
+    rest = itertools.islice(iterate(endless, "train", first=70), 20)
+    assert [(row.input, row.target) for row in rest] == whole[70:]
     assert len(set(whole[:64])) < 64  # shuffled over the ends of rounds
-    drawn = task("drawn", endless=True).source
-    ids = [row.ids for row in itertools.islice(seqio_rows(drawn, "train"), 5)]
-    assert [row.ids for row in itertools.islice(seqio_rows(drawn, "train"), 5)] == ids
-    other = task("drawn", endless=True, seed=1).source
-    assert [row.ids for row in itertools.islice(seqio_rows(other, "train"), 5)] != ids
-    assert is_endless(drawn, "train")
-    assert not is_endless(drawn, "validation")
+    drawn = task("drawn", endless=True)
+    ids = [row.ids for row in itertools.islice(iterate(drawn, "train"), 5)]
+    assert [row.ids for row in itertools.islice(iterate(drawn, "train"), 5)] == ids
+    other = task("drawn", endless=True, seed=1)
+    assert [row.ids for row in itertools.islice(iterate(other, "train"), 5)] != ids
+    assert drawn.source.is_endless("train")
+    assert not drawn.source.is_endless("validation")
 
 
 # ----------------------------------------------------------------------------------------------- runs
@@ -149,14 +150,21 @@ def test_a_run_is_the_run_on_the_same_rows_with_the_tasks_own_scores(small, prom
 
 
 @with_seqio
-def test_a_finite_split_is_gone_through_once(small, tmp_path, monkeypatch):
+def test_a_finite_split_is_gone_through_once_a_start_and_its_ids_are_not_stored(small, tmp_path, monkeypatch):
     monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
-    train(run_of(small, "doubled", steps=1), tmp_path / "first")
-    stored = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "tokens").iterdir()}
-    train(run_of(small, "doubled", steps=1), tmp_path / "second")
-    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "cache" / "tokens").iterdir()} == stored
-    assert "accuracy" in json.loads((tmp_path / "second" / "result.json").read_text())["test"]  # it has no metrics
-    assert digest(task("moods").source, "train") != digest(task("doubled").source, "train")
+    starts, whole = [], Seqio.examples
+
+    def counted(self, own, split, *rest):
+        found = whole(self, own, split, *rest)
+        yield next(found)
+        starts.append(split)  # a second example was asked for
+        yield from found
+
+    monkeypatch.setattr(Seqio, "examples", counted)
+    train(run_of(small, "doubled", steps=1), tmp_path / "run")
+    assert sorted(starts) == ["test", "train", "validation"]
+    assert not (tmp_path / "cache" / "tokens").exists()
+    assert "accuracy" in json.loads((tmp_path / "run" / "result.json").read_text())["test"]  # it has no metrics
 
 
 @with_seqio
@@ -280,16 +288,6 @@ def test_a_task_is_shown_with_its_own_tokens_within_the_limits(small):
         assert f"  tokens  {pieces}  ({len(example.ids[0])})" in lines
 
 
-@with_seqio
-def test_a_change_in_any_module_that_the_tasks_module_imports_makes_another_digest(module):
-    source = task("moods").source
-    before = digest(source, "test")
-    (module / f"{NAME}_parts" / "idle.py").write_text("a = 1\n")
-    assert digest(source, "test") == before
-    (module / f"{NAME}_parts" / "deeper.py").write_text("import json  # and more\n")
-    assert digest(source, "test") != before
-
-
 # --------------------------------------------------------------------------------------------- errors
 
 
@@ -314,13 +312,13 @@ def test_what_cannot_be_read_is_one_line(name, message):
 @with_seqio
 def test_another_vocabulary_and_metrics_that_want_more_are_one_line(small, tmp_path):
     tokenizer = load_tokenizer(small.backbone)
-    check_vocabulary(task("moods").source, tokenizer)
-    message = error_of(check_vocabulary, task("of_another").source, tokenizer)
+    task("moods").check(tokenizer)
+    message = error_of(task("of_another").check, tokenizer)
     assert "seqio of_another: the vocabulary of 'inputs' is not the backbone's: it has 8000 pieces" in message
-    assert "is not the backbone's: " in error_of(check_vocabulary, task("moods").source, load_tokenizer(EMBEDDED))
-    assert "is not the backbone's: " in error_of(check_vocabulary, task("of_bytes").source, tokenizer)
+    assert "is not the backbone's: " in error_of(task("moods").check, load_tokenizer(EMBEDDED))
+    assert "is not the backbone's: " in error_of(task("of_bytes").check, tokenizer)
     (tmp_path / "config.json").write_text('{"vocab_size": 384}')
-    check_vocabulary(task("of_bytes").source, load_tokenizer(tmp_path))
+    task("of_bytes").check(load_tokenizer(tmp_path))
     assert "vocabulary" in error_of(train, run_of(small, "of_another"), tmp_path / "a")
     found = error_of(train, run_of(small, "with_layers"), tmp_path / "b")
     assert "the metric Layers wants SCORE_WITH_INTERMEDIATES; expected PREDICTION, PREDICTION_WITH_AUX or" in found
@@ -344,8 +342,8 @@ def test_run_states_a_seqio_task_by_its_kind_and_keeps_it_in_its_config():
     assert parse(Run, run.model_dump(mode="json"), "test") == run
     with pytest.raises(UserError, match="module: missing"):
         parse(Run, {"task": {"kind": "seqio", "name": "words"}}, "test")
-    with pytest.raises(UserError, match="found input; a seqio Task makes its own texts; leave it out"):
-        parse(Run, {"task": stated | {"input": "say {inputs}"}}, "test")
-    with pytest.raises(UserError, match="the metric 'seqio' is of kind: seqio only"):
-        parse(Task, {"source": {"kind": "files"}, "metrics": ["seqio"]}, "test")
+    message = error_of(parse, Run, {"task": stated | {"input": "say {inputs}"}}, "test")
+    assert "task.input: found 'say {inputs}'; a source of kind seqio makes its own texts; leave it out" in message
+    message = error_of(parse, Task, {"source": {"kind": "files"}, "metrics": ["seqio"]}, "test")
+    assert "metrics: found ['seqio']; unknown metric 'seqio'; expected some of accuracy" in message
     assert Seqio(name="a", module="b").lengths is None

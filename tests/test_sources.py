@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import types
 
+import datasets
+import huggingface_hub
 import pandas
 import pytest
 
 from softprompt_jax import tasks
 from softprompt_jax.config import UserError, parse
-from softprompt_jax.data.sources import Files, Folder, Hub, available_splits, pin, read_file, read_rows
+from softprompt_jax.data.sources import Files, Folder, Hub, read_file
 
 ROWS = [{"text": 'she said "hi", twice', "label": 1}, {"text": "NA", "label": 0}, {"text": "naïve\tcafé", "label": 1}]
 
@@ -34,6 +37,12 @@ def test_jsonl_keeps_rows_and_numbers_lines(tmp_path):
     path.write_text("\ufeff" + "\n\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS), encoding="utf-8")
     assert rows_of(path) == ROWS
     assert [place for place, _ in read_file(path)] == [f"{path}:{line}" for line in (1, 3, 5)]
+
+
+def test_a_json_list_gives_its_rows_by_number(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(ROWS, indent=2), encoding="utf-8")
+    assert list(read_file(path)) == [(f"{path} row {number}", row) for number, row in enumerate(ROWS, start=1)]
 
 
 def test_csv_and_tsv_keep_text_as_it_is(tmp_path):
@@ -69,7 +78,10 @@ def test_parquet_keeps_types(tmp_path):
         ("a.csv", b"text,label,label\nx,1,2\n", "a.csv:1: two columns 'label'; expected each once"),
         ("a.csv", b"text;label\nx;1\n", "a.csv:1: found columns separated by ';'; expected ','"),
         ("a.tsv", b"text,label\nx,1\n", r"a.tsv:1: found columns separated by ','; expected '\t'"),
-        ("a.txt", b"x", "found the suffix '.txt'; expected .jsonl, .csv, .tsv or .parquet"),
+        ("a.json", b'[{"x": 1},\n{"x": }]', "a.json:2: not JSON ("),
+        ("a.json", b'{"x": 1}', "a.json: found dict; expected a list of JSON objects, one a row"),
+        ("a.json", b'[{"x": 1}, 2]', "a.json row 2: found int; expected a JSON object with its fields"),
+        ("a.txt", b"x", "found the suffix '.txt'; expected .jsonl, .json, .csv, .tsv, .parquet"),
         ("a.jsonl", None, "a.jsonl: no such file; expected a data file"),
     ],
 )
@@ -89,7 +101,7 @@ def test_jsonl_row_without_a_field_is_told_by_name_and_line(tmp_path):
 
 def test_split_that_the_source_lacks_names_those_it_has():
     source = Files(train="a.jsonl", validation="b.jsonl")
-    assert "no split 'test'; found train, validation" in error_of(read_rows, source, "test", "here")
+    assert "no split 'test'; found train, validation" in error_of(source.rows, "test", "here")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -98,7 +110,7 @@ def test_hub_out_of_reach_says_what_is_cached(tmp_path, monkeypatch):
 
     (tmp_path / "someone___something").mkdir()
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    message = error_of(read_rows, Hub(name="nobody/nothing"), "train", "task mine")
+    message = error_of(Hub(name="nobody/nothing").rows, "train", "task mine")
     assert message.startswith("task mine: nobody/nothing could not be loaded from the hub (")
     assert message.endswith("cached are: someone/something")
 
@@ -121,44 +133,80 @@ def test_converted_hub_repository_is_read_by_config_and_split(tmp_path, monkeypa
     source = Hub(
         name=str(tmp_path / "hub"), config="cb", converted=True, splits={"train": "train", "validation": "dev"}
     )
-    assert [row for _, row in read_rows(source, "validation", "here")] == [{"text": "cb dev", "label": 1}]
-    assert len(list(read_rows(source, "train", "here"))) == len(ROWS)
+    assert [row for _, row in source.rows("validation", "here")] == [{"text": "cb dev", "label": 1}]
+    assert len(list(source.rows("train", "here"))) == len(ROWS)
     with pytest.raises(UserError, match="converted: the conversion has a folder per config; expected `config`"):
         parse(Hub, {"name": "x", "converted": True}, "source")
 
 
-def test_pinned_revision_is_recorded_and_read(tmp_path, monkeypatch):
-    import types
+COMMIT, OTHER = "c0ffee" * 6 + "c0ff", "decade" * 6 + "deca"
 
-    import datasets
-    import huggingface_hub
 
-    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
-    asked = []
+class Rows(list):
+    """What `datasets` loads: rows, and the addresses of the files that they come from."""
+
+    def __init__(self, commit: str):
+        super().__init__([{"x": 1}])
+        self.info = types.SimpleNamespace(download_checksums={f"hf://datasets/a/b@{commit}/c/test.parquet": {}})
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub whose data sets are at COMMIT; `asked` and `read` are what it was asked for."""
+    found = types.SimpleNamespace(asked=[], read=[], commit=COMMIT, cached=COMMIT)
 
     def dataset_info(self, name, revision):
-        asked.append((name, revision))
-        return types.SimpleNamespace(sha="c0ffee")
+        found.asked.append((name, revision))
+        if found.commit is None:
+            raise OSError("no route\nto host")
+        return types.SimpleNamespace(sha=found.commit)
 
+    def load_dataset(*args, **kwargs):
+        found.read.append((args, kwargs))
+        return Rows(found.cached)
+
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return found
+
+
+def test_a_pinned_source_is_read_at_the_commit_that_the_hub_had(hub):
     converted, plain = Hub(name="a/b", config="c", converted=True), Hub(name="a/b")
-    assert (converted.read_revision, plain.read_revision) == ("refs/convert/parquet", None)
-    assert pin(converted, "task mine").revision == "c0ffee"
-    assert asked == [("a/b", "refs/convert/parquet")]
-    assert (converted.read_revision, plain.read_revision) == ("c0ffee", None)
-    assert converted.model_copy(update={"revision": "v1"}).read_revision == "v1"
-
-    read = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: read.append((args, kwargs)) or [{"x": 1}])
-    assert [row for _, row in read_rows(converted, "test", "here")] == [{"x": 1}]
+    pinned = converted.pinned("task mine")
+    assert (pinned.revision, pinned.pinned("task mine")) == (COMMIT, pinned)
+    assert hub.asked == [("a/b", "refs/convert/parquet")]
+    assert [row for _, row in pinned.rows("test", "here")] == [{"x": 1}]
+    assert list(plain.rows("test", "here")) == [("a/b test row 1", {"x": 1})]
     files = {"test": "c/test/*.parquet"}
-    assert read == [(("a/b",), {"data_files": files, "split": "test", "revision": "c0ffee"})]
+    assert hub.read == [
+        (("a/b", None), {"data_files": files, "split": "test", "revision": COMMIT}),
+        (("a/b", None), {"data_files": None, "split": "test", "revision": None}),
+    ]
+    assert Files(train="a.jsonl").pinned("task mine") == Files(train="a.jsonl")
 
-    def unreachable(self, name, revision):
-        raise OSError("no route\nto host")
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unreachable)
-    assert "the revision of a/b could not be asked for (no route); expected a hub" in error_of(pin, plain, "task mine")
+def test_without_a_hub_the_revision_is_that_of_the_cached_rows(hub):
+    hub.commit, plain = None, Hub(name="a/b")
+    message = error_of(plain.newest, "task mine")
+    assert "the revision of a/b could not be asked for (no route); expected a hub" in message
+    assert plain.pinned("task mine").revision == COMMIT
+    hub.cached = OTHER
+    message = error_of(plain.model_copy(update={"revision": COMMIT}).rows, "train", "task mine")
+    assert message.startswith(f"task mine: a/b is cached at {OTHER}, and the hub is out of reach; expected {COMMIT}")
+    assert plain.model_copy(update={"revision": "main"}).pinned("here").revision == "main"
+
+
+def test_a_revision_that_was_recorded_for_all_runs_of_a_machine_belongs_into_the_settings(hub, tmp_path):
+    plain = Hub(name="a/b")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "revisions.json").write_text(json.dumps({"a/b": OTHER}))
+    for call in (plain.pinned, lambda where: list(plain.rows("test", where))):
+        assert f"expected it in the run's settings, as task.source.revision={OTHER}; add it" in error_of(
+            call, "task mine"
+        )
+    plain.model_copy(update={"revision": COMMIT}).rows("test", "task mine")
+    Hub(name="a/b", config="c", converted=True).rows("test", "task mine")
 
 
 # ------------------------------------------------------------------------------------------- folders
@@ -170,17 +218,17 @@ def test_folder_has_a_file_or_a_folder_of_files_per_split(tmp_path):
         (tmp_path / name).write_text(f"text,label\n{text},x\n", encoding="utf-8")
     (tmp_path / "train" / "README.md").write_text("not data")
     source = Folder(path=str(tmp_path))
-    assert available_splits(source) == ["train", "test"]
-    assert [row["text"] for _, row in read_rows(source, "train", "here")] == ["one", "two"]
-    assert list(read_rows(source, "test", "here")) == [(f"{tmp_path}/test.csv:2", {"text": "three", "label": "x"})]
-    assert "here: no split 'validation'; found train, test" in error_of(read_rows, source, "validation", "here")
+    assert source.split_names() == ["train", "test"]
+    assert [row["text"] for _, row in source.rows("train", "here")] == ["one", "two"]
+    assert list(source.rows("test", "here")) == [(f"{tmp_path}/test.csv:2", {"text": "three", "label": "x"})]
+    assert "here: no split 'validation'; found train, test" in error_of(source.rows, "validation", "here")
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
         (None, "no such folder; expected one with train.jsonl"),
-        ([], "found nothing; expected train, validation or test with .jsonl, .csv, .tsv, .parquet"),
+        ([], "found nothing; expected train, validation or test with .jsonl, .json, .csv, .tsv, .parquet"),
         (["dev.jsonl", "trains.jsonl"], "found dev.jsonl, trains.jsonl; expected train, validation or test with"),
         (["train.jsonl", "train.csv"], "expected one file train, or a folder train/ with all"),
     ],
@@ -191,7 +239,7 @@ def test_folder_without_splits_is_one_line(tmp_path, names, message):
         folder.mkdir()
         for name in names:
             (folder / name).touch()
-    assert message in error_of(available_splits, Folder(path=str(folder)))
+    assert message in error_of(Folder(path=str(folder)).split_names)
 
 
 def test_parquet_is_read_anew_and_by_its_own_name(tmp_path):

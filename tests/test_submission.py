@@ -9,8 +9,8 @@ from benchmark_rows import GOLDEN, RECORD, WSC
 
 from softprompt_jax import tasks
 from softprompt_jax.config import UserError
+from softprompt_jax.data.examples import examples
 from softprompt_jax.data.submission import BENCHMARKS, average, write_submission
-from softprompt_jax.data.task import examples
 
 ROWS = {name: row for name, _, row, _ in GOLDEN}
 

@@ -13,7 +13,8 @@ from benchmark_rows import GOLDEN, SQUAD, WSC
 
 from softprompt_jax import tasks
 from softprompt_jax.data import metrics
-from softprompt_jax.data.task import Example, examples
+from softprompt_jax.data.examples import Example, examples
+from softprompt_jax.data.preprocessors import read_wsc
 from softprompt_jax.inference.evaluate import score
 
 # TensorFlow, seqio and what they need warn of their own old ways; none of it is ours.
@@ -196,4 +197,4 @@ def test_wsc_answers_are_read_as_t5_reads_them(t5):
         for prediction in ["", "the", "Baker", "anna", "Anna's", "hat", "old  baker", "c b", "her", *sentences(4, 20)]:
             theirs = read(prediction, example={"targets_pretokenized": referent.encode()})
             words = {"": -1, "False": 0, "True": 1}
-            assert words[tasks.superglue.read_wsc(prediction, referent)] == theirs, (prediction, referent)
+            assert words[read_wsc(prediction, referent)] == theirs, (prediction, referent)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from pathlib import Path
+
 import pytest
 
 from softprompt_jax import tasks
-from softprompt_jax.config import UserError, parse
+from softprompt_jax.config import UserError, parse, read
+from softprompt_jax.data.examples import Example, examples, fill
 from softprompt_jax.data.sources import Files
-from softprompt_jax.data.task import Example, Task, examples, fill
+from softprompt_jax.data.task import Task
 
 FILES = {"kind": "files", "train": "train.jsonl"}
 
@@ -79,11 +84,14 @@ def test_row_that_does_not_fit_names_its_place(row, settings, message):
         ({"target": {}}, "expected at least one value"),
         ({"metrics": ["acuracy"]}, "unknown metric 'acuracy'; expected some of accuracy, "),
         ({"metrics": []}, "expected at least one metric"),
-        ({"metrics": ["f1"]}, "needs two label words or `positive`"),
-        ({"metrics": ["f1_macro"]}, "needs label_words"),
-        ({"label_words": ["a", "a"]}, "repeat a word"),
-        ({"label_words": ["a"], "target": {0: "b"}}, "target 'b' is not one of the label_words"),
-        ({"label_words": ["a", "b"], "positive": "c"}, "positive 'c' is not one of the label words"),
+        ({"metrics": ["f1"]}, "task: metrics: found ['f1']; the metric f1 needs two label words or `positive`"),
+        ({"metrics": ["f1_macro"]}, "task: metrics: found ['f1_macro']; the metric f1_macro needs label_words"),
+        ({"label_words": ["a", "a"]}, "task: label_words: found ['a', 'a']; a word is repeated"),
+        (
+            {"label_words": ["a"], "target": {0: "b"}},
+            "target: found {'0': 'b'}; 'b' is not one of the label_words",
+        ),
+        ({"label_words": ["a", "b"], "positive": "c"}, "task: positive: found 'c'; expected one of the label words"),
         ({"source": {"kind": "hubb"}}, "found {'kind': 'hubb'}"),
         ({"source": {"kind": "files", "trian": "x"}}, "unknown setting; expected one of"),
     ],
@@ -101,6 +109,20 @@ def test_task_by_name_or_inline():
     assert tasks.resolve(tasks.get("spam_sms")).words == ["no", "yes"]
     with pytest.raises(UserError, match=r"unknown; expected one of .*; did you mean sentiment_movie"):
         tasks.get("sentiment_movies")
+
+
+def test_the_named_tasks_are_these_each_in_one_file():
+    groups = ("superglue", "glue", "nli", "summarization", "translation", "question_answering", "sentiment")
+    files = {path.stem: read(path) for path in Path(tasks.__file__).parent.glob("*.yaml")}
+    assert {*groups, "paraphrase", "spam", "bible"} == set(files)
+    every = [name for file in files.values() for name in file]
+    assert sorted(every) == tasks.names()
+    assert (len(every), len(set(every))) == (68, 68)
+
+
+def test_the_settings_of_named_tasks_are_those_of_the_first_release():
+    made = {name: tasks.get(name).model_dump(mode="json") for name in tasks.names()}
+    assert hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:12] == "ce15a87d15e2"
 
 
 @pytest.mark.parametrize("name", tasks.names())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
 
 import pytest
@@ -126,6 +128,15 @@ def test_invalid_folder_is_one_line(tmp_path, files, expected):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_loading_leaves_the_process_as_it_was(tmp_path):
+    (tmp_path / "tokenizer_config.json").write_text("[]")
+    names = ("transformers", "huggingface_hub")
+    before = dict(os.environ), [logging.getLogger(name).level for name in names], logging.root.manager.disable
+    with pytest.raises(UserError, match="no tokenizer could be loaded"):
+        load_tokenizer(tmp_path)
+    assert (dict(os.environ), [logging.getLogger(name).level for name in names], logging.root.manager.disable) == before
+
+
 def test_hub_name_out_of_reach_is_one_line():
     with pytest.raises(UserError, match=r"^nobody/nothing: no tokenizer could be loaded \([^\n]*$"):
         load_tokenizer("nobody/nothing")

@@ -17,7 +17,6 @@ from softprompt_jax import config
 from softprompt_jax.analysis.page import COLOURS, GREY, Page, plot_text
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.config import UserError
-from softprompt_jax.data.task import SEQIO
 from softprompt_jax.inference.evaluate import run_score, score_factor, score_text
 from softprompt_jax.run import UNHASHED_SETTINGS, Run
 from softprompt_jax.statistics import CELL, SCORE, mean_sd_text, score_statistics
@@ -343,7 +342,7 @@ def _tasks(page: Page, groups: Sequence[Group]) -> None:
     page.heading("Task by task")
     rows = sorted(breakdown(groups), key=lambda row: row["task"])
     names = sorted(dict.fromkeys(name for row in rows for name in row["metrics"]), key="loss".__eq__)
-    own = {task.name for group in groups for task in group.runs[0].run.tasks if SEQIO in task.metrics}
+    own = {task.name for group in groups for task in group.runs[0].run.tasks if task.scored_by_source}
 
     def number(task: str, name: str) -> Callable[[float], str]:
         times = 1.0 if name == "loss" or (task in own and name != "illegal") else 100.0

@@ -39,7 +39,7 @@ def task(
         int | None, typer.Option(min=1, help="Longest target in tokens.", show_default="that of CONFIG, or 64")
     ] = None,
     most: Annotated[int, typer.Option(min=1, help="Number of examples to count at most.")] = 10_000,
-    pin: Annotated[bool, typer.Option("--pin", help="Record the revision that the hub has now, and print it.")] = False,
+    pin: Annotated[bool, typer.Option("--pin", help="Only print settings with the revision on the hub now.")] = False,
 ) -> None:
     """Show the examples of a task as text and tokens, with their lengths and labels, and how many are cut."""
     from softprompt_jax.checkpoints.backbone import EMBEDDED
@@ -48,7 +48,11 @@ def task(
     from softprompt_jax.models.presets import hub_name
     from softprompt_jax.run import Scratch, load_run
     from softprompt_jax.tasks import get
+    from softprompt_jax.tasks.mixture import newest_as_yaml
 
+    if pin:
+        print(newest_as_yaml(load_run(name).task if name.endswith((".yaml", ".yml")) else get(name)), end="")
+        return
     backbone, limits = "embedded", (512, 64)
     if name.endswith((".yaml", ".yml")):
         run = load_run(name).expanded()
@@ -60,11 +64,8 @@ def task(
         chosen = [get(name)]
     backbone = tokenizer or backbone
     limits = max_input_tokens or limits[0], max_target_tokens or limits[1]
-    read_by = None if pin else load_tokenizer(EMBEDDED if backbone == "embedded" else hub_name(backbone) or backbone)
+    read_by = load_tokenizer(EMBEDDED if backbone == "embedded" else hub_name(backbone) or backbone)
     for one in chosen:
-        if read_by is None:
-            print(preview.pinned(one), end="")
-            continue
         for line in preview.describe(one, split, read_by, show, limits, most):
             print(line)
 

@@ -13,8 +13,8 @@ from softprompt_jax.config import Settings, UserError
 class FewShot(Settings):
     """`count` examples of the train split: of each label word, or in all where any text is a target."""
 
-    count: int = pydantic.Field(gt=0)
-    seed: int = pydantic.Field(0, ge=0)
+    count: int = pydantic.Field(gt=0)  # number of examples
+    seed: int = pydantic.Field(0, ge=0)  # seed of the choice
 
     def choose(self, targets: Sequence[str], words: Sequence[str] | None, where: str) -> list[int]:
         """Return the numbers of the chosen examples in ascending order.

@@ -12,7 +12,7 @@ import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -39,6 +39,14 @@ class Answers:
         """Return the mean over the examples of the best `score(prediction, acceptable answer)`."""
         pairs = zip(self.predictions, self.targets, strict=True)
         return float(np.mean([max(score(prediction, text) for text in _texts(target)) for prediction, target in pairs]))
+
+
+class Outputs(NamedTuple):
+    """What a model gave for each example: its answer's token ids up to EOS, their log-probability, the target's."""
+
+    ids: Sequence[Sequence[int]]
+    scores: Sequence[float]
+    likelihoods: np.ndarray | None
 
 
 Metric = Callable[[Answers], float]

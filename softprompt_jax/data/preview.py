@@ -8,10 +8,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from softprompt_jax.config import UserError, to_yaml
+from softprompt_jax.config import UserError
 from softprompt_jax.data.packages import Package
-from softprompt_jax.data.seqio_source import Seqio, check_vocabulary
-from softprompt_jax.data.sources import Hub, pin
+from softprompt_jax.data.sources import Hub
 from softprompt_jax.data.task import Example, Task, iterate, splits, within
 from softprompt_jax.data.tokenizer import Tokenizer
 
@@ -31,8 +30,7 @@ def describe(
     )
     yield f"  input  {task.prefix if task.with_prefix else ''}{task.input}"
     yield f"  labels {', '.join(task.words) if task.words else 'free text'}; metrics {', '.join(task.metrics)}"
-    if isinstance(task.source, Seqio):
-        check_vocabulary(task.source, tokenizer)
+    task.source.check(tokenizer, metrics=False)
     source = iterate(task, split, labelled)
     found = list(itertools.islice(source, most))
     if not found:
@@ -57,20 +55,11 @@ def describe(
                 yield f"  scored against  {' | '.join(example.answers)}"
 
 
-def pinned(task: Task) -> str:
-    """Record the commit that a task's data set is at on the hub, and return YAML of the whole task at that commit."""
-    if not isinstance(task.source, Hub):
-        raise UserError(f"task {task.name}: its rows do not come from the hub; expected a hub task; leave --pin out")
-    source = pin(task.source, f"task {task.name}").model_dump(exclude_defaults=True)
-    settings = task.model_dump(mode="json", exclude_defaults=True) | {"source": {"kind": "hub", **source}}
-    return to_yaml({"task": settings})
-
-
 def _origin(task: Task) -> str:
     source = task.source
     if isinstance(source, Hub):
-        at = source.read_revision
-        return f"hub {source.name}" + (f" {source.config}" if source.config else "") + (f" at {at}" if at else "")
+        at = f" at {source.revision}" if source.revision else ", the newest"
+        return f"hub {source.name}" + (f" {source.config}" if source.config else "") + at
     if isinstance(source, Package):
         return f"package {source.package}=={source.version}"
     return f"{source.kind} {getattr(source, 'name', '')}".strip()

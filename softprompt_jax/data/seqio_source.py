@@ -1,50 +1,49 @@
 """Examples of a registered seqio Task (extra `seqio`) as its own preprocessors, postprocessor and metrics make them.
 
-The token ids are taken as they come out, so that preprocessors of every kind work; the Task's vocabulary must be the
-backbone's. A finite split is gone through once and then lies in the token cache; one that never ends is read as it is
-trained on. A Mixture is a mixture of its Tasks at its rates (`mixture.expand`).
+All that knows seqio stands here, behind `Source`. The token ids are taken as they come out, so that preprocessors of
+every kind work; the Task's vocabulary must be the backbone's. A finite split is gone through once at each start of a
+run; one that never ends is read as it is trained on. A Mixture is a mixture of its Tasks at its rates.
 """
 
 from __future__ import annotations
 
-import ast
 import copy
-import hashlib
 import importlib
-import importlib.util
-import itertools
-import os
-import sys
-import sysconfig
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pydantic
 
-from softprompt_jax.config import Settings, UserError, nearest
-from softprompt_jax.data.packages import first_line
+from softprompt_jax.config import UserError, first_line, nearest
+from softprompt_jax.data.examples import Example, Source
+from softprompt_jax.data.metrics import Outputs
 from softprompt_jax.data.tokenizer import SENTINEL, Tokenizer
 
 SIDES = ("inputs", "targets")
 _PRETOKENIZED = "_pretokenized"
 _INFINITE = -1  # tf.data's number for it
-_PROBED = 256  # examples whose ids are part of a stored split's name
 # What tells tokenizers with equal pieces apart.
 _SAMPLES = ("A quick brown fox, 3.14 times!", "  two   spaces\tand a tab", "naïve café — “quoted”", "ﬁne ½ ＡＢ")
 
 
-class Seqio(Settings):
+class Seqio(Source):
     """A seqio Task or Mixture by its name; `module` is imported first and registers it."""
 
     kind: Literal["seqio"] = "seqio"
     name: str
     module: str
-    # Of inputs and targets, or of features by name, to which seqio trims; of these two the run's limits by default.
+    # Tokens of inputs and targets, or of features by name, to which seqio trims. Default: the run's limits.
     lengths: tuple[int, int] | dict[str, int] | None = None
-    endless: bool = False  # preprocess anew every epoch, for preprocessors that draw; else once
-    seed: int = pydantic.Field(0, ge=0)  # of what preprocessors draw
+    endless: bool = False  # whether examples are preprocessed anew every epoch, for preprocessors that draw; else once
+    seed: int = pydantic.Field(0, ge=0)  # seed of what preprocessors draw
+
+    makes_ids: ClassVar[bool] = True
+    own_metrics: ClassVar[str | None] = "seqio"
+    fixed: ClassVar[Mapping[str, Any]] = {
+        **{"input": "{inputs}", "target": "{targets}", "with_prefix": False, "keep": {}, "prepare": None},
+        **{"one_space": False, "answers_field": None, "group_fields": []},
+    }
 
     @pydantic.field_validator("lengths")
     @classmethod
@@ -58,113 +57,88 @@ class Seqio(Settings):
         """The tokens that each feature is trimmed to."""
         return dict(zip(SIDES, self.lengths, strict=True)) if isinstance(self.lengths, tuple) else self.lengths
 
+    def split_names(self) -> list[str]:
+        return list(_registered(self).splits)
 
-class Row(NamedTuple):
-    """One example: its place, texts and ids of both sides, whether seqio has cut them, and all its features."""
+    def is_endless(self, split: str) -> bool:
+        """Tell whether a split never ends: tf.data says so, or the settings do, of the train split."""
+        return (self.endless and split == "train") or int(_dataset(self, split).cardinality()) == _INFINITE
 
-    where: str
-    texts: tuple[str, str]
-    ids: tuple[list[int], list[int]]
-    cut: tuple[bool, bool]
-    example: dict[str, Any]
+    def within(self, max_input_tokens: int, max_target_tokens: int) -> Seqio:
+        lengths = (max_input_tokens, max_target_tokens)
+        return self.model_copy(update={"lengths": lengths}) if self.lengths is None else self
 
+    def mixture(self) -> list[tuple[str, Source, float]]:
+        """Return the Tasks of a Mixture that have a train split, at the Mixture's rates."""
+        registered = _registered(self)
+        if not hasattr(registered, "get_rate"):
+            return []
+        tasks = [task for task in registered.tasks if "train" in task.splits]
+        return [
+            (task.name, self.model_copy(update={"name": task.name}), float(registered.get_rate(task))) for task in tasks
+        ]
 
-def seqio_splits(source: Seqio) -> list[str]:
-    """Return the splits that a seqio Task has."""
-    return list(_registered(source).splits)
+    def examples(self, task: Any, split: str, labelled: bool = True, first: int = 0) -> Iterator[Example]:
+        """Yield examples with their own ids, those of an endless split shuffled by its seed.
 
+        `fields` are all features of an example. What comes before `first` is read and thrown away.
+        """
+        registered, lengths = _task(self), self.feature_lengths
+        rows = enumerate(_dataset(self, split).skip(first).as_numpy_iterator(), start=first + 1)
+        while True:
+            try:
+                number, features = next(rows)
+            except StopIteration:
+                return
+            except Exception as error:  # whatever a preprocessor or a file system has raised inside tf.data
+                raise UserError(
+                    f"seqio {self.name}: split {split!r} could not be read ({first_line(error)}); expected a Task "
+                    "that seqio itself can read"
+                ) from None
+            texts, ids, cut = [], [], []
+            for side in SIDES:
+                feature, limit = registered.output_features[side], lengths and lengths[side]
+                ids.append(np.asarray(features[side]).tolist())
+                text = features.get(side + _PRETOKENIZED)
+                texts.append(text.decode("utf-8") if isinstance(text, bytes) else feature.vocabulary.decode(ids[-1]))
+                full = limit is not None and isinstance(text, bytes) and len(ids[-1]) == limit
+                cut.append(full and len(feature.vocabulary.encode(text.decode("utf-8"))) + feature.add_eos > limit)
+            if not labelled:
+                yield Example(texts[0], "", features, cut=(cut[0], cut[1]))
+                continue
+            if task.words and texts[1] not in task.words:
+                raise UserError(
+                    f"seqio {self.name} {split} row {number}: found the target {texts[1]!r}; expected one of "
+                    f"{', '.join(task.words)}; correct the label_words"
+                )
+            yield Example(texts[0], texts[1], features, ids=(ids[0], ids[1]), cut=(cut[0], cut[1]))
 
-def is_endless(source: Seqio, split: str) -> bool:
-    """Tell whether a split never ends: tf.data says so, or the settings do, of the train split."""
-    return (source.endless and split == "train") or int(_dataset(source, split).cardinality()) == _INFINITE
-
-
-def seqio_rows(source: Seqio, split: str, first: int = 0) -> Iterator[Row]:
-    """Yield the examples of a split from number `first` on, those of an endless one shuffled by its seed.
-
-    What comes before `first` is read and thrown away.
-    """
-    task, lengths = _task(source), source.feature_lengths
-    rows = enumerate(_dataset(source, split).skip(first).as_numpy_iterator(), start=first + 1)
-    while True:
-        try:
-            number, example = next(rows)
-        except StopIteration:
-            return
-        except Exception as error:  # whatever a preprocessor or a file system has raised inside tf.data
-            raise UserError(
-                f"seqio {source.name}: split {split!r} could not be read ({first_line(error)}); expected a Task "
-                "that seqio itself can read"
-            ) from None
-        where = f"seqio {source.name} {split} row {number}"
-        texts, ids, cut = [], [], []
+    def check(self, tokenizer: Tokenizer, metrics: bool) -> None:
+        """Refuse a vocabulary that gives other ids than the backbone's tokenizer, and metrics that cannot be had."""
         for side in SIDES:
-            feature, limit = task.output_features[side], lengths and lengths[side]
-            ids.append(np.asarray(example[side]).tolist())
-            text = example.get(side + _PRETOKENIZED)
-            texts.append(text.decode("utf-8") if isinstance(text, bytes) else feature.vocabulary.decode(ids[-1]))
-            full = limit is not None and isinstance(text, bytes) and len(ids[-1]) == limit
-            cut.append(full and len(feature.vocabulary.encode(text.decode("utf-8"))) + feature.add_eos > limit)
-        yield Row(where, (texts[0], texts[1]), (ids[0], ids[1]), (cut[0], cut[1]), example)
+            vocabulary = _task(self).output_features[side].vocabulary
+            different = _difference(vocabulary, tokenizer)
+            if different is not None:
+                raise UserError(
+                    f"seqio {self.name}: the vocabulary of {side!r} is not the backbone's: {different}; expected the "
+                    f"same; build it of the file that {tokenizer.source} has, in module {self.module!r}"
+                )
+        if metrics:
+            _check_metrics(self)
 
+    def wants_likelihoods(self) -> bool:
+        return any(_kind(metric) == "SCORE" for metric in _task(self).metric_objs)
 
-def mixture_rates(source: Seqio) -> dict[str, float] | None:
-    """Return the rate of each Task of a Mixture, those with a train split; None for a Task."""
-    registered = _registered(source)
-    if not hasattr(registered, "get_rate"):
-        return None
-    return {task.name: float(registered.get_rate(task)) for task in registered.tasks if "train" in task.splits}
+    def own_scores(
+        self, predictions: Sequence[str], examples: Sequence[Example], outputs: Outputs | None
+    ) -> dict[str, float]:
+        """Return what a Task's metrics, functions and objects, say of predictions; in their own units.
 
-
-def digest(source: Seqio, split: str) -> str:
-    """Return a name for what a split gives: of the settings, seqio, the module's source and the first examples.
-
-    The source is that of all modules that it imports, directly or not, but for the standard library and installed
-    packages; what these change far into the split is not seen.
-    """
-    _task(source)  # imports the module: before that its files are not known
-    seqio = importlib.import_module("seqio")
-    made = hashlib.sha256(f"{source!r} {split} {getattr(seqio, '__version__', '')}".encode())
-    for path in sorted(_own_files(source.module)):
-        made.update(Path(path).read_bytes())
-    for row in itertools.islice(seqio_rows(source, split), _PROBED):
-        made.update(repr(row.ids).encode())
-    return made.hexdigest()
-
-
-def _own_files(module: str) -> set[str]:
-    """Return the source files of an imported module and of all that it imports, as far as they are not installed."""
-    installed = tuple(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "platstdlib", "purelib", "platlib"))
-    pending, files = [module], {}
-    while pending:
-        name = pending.pop()
-        loaded = sys.modules.get(name)
-        path = getattr(loaded, "__file__", None) or ""
-        if name in files or not path.endswith(".py") or path.startswith(installed):
-            continue
-        files[name] = path
-        package = getattr(loaded, "__package__", None) or ""
-        pending += [name.rpartition(".")[0]]  # importing a.b runs a
-        for node in ast.walk(ast.parse(Path(path).read_bytes())):
-            if isinstance(node, ast.Import):
-                pending += [alias.name for alias in node.names]
-            elif isinstance(node, ast.ImportFrom):
-                base = "." * node.level + (node.module or "")
-                base = importlib.util.resolve_name(base, package) if node.level else base
-                pending += [base, *(f"{base}.{alias.name}" for alias in node.names)]
-    return set(files.values())
-
-
-def check_vocabulary(source: Seqio, tokenizer: Tokenizer) -> None:
-    """Refuse a Task whose vocabulary gives other ids than the backbone's tokenizer."""
-    for side in SIDES:
-        vocabulary = _task(source).output_features[side].vocabulary
-        different = _difference(vocabulary, tokenizer)
-        if different is not None:
-            raise UserError(
-                f"seqio {source.name}: the vocabulary of {side!r} is not the backbone's: {different}; expected the "
-                f"same; build it of the file that {tokenizer.source} has, in module {source.module!r}"
-            )
+        They are called as seqio's Evaluator calls them. Without `outputs`, of several prompts together, the token ids
+        are those of the texts, and there are no log-probabilities.
+        """
+        _check_metrics(self)
+        return _scores(self, predictions, [example.fields for example in examples], outputs)
 
 
 def _difference(vocabulary: Any, tokenizer: Tokenizer) -> str | None:
@@ -197,20 +171,7 @@ def _piece(piece: str) -> str:
 # --------------------------------------------------------------------------------------------- scores
 
 
-class Outputs(NamedTuple):
-    """What a model gave for each example: its answer's token ids up to EOS, their log-probability, the target's."""
-
-    ids: Sequence[Sequence[int]]
-    scores: Sequence[float]
-    likelihoods: np.ndarray | None
-
-
-def needs_likelihoods(source: Seqio) -> bool:
-    """Tell whether a Task has metrics that look at the targets' log-probabilities."""
-    return any(_kind(metric) == "SCORE" for metric in _task(source).metric_objs)
-
-
-def check_metrics(source: Seqio) -> None:
+def _check_metrics(source: Seqio) -> None:
     """Refuse metrics that ask for more than predictions and log-probabilities."""
     for metric in _task(source).metric_objs:
         if _kind(metric) not in ("PREDICTION", "PREDICTION_WITH_AUX", "SCORE"):
@@ -226,14 +187,9 @@ def _kind(metric: Any) -> str:
     return getattr(getattr(metric, "model_output_type", None), "name", "")
 
 
-def seqio_scores(
+def _scores(
     source: Seqio, predictions: Sequence[str], examples: Sequence[dict[str, Any]], outputs: Outputs | None
 ) -> dict[str, float]:
-    """Return what a Task's metrics, functions and objects, say of predictions; in their own units.
-
-    They are called as seqio's Evaluator calls them. `examples` are all features of each. Without `outputs`, of several
-    prompts together, the token ids are those of the texts, and there are no log-probabilities.
-    """
     seqio, task = importlib.import_module("seqio"), _task(source)
     features, found, targets = dict(task.output_features), {}, None
     vocabulary = features["targets"].vocabulary

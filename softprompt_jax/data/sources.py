@@ -5,20 +5,23 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 
-from softprompt_jax.config import Settings, UserError, cache_folder, nearest
-from softprompt_jax.data.packages import SPLITS, Package, Row, first_line, package_rows
-from softprompt_jax.data.seqio_source import Seqio, seqio_splits
+from softprompt_jax.config import UserError, cache_folder, first_line
+from softprompt_jax.data.examples import Row, Source
+from softprompt_jax.data.packages import Package
+from softprompt_jax.data.readers import SPLITS
+from softprompt_jax.data.seqio_source import Seqio
 from softprompt_jax.distributed import cloud_files
 
 
-class Files(Settings):
-    """One file per split: jsonl, csv, tsv or parquet by suffix; relative to the working directory.
+class Files(Source):
+    """One file per split: jsonl, json (a list), csv, tsv or parquet by suffix; relative to the working directory.
 
     `quotes` follows csv's quoting rules; false takes a quote mark for a letter, as GLUE's tsv files do.
     """
@@ -29,21 +32,33 @@ class Files(Settings):
     test: str | None = None
     quotes: bool = True
 
+    def split_names(self) -> list[str]:
+        return [split for split in SPLITS if getattr(self, split) is not None]
 
-class Folder(Settings):
+    def _rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
+        return read_file(getattr(self, split), self.quotes)
+
+
+class Folder(Source):
     """A folder with a file per split (`train.jsonl`, `validation.csv`), or a folder of files (`train/part1.jsonl`)."""
 
     kind: Literal["folder"] = "folder"
     path: str
-    quotes: bool = True  # as in files
+    quotes: bool = True  # whether csv's quoting rules hold, as in files
+
+    def split_names(self) -> list[str]:
+        return list(split_files(self))
+
+    def _rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
+        return itertools.chain.from_iterable(read_file(path, self.quotes) for path in split_files(self)[split])
 
 
-class Hub(Settings):
+class Hub(Source):
     """A data set of the hub, through `datasets`; `splits` maps our names to the hub's.
 
     `converted` reads the hub's own conversion to parquet, for repositories whose rows come out of a script,
     which today's `datasets` does not run. `revision` is a branch, a tag or a commit (of the conversion, if
-    converted); without one the newest is read, or the one that `softprompt task NAME --pin` recorded.
+    converted). Without one a run reads the newest, and writes its commit into the run's `config.yaml`.
     """
 
     kind: Literal["hub"] = "hub"
@@ -59,57 +74,73 @@ class Hub(Settings):
             raise ValueError("converted: the conversion has a folder per config; expected `config`, often 'default'")
         return self
 
-    @property
-    def read_revision(self) -> str | None:
-        """The revision that is read: the stated one, the pinned one, or the newest."""
-        return self.revision or pins().get(self.pin_key) or (CONVERSION if self.converted else None)
+    def split_names(self) -> list[str]:
+        return sorted(self.splits, key=lambda split: SPLITS.index(split) if split in SPLITS else len(SPLITS))
+
+    def _rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
+        for number, row in enumerate(self._load(split, where), start=1):
+            yield f"{self.name} {split} row {number}", row
+
+    def newest(self, where: str) -> Hub:
+        """Return the source at the commit that the hub has now of the stated revision; a UserError if out of reach."""
+        from huggingface_hub import HfApi
+
+        try:
+            commit = HfApi().dataset_info(self.name, revision=self.revision or self._branch).sha
+        except Exception as error:  # the hub's client has an exception for each way not to reach it
+            raise UserError(
+                f"{where}: the revision of {self.name} could not be asked for ({first_line(error)}); "
+                "expected a hub within reach; pin the task where there is one"
+            ) from None
+        return self.model_copy(update={"revision": commit})
+
+    def pinned(self, where: str) -> Hub:
+        """Return the source at the commit that is read now: the hub's newest, without a hub that of the cached rows."""
+        if self.revision is not None:
+            return self
+        _refuse_recorded_revision(self, where)
+        try:
+            return self.newest(where)
+        except UserError:
+            return self.model_copy(update={"revision": _commit(self._load(self.split_names()[0], where))})
 
     @property
-    def pin_key(self) -> str:
-        """What a recorded revision is filed under."""
-        return f"{self.name}@{CONVERSION}" if self.converted else self.name
+    def _branch(self) -> str | None:
+        return CONVERSION if self.converted else None
+
+    def _load(self, split: str, where: str) -> Any:
+        import datasets
+
+        if self.revision is None:
+            _refuse_recorded_revision(self, where)
+        found, revision = self.splits[split], self.revision or self._branch
+        name, files = self.config, None
+        if self.converted:
+            name, files = None, {found: f"{self.config}/{found}/*.parquet"}
+        try:
+            rows = datasets.load_dataset(self.name, name, data_files=files, split=found, revision=revision)
+        except Exception as error:  # unreachable, unknown, gated, without that split: one line for each
+            raise UserError(
+                f"{where}: {self.name} could not be loaded from the hub ({first_line(error)}); expected a hub "
+                f"within reach or a cached data set; cached are: {', '.join(_cached_hub_names()) or 'none'}"
+            ) from None
+        commit = _commit(rows)
+        if commit is not None and commit != revision and re.fullmatch("[0-9a-f]{40}", revision or ""):
+            raise UserError(
+                f"{where}: {self.name} is cached at {commit}, and the hub is out of reach; expected {revision}; "
+                "fetch it where the hub is within reach"
+            )
+        return rows
 
 
 CONVERSION = "refs/convert/parquet"  # the hub's branch for it, with the files CONFIG/SPLIT/0000.parquet, ...
 
 
-Source = Annotated[Files | Folder | Hub | Package | Seqio, pydantic.Field(discriminator="kind")]
+SHORT_FORMS: dict[str, type[Source]] = {"seqio": Seqio}  # sources whose settings may stand in `task:` itself
+AnySource = Annotated[Files | Folder | Hub | Package | Seqio, pydantic.Field(discriminator="kind")]
 
 
-SUFFIXES = (".jsonl", ".csv", ".tsv", ".parquet")
-
-
-def available_splits(source: Files | Folder | Hub | Package | Seqio) -> list[str]:
-    """Return the splits that a source names, in the order train, validation, test, others."""
-    if isinstance(source, Files):
-        return [split for split in SPLITS if getattr(source, split) is not None]
-    if isinstance(source, Folder):
-        return list(split_files(source))
-    if isinstance(source, Hub):
-        return sorted(source.splits, key=lambda split: SPLITS.index(split) if split in SPLITS else len(SPLITS))
-    return seqio_splits(source) if isinstance(source, Seqio) else list(source.splits)
-
-
-def check_split(source: Files | Folder | Hub | Package | Seqio, split: str, where: str) -> None:
-    """Refuse a split that a source lacks, with those it has."""
-    known = available_splits(source)
-    if split not in known:
-        raise UserError(
-            f"{where}: no split {split!r}; found {', '.join(known) or 'none'}; "
-            f"add it to the source{nearest(split, known)}"
-        )
-
-
-def read_rows(source: Files | Folder | Hub | Package, split: str, where: str) -> Iterator[tuple[str, Row]]:
-    """Yield (place, row) for every row of a split; the place is "file:line" or "source split row"."""
-    check_split(source, split, where)
-    if isinstance(source, Files):
-        return read_file(getattr(source, split), source.quotes)
-    if isinstance(source, Folder):
-        return itertools.chain.from_iterable(read_file(path, source.quotes) for path in split_files(source)[split])
-    if isinstance(source, Hub):
-        return _hub_rows(source, split, where)
-    return package_rows(source, split, where)
+SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -136,20 +167,21 @@ def split_files(source: Folder) -> dict[str, list[Path]]:
 
 
 def read_file(path: str | Path, quotes: bool = True) -> Iterator[tuple[str, Row]]:
-    """Yield (place, row) for every row of a jsonl, csv, tsv or parquet file.
+    """Yield (place, row) for every row of a jsonl, json, csv, tsv or parquet file.
 
     Text formats are read here, not by `datasets`: an error must name the line, and a text "NA" must stay a text.
     """
     path = cloud_files.local(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a data file (.jsonl, .csv, .tsv or .parquet)")
+        raise UserError(f"{path}: no such file; expected a data file ({', '.join(SUFFIXES)})")
     suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise UserError(f"{path}: found the suffix {suffix!r}; expected {', '.join(SUFFIXES)}; convert the file")
     if suffix == ".parquet":
         return _parquet_rows(path)
-    if suffix in SUFFIXES:
-        lines = _jsonl_rows if suffix == ".jsonl" else lambda p: _csv_rows(p, "," if suffix == ".csv" else "\t", quotes)
-        return _decoded(path, lines(path))
-    raise UserError(f"{path}: found the suffix {suffix!r}; expected .jsonl, .csv, .tsv or .parquet; convert the file")
+    if suffix in (".jsonl", ".json"):
+        return _decoded(path, _jsonl_rows(path) if suffix == ".jsonl" else _json_rows(path))
+    return _decoded(path, _csv_rows(path, "," if suffix == ".csv" else "\t", quotes))
 
 
 def _decoded(path: Path, rows: Iterator[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
@@ -175,6 +207,19 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row]]:
                     f"{path}:{number}: found {type(row).__name__}; expected a JSON object with the fields of a row"
                 )
             yield f"{path}:{number}", row
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); expected a list of JSON objects") from None
+    if not isinstance(rows, list):
+        raise UserError(f"{path}: found {type(rows).__name__}; expected a list of JSON objects, one a row")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            raise UserError(f"{path} row {number}: found {type(row).__name__}; expected a JSON object with its fields")
+        yield f"{path} row {number}", row
 
 
 def _csv_rows(path: Path, delimiter: str, quotes: bool) -> Iterator[tuple[str, Row]]:
@@ -230,61 +275,23 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
 # ------------------------------------------------------------------------------------------------ hub
 
 
-def _hub_rows(source: Hub, split: str, where: str) -> Iterator[tuple[str, Row]]:
-    import datasets
+def _commit(rows: Any) -> str | None:
+    """Return the commit that the rows of a data set were read at, out of the addresses of its files."""
+    addresses = getattr(getattr(rows, "info", None), "download_checksums", None) or {}
+    found = (re.match(r"hf://datasets/[^@]+@([0-9a-f]{40})/", address) for address in addresses)
+    return next((match[1] for match in found if match), None)
 
-    found = source.splits[split]
-    try:
-        if source.converted:
-            files = {found: f"{source.config}/{found}/*.parquet"}
-            rows = datasets.load_dataset(source.name, data_files=files, split=found, revision=source.read_revision)
-        else:
-            rows = datasets.load_dataset(source.name, source.config, split=found, revision=source.read_revision)
-    except Exception as error:  # unreachable, unknown, gated, without that split: one line for each
-        cached = _cached_hub_names()
+
+def _refuse_recorded_revision(source: Hub, where: str) -> None:
+    """Refuse to read another revision than version 0.1 recorded for all runs of a machine, in a file of the cache."""
+    path = cache_folder() / "revisions.json"
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    revision = recorded.get(f"{source.name}@{CONVERSION}" if source.converted else source.name)
+    if revision is not None:
         raise UserError(
-            f"{where}: {source.name} could not be loaded from the hub ({first_line(error)}); "
-            f"expected a hub within reach or a cached data set; cached are: {', '.join(cached) or 'none'}"
-        ) from None
-    for number, row in enumerate(rows, start=1):
-        yield f"{source.name} {split} row {number}", row  # type: ignore[misc]
-
-
-def pins() -> dict[str, str]:
-    """Return the recorded revisions of hub data sets."""
-    path = _pins_file()
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def pin(source: Hub, where: str) -> Hub:
-    """Ask the hub for the commit a data set is at, record it for later loads, and return the source at that commit."""
-    from huggingface_hub import HfApi
-
-    try:
-        commit = (
-            HfApi()
-            .dataset_info(source.name, revision=source.revision or (CONVERSION if source.converted else None))
-            .sha
+            f"{where}: {path} records the revision {revision} of {source.name}; expected it in the run's settings, "
+            f"as task.source.revision={revision}; add it there, or delete the file to read the newest"
         )
-    except Exception as error:  # the hub's client has an exception for each way not to reach it
-        raise UserError(
-            f"{where}: the revision of {source.name} could not be asked for ({first_line(error)}); "
-            "expected a hub within reach; pin the task where there is one"
-        ) from None
-    assert commit is not None
-    path = _pins_file()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({**pins(), source.pin_key: commit}, indent=2) + "\n", encoding="utf-8")
-        partial.replace(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); expected a writable cache") from None
-    return source.model_copy(update={"revision": commit})
-
-
-def _pins_file() -> Path:
-    return cache_folder() / "revisions.json"
 
 
 def _cached_hub_names() -> list[str]:
@@ -295,6 +302,3 @@ def _cached_hub_names() -> list[str]:
     return sorted(
         path.name.replace("___", "/") for path in folder.glob("*") if path.is_dir() and path.name not in skipped
     )
-
-
-# ------------------------------------------------------------------------------------------- packages

@@ -93,15 +93,14 @@ def tokenize(
     input_eos: bool = True,
     truncate_targets: bool = False,
     cache: Path | None = None,
-    key: str | None = None,
 ) -> TokenizedSet:
     """Turn examples into ids, in chunks, so that a generator of a million examples needs little memory.
 
     Limits count EOS. A longer input is cut before its EOS and counted; a longer target is a UserError
     unless `truncate_targets`. An id of `vocabulary_rows` or more is a UserError, since it would become a
     prompt row. With `cache`, a folder, the result is stored under a hash of everything it depends on: the texts
-    themselves, the tokenizer's content and the limits; the examples are then gone through twice, or once and never
-    again if `key` stands for all of them. A stored file that was damaged is made anew.
+    themselves, the tokenizer's content and the limits; the examples are then gone through twice. A stored file that was
+    damaged is made anew.
     """
     if max_input_tokens < 1 or max_target_tokens < 1:
         raise UserError(
@@ -109,10 +108,9 @@ def tokenize(
         )
     path = None
     if cache is not None:
-        examples = list(examples) if isinstance(examples, Iterator) and key is None else examples
+        examples = list(examples) if isinstance(examples, Iterator) else examples
         limits = (FORMAT, vocabulary_rows, max_input_tokens, max_target_tokens, input_eos, truncate_targets)
-        known = (examples, limits) if key is None else ((), (*limits, key))
-        path = cache / f"{_digest(known[0], tokenizer, known[1])}.npz"
+        path = cache / f"{_digest(examples, tokenizer, limits)}.npz"
         if (stored := _read(path)) is not None:
             return stored
 

@@ -6,12 +6,13 @@ transformers), one of a ByT5 needs no file at all; everything else, and hub name
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -217,15 +218,25 @@ def _is_byt5(config: Path) -> bool:
 
 
 def _automatic(source: str, expected: str) -> Tokenizer:
-    # Otherwise they announce the absence of torch, and every retry of an unreachable hub.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    from transformers import AutoTokenizer
-
     try:
-        return _Transformers(source, AutoTokenizer.from_pretrained(source))
+        with _only_errors():
+            from transformers import AutoTokenizer
+
+            found = AutoTokenizer.from_pretrained(source)
+        return _Transformers(source, found)
     except UserError:
         raise
     except Exception as error:  # transformers raises nearly anything for a folder it cannot read
         lines = str(error).split("\n")
         raise UserError(f"{source}: no tokenizer could be loaded ({lines[0]}); expected {expected}") from None
+
+
+@contextlib.contextmanager
+def _only_errors() -> Iterator[None]:
+    """Let nobody log less than an error meanwhile: the absence of torch, each retry of an unreachable hub."""
+    before = logging.root.manager.disable
+    logging.disable(max(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -20,6 +20,7 @@ from softprompt_jax.config import UserError
 from softprompt_jax.export.export import export
 from softprompt_jax.models.presets import SOURCES
 from softprompt_jax.run import Run
+from softprompt_jax.tasks import Task, short
 from softprompt_jax.trees import flatten
 
 FOLDER = "hub"  # within the run's
@@ -120,9 +121,11 @@ def _scores(result: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
 
 def _changed_settings(run: Run) -> dict[str, Any]:
     """Return the task, the methods, and all else in which a run differs from the defaults with these."""
-    chosen = {"task": run.task, "methods": run.methods}
+    chosen: dict[str, Any] = {"task": run.task, "methods": run.methods}
     defaults = config.parse(Run, chosen, "defaults").model_dump(mode="json")
     changed = {key: value for key, value in run.model_dump(mode="json").items() if value != defaults[key]}
+    if isinstance(run.task, Task):
+        chosen["task"] = short(run.task)  # the name of a named task
     return {key: _changed(value) for key, value in chosen.items()} | changed
 
 

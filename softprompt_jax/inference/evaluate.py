@@ -18,9 +18,8 @@ from softprompt_jax.data.batches import evaluation_batches
 from softprompt_jax.data.buckets import Shape
 from softprompt_jax.data.preprocessors import POSTPROCESSORS
 from softprompt_jax.data.prompt_layout import NO_PROMPT, PromptLayout
-from softprompt_jax.data.seqio_source import Outputs, Seqio, check_metrics, needs_likelihoods, seqio_scores
 from softprompt_jax.data.submission import average
-from softprompt_jax.data.task import SEQIO, Example, Task
+from softprompt_jax.data.task import Example, Task
 from softprompt_jax.data.tokenized import TokenizedSet
 from softprompt_jax.data.tokenizer import Tokenizer
 from softprompt_jax.distributed import mesh
@@ -168,7 +167,7 @@ def _real(tokens: np.ndarray) -> list[int]:
 
 
 def score(
-    task: Task, predictions: Sequence[str], examples: Sequence[Example], outputs: Outputs | None = None
+    task: Task, predictions: Sequence[str], examples: Sequence[Example], outputs: metrics.Outputs | None = None
 ) -> dict[str, float]:
     """Return the task's metrics, with `illegal` (share of predictions that are no label) and `count`.
 
@@ -176,10 +175,9 @@ def score(
     there are none; accuracy where it has none.
     """
     own: dict[str, float] = {}
-    if SEQIO in task.metrics and isinstance(task.source, Seqio):
-        check_metrics(task.source)
-        own = seqio_scores(task.source, predictions, [example.fields for example in examples], outputs)
-        names = [name for name in task.metrics if name != SEQIO] or ([] if own else ["accuracy"])
+    if task.scored_by_source:
+        own = task.source.own_scores(predictions, examples, outputs)
+        names = [name for name in task.metrics if name != task.source.own_metrics] or ([] if own else ["accuracy"])
         task = task.model_copy(update={"metrics": names})
     groups = [example.group for example in examples]
     answers = task_answers(task, predictions, examples)
@@ -188,7 +186,7 @@ def score(
 
 def wants_likelihoods(task: Task) -> bool:
     """Tell whether a task's metrics look at the log-probabilities of the targets."""
-    return SEQIO in task.metrics and isinstance(task.source, Seqio) and needs_likelihoods(task.source)
+    return task.scored_by_source and task.source.wants_likelihoods()
 
 
 def task_answers(task: Task, predictions: Sequence[str], examples: Sequence[Example]) -> list[str]:
@@ -228,7 +226,7 @@ def score_name(run: Run, scores: dict[str, Any]) -> str:
 
 def score_factor(run: Run) -> float:
     """Return what a run's scores are multiplied by for readers: 100 (percent), 1 for losses and seqio's metrics."""
-    return 1.0 if run.pretraining or any(SEQIO in task.metrics for task in run.tasks) else 100.0
+    return 1.0 if run.pretraining or any(task.scored_by_source for task in run.tasks) else 100.0
 
 
 def score_text(value: float, factor: float) -> str:
@@ -239,7 +237,7 @@ def score_text(value: float, factor: float) -> str:
 def _metrics_of(task: Task, scores: dict[str, Any]) -> list[str]:
     """Return the metrics of which a task's score is the mean; a seqio Task brings its own."""
     own = [name for name in scores if name not in ("illegal", "count", "loss")]
-    return own if SEQIO in task.metrics else task.metrics
+    return own if task.scored_by_source else task.metrics
 
 
 def benchmark_average(benchmark: str, folders: Sequence[Path]) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from softprompt_jax.assembly import Assembly, assemble_trained, backbone_of_prom
 from softprompt_jax.checkpoints.artifact import Artifact, load_artifact
 from softprompt_jax.checkpoints.backbone import Backbone
 from softprompt_jax.config import UserError
+from softprompt_jax.data.examples import Example, input_text
+from softprompt_jax.data.metrics import Outputs
 from softprompt_jax.data.prompt_layout import PromptLayout
-from softprompt_jax.data.seqio_source import Outputs, Seqio, check_vocabulary
 from softprompt_jax.data.submission import check_server, write_submission
-from softprompt_jax.data.task import Example, Task, input_text, iterate, within
+from softprompt_jax.data.task import Task, iterate, within
 from softprompt_jax.data.tokenized import TokenizedSet, tokenize
 from softprompt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from softprompt_jax.inference.evaluate import DecodedAnswer, Decoder, score, wants_likelihoods
@@ -168,8 +169,7 @@ class Predictor:
     def evaluate(self, task: Task, split_name: str) -> dict[str, float]:
         """Return the metrics of a task's split."""
         task = within(task, self.max_input_tokens, self.max_tokens)
-        if isinstance(task.source, Seqio):
-            check_vocabulary(task.source, self.tokenizer)
+        task.source.check(self.tokenizer, metrics=False)
         examples, likelihoods = load(task, split_name), None
         if wants_likelihoods(task):
             state, layout = (self._parts.trainable, self._parts.frozen), layout_of(self.model)

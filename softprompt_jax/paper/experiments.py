@@ -7,6 +7,7 @@ packages. Runs are filed by the hash of their settings, so that experiments shar
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import json
@@ -23,6 +24,7 @@ from softprompt_jax.paper import results
 from softprompt_jax.paper.measures import Measure
 from softprompt_jax.progress import Reporter
 from softprompt_jax.run import UNHASHED_SETTINGS, load_run
+from softprompt_jax.training.run_folder import folders_by_hash
 from softprompt_jax.training.sweep import Member, train_members
 
 FormName = Literal["miniature", "published"]
@@ -235,7 +237,9 @@ def run_experiment(
     """
     experiment, path = load(name)
     grid, reporter = experiment.grid(form), reporter or Reporter(quiet=True)
-    whole = list(members(grid, path, seeds))
+    known = folders_by_hash(runs)  # some have the name that an older version gave to the same settings
+    planned = members(grid, path, seeds)
+    whole = [dataclasses.replace(member, name=known.get(member.name, member.name)) for member in planned]
     labels = {member.name: results.label(member) for member in whole}
 
     def collect() -> dict[str, Any]:

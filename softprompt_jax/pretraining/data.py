@@ -14,15 +14,27 @@ from typing import Literal
 import numpy as np
 import pydantic
 
-import softprompt_jax.pretraining.definitions
-import softprompt_jax.pretraining.polarity  # noqa: F401 - both register their tasks, after those of instructions.py
 from softprompt_jax.config import Settings, UserError, nearest
 from softprompt_jax.pretraining.corpus import TextFile
+from softprompt_jax.pretraining.instructions import TASKS, instructions
 from softprompt_jax.pretraining.lexicon import Lexicon, fetch_lexicon
-from softprompt_jax.pretraining.objectives import OBJECTIVES, Example, Library
+from softprompt_jax.pretraining.objectives import (
+    Example,
+    Library,
+    Objective,
+    copy,
+    prefix_lm,
+    short_spans,
+    span_corruption,
+    word_order,
+)
 
 EOS = 1
 WINDOW = 32  # batches made together
+
+_PLAIN = (span_corruption, short_spans, copy, word_order, prefix_lm, instructions)
+OBJECTIVES: dict[str, Objective] = {function.__name__: function for function in _PLAIN}
+OBJECTIVES |= {name: function for name, (function, _) in TASKS.items()}  # each by itself, too
 
 
 class Stage(Settings):

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from random import Random
 
-from softprompt_jax.pretraining.instructions import SAME, YES_NO, decide, join, task
 from softprompt_jax.pretraining.objectives import Example, Library
+from softprompt_jax.pretraining.questions import SAME, YES_NO, decide, join
 
 
-@task(1.5)
 def define(draw: Random, library: Library) -> Example | None:
     """Word to gloss, or gloss to word."""
     if not library.entries:
@@ -22,7 +21,6 @@ def define(draw: Random, library: Library) -> Example | None:
     return join(library, question, gloss), library.encode(word)
 
 
-@task(2.5)
 def is_definition(draw: Random, library: Library) -> Example | None:
     """Is it the definition of the word, or another's?"""
     if not library.entries:
@@ -40,7 +38,6 @@ def is_definition(draw: Random, library: Library) -> Example | None:
     return decide(draw, library, questions, labels, answer, "word:", draw.choice(words), "definition:", gloss)
 
 
-@task(1.5)
 def synonym(draw: Random, library: Library) -> Example | None:
     """Do two words mean the same?"""
     if not library.synonym_words:

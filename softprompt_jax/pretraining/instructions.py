@@ -2,119 +2,18 @@
 
 A soft prompt found later by gradient descent plays the part of the instruction, so each task has several
 phrasings, and yes/no answers come under many pairs of label words, sometimes named in the instruction.
-Texts are the corpus and the dictionary; no evaluated set is involved.
+Texts are the corpus and the dictionary; no evaluated set is involved. `TASKS`, at the end, lists them all.
 """
 
 # ruff: noqa: SIM905 - word lists read better as text
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from random import Random
 
-from softprompt_jax.pretraining.objectives import Example, Ids, Library, objective
-
-Task = Callable[[Random, Library], Example | None]
-TASKS: dict[str, tuple[Task, float]] = {}
-
-
-def task(weight: float) -> Callable[[Task], Task]:
-    """Register an instruction task: an objective of its own, and with `weight` a part of `instructions`."""
-
-    def register(function: Task) -> Task:
-        TASKS[function.__name__] = objective(function), weight
-        return function
-
-    return register
-
-
-@objective
-def instructions(draw: Random, library: Library) -> Example | None:
-    """One of the instruction tasks of this module, by weight."""
-    names = list(TASKS)
-    name = draw.choices(names, [TASKS[name][1] for name in names])[0]
-    return TASKS[name][0](draw, library)
-
-
-# --------------------------------------------------------------------------- putting examples together
-
-
-def join(library: Library, *parts: str | Ids) -> Ids:
-    """Concatenate texts and ids as if the words had been joined by spaces."""
-    ids: Ids = []
-    for part in parts:
-        ids += library.encode(part) if isinstance(part, str) else part
-    return ids
-
-
-_FIELDS = ("sentence:", "text:", "input:", "sentence:", "")
-PAIRS = (
-    ("sentence1:", "sentence2:"),
-    ("sentence1:", "sentence2:"),
-    ("sentence 1:", "sentence 2:"),
-    ("first:", "second:"),
-    ("text1:", "text2:"),
-    ("a:", "b:"),
-)
-
-
-def decide(
-    draw: Random,
-    library: Library,
-    questions: Sequence[str],
-    labels: Sequence[tuple[str, str]],
-    answer: bool,
-    *text: str | Ids,
-    bare: bool = False,
-) -> Example:
-    """Ask a question with two answers; `labels` are (if true, if false).
-
-    A fifth of the questions name the options. Those that do not are answered in the first pair, so that the
-    words of the answer always follow from the question; very rarely the question assigns two unrelated words.
-    `bare`: the options alone may stand for the question, as they say what is asked.
-    """
-    question = draw.choice(questions)
-    form = draw.random()
-    if form < 0.8:
-        pair = labels[0]
-        question = draw.choice((f"{question}:", f"{question}:", f"{question}?", question))
-    elif form < 0.98:
-        pair = draw.choice(labels)
-        first, second = draw.sample(pair, 2)
-        question = draw.choice(_OPTIONS + _BARE if bare else _OPTIONS).format(q=question, first=first, second=second)
-    else:
-        first, second = draw.sample(_CODES, 2)
-        pair = (first, second)
-        question = draw.choice(_CODED).format(
-            q=question, first=first, second=second, true=labels[0][0], false=labels[0][1]
-        )
-    return join(library, question, *text), library.encode(pair[0] if answer else pair[1])
-
-
-_OPTIONS = (
-    "{q}: {first} or {second}?",
-    "{first} or {second}? {q}:",
-    "{q}? answer {first} or {second}:",
-    "{q} ({first}, {second}):",
-)
-_BARE = ("{first} or {second}:", "{first} or {second}?", "choose {first} or {second}:")
-_CODED = ("{q}? {first} if {true}, {second} if {false}:", "{q}? say {first} for {true} and {second} for {false}:")
-_CODES = tuple(
-    """a b one two red blue green white black up down left right sun moon dog cat tree water fire stone house
-    ham spam north south apple bread high low real fake""".split()
-)
-YES_NO = (("yes", "no"), ("true", "false"), ("right", "wrong"))
-
-
-def one_field(draw: Random) -> str:
-    """Draw the word before a single text, or none."""
-    return draw.choice(_FIELDS)
-
-
-def _plain(library: Library, word: Ids) -> str:
-    """Return a word without the punctuation around it."""
-    return library.encoder.decode(word).strip(" .,;:!?\"'()[]“”‘’-`*")
-
+from softprompt_jax.pretraining import definitions, polarity
+from softprompt_jax.pretraining.objectives import Example, Ids, Library, Objective
+from softprompt_jax.pretraining.questions import PAIRS, SAME, YES_NO, bare_word, decide, join, one_field
 
 # --------------------------------------------------------------------------- words and positions
 
@@ -128,7 +27,6 @@ _WHICH = {
 }
 
 
-@task(2.0)
 def which_word(draw: Random, library: Library) -> Example | None:
     """First word, last word..."""
     ids = library.sentence(draw, 4, 30)
@@ -140,7 +38,6 @@ def which_word(draw: Random, library: Library) -> Example | None:
     return join(library, question, one_field(draw), ids), _WHICH[name](words)
 
 
-@task(2.0)
 def neighbour(draw: Random, library: Library) -> Example | None:
     """The word after, or before, a word that stands once in the sentence."""
     ids = library.sentence(draw, 6, 30)
@@ -154,14 +51,13 @@ def neighbour(draw: Random, library: Library) -> Example | None:
     return join(library, draw.choice(questions), words[place], one_field(draw) or "text:", ids), answer
 
 
-@task(2.0)
 def contains(draw: Random, library: Library) -> Example | None:
     """Is a word in the text?"""
     ids, other = library.sentence(draw, 6, 40), library.sentence(draw, 6, 40)
     answer = draw.random() < 0.5
-    present = {_plain(library, word).lower() for word in library.words(ids)}
+    present = {bare_word(library, word).lower() for word in library.words(ids)}
     source = ids if answer else other
-    words = [word for word in (_plain(library, word) for word in library.words(source)) if len(word) > 2]
+    words = [word for word in (bare_word(library, word) for word in library.words(source)) if len(word) > 2]
     words = [word for word in words if (word.lower() in present) == answer]
     if not words:
         return None
@@ -172,11 +68,10 @@ def contains(draw: Random, library: Library) -> Example | None:
     return decide(draw, library, questions, labels, answer, *text)
 
 
-@task(1.0)
 def count(draw: Random, library: Library) -> Example | None:
     """How many times does a word stand in the text?"""
     ids = library.sentence(draw, 10, 60)
-    words = [_plain(library, word).lower() for word in library.words(ids)]
+    words = [bare_word(library, word).lower() for word in library.words(ids)]
     wanted = draw.choice((1, 2, 2, 3, 3, 4))
     matching = sorted({word for word in words if word and words.count(word) == wanted})
     if not matching:
@@ -187,7 +82,6 @@ def count(draw: Random, library: Library) -> Example | None:
     return join(library, question, draw.choice(matching), style, ids), library.encode(answer)
 
 
-@task(1.0)
 def length(draw: Random, library: Library) -> Example | None:
     """Is the text short or long?"""
     answer = draw.random() < 0.5
@@ -198,7 +92,6 @@ def length(draw: Random, library: Library) -> Example | None:
     return decide(draw, library, questions, (("short", "long"),), answer, one_field(draw), ids, bare=True)
 
 
-@task(1.5)
 def question_or_statement(draw: Random, library: Library) -> Example | None:
     """Is it a question? The question mark is taken away."""
     answer = draw.random() < 0.5
@@ -217,7 +110,6 @@ def question_or_statement(draw: Random, library: Library) -> Example | None:
     return decide(draw, library, questions, labels, answer, one_field(draw), library.encode(text.rstrip("?.! \"'”’")))
 
 
-@task(1.5)
 def surface(draw: Random, library: Library) -> Example | None:
     """Has the text a number, capitals, a quotation, a name?"""
     answer = draw.random() < 0.5
@@ -245,7 +137,6 @@ _SURFACE = {
 }
 
 
-@task(1.5)
 def kind_of_text(draw: Random, library: Library) -> Example | None:
     """From which kind of source is the text? Kinds are equally frequent."""
     kinds = sorted({file.kind for file in library.files if file.kind})
@@ -272,14 +163,6 @@ def kind_of_text(draw: Random, library: Library) -> Example | None:
 
 # --------------------------------------------------------------------------- pairs of sentences
 
-SAME = (
-    ("same", "different"),
-    ("yes", "no"),
-    ("similar", "unrelated"),
-    ("equivalent", "different"),
-    ("duplicate", "not_duplicate"),
-    ("true", "false"),
-)
 _SAME_QUESTIONS = (
     "do the sentences say the same",
     "same meaning",
@@ -290,7 +173,6 @@ _SAME_QUESTIONS = (
 )
 
 
-@task(6.0)
 def same_meaning(draw: Random, library: Library) -> Example | None:
     """Does the second sentence say what the first says? A changed copy, against another sentence nearby."""
     file, place = library.place(draw, 6, 36)
@@ -326,7 +208,7 @@ def _changed(draw: Random, library: Library, ids: Ids) -> Ids:
     words = [list(word) for word in library.words(ids)]
     kept: list[Ids] = []
     for word in words:
-        plain = _plain(library, word)
+        plain = bare_word(library, word)
         if plain.lower() in _LITTLE and draw.random() < 0.35:
             continue
         synonyms = library.synonyms.get(plain.lower()) if draw.random() < 0.6 else None
@@ -351,8 +233,8 @@ def _changed(draw: Random, library: Library, ids: Ids) -> Ids:
 def _contradicted(draw: Random, library: Library, ids: Ids) -> Ids | None:
     """Say something else with nearly the same words: content words come from another sentence."""
     words = library.words(ids)
-    content = [i for i, word in enumerate(words) if len(_plain(library, word)) > 3]
-    others = [word for word in library.words(library.sentence(draw, 10, 40)) if len(_plain(library, word)) > 3]
+    content = [i for i, word in enumerate(words) if len(bare_word(library, word)) > 3]
+    others = [word for word in library.words(library.sentence(draw, 10, 40)) if len(bare_word(library, word)) > 3]
     if len(content) < 2 or len(others) < 4:
         return None
     for i in draw.sample(content, max(2, round(len(content) * draw.uniform(0.4, 0.9)))):
@@ -360,7 +242,6 @@ def _contradicted(draw: Random, library: Library, ids: Ids) -> Ids | None:
     return [i for word in words for i in word]
 
 
-@task(2.5)
 def right_order(draw: Random, library: Library) -> Example | None:
     """Do two neighbouring sentences stand in their order?"""
     file, place = library.place(draw, 5, 38)
@@ -378,7 +259,6 @@ def right_order(draw: Random, library: Library) -> Example | None:
     return decide(draw, library, questions, labels, answer, a, first, b, second)
 
 
-@task(2.5)
 def follows(draw: Random, library: Library) -> Example | None:
     """Does the second sentence come from just after the first, or from elsewhere in the file?"""
     file, place = library.place(draw, 6, 40)
@@ -396,7 +276,6 @@ def follows(draw: Random, library: Library) -> Example | None:
     return decide(draw, library, questions, labels, answer, a, library.sentence_at(file, place), b, second)
 
 
-@task(1.5)
 def broken(draw: Random, library: Library) -> Example | None:
     """Is the sentence good English, or are its words mixed up?"""
     words = library.words(library.sentence(draw, 6, 36))
@@ -411,3 +290,40 @@ def broken(draw: Random, library: Library) -> Example | None:
     questions = ("is the sentence correct", "is it good english", "is the grammar right", "is it well formed")
     labels = (("yes", "no"), ("acceptable", "unacceptable"), ("correct", "wrong"), ("good", "bad"))
     return decide(draw, library, questions, labels, answer, one_field(draw), [i for word in words for i in word])
+
+
+# --------------------------------------------------------------------------- all of them
+
+# Each task and its weight in `instructions`. The order is part of what a seed draws.
+TASKS: dict[str, tuple[Objective, float]] = {
+    function.__name__: (function, weight)
+    for function, weight in (
+        (which_word, 2.0),
+        (neighbour, 2.0),
+        (contains, 2.0),
+        (count, 1.0),
+        (length, 1.0),
+        (question_or_statement, 1.5),
+        (surface, 1.5),
+        (kind_of_text, 1.5),
+        (same_meaning, 6.0),
+        (right_order, 2.5),
+        (follows, 2.5),
+        (broken, 1.5),
+        (definitions.define, 1.5),
+        (definitions.is_definition, 2.5),
+        (definitions.synonym, 1.5),
+        (polarity.sentiment_sentence, 7.0),
+        (polarity.sentiment_composed, 7.0),
+        (polarity.sentiment_word, 2.5),
+        (polarity.sentiment_gloss, 2.0),
+        (polarity.better, 1.5),
+        (polarity.same_sentiment, 1.5),
+    )
+}
+
+
+def instructions(draw: Random, library: Library) -> Example | None:
+    """One of `TASKS`, by weight."""
+    name = draw.choices(list(TASKS), [weight for _, weight in TASKS.values()])[0]
+    return TASKS[name][0](draw, library)

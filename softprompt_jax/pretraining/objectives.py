@@ -1,7 +1,7 @@
 """Objectives of pre-training on plain text: each makes one example, a pair (input ids, target ids) without EOS.
 
-`OBJECTIVES` is the register; `instructions` (tasks/instructions.py) is in it too. An objective takes the
-random draw and the library of texts, and may return None when what it drew does not fit.
+An objective takes the random draw and the library of texts, and may return None when what it drew does not fit. All of
+them, the instruction tasks included, are listed in data.py.
 """
 
 from __future__ import annotations
@@ -21,13 +21,6 @@ from softprompt_jax.pretraining.lexicon import Lexicon
 Ids = list[int]
 Example = tuple[Ids, Ids]
 Objective = Callable[[Random, "Library"], Example | None]
-OBJECTIVES: dict[str, Objective] = {}
-
-
-def objective(function: Objective) -> Objective:
-    """Register an objective under its function's name."""
-    OBJECTIVES[function.__name__] = function
-    return function
 
 
 class Library:
@@ -212,7 +205,6 @@ def _mask(library: Library, ids: Ids, lengths: Sequence[int]) -> Example:
     return inputs, targets
 
 
-@objective
 def span_corruption(draw: Random, library: Library) -> Example | None:
     """Mask 15% of a passage in spans of 3 pieces on average; as T5 (Raffel et al., 2020, section 3.1.4)."""
     # Masking 15% in spans of 3 shortens by a tenth: so much more text fits.
@@ -222,7 +214,6 @@ def span_corruption(draw: Random, library: Library) -> Example | None:
     return _mask(library, ids, _spans(draw, len(ids), 0.15, 3.0))
 
 
-@objective
 def short_spans(draw: Random, library: Library) -> Example | None:
     """Mask one to three single words of one sentence: an easy start for reading the encoder."""
     words = library.words(library.sentence(draw, 6, 40))
@@ -238,7 +229,6 @@ def short_spans(draw: Random, library: Library) -> Example | None:
     return _mask(library, [i for word in words for i in word], lengths)
 
 
-@objective
 def copy(draw: Random, library: Library) -> Example | None:
     """Repeat the sentence, or only the part between two sentinels."""
     words = library.words(library.sentence(draw, 4, min(22, library.max_target)))
@@ -254,7 +244,6 @@ _COPY = ("copy:", "repeat:", "say it again:", "repeat the sentence:", "copy the 
 _MARKED = ("copy the marked part:", "marked words:", "what is marked:", "extract the marked text:")
 
 
-@objective
 def word_order(draw: Random, library: Library) -> Example | None:
     """Put the shuffled words of a short sentence in order."""
     words = library.words(library.sentence(draw, 4, min(14, library.max_target)))
@@ -263,7 +252,6 @@ def word_order(draw: Random, library: Library) -> Example | None:
     return library.encode(instruction) + _flat(shuffled), _flat(words)
 
 
-@objective
 def prefix_lm(draw: Random, library: Library) -> Example | None:
     """Split a passage: the first part in, the rest out; the LM adaptation of Lester et al. (2021)."""
     ids = library.passage(draw, library.max_input + library.max_target)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from random import Random
 
 from softprompt_jax.pretraining import opinions
-from softprompt_jax.pretraining.instructions import PAIRS, YES_NO, decide, join, task
 from softprompt_jax.pretraining.objectives import Example, Ids, Library
+from softprompt_jax.pretraining.questions import PAIRS, YES_NO, decide, join
 
 POLARITY = (
     ("positive", "negative"),
@@ -43,7 +43,6 @@ def _ask(draw: Random, library: Library, good: bool, ids: Ids | str) -> Example:
     return decide(draw, library, _IS_NEGATIVE, YES_NO, not good, field, ids)
 
 
-@task(7.0)
 def sentiment_sentence(draw: Random, library: Library) -> Example | None:
     """Polarity of a sentence of the corpus in which the words of the lexicon agree; classes are balanced."""
     good = draw.random() < 0.5
@@ -57,7 +56,6 @@ def sentiment_sentence(draw: Random, library: Library) -> Example | None:
     return _ask(draw, library, good, ids)
 
 
-@task(7.0)
 def sentiment_composed(draw: Random, library: Library) -> Example | None:
     """Polarity of a made-up opinion: negation, contrast, things that lack something; now and then beside a sentence."""
     if not library.can_compose:
@@ -73,7 +71,6 @@ def sentiment_composed(draw: Random, library: Library) -> Example | None:
     return _ask(draw, library, good, ids)
 
 
-@task(2.5)
 def sentiment_word(draw: Random, library: Library) -> Example | None:
     """Polarity of one word, or of two or three of the same polarity."""
     good = draw.random() < 0.5
@@ -83,7 +80,6 @@ def sentiment_word(draw: Random, library: Library) -> Example | None:
     return _ask(draw, library, good, " ".join(draw.choice(words) for _ in range(draw.choice((1, 1, 1, 2, 3)))))
 
 
-@task(2.0)
 def sentiment_gloss(draw: Random, library: Library) -> Example | None:
     """Polarity of a word of the lexicon, from its definition (with or without the word)."""
     good = draw.random() < 0.5
@@ -94,7 +90,6 @@ def sentiment_gloss(draw: Random, library: Library) -> Example | None:
     return _ask(draw, library, good, gloss if draw.random() < 0.6 else f"{word}: {gloss}")
 
 
-@task(1.5)
 def better(draw: Random, library: Library) -> Example | None:
     """Which of two words, or two opinions, is better (or worse)?"""
     if not library.can_compose:
@@ -112,7 +107,6 @@ def better(draw: Random, library: Library) -> Example | None:
     return decide(draw, library, questions, (("first", "second"),), best_first, a, texts[0], b, texts[1])
 
 
-@task(1.5)
 def same_sentiment(draw: Random, library: Library) -> Example | None:
     """Have two opinions the same polarity?"""
     if not library.can_compose:

@@ -1,58 +1,83 @@
 """Text-to-text tasks by name: `tasks.get("sentiment_movie")`, `tasks.load(task, "train")`.
 
-A new task is a file here with a dict `TASKS`, listed below.
+The files `*.yaml` here hold the named tasks. A key is a name; its value is what `task:` of a run may hold, so that it
+can be copied from here and changed. To add a task, write its settings into one of the files, or a new file.
+Python is needed only for what settings cannot say: `data/preprocessors.py` (how a row becomes other rows, and a
+prediction an answer) and `data/readers.py` (how the files of a package become rows).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from softprompt_jax import config
 from softprompt_jax.config import UserError, nearest, parse
-from softprompt_jax.data.seqio_source import Seqio
-from softprompt_jax.data.task import SEQIO, Example, Task, load, splits
-from softprompt_jax.tasks import (
-    generation,
-    glue,
-    inference,
-    paraphrase,
-    question_answering,
-    rewriting,
-    sentiment,
-    spam,
-    superglue,
-)
+from softprompt_jax.data.examples import Example
+from softprompt_jax.data.sources import SHORT_FORMS
+from softprompt_jax.data.task import Task, load, splits
 
 __all__ = ["Example", "Task", "complete", "get", "load", "names", "resolve", "splits"]
 
-_FILES = (superglue, glue, question_answering, inference, generation, rewriting, sentiment, paraphrase, spam)
-_TASKS: dict[str, Task] = {name: task for file in _FILES for name, task in file.TASKS.items()}
+
+@functools.cache
+def _settings() -> dict[str, dict[str, Any]]:
+    """Read the settings of all named tasks."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(Path(__file__).parent.glob("*.yaml")):
+        found |= config.read(path)
+    return found
 
 
 def names() -> list[str]:
     """Return the names of all tasks."""
-    return sorted(_TASKS)
+    return sorted(_settings())
 
 
+@functools.cache
 def get(name: str) -> Task:
     """Return a task by its name; an unknown name is a UserError with the nearest ones."""
-    if name not in _TASKS:
-        raise UserError(f"task {name!r}: unknown; expected one of {', '.join(names())}{nearest(name, _TASKS)}")
-    return _TASKS[name]
+    if name not in _settings():
+        raise UserError(f"task {name!r}: unknown; expected one of {', '.join(names())}{nearest(name, names())}")
+    return parse(Task, {"name": name} | _settings()[name], f"task {name}")
 
 
 def complete(value: Any) -> Any:
     """Return a mapping without a source as the named task with these settings in the stead of its own.
 
-    `{kind: seqio, name: ..., module: ...}` is a seqio Task with its own metrics, and further settings as in any task.
+    `source: {revision: ...}`, without a kind, changes a part of the named task's source. `{kind: seqio, name: ...,
+    module: ...}` is a seqio Task with its own metrics, and further settings as in any task.
     """
-    if not isinstance(value, Mapping) or "source" in value or "name" not in value:
+    if not isinstance(value, Mapping):
         return value
-    if value.get("kind") == "seqio":
-        source = {key: value[key] for key in Seqio.model_fields if key in value}
-        rest = {key: item for key, item in value.items() if key not in source or key == "name"}
-        return {"source": source, "input": "{inputs}", "target": "{targets}", "metrics": [SEQIO], **rest}
-    return {**get(str(value["name"])).model_dump(), **value}
+    source, kind = value.get("source", {}), SHORT_FORMS.get(value.get("kind", ""))
+    if kind is not None and "source" not in value:
+        own = {key: value[key] for key in kind.model_fields if key in value}
+        rest = {key: item for key, item in value.items() if key not in own or key == "name"}
+        return {"source": own, **kind.fixed, "metrics": [kind.own_metrics], **rest}
+    if not isinstance(source, Mapping) or "kind" in source:
+        return value
+    if "name" not in value:
+        raise UserError(
+            f"task: found {', '.join(map(str, value))}; expected a source too, or the name of the task to change, "
+            "as in {name: boolq, with_prefix: true}"
+        )
+    named = get(str(value["name"])).model_dump()
+    return {**named, **value, "source": {**named["source"], **source}}
+
+
+def short(task: Task) -> Any:
+    """Return the shortest settings of a task: its name, what differs from the task of that name, or all of it."""
+    if task.name not in names():
+        stated = task.model_dump(mode="json", exclude_defaults=True)
+        return stated | {"source": {"kind": task.source.kind, **stated["source"]}}
+    named, own = (each.model_dump(mode="json") for each in (get(task.name), task))
+    changes = {key: item for key, item in own.items() if item != named[key]}
+    if "source" in changes and own["source"]["kind"] == named["source"]["kind"]:
+        changes["source"] = {key: item for key, item in own["source"].items() if item != named["source"][key]}
+    return {"name": task.name, **changes} if changes else task.name
 
 
 def resolve(value: Any, where: str = "task") -> Task:

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import pydantic
 from jaxtyping import Float, Int
 
-from softprompt_jax.config import Settings, nearest
+from softprompt_jax.config import Settings, UserError, by_kind, nearest, to_yaml
 from softprompt_jax.data.batches import Draw
-from softprompt_jax.data.seqio_source import Seqio, mixture_rates
+from softprompt_jax.data.examples import Source
+from softprompt_jax.data.sources import Hub
 from softprompt_jax.data.task import Task
-from softprompt_jax.tasks import complete, get, names
+from softprompt_jax.tasks import complete, get, names, short
 
 
 class Equal(Settings):
-    """Every task as often as any other."""
+    """All tasks are drawn equally often."""
 
     kind: Literal["equal"] = "equal"
 
@@ -27,10 +28,10 @@ class Equal(Settings):
 
 
 class Proportional(Settings):
-    """As often as a task has examples, of which `limit` count at most (Raffel et al., 2020)."""
+    """Tasks are drawn in proportion to their numbers of examples (Raffel et al., 2020)."""
 
     kind: Literal["proportional"] = "proportional"
-    limit: int | None = pydantic.Field(None, gt=0)
+    limit: int | None = pydantic.Field(None, gt=0)  # number of a task's examples that count at most
 
     def rates(self, counts: Sequence[int]) -> Float[np.ndarray, " N"]:
         """Return each task's share of the examples, from the examples it has."""
@@ -41,8 +42,8 @@ class Temperature(Settings):
     """Proportional rates to the power of 1 / temperature, so that high ones are near equal (Raffel et al., 2020)."""
 
     kind: Literal["temperature"] = "temperature"
-    temperature: float = pydantic.Field(2.0, ge=1)
-    limit: int | None = pydantic.Field(None, gt=0)
+    temperature: float = pydantic.Field(2.0, ge=1)  # flatness: 1 is proportional, large is equal
+    limit: int | None = pydantic.Field(None, gt=0)  # number of a task's examples that count at most
 
     def rates(self, counts: Sequence[int]) -> Float[np.ndarray, " N"]:
         """Return each task's share of the examples, from the examples it has."""
@@ -51,20 +52,15 @@ class Temperature(Settings):
         return weights / weights.sum()
 
 
-class Given(Settings):
-    """Each task as often as its share says, relative to the others'."""
+class FixedRates(Settings):
+    """Tasks are drawn in proportion to fixed shares."""
 
     kind: Literal["given"] = "given"
-    shares: list[Annotated[float, pydantic.Field(gt=0)]] = pydantic.Field(min_length=1)
+    shares: list[Annotated[float, pydantic.Field(gt=0)]] = pydantic.Field(min_length=1)  # one number for each task
 
     def rates(self, counts: Sequence[int]) -> Float[np.ndarray, " N"]:
         """Return each task's share of the examples."""
         return np.asarray(self.shares) / sum(self.shares)
-
-
-def _named(value: Any) -> Any:
-    """Let `rates: proportional` stand for `rates: {kind: proportional}`."""
-    return {"kind": value} if isinstance(value, str) else value
 
 
 def _task(value: Any) -> Any:
@@ -77,24 +73,24 @@ def _task(value: Any) -> Any:
 
 
 Rates = Annotated[
-    Annotated[Equal | Proportional | Temperature | Given, pydantic.Field(discriminator="kind")],
-    pydantic.BeforeValidator(_named),
+    Annotated[Equal | Proportional | Temperature | FixedRates, pydantic.Field(discriminator="kind")],
+    pydantic.BeforeValidator(by_kind),
 ]
 
 
 class Mixture(Settings):
-    """Several tasks, by name or as settings, trained together.
+    """Several tasks that are trained together.
 
-    With `prompts: own` each has a prompt of its own, its rows among those of the others in every batch; with
-    `shared` one prompt serves all, and the inputs must tell the tasks apart. A task without a validation split is
-    trained on and not scored.
+    With `prompts: own` each task has its own prompt, and a batch holds examples of all. With `shared` one prompt
+    serves all; then the inputs must tell the tasks apart. A task without a validation split is trained on, but not
+    scored.
     """
 
     kind: Literal["mixture"] = "mixture"
-    name: str = "mixture"
-    tasks: list[Annotated[Task, pydantic.BeforeValidator(_task)]] = pydantic.Field(min_length=1)
-    rates: Rates = Equal()
-    prompts: Literal["shared", "own"] = "shared"
+    name: str = "mixture"  # name in results and messages
+    tasks: list[Annotated[Task, pydantic.BeforeValidator(_task)]] = pydantic.Field(min_length=1)  # names or settings
+    rates: Rates = Equal()  # how often each task is drawn
+    prompts: Literal["shared", "own"] = "shared"  # one prompt for all tasks, or one for each
 
     @pydantic.field_validator("tasks")
     @classmethod
@@ -108,20 +104,60 @@ class Mixture(Settings):
 
     @pydantic.model_validator(mode="after")
     def _shares_are_of_the_tasks(self) -> Mixture:
-        if isinstance(self.rates, Given) and len(self.rates.shares) != len(self.tasks):
+        if isinstance(self.rates, FixedRates) and len(self.rates.shares) != len(self.tasks):
             raise ValueError(f"found {len(self.rates.shares)} shares for {len(self.tasks)} tasks; expected one each")
         return self
 
 
 def expand(task: Any) -> Any:
-    """Return a seqio Mixture as a mixture of its Tasks at its rates, any other task as it is."""
-    if not isinstance(task, Task) or not isinstance(task.source, Seqio):
+    """Return a task whose source stands for several as a mixture of them at its rates, any other task as it is."""
+    found = task.source.mixture() if isinstance(task, Task) else []
+    if not found:
         return task
-    rates = mixture_rates(task.source)
-    if rates is None:
-        return task
-    changes = [task.model_copy(update={"name": n, "source": task.source.model_copy(update={"name": n})}) for n in rates]
-    return Mixture(name=task.name, tasks=changes, rates=Given(shares=list(rates.values())))
+    tasks = [task.model_copy(update={"name": name, "source": source}) for name, source, _ in found]
+    return Mixture(name=task.name, tasks=tasks, rates=FixedRates(shares=[rate for *_, rate in found]))
+
+
+def pinned(task: Any) -> Any:
+    """Return a task or mixture at the revisions that are read now, where it states none."""
+    return _with_sources(task, lambda each: each.source.pinned(f"task {each.name}"))
+
+
+def at_revisions_of(task: Any, saved: Any) -> Any:
+    """Return a task or mixture at the revisions of one that was saved, where it states none itself."""
+    known = {each.name: each.source for each in _tasks_of(saved)}
+
+    def stated(each: Task) -> Source:
+        source, other = each.source, known.get(each.name)
+        if not isinstance(source, Hub) or not isinstance(other, Hub) or source.revision is not None:
+            return source
+        return other if other.model_copy(update={"revision": None}) == source else source
+
+    return _with_sources(task, stated)
+
+
+def newest_as_yaml(task: Any) -> str:
+    """Ask the hub for the commits of a task's data sets, and return YAML of the task at these for a run's settings."""
+    if not _tasks_of(task):
+        raise UserError("task: found pre-training; expected a task of the hub, or no --pin")
+    for each in _tasks_of(task):
+        if not isinstance(each.source, Hub):
+            raise UserError(f"task {each.name}: its rows are not the hub's; expected a task of the hub, or no --pin")
+    found = _with_sources(task, lambda each: each.source.newest(f"task {each.name}"))
+    tasks = [short(each) for each in _tasks_of(found)]
+    settings = found.model_dump(mode="json") | {"tasks": tasks} if isinstance(found, Mixture) else tasks[0]
+    return to_yaml({"task": settings})
+
+
+def _tasks_of(task: Any) -> list[Task]:
+    return task.tasks if isinstance(task, Mixture) else [task] if isinstance(task, Task) else []
+
+
+def _with_sources(task: Any, change: Callable[[Any], Source]) -> Any:
+    """Return a task, or a mixture of tasks, with other sources."""
+    if isinstance(task, Mixture):
+        return task.model_copy(update={"tasks": [_with_sources(each, change) for each in task.tasks]})
+    return task.model_copy(update={"source": change(task)}) if isinstance(task, Task) else task
 
 
 def draw_mixture(counts: Sequence[int], rates: Float[np.ndarray, " N"], seed: int, at_least: int = 1) -> Draw:

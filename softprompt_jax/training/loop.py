@@ -15,7 +15,7 @@ import numpy as np
 import softprompt_jax
 from softprompt_jax.assembly import assemble, check_devices
 from softprompt_jax.checkpoints.training_state import Checkpoints
-from softprompt_jax.config import Diverged, settings_hash
+from softprompt_jax.config import Diverged, parse, settings_hash
 from softprompt_jax.data.batches import BatchCounts, count_slots
 from softprompt_jax.distributed import mesh as sharding
 from softprompt_jax.distributed.cloud_files import RunFolder
@@ -33,7 +33,16 @@ from softprompt_jax.optim.optimizers import describe_rates
 from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import UNHASHED_SETTINGS, Run
 from softprompt_jax.training.run_data import ILLEGAL_HINT, PretrainingRunData, RunData, mostly_illegal
-from softprompt_jax.training.run_folder import Log, begin_folder, check_folder, create_folder, leave_files, scores_in
+from softprompt_jax.training.run_folder import (
+    Log,
+    begin_folder,
+    check_folder,
+    create_folder,
+    default_folder,
+    leave_files,
+    scores_in,
+    with_revisions,
+)
 from softprompt_jax.training.step import State, build_optimizer, first_state, make_step
 
 SAVE_EVERY_S = 180  # wall time after which a checkpoint is written, whatever `checkpoint_every` says
@@ -52,7 +61,7 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
     Raises Preempted after SIGTERM and Ctrl-C, with everything saved.
     """
     run = run.expanded()
-    home = RunFolder(out if out is not None else Path("runs") / settings_hash(run, without=UNHASHED_SETTINGS))
+    home = RunFolder(out if out is not None else default_folder(run))
     reporter = reporter if reporter is not None and is_first() else Reporter(quiet=True)
     assert_same_everywhere("versions", f"softprompt_jax {softprompt_jax.__version__}, jax {jax.__version__}")
     assert_same_everywhere("settings", settings_hash(run, without=UNHASHED_SETTINGS))
@@ -69,6 +78,7 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
         if (result := run_on_process_0(enter)) is not None:
             reporter.line(f"{home.place}: finished already; delete the folder to run it again")
             return result
+        run = parse(Run, run_on_process_0(lambda: with_revisions(run, home.path).model_dump(mode="json")), home.place)
         opened.enter_context(jax.set_mesh(mesh))
         return _train(run, home, reporter, opened)
 

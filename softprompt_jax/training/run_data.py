@@ -16,9 +16,8 @@ from softprompt_jax.assembly import Assembly
 from softprompt_jax.config import UserError, cache_folder
 from softprompt_jax.data import metrics
 from softprompt_jax.data.batches import TrainBatches
-from softprompt_jax.data.seqio_source import Outputs, Seqio, check_metrics, check_vocabulary, digest, is_endless
 from softprompt_jax.data.streaming import StreamBatches
-from softprompt_jax.data.task import SEQIO, Example, Task, iterate, seqio_examples, within
+from softprompt_jax.data.task import Example, Task, iterate, within
 from softprompt_jax.data.tokenized import TokenizedSet, concatenate, tokenize
 from softprompt_jax.distributed import mesh
 from softprompt_jax.inference.evaluate import Decoder, mean_loss, mean_score, score, wants_likelihoods
@@ -65,7 +64,7 @@ class RunData:
             draw = draw_mixture(counts, self.rates, run.seed, at_least=run.batch_size)
             train = [concatenate(train)]
         index, count = mesh.process_share()
-        around: dict[str, Any] = {"layout": assembly.layout, "max_shapes": run.most_shapes}
+        around: dict[str, Any] = {"layout": assembly.layout, "max_shapes": run.max_compiled_shapes}
         shares: dict[str, Any] = {"process_index": index, "process_count": count}
         if any(task.endless for task in self.tasks):
             if len(self.tasks) > 1 or run.packing is not None:
@@ -189,19 +188,17 @@ class TaskSplits:
     def __init__(self, task: Task, run: Run, assembly: Assembly, number: int):
         task = within(task, run.max_input_tokens, run.max_target_tokens)
         self.task, self.name, self._run, self._assembly = task, task.name, run, assembly
-        if isinstance(task.source, Seqio):
-            check_vocabulary(task.source, assembly.tokenizer)
-            if SEQIO in task.metrics:
-                check_metrics(task.source)
+        task.check(assembly.tokenizer)
         available = splits(task)
         for needed in ("train",) if isinstance(run.task, Mixture) else ("train", "validation"):
             if needed not in available:
                 raise UserError(
-                    f"task {task.name}: no {needed} split; found {', '.join(available)}; expected train and validation"
+                    f"task {task.name}: no {needed} split; found {', '.join(available)}; expected train and "
+                    f"validation; keep some rows apart in a file and state it (task.source.{needed}=FILE)"
                 )
         if "validation" not in available:  # a task of a mixture that is trained on and not scored
             available = ["train"]
-        self.endless = isinstance(task.source, Seqio) and is_endless(task.source, "train")
+        self.endless = task.source.is_endless("train")
         self.examples: dict[str, list[Example]] = {}
         self.tokens: dict[str, TokenizedSet] = {}
         for split in ("train", "validation", "test"):
@@ -214,17 +211,16 @@ class TaskSplits:
                 examples = self.examples[split] = load(task, split)
             elif self.endless:
                 examples = list(itertools.islice(self.read(0), WINDOW * run.batch_size))
-            key = examples.key() if isinstance(examples, Reread) else None
-            self.tokens[split] = self.tokenize(examples, split, cache_folder() / "tokens", key)
+            # What comes with ids has nothing to tokenise, and is not gone through twice to name a cached file.
+            cache = None if task.source.makes_ids else cache_folder() / "tokens"
+            self.tokens[split] = self.tokenize(examples, split, cache)
         self._layout = assembly.layout.of_task(number) if run.own_prompts else assembly.layout
 
     def read(self, first: int) -> Iterator[Example]:
         """Yield the train examples of a split without end from a number on."""
-        return seqio_examples(self.task, "train", first=first)
+        return iterate(self.task, "train", first=first)
 
-    def tokenize(
-        self, examples: Iterable[Example], split: str = "train", cache: Path | None = None, key: str | None = None
-    ) -> TokenizedSet:
+    def tokenize(self, examples: Iterable[Example], split: str = "train", cache: Path | None = None) -> TokenizedSet:
         """Return examples as ids within the run's limits."""
         run, model = self._run, self._assembly.model
         limits = model.settings.vocabulary_rows, run.max_input_tokens, run.max_target_tokens
@@ -232,7 +228,7 @@ class TaskSplits:
         if run.target_sentinel:  # which is dropped again where answers are read
             examples = (dataclasses.replace(example, target=SENTINEL + example.target) for example in examples)
         try:
-            return tokenize(examples, self._assembly.tokenizer, *limits, truncate_targets=cut, cache=cache, key=key)
+            return tokenize(examples, self._assembly.tokenizer, *limits, truncate_targets=cut, cache=cache)
         except UserError as error:
             raise UserError(f"task {self.name}: {split}: {error}") from None
 
@@ -262,7 +258,7 @@ class TaskSplits:
         if loss or wants_likelihoods(self.task):
             likelihoods = decoder.likelihoods(trainable, frozen, tokens, batch_size, self._layout)
         best = [each[0] for each in answers]
-        outputs = Outputs([answer.ids for answer in best], [answer.score for answer in best], likelihoods)
+        outputs = metrics.Outputs([answer.ids for answer in best], [answer.score for answer in best], likelihoods)
         found = score(self.task, [answer.text for answer in best], self.examples[split][:first], outputs)
         if loss:
             assert likelihoods is not None
@@ -271,7 +267,7 @@ class TaskSplits:
 
     def majority(self, split: str) -> float:
         """Return the accuracy of the train split's most frequent target, of an endless one's first window's."""
-        if isinstance(self.task.source, Seqio):  # whose preprocessors are not run again
+        if self.task.source.makes_ids:  # whose preprocessors are not run again
             train = self.tokens["train"]
             ids, times = Counter(tuple(train.target(i).tolist()) for i in range(len(train))).most_common(1)[0]
             counts = Counter({self._assembly.tokenizer.decode(ids): times})
@@ -288,11 +284,6 @@ class Reread:
 
     def __iter__(self) -> Iterator[Example]:
         return iterate(self._task, self._split)
-
-    def key(self) -> str | None:
-        """Return a name for all examples together, where they would be dear to go through again: seqio's."""
-        source = self._task.source
-        return f"{self._task!r} {digest(source, self._split)}" if isinstance(source, Seqio) else None
 
 
 class PretrainingRunData:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -130,6 +131,28 @@ class Log:
             self._events.close()
 
 
+def default_folder(run: Run, runs: Path = Path("runs")) -> Path:
+    """Return the folder of a run that states none: `runs/HASH`, or what an older version called the same settings."""
+    name = settings_hash(run, without=UNHASHED_SETTINGS)
+    return runs / (name if (runs / name).exists() else folders_by_hash(runs).get(name, name))
+
+
+def folders_by_hash(runs: Path) -> dict[str, str]:
+    """Return the folders in `runs` that are named by a hash, by the hash that their settings have in this version."""
+    found = {}
+    for path in sorted(runs.glob("*/config.yaml")):
+        if re.fullmatch("[0-9a-f]{12}", path.parent.name):
+            with contextlib.suppress(UserError):  # settings that this version refuses
+                found[settings_hash(_read_settings(path), without=UNHASHED_SETTINGS)] = path.parent.name
+    return found
+
+
+def with_revisions(run: Run, folder: Path) -> Run:
+    """Return a run at the revisions of hub data that its folder's `config.yaml` states, or else that are read now."""
+    path = folder / "config.yaml"
+    return run.at_revisions_of(_read_settings(path)) if path.exists() else run.pinned()
+
+
 def create_folder(folder: Path) -> None:
     """Create a run's folder, empty, so that it can be locked."""
     if folder.exists() and not folder.is_dir():
@@ -152,7 +175,8 @@ def check_folder(run: Run, folder: Path, checkpoints: str | Path | None = None) 
             raise UserError(f"{folder}: is not empty and no run; expected a new folder; use another --out")
         return None
     saved = _read_settings(settings)
-    old, new = (each.model_dump(mode="json", exclude=set(UNHASHED_SETTINGS)) for each in (saved, run))
+    pair = (saved, run.at_revisions_of(saved))
+    old, new = (each.model_dump(mode="json", exclude=set(UNHASHED_SETTINGS)) for each in pair)
     changed = differences(old, new)
     if not changed:
         return json.loads(result.read_text()) if result.exists() else None

@@ -202,7 +202,7 @@ class _VmappedGroup:
         self.keys = jnp.stack([jax.random.fold_in(jax.random.key(each.seed), 2) for each in self.runs])
         unlike = list({id(data): data for data in self.data}.values())
         batches = [each for data in unlike if isinstance(each := data.train_batches, TrainBatches)]
-        shapes = common_shapes(batches, run.most_shapes, run.steps)
+        shapes = common_shapes(batches, run.max_compiled_shapes, run.steps)
         self.reporter.line(
             f"{count} prompts in one program; {mesh.describe()}, {run.dtype}; shapes "
             + ", ".join(f"{t}/{u}" for t, u in shapes)
