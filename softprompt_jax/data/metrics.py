@@ -56,7 +56,7 @@ _NUMERIC = ("pearson", "spearman")
 
 
 @runtime_checkable
-class Scored(Protocol):
+class ScoredTask(Protocol):
     """What scoring needs to know of a task."""
 
     @property
@@ -80,7 +80,7 @@ def metric(name: str) -> Callable[[Metric], Metric]:
 
 
 def compute(
-    task: Scored, predictions: Sequence[str], targets: Sequence[Target], groups: Sequence[Hashable] | None = None
+    task: ScoredTask, predictions: Sequence[str], targets: Sequence[Target], groups: Sequence[Hashable] | None = None
 ) -> dict[str, float]:
     """Return the task's metrics, `illegal` (share of predictions that cannot be a target) and `count`."""
     if len(predictions) != len(targets):
@@ -104,7 +104,7 @@ def most_frequent(targets: Iterable[str] | Mapping[str, int]) -> str:
     return min(counts, key=lambda word: (-counts[word], word))
 
 
-def _illegal(task: Scored, predictions: Sequence[str]) -> float:
+def _illegal(task: ScoredTask, predictions: Sequence[str]) -> float:
     if task.words is not None:
         return float(np.mean([prediction not in task.words for prediction in predictions]))
     if any(name in _NUMERIC for name in task.metrics):
