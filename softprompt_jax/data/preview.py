@@ -1,4 +1,4 @@
-"""What a task looks like to a model: its examples as text and tokens, lengths, truncations, label counts."""
+"""A task as a model sees it: its examples as text and tokens, lengths, truncations and label counts."""
 
 from __future__ import annotations
 
