@@ -77,7 +77,7 @@ class Source(Settings):
         """Return the source at the revision that is read now, if it has revisions and states none."""
         return self
 
-    def within(self, max_input_tokens: int, max_target_tokens: int) -> Source:
+    def with_limits(self, max_input_tokens: int, max_target_tokens: int) -> Source:
         """Return the source with the limits of a run, if it is one that cuts its examples itself."""
         return self
 

@@ -1,4 +1,4 @@
-"""A few examples of a large set: the same ones for the same seed."""
+"""A few examples of a large set; the same seed chooses the same ones."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from softprompt_jax.config import Settings, UserError
 
 
 class FewShot(Settings):
-    """`count` examples of the train split: of each label word, or in all where any text is a target."""
+    """A few examples of the train split: `count` of each label word, or `count` in all if any text may be a target."""
 
     count: int = pydantic.Field(gt=0)  # number of examples
     seed: int = pydantic.Field(0, ge=0)  # seed of the choice

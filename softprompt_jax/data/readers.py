@@ -75,7 +75,7 @@ def read_vader(members: dict[str, bytes], part: str) -> dict[str, list[dict[str,
 
 @reader("sms")
 def read_sms(members: dict[str, bytes], part: str) -> dict[str, list[dict[str, Any]]]:
-    """Turn (label, message) lines into split rows; a message stands in one split only, once."""
+    """Turn (label, message) lines into rows in splits; equal messages are kept once."""
     (content,) = members.values()
     lines = [line.split("\t") for line in content.decode("utf-8").splitlines() if line]
     rows = without_duplicates([{"text": text, "label": label} for label, text in lines], "text")
@@ -124,7 +124,7 @@ _SHIFTS = {
 
 @reader("squadshifts")
 def read_squadshifts(members: dict[str, bytes], part: str) -> dict[str, list[dict[str, Any]]]:
-    """Turn a file in SQuAD's form into rows: of the development set three splits, whole articles in each; else test."""
+    """Turn a file in SQuAD's form into rows: three splits of the development set by article, else a test split."""
     if part not in _SHIFTS:
         raise UserError(f"bigbench: no part {part!r}; expected one of {', '.join(_SHIFTS)}")
     content = json.loads(members[_SQUADSHIFTS.format(_SHIFTS[part])])
@@ -149,7 +149,7 @@ _PLACE = re.compile(r"(\d{7,8}): (\d+),")  # book, chapter and verse as one numb
 
 @reader("bibles")
 def read_bibles(members: dict[str, bytes], part: str) -> dict[str, list[dict[str, Any]]]:
-    """Pair the verses that both have; added words lose their brackets, old quote marks become apostrophes."""
+    """Pair the verses that both bibles have; brackets around added words go, old quote marks become apostrophes."""
     old, new = (_verses(members[name].decode("utf-8"), name) for name in _BIBLES)
     rows = [{"verse": verse, "text": old[verse], "target": new[verse]} for verse in old if verse in new]
     return split_rows(rows, len(rows) // 12, len(rows) // 12, lambda row: row["verse"][:-3])
@@ -176,10 +176,10 @@ def _clean(text: str) -> str:
 def split_rows(
     rows: list[dict[str, Any]], validation: int, test: int, group: Callable[[dict[str, Any]], str]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Split rows for good: whole groups, in the order of the hash of their names, fill test, then validation.
+    """Split rows by group: in the order of the hash of its name, each goes to test, then validation, then train.
 
-    No random number takes part, so that the split is the same in every library version and order of
-    the rows. `validation` and `test` are sizes in rows; the last group of each may overshoot them.
+    No random numbers are used, so the splits do not depend on library versions or on the order of the rows.
+    `validation` and `test` are sizes in rows, which the last group of each may exceed.
     """
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -194,7 +194,7 @@ def split_rows(
 
 
 def without_duplicates(rows: list[dict[str, Any]], field: str) -> list[dict[str, Any]]:
-    """Keep the first of the rows whose `field` differs only in case and spaces."""
+    """Keep the first of rows that differ in `field` only by case and spaces."""
     kept: dict[str, dict[str, Any]] = {}
     for row in rows:
         kept.setdefault(" ".join(row[field].lower().split()), row)

@@ -64,7 +64,7 @@ class Seqio(Source):
         """Tell whether a split never ends: tf.data says so, or the settings do, of the train split."""
         return (self.endless and split == "train") or int(_dataset(self, split).cardinality()) == _INFINITE
 
-    def within(self, max_input_tokens: int, max_target_tokens: int) -> Seqio:
+    def with_limits(self, max_input_tokens: int, max_target_tokens: int) -> Seqio:
         lengths = (max_input_tokens, max_target_tokens)
         return self.model_copy(update={"lengths": lengths}) if self.lengths is None else self
 

@@ -1,4 +1,4 @@
-"""Predictions in the form that the servers of GLUE and SuperGLUE take, and the benchmarks' averages."""
+"""Files of predictions for the servers of GLUE and SuperGLUE, and the averages of these benchmarks."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def average(benchmark: str, scores: Mapping[str, Sequence[float]]) -> float:
 def write_submission(task: Task, examples: Sequence[Example], predictions: Sequence[str], folder: Path) -> Path:
     """Write the file that the benchmark's server takes for a task, and return its path.
 
-    The server refuses what is no label: an illegal prediction is written as the first label word (in
-    STS-B as 0), which the caller counts and tells.
+    The server accepts only labels. So an illegal prediction is written as the first label word, or in STS-B as 0; the
+    caller counts and reports these.
     """
     check_server(task)
     assert task.submission is not None

@@ -177,9 +177,9 @@ def iterate(task: Task, split: str, labelled: bool = True, first: int = 0) -> It
     return iter([every[number] for number in chosen])
 
 
-def within(task: Task, max_input_tokens: int, max_target_tokens: int) -> Task:
+def with_limits(task: Task, max_input_tokens: int, max_target_tokens: int) -> Task:
     """Return a task whose source knows the limits of a run, if it is one that cuts its examples itself."""
-    return task.model_copy(update={"source": task.source.within(max_input_tokens, max_target_tokens)})
+    return task.model_copy(update={"source": task.source.with_limits(max_input_tokens, max_target_tokens)})
 
 
 def splits(task: Task) -> list[str]:

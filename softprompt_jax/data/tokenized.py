@@ -94,13 +94,12 @@ def tokenize(
     truncate_targets: bool = False,
     cache: Path | None = None,
 ) -> TokenizedSet:
-    """Turn examples into ids, in chunks, so that a generator of a million examples needs little memory.
+    """Turn examples into token ids in chunks, so that a generator of a million examples needs little memory.
 
-    Limits count EOS. A longer input is cut before its EOS and counted; a longer target is a UserError
+    Limits include EOS. A longer input is cut before its EOS and counted; a longer target is a UserError
     unless `truncate_targets`. An id of `vocabulary_rows` or more is a UserError, since it would become a
-    prompt row. With `cache`, a folder, the result is stored under a hash of everything it depends on: the texts
-    themselves, the tokenizer's content and the limits; the examples are then gone through twice. A stored file that was
-    damaged is made anew.
+    prompt row. With `cache`, a folder, the result is stored under a hash of all that it depends on: the texts, the
+    tokenizer and the limits. Examples are then read twice. A damaged file is written again.
     """
     if max_input_tokens < 1 or max_target_tokens < 1:
         raise UserError(
@@ -197,7 +196,7 @@ def _digest(examples: Iterable[Example], tokenizer: Tokenizer, limits: tuple) ->
 
 
 def _read(path: Path) -> TokenizedSet | None:
-    """Read a stored set; None if there is none, or none that is whole (each array has a checksum in the file)."""
+    """Read a stored set; None if there is none or it is damaged (the file has a checksum for each array)."""
     if not path.is_file():
         return None
     try:
@@ -211,7 +210,7 @@ def _read(path: Path) -> TokenizedSet | None:
 
 
 def _write(path: Path, tokenized: TokenizedSet) -> None:
-    """Write at once or not at all: several processes may do so at the same time."""
+    """Write the file in one step, since several processes may do so at the same time."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:

@@ -65,7 +65,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def beginnings(self, texts: Sequence[str], most: int) -> Int[np.ndarray, "N F"]:
-        """Return the ids of what answers of `most` tokens shall begin with, 0 on the right; few widths F."""
+        """Return the ids that answers of `most` tokens must begin with, padded by 0 to one of few widths F."""
         ids = [self.encode(text) if text else [] for text in texts]
         longest = max(map(len, ids), default=0)
         if longest and longest >= most:
@@ -123,7 +123,7 @@ class _SentencePiece(Tokenizer):
 
 
 class _Bytes(Tokenizer):
-    """ByT5's (Xue et al., 2022): the bytes of a text in UTF-8, three specials before them, sentinels behind."""
+    """ByT5's tokenizer (Xue et al., 2022): ids are three specials, the bytes of UTF-8, then the sentinels."""
 
     def __init__(self, source: str):
         sentinels = [f"<extra_id_{index}>" for index in range(BYTE_EXTRA_IDS)]
@@ -168,7 +168,7 @@ class _Transformers(Tokenizer):
 
 
 def _valid(text: str) -> str:
-    """Put "?" for half of a surrogate pair, which JSON may hold and no tokenizer takes."""
+    """Replace half of a surrogate pair by "?": JSON may hold one, but no tokenizer accepts it."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
@@ -208,7 +208,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _is_byt5(config: Path) -> bool:
-    """Tell whether a model reads bytes: its tokenizer has no file, and the hub's has only settings."""
+    """Tell whether a model reads bytes; its tokenizer needs no file, and that of the hub has only settings."""
     try:
         values = json.loads(config.read_text(encoding="utf-8"))
         rows = values.get("vocab_size") or values.get("settings", {}).get("vocabulary_rows")  # of a quantised backbone
@@ -233,7 +233,7 @@ def _automatic(source: str, expected: str) -> Tokenizer:
 
 @contextlib.contextmanager
 def _only_errors() -> Iterator[None]:
-    """Let nobody log less than an error meanwhile: the absence of torch, each retry of an unreachable hub."""
+    """Log only errors inside: transformers reports the absence of torch, the hub's client each of its retries."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:

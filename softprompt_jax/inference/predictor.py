@@ -23,7 +23,7 @@ from softprompt_jax.data.examples import Example, input_text
 from softprompt_jax.data.metrics import Outputs
 from softprompt_jax.data.prompt_layout import PromptLayout
 from softprompt_jax.data.submission import check_server, write_submission
-from softprompt_jax.data.task import Task, iterate, within
+from softprompt_jax.data.task import Task, iterate, with_limits
 from softprompt_jax.data.tokenized import TokenizedSet, tokenize
 from softprompt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from softprompt_jax.inference.evaluate import DecodedAnswer, Decoder, score, wants_likelihoods
@@ -168,7 +168,7 @@ class Predictor:
 
     def evaluate(self, task: Task, split_name: str) -> dict[str, float]:
         """Return the metrics of a task's split."""
-        task = within(task, self.max_input_tokens, self.max_tokens)
+        task = with_limits(task, self.max_input_tokens, self.max_tokens)
         task.source.check(self.tokenizer, metrics=False)
         examples, likelihoods = load(task, split_name), None
         if wants_likelihoods(task):

@@ -17,7 +17,7 @@ from softprompt_jax.config import UserError, cache_folder
 from softprompt_jax.data import metrics
 from softprompt_jax.data.batches import TrainBatches
 from softprompt_jax.data.streaming import StreamBatches
-from softprompt_jax.data.task import Example, Task, iterate, within
+from softprompt_jax.data.task import Example, Task, iterate, with_limits
 from softprompt_jax.data.tokenized import TokenizedSet, concatenate, tokenize
 from softprompt_jax.distributed import mesh
 from softprompt_jax.inference.evaluate import Decoder, mean_loss, mean_score, score, wants_likelihoods
@@ -186,7 +186,7 @@ class TaskSplits:
     """One task of a run: the tokens of its splits, and the examples that it is scored on."""
 
     def __init__(self, task: Task, run: Run, assembly: Assembly, number: int):
-        task = within(task, run.max_input_tokens, run.max_target_tokens)
+        task = with_limits(task, run.max_input_tokens, run.max_target_tokens)
         self.task, self.name, self._run, self._assembly = task, task.name, run, assembly
         task.check(assembly.tokenizer)
         available = splits(task)
