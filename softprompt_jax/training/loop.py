@@ -35,13 +35,13 @@ from softprompt_jax.run import UNHASHED_SETTINGS, Run
 from softprompt_jax.training.run_data import ILLEGAL_HINT, PretrainingRunData, RunData, mostly_illegal
 from softprompt_jax.training.run_folder import (
     Log,
+    at_read_revisions,
     begin_folder,
     check_folder,
     create_folder,
     default_folder,
     leave_files,
     scores_in,
-    with_revisions,
 )
 from softprompt_jax.training.step import State, build_optimizer, first_state, make_step
 
@@ -78,9 +78,9 @@ def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = N
         if (result := run_on_process_0(enter)) is not None:
             reporter.line(f"{home.place}: finished already; delete the folder to run it again")
             return result
-        run = parse(Run, run_on_process_0(lambda: with_revisions(run, home.path).model_dump(mode="json")), home.place)
+        settings = run_on_process_0(lambda: at_read_revisions(run, home.path).model_dump(mode="json"))
         opened.enter_context(jax.set_mesh(mesh))
-        return _train(run, home, reporter, opened)
+        return _train(parse(Run, settings, str(home.place)), home, reporter, opened)
 
 
 def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.ExitStack) -> dict[str, Any]:

@@ -147,8 +147,8 @@ def folders_by_hash(runs: Path) -> dict[str, str]:
     return found
 
 
-def with_revisions(run: Run, folder: Path) -> Run:
-    """Return a run at the revisions of hub data that its folder's `config.yaml` states, or else that are read now."""
+def at_read_revisions(run: Run, folder: Path) -> Run:
+    """Return a run at the revisions of hub data that its folder's `config.yaml` states, of a new one those of now."""
     path = folder / "config.yaml"
     return run.at_revisions_of(_read_settings(path)) if path.exists() else run.pinned()
 
@@ -175,8 +175,8 @@ def check_folder(run: Run, folder: Path, checkpoints: str | Path | None = None) 
             raise UserError(f"{folder}: is not empty and no run; expected a new folder; use another --out")
         return None
     saved = _read_settings(settings)
-    pair = (saved, run.at_revisions_of(saved))
-    old, new = (each.model_dump(mode="json", exclude=set(UNHASHED_SETTINGS)) for each in pair)
+    run = run.at_revisions_of(saved)
+    old, new = (each.model_dump(mode="json", exclude=set(UNHASHED_SETTINGS)) for each in (saved, run))
     changed = differences(old, new)
     if not changed:
         return json.loads(result.read_text()) if result.exists() else None

@@ -28,7 +28,7 @@ from softprompt_jax.progress import Reporter
 from softprompt_jax.run import Run, Scratch
 from softprompt_jax.statistics import CELL, SCORE, mean_sd_text, score_statistics
 from softprompt_jax.training.loop import train
-from softprompt_jax.training.run_folder import check_folder, create_folder, with_revisions
+from softprompt_jax.training.run_folder import at_read_revisions, check_folder, create_folder
 from softprompt_jax.training.vmapped import FAILED_FILE, VmappedSweep, shape_of
 
 SWEEP_FILE = "sweep.json"
@@ -98,7 +98,7 @@ def train_members(
     with lock_folder(folder, report=reporter.line):
         for member in members:
             check_folder(member.run, folder / member.name)
-        runs = [with_revisions(member.run, folder / member.name) for member in members]
+        runs = [at_read_revisions(member.run, folder / member.name) for member in members]
         members = [dataclasses.replace(member, run=run) for member, run in zip(members, runs, strict=True)]
         reporter.line(f"{folder}: {len(members)} runs, {sum(_done(folder / m.name) for m in members)} of them finished")
         for group in _open_groups(members, folder, together):
