@@ -72,7 +72,8 @@ def ours(case: dict[str, Any], workload: Workload) -> Any:
     from softprompt_jax.models.t5 import T5, T5Settings
 
     attention, remat, quantize = (*case["variant"].split(":"), "none", "none")[:3]
-    settings = T5Settings.model_validate(case["settings"] | {"attention": attention, "remat": remat})
+    changes = {"attention": attention, "platform": jax.devices()[0].platform, "remat": remat}
+    settings = T5Settings.model_validate(case["settings"] | changes)
 
     @jax.jit
     def drawn() -> Any:

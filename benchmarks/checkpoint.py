@@ -22,7 +22,7 @@ import numpy as np
 
 from softprompt_jax import load_run
 from softprompt_jax.analysis.plan import abstract_step
-from softprompt_jax.training.checkpoints import Checkpoints
+from softprompt_jax.checkpoints.training_state import Checkpoints
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "checkpoint.jsonl"

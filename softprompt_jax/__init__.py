@@ -16,8 +16,7 @@ if TYPE_CHECKING:  # what type checkers and editors see; the table below is what
     from softprompt_jax.analysis.report import report
     from softprompt_jax.analysis.transfer import rank_sources, recycle
     from softprompt_jax.checkpoints.artifact import load_prompt
-    from softprompt_jax.checkpoints.backbone import Backbone
-    from softprompt_jax.checkpoints.peft import load_backbone
+    from softprompt_jax.checkpoints.backbone import Backbone, load_backbone
     from softprompt_jax.config import UserError
     from softprompt_jax.inference.bank import PromptBank
     from softprompt_jax.inference.ensemble import ensemble
@@ -61,7 +60,7 @@ _MODULE_OF = {
     "ensemble": "inference.ensemble",
     "generate": "inference.predictor",
     "inspect": "analysis.inspect",
-    "load_backbone": "checkpoints.peft",
+    "load_backbone": "checkpoints.backbone",
     "load_predictor": "inference.predictor",
     "load_prompt": "checkpoints.artifact",
     "load_run": "run",

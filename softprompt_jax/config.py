@@ -27,6 +27,10 @@ class Preempted(Exception):
     """A run has saved its state and ended before its last step, because the machine is being taken away."""
 
 
+class Interrupted(Preempted):
+    """A run has saved its state and ended before its last step, because of Ctrl-C."""
+
+
 class UserError(Exception):
     """Bad input, told in one line: *where: what was found; what was expected; what to do.*
 

@@ -6,7 +6,7 @@ import sys
 import time
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 class Reporter:
@@ -17,30 +17,45 @@ class Reporter:
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
         self._start, self._first = time.monotonic(), 0
+        self._skipped_s, self._skipped = 0.0, 0
+        self._said: set[str] = set()
 
     def line(self, text: str) -> None:
         """Print one line, above the bar if there is one."""
         if not self.quiet:
             (self._bar.console if self._bar else self._console).print(text, markup=False)
 
+    def once(self, text: str) -> None:
+        """Print a line, the first time only."""
+        if text not in self._said:
+            self._said.add(text)
+            self.line(text)
+
     def start(self, what: str, step: int, steps: int) -> None:
         """Begin work that goes from `step` to `steps`."""
         self._start, self._first = time.monotonic(), step
+        self._skipped_s, self._skipped = 0.0, 0
         if not self.quiet and sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-            self._bar = Progress(
-                *columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=self._console
-            )
+            texts = (TextColumn("elapsed"), TextColumn("{task.fields[left]}"), TextColumn("{task.fields[note]}"))
+            self._bar = Progress(*columns, *texts, console=self._console)
             self._bar.start()
-            self._bar.add_task(what, total=steps, completed=step, note="")
+            self._bar.add_task(what, total=steps, completed=step, left="", note="")
+
+    def skip(self, seconds: float) -> None:
+        """Leave a step that took so long, as one that compiles does, out of the time left."""
+        self._skipped_s, self._skipped = self._skipped_s + seconds, self._skipped + 1
 
     def update(self, step: int, steps: int, note: str) -> None:
         """Show how far it is; without a terminal, as a line with the time left."""
+        seconds, done = time.monotonic() - self._start, step - self._first
+        if done > self._skipped:
+            seconds, done = seconds - self._skipped_s, done - self._skipped
+        left = f"{duration(seconds / max(1, done) * (steps - step))} left"
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=step, note=note)
+            self._bar.update(self._bar.task_ids[0], completed=step, note=note, left=left)
         elif not self.quiet:
-            seconds = (time.monotonic() - self._start) / max(1, step - self._first) * (steps - step)
-            self.line(f"step {step}/{steps}  {note}  {duration(seconds)} left")
+            self.line(f"step {step}/{steps}  {note}  {left}")
 
     def stop(self) -> None:
         """End the bar."""

@@ -25,7 +25,7 @@ from softprompt_jax.tasks import complete, get, names
 from softprompt_jax.tasks.mixture import Mixture, at_revisions_of, expand, pinned
 
 DEFAULT_METHOD = Prompt()
-MACHINE = frozenset({"mesh"})  # settings that say where a run computes, not what: it may go on with others
+UNHASHED_SETTINGS = frozenset({"mesh"})  # settings that say where a run computes, not what: it may go on with others
 
 
 class Scratch(Settings):
@@ -130,8 +130,8 @@ class Run(Settings):
 
     # ---- how it is computed
 
-    # kernel of attention: plain, or flash, which keeps no scores in memory (cuDNN, Pallas). auto is flash on GPUs in
-    # bfloat16, in training only without dropout
+    # kernel of the encoder's self-attention: plain; flash: cuDNN's, which keeps no scores in memory, or an error that
+    # says why not; auto: cuDNN's where it can be had (NVIDIA GPUs, bfloat16, no dropout)
     attention: Implementation = "auto"
     # activations that are computed again for the gradient; auto: those that would not fit into a device's memory
     remat: Literal["auto", "none", "dots", "full"] = "auto"
@@ -275,7 +275,8 @@ class Run(Settings):
 
     def finished(self) -> Run:
         """Return the settings with which what was trained is read: without what only training needed."""
-        return self.model_copy(update={"methods": [method.finished() for method in self.methods]})
+        methods = [method.finished() for method in self.methods]
+        return self.model_copy(update={"methods": methods, "attention": "auto"})  # on whatever devices there are
 
     @property
     def tasks(self) -> list[Task]:

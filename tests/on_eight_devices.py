@@ -54,7 +54,7 @@ def steps(sizes: tuple[int, ...] | None, kind: str, count: int):
         if sizes is not None:
             mesh = sharding.Mesh(**dict(zip(sharding.AXES, sizes, strict=True))).build()
             opened.enter_context(jax.set_mesh(mesh))
-        sharding.check_divisible(16, 8)
+        sharding.check_divisible(16, 8, 16, 32)
         model = sharding.shard_model(model)
         parts, about = split(model), leaves(model)
         rate = 0.01 if full else 0.3

@@ -153,8 +153,8 @@ def train_in(folder: str, config: str, point: str = "", count: int = 0) -> None:
     import signal
 
     from softprompt_jax import load_run, train
-    from softprompt_jax.training.checkpoints import Checkpoints
-    from softprompt_jax.training.loop import TaskRun
+    from softprompt_jax.checkpoints.training_state import Checkpoints
+    from softprompt_jax.training.loop import RunData
 
     left = count
 
@@ -178,7 +178,7 @@ def train_in(folder: str, config: str, point: str = "", count: int = 0) -> None:
     owner, name, first = {
         "": (None, "", False),
         "save": (Checkpoints, "save", False),  # it returns while the files are being written
-        "validate": (TaskRun, "validate", True),
+        "validate": (RunData, "validate", True),
         "replace": (Path, "replace", True),
         "replaced": (Path, "replace", False),
     }[point]

@@ -9,11 +9,13 @@ import pytest
 import tiny
 from scipy import special
 
+from softprompt_jax.assembly import assemble, check_devices
 from softprompt_jax.config import UserError, parse
-from softprompt_jax.methods import split
-from softprompt_jax.models import flash, flash_tpu
+from softprompt_jax.models import flash, t5
 from softprompt_jax.models.attention import attend, relative_buckets, same_segment
 from softprompt_jax.run import Run
+
+TEXT = {"kind": "prompt", "length": 3, "init": {"kind": "vocabulary"}}
 
 
 def buckets_of(distances, **settings) -> list[int]:
@@ -122,52 +124,80 @@ def values_and_gradients(attention, arrays, *rest):
     return mixed, *gradients
 
 
-def test_the_kernel_gives_the_values_and_gradients_of_the_plain_way(arrays, monkeypatch):
-    monkeypatch.setattr(flash_tpu, "INTERPRET", True)
-    lengths = jnp.asarray([7, 3])
-    inputs = [jnp.asarray(arrays[name]) for name in ("query", "key", "value", "bias")]
-    visible = (jnp.arange(7) < lengths[:, None])[:, None, None]
-    expected = values_and_gradients(attend, inputs, visible)
-    found = values_and_gradients(flash_tpu.kernel, inputs, lengths)
-    for one, other in zip(expected, found, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5 * np.abs(one).max())
+def chosen(how: str = "flash", platform: str = "gpu", **changes) -> bool:
+    """Decide for 64 positions of 2 heads of width 64 in bfloat16, or with one of these changed."""
+    given = {"queries": 64, "keys": 64, "width": 64, "dtype": "bfloat16", "lengths": jnp.asarray([3])} | changes
+    query, key = (jnp.zeros((1, 2, given[side], given["width"]), given["dtype"]) for side in ("queries", "keys"))
+    return flash.uses_flash(how, platform, query, key, given["lengths"], given.get("drops", False))
 
 
-@pytest.mark.slow
-def test_a_model_with_the_kernel_has_the_plain_ones_logits_and_prompt_gradient(monkeypatch):
-    monkeypatch.setattr(flash_tpu, "INTERPRET", True)
+CANNOT = [
+    ({"platform": "cpu"}, "found cpu devices; expected NVIDIA GPUs"),
+    ({"platform": "tpu"}, "found tpu devices; expected NVIDIA GPUs"),
+    ({"dtype": "float32"}, "found float32; expected dtype bfloat16"),
+    ({"width": 12}, "found heads of width 12; expected a multiple of 8 up to 128"),
+    ({"width": 256}, "found heads of width 256"),
+    ({"queries": 65}, "found 65 queries and 64 keys a row; expected even numbers"),
+    ({"keys": 69}, "found 64 queries and 69 keys"),
+    ({"lengths": None}, "found packed rows, or prefixes of different lengths"),
+    ({"drops": True}, "expected dropout 0"),
+]
+
+
+@pytest.mark.parametrize(("change", "reason"), CANNOT)
+def test_flash_that_cannot_be_had_is_refused_and_says_why_while_auto_computes_plainly(change, reason):
+    with pytest.raises(UserError, match=f"attention flash: .*{reason}.*; use attention: auto, or plain"):
+        chosen(**change)
+    assert not chosen("auto", **change)
+
+
+def test_the_kernel_is_chosen_by_the_platform_that_is_given_not_by_this_machines():
+    assert jax.default_backend() == "cpu"
+    assert chosen("flash")
+    assert chosen("auto")
+    assert not chosen("plain")
+
+
+def test_a_model_takes_the_kernel_in_the_encoders_self_attention_only(monkeypatch):
     calls = []
-    monkeypatch.setattr(flash_tpu, "kernel", lambda *inputs, run=flash_tpu.kernel: calls.append(1) or run(*inputs))
-    batch = tiny.batch(prompt=3)  # rows of unlike lengths
-    expected, found = (
-        tiny.loss_logits_gradient(split(tiny.model(prompt=3, attention=how)), batch) for how in ("plain", "flash")
-    )
-    assert calls  # traced once: the encoder's scan
-    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-4 * np.abs(one).max())
+
+    def kernel(query, key, value, bias, lengths):
+        calls.append(query.shape)
+        return attend(query, key, value, bias, (jnp.arange(key.shape[2]) < lengths[:, None])[:, None, None])
+
+    monkeypatch.setattr(t5, "cudnn", kernel)
+    batch = tiny.batch(length=9, prompt=3)  # rows of unlike lengths
+    expected = tiny.model(prompt=3, dtype="bfloat16", attention="plain")(batch)
+    assert not calls
+    found = tiny.model(prompt=3, dtype="bfloat16", attention="flash", platform="gpu")(batch)
+    assert calls == [(4, 2, 12, 8)]  # traced once, in the encoder's scan
+    np.testing.assert_array_equal(expected, found)
+    with pytest.raises(UserError, match="attention flash: found cpu devices"):
+        tiny.model(dtype="bfloat16", attention="flash")(tiny.batch())
 
 
-def test_what_the_fused_ways_cannot_do_is_done_plainly(arrays):
-    query, key, value, bias = (jnp.asarray(arrays[name]) for name in ("query", "key", "value", "bias"))
-    lengths = jnp.asarray([7, 3])
-    assert flash.fused("plain", query, key, value, bias, lengths) is None
-    assert flash.fused("auto", query, key, value, bias, lengths) is None  # on a CPU
-    assert flash.fused("flash", query, key[:, :1], value[:, :1], bias, lengths) is None  # keys that all heads share
-    assert flash.fused("flash", query, key, value, None, lengths) is None
-    long = jnp.zeros((1, 1, flash.LONGEST + 1, 2))
-    assert flash.fused("flash", long, long, long, bias, lengths) is None
-    plainly = flash.fused("flash", query, key, value, bias, lengths)
-    np.testing.assert_array_equal(jax.jit(lambda: plainly(lambda: value[:, :, :5]))(), value[:, :, :5])  # no TPU here
+@pytest.mark.parametrize(
+    ("changes", "platform", "reason"),
+    [
+        ({"dtype": "bfloat16"}, None, "found cpu devices"),
+        ({}, "gpu", "found float32"),
+        ({"dtype": "bfloat16", "packing": True}, "gpu", "found packed rows"),
+    ],
+)
+def test_a_run_with_flash_is_refused_before_its_data_are_read(changes, platform, reason):
+    run = parse(Run, {"task": "boolq", "attention": "flash", "dropout": 0, "methods": [TEXT], **changes}, "run")
+    with pytest.raises(UserError, match=f"attention flash: {reason}"):
+        check_devices(run, assemble(run), platform)
+    check_devices(run.model_copy(update={"dtype": "bfloat16", "packing": None}), assemble(run), "gpu")
 
 
-def test_cudnn_gets_even_lengths_only(monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_what_was_trained_with_flash_is_read_on_any_device():
+    run = parse(Run, {"task": "boolq", "attention": "flash", "dropout": 0}, "run")
+    assert run.finished().attention == "auto"
 
-    def taken(length: int, others: int) -> bool:
-        query, key = jnp.zeros((1, 2, length, 64), jnp.bfloat16), jnp.zeros((1, 2, others, 64), jnp.bfloat16)
-        return flash.fused("auto", query, key, key, None, jnp.asarray([1])) is not None
 
-    assert [taken(64, 64), taken(65, 65), taken(64, 69), taken(69, 64)] == [True, False, False, False]
+def test_the_platform_is_in_no_file_and_no_hash():
+    assert "platform" not in tiny.settings(platform="gpu").model_dump(mode="json")
 
 
 def test_flash_with_dropout_is_refused():

@@ -13,10 +13,11 @@ import tiny
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from softprompt_jax.checkpoints import backbone as pretrained
-from softprompt_jax.checkpoints.backbone import find_folder, load_backbone, save_backbone
+from softprompt_jax.checkpoints import tensors
+from softprompt_jax.checkpoints.backbone import EMBEDDED, find_folder, load_backbone, save_backbone
 from softprompt_jax.config import UserError
 from softprompt_jax.models.families.t5 import names
+from softprompt_jax.trees import flatten
 
 SHAPES = {
     **tiny.SHAPES,
@@ -29,7 +30,7 @@ SHAPES = {
 
 
 def weights(model) -> dict:
-    return dict(pretrained.flatten(nnx.to_pure_dict(nnx.state(model))))
+    return dict(flatten(nnx.to_pure_dict(nnx.state(model))))
 
 
 def same(model, other) -> None:
@@ -48,8 +49,8 @@ def folder(tmp_path: Path) -> Path:
 
 def edit(folder: Path, **changes) -> None:
     """Change tensors of a folder's weights; None removes one."""
-    tensors = load_file(folder / "model.safetensors") | {name.replace("__", "."): v for name, v in changes.items()}
-    save_file({name: value for name, value in tensors.items() if value is not None}, folder / "model.safetensors")
+    values = load_file(folder / "model.safetensors") | {name.replace("__", "."): v for name, v in changes.items()}
+    save_file({name: value for name, value in values.items() if value is not None}, folder / "model.safetensors")
 
 
 def configure(folder: Path, **changes) -> None:
@@ -219,7 +220,7 @@ def test_a_truncated_file_is_refused(folder, size):
 
 def test_a_hub_name_that_cannot_be_reached_is_refused_and_the_embedded_one_is_a_folder():
     refused(Path("nobody/no-such-t5"), "nobody/no-such-t5: neither a folder nor reachable on the hub")
-    assert find_folder("embedded") == pretrained.EMBEDDED
+    assert find_folder("embedded") == EMBEDDED
 
 
 def test_saving_leaves_no_half_file(folder, monkeypatch):
@@ -229,7 +230,7 @@ def test_saving_leaves_no_half_file(folder, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(pretrained, "save_file", fail)
+    monkeypatch.setattr(tensors, "save_file", fail)
     with pytest.raises(OSError, match="no space"):
         save_backbone(tiny.model(seed=1), folder)
     assert (folder / "model.safetensors").read_bytes() == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -10,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from softprompt_jax.checkpoints.training_state import GROUPS, MEMBERS, Checkpoints, best_or_latest
 from softprompt_jax.config import UserError
-from softprompt_jax.training.checkpoints import Checkpoints
 
 
 def state(value: float):
@@ -53,6 +54,26 @@ def test_latest_and_best_stay(tmp_path, scores, best, kept):
     reopened = Checkpoints(tmp_path)
     assert (reopened.best(), reopened.latest()) == (best, max(scores))
     reopened.close()
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ([3.0, 2.0, 2.0], 2),  # of equal scores the lowest loss, of equal losses the earliest
+        ([None, 2.0, 1.0], 1),  # an older version had no losses, and chose the earliest
+        ([None, None, 1.0], 1),
+    ],
+)
+def test_of_equal_scores_the_lowest_loss_is_the_best(tmp_path, losses, best):
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        for step, loss in enumerate(losses, start=1):
+            checkpoints.save(step, state(step), 0.5, loss)
+        checkpoints.wait()
+        assert checkpoints.best() == best
+    assert steps(tmp_path) == {str(best), "3"}
+    with contextlib.closing(Checkpoints(tmp_path)) as reopened:
+        reopened.score(3, 0.5, -1.0)  # a lower one that was measured later
+        assert reopened.best() == (3 if losses[0] is not None else best)
 
 
 def test_a_step_that_is_scored_later_is_the_best_from_then_on(tmp_path):
@@ -159,3 +180,37 @@ def test_folder_that_cannot_be_made_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="a checkpoint cannot be written"):
         Checkpoints(tmp_path / "file" / "checkpoints")
+
+
+@pytest.mark.parametrize(
+    ("scores", "step"),
+    [({1: 0.5, 2: 0.1}, 1), ({1: None, 2: None}, 2), ({2: float("nan")}, 2)],
+    ids=["the best", "none has a score: the latest", "a score that is no number"],
+)
+def test_an_unfinished_run_has_a_best_or_a_latest_tree(tmp_path, scores, step):
+    saved(tmp_path / "checkpoints", scores).close()
+    tree, found = best_or_latest(tmp_path)
+    assert found == step
+    np.testing.assert_array_equal(tree["prompt"]["rows"], np.full((3, 4), step, np.float32))
+
+
+def test_a_member_of_a_sweep_is_read_from_the_state_of_its_group(tmp_path):
+    group = tmp_path / GROUPS / "a0"
+    group.mkdir(parents=True)
+    (group / MEMBERS).write_text('["seed=0", "seed=1"]')
+    prompts = [{"prompt": {"rows": jnp.stack([jnp.full((3, 4), 10.0 * i + j) for j in range(2)])}} for i in range(2)]
+    marks = {"best_step": np.array([0, 4], np.int32), "best_score": np.zeros(2, np.float32)}
+    with contextlib.closing(Checkpoints(group / "checkpoints")) as checkpoints:
+        checkpoints.save(6, [{"trainable": prompts[0], "step": jnp.zeros(2)}, prompts[1], marks])
+    for member, value, step in (("seed=0", 0, 6), ("seed=1", 11, 4)):  # without a validation yet, and with a best
+        (tmp_path / member).mkdir()
+        tree, found = best_or_latest(tmp_path / member)
+        assert found == step
+        np.testing.assert_array_equal(tree["prompt"]["rows"], np.full((3, 4), value, np.float32))
+
+
+def test_a_run_without_a_checkpoint_is_one_line_and_stays_as_it_is(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match="run: has no checkpoint yet; expected one; wait for the run's first"):
+        best_or_latest(tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []

@@ -20,7 +20,7 @@ from small_runs import write_config
 from softprompt_jax.checkpoints.artifact import load_prompt
 from softprompt_jax.config import UserError
 from softprompt_jax.data.sources import Files, Folder
-from softprompt_jax.distributed import cloud_files
+from softprompt_jax.distributed import cloud_files, folder_lock
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -148,11 +148,70 @@ def test_without_the_extra_a_remote_place_is_refused_with_its_name(scheme, monke
 
 def test_what_a_cloud_refuses_is_one_line(memory, monkeypatch):
     def forbidden(*_, **__):
-        raise RuntimeError("403\nno   permission")
+        raise PermissionError("403\nno   permission")
 
     monkeypatch.setattr(memory, "find", forbidden)
     with pytest.raises(UserError, match=r"gs://bucket/x: cannot be read \(403 no permission\); expected a bucket"):
         cloud_files.local("gs://bucket/x")
+
+
+def test_a_defect_is_no_refusal_of_the_cloud(memory, monkeypatch):
+    monkeypatch.setattr(memory, "find", None)
+    with pytest.raises(TypeError):
+        cloud_files.local("gs://bucket/x")
+
+
+# --------------------------------------------------------------------------------- one command in a folder
+
+
+@pytest.fixture
+def quick_lock(memory, monkeypatch):
+    """Let a lock in a bucket be renewed every 20 ms."""
+    monkeypatch.setattr(folder_lock, "RENEW_S", 0.02)
+    return memory
+
+
+def test_a_second_command_on_gs_is_refused_while_the_first_renews_its_lock(quick_lock):
+    said: list[str] = []
+    with folder_lock.lock_folder("gs://bucket/run") as check:
+        with (
+            pytest.raises(UserError, match=r"^gs://bucket/run: a command on .* trains in it; expected one at a time"),
+            folder_lock.lock_folder("gs://bucket/run", wait_s=0.3, report=said.append),
+        ):
+            pass
+        check()
+    assert said == ["gs://bucket/run: another command trains in it, or was killed; waiting up to 0.3 s for its end"]
+    assert quick_lock.find("bucket/run") == []  # given back
+    with folder_lock.lock_folder("gs://bucket/run", wait_s=0.0):
+        pass
+
+
+def test_the_lock_of_a_killed_command_on_gs_is_taken_over_and_a_sleeper_notices(quick_lock):
+    quick_lock.pipe("bucket/run/lock.json", b'{"id": "of a killed command", "host": "gone", "process": 7}')
+    with folder_lock.lock_folder("gs://bucket/run", wait_s=0.1) as check:
+        check()
+        own = quick_lock.cat("bucket/run/lock.json")
+        assert b"of a killed command" not in own
+        quick_lock.pipe("bucket/run/lock.json", b'{"id": "of another command", "host": "there", "process": 8}')
+        time.sleep(0.3)
+        with pytest.raises(UserError, match="another command has taken the folder over"):
+            check()
+    assert b"of another command" in quick_lock.cat("bucket/run/lock.json")  # which is not ours to remove
+
+
+def test_the_lock_of_a_run_is_no_part_of_its_files(memory):
+    memory.pipe("bucket/run/config.yaml", b"steps: 1")
+    memory.pipe("bucket/run/lock.json", b"{}")
+    copy = cloud_files.local("gs://bucket/run")
+    assert [path.name for path in copy.iterdir()] == ["config.yaml"]
+    memory.pipe("bucket/run/lock.json", b'{"renewed": 1}')
+    assert cloud_files.local("gs://bucket/run") == copy  # nothing is copied again
+
+
+def test_a_run_on_gs_that_fails_before_its_first_step_leaves_nothing_there(memory, small, refused, tmp_path):
+    config = write_config(tmp_path / "run.yaml", small.short | {"backbone": str(tmp_path / "nowhere")})
+    assert "nowhere" in refused("train", config, "--out", "gs://bucket/run")
+    assert memory.find("bucket/run") == []
 
 
 # ------------------------------------------------------------------------------- stand-ins for the clouds

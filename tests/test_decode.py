@@ -275,7 +275,7 @@ def test_answers_begin_with_what_is_forced():
     model, tokens = eager_to_end(tiny.model()), tiny.batch(rows=3)["encoder_tokens"]
     forced = np.asarray([[7, 9], [8, 0], [0, 0]], np.int32)
     graphdef, state = nnx.split(model)
-    run = jax.jit(lambda state, *rest: decode.greedy(nnx.merge(graphdef, state), rest[0], 5, None, None, rest[1]))
+    run = jax.jit(lambda state, *rest: decode.greedy(nnx.merge(graphdef, state), rest[0], 5, None, rest[1]))
     found, scores = map(np.asarray, run(state, tokens, forced))
     assert found[0, :2].tolist() == [7, 9]
     assert found[1, 0] == 8
@@ -297,8 +297,8 @@ def test_a_shorter_decoder_prompt_shares_a_batch():
     tokens = tiny.batch(rows=3)["encoder_tokens"]
     first = tiny.ROWS
     prompts = np.asarray([[0, 0, first], [first, first + 1, first + 2], [0, first + 2, first]], np.int32)
-    found, scores = greedy(model, tokens, 6, None, prompts)
+    found, scores = greedy(model, tokens, 6, prompts)
     for row, length in enumerate((1, 3, 2)):
-        alone, score = greedy(model, tokens[row : row + 1], 6, None, prompts[row : row + 1, 3 - length :])
+        alone, score = greedy(model, tokens[row : row + 1], 6, prompts[row : row + 1, 3 - length :])
         np.testing.assert_array_equal(found[row : row + 1], alone)
         np.testing.assert_allclose(scores[row : row + 1], score, atol=1e-5)

@@ -17,12 +17,20 @@ from softprompt_jax.assembly import assemble
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.data.batches import evaluation_batches
 from softprompt_jax.data.tokenized import tokenize
-from softprompt_jax.inference.evaluate import benchmark_average, mean_loss, mean_score
+from softprompt_jax.inference.evaluate import (
+    benchmark_average,
+    mean_loss,
+    mean_score,
+    run_score,
+    score_factor,
+    score_name,
+    score_text,
+)
 from softprompt_jax.methods import split
 from softprompt_jax.optim.losses import cross_entropy
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import Example, load, resolve
-from softprompt_jax.training.run_data import TaskRun
+from softprompt_jax.training.run_data import RunData
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -75,6 +83,20 @@ def test_mean_loss_weighs_tokens_not_batches(predictor, tokenized):
 def test_checkpoints_are_compared_by_the_mean_of_the_metrics(predictor):
     task = predictor.task.model_copy(update={"metrics": ["accuracy", "f1"]})
     assert mean_score(task, {"accuracy": 0.5, "f1": 1.0, "illegal": 0.0, "count": 9}) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("changes", "scores", "expected"),
+    [
+        ({}, {"accuracy": 0.5, "illegal": 0.0, "count": 9}, "accuracy, in %"),
+        ({"metrics": ["accuracy", "f1"]}, {"accuracy": 0.5, "f1": 1.0}, "mean of accuracy and f1, in %"),
+    ],
+)
+def test_a_score_says_what_it_is(small, changes, scores, expected):
+    run = parse(Run, small.short | {"task": small.task | changes}, "test")
+    assert score_name(run, scores) == expected
+    assert run_score(run, scores) == mean_score(run.tasks[0], scores)
+    assert score_text(run_score(run, scores), score_factor(run)) == f"{100 * run_score(run, scores):.1f}"
 
 
 WORDS = ["yes", "no", "the garden is bright", "messy today"]  # of 2, 2, 5 and 3 tokens with EOS
@@ -136,7 +158,7 @@ def test_free_text_is_decoded_as_far_as_the_run_allows_and_label_words_as_far_as
     def longest(task):
         run = parse(Run, small.short | {"task": task}, "test")
         assembly = assemble(run)
-        return TaskRun(run, assembly, split(assembly.model))._longest
+        return RunData(run, assembly, split(assembly.model))._longest
 
     assert longest(small.task) == 2
     assert longest({name: value for name, value in small.task.items() if name != "label_words"}) == 4

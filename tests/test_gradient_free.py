@@ -185,8 +185,8 @@ def test_a_template_reads_as_if_its_words_were_part_of_the_text():
     Hard(template="aaa {text} it was").attach(model, tiny.key(0), CONTEXT)
     ids = [8, 7, 8]
     np.testing.assert_array_equal(model.prompt.table(), np.asarray(plain.embedding[...])[ids])
-    placed = model.prompt.placement
-    assert (len(placed.before), len(placed.after)) == (1, 2)
+    layout = model.prompt.layout
+    assert (len(layout.before[0]), len(layout.after[0])) == (1, 2)
     batch = tiny.batch(rows=2)
     text = np.asarray(batch["encoder_tokens"])
 
@@ -195,7 +195,7 @@ def test_a_template_reads_as_if_its_words_were_part_of_the_text():
         width = max(map(len, rows))
         return batch | {"encoder_tokens": jnp.asarray([row + [0] * (width - len(row)) for row in rows], jnp.int32)}
 
-    found = tiny.forward(model, around(placed.before, placed.after))
+    found = tiny.forward(model, around(layout.before[0], layout.after[0]))
     np.testing.assert_allclose(found, tiny.forward(plain, around(ids[:1], ids[1:])), atol=1e-5)
     assert model.prompt.template(model, lambda ids: " ".join(map(str, ids))) == "8 {text} 7 8"
 
@@ -306,11 +306,11 @@ def test_a_run_without_gradients_is_a_run_like_any_other(small, tmp_path, method
 @pytest.mark.usefixtures("own_cache")
 @pytest.mark.parametrize("each", [SEARCHED[0], pytest.param(SEARCHED[2], marks=pytest.mark.slow)], ids=["cma", "words"])
 def test_an_interrupted_search_goes_on_to_the_same_bits(small, tmp_path, monkeypatch, each):
-    from softprompt_jax.training.loop import TaskRun
+    from softprompt_jax.training.loop import RunData
 
     run, whole = searched(small, *each[:2], 6), tmp_path / "whole"
     softprompt_jax.train(run, whole)
-    validate, left = TaskRun.validate, [2]
+    validate, left = RunData.validate, [2]
 
     def failing(self, *arguments):
         left[0] -= 1
@@ -319,7 +319,7 @@ def test_an_interrupted_search_goes_on_to_the_same_bits(small, tmp_path, monkeyp
         return validate(self, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TaskRun, "validate", failing)
+        patch.setattr(RunData, "validate", failing)
         with pytest.raises(KeyboardInterrupt):
             softprompt_jax.train(run, tmp_path / "cut")
     assert not (tmp_path / "cut" / "result.json").exists()

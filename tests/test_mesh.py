@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from jax.sharding import NamedSharding, PartitionSpec
 
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.distributed import mesh as sharding
@@ -135,6 +136,33 @@ def test_slices_share_rows_before_weights(sizes, alike):
         assert (slices == slices.min(axis=alike, keepdims=True)).all()
 
 
+def test_devices_that_no_arrangement_fits_are_told_and_not_taken_in_their_order(monkeypatch):
+    def none(*_, **__):
+        raise NotImplementedError
+
+    monkeypatch.setattr(sharding.mesh_utils, "create_device_mesh", none)
+    with pytest.raises(UserError, match="no arrangement of 8 devices as data 4 x fsdp 1 x tensor 2"):
+        sharding.arrange_devices((4, 1, 2), chips(2, 4))
+
+
+def test_the_state_of_a_weight_lies_as_the_weight_of_its_whole_path(monkeypatch):
+    mesh = Mesh().build(jax.devices()[:1])
+    monkeypatch.setattr(sharding, "_mesh", lambda: mesh)
+    inner, outer = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("fsdp", "tensor"))
+
+    def array(sharding=None, shape=(4, 4)):
+        return jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
+
+    weights = {"norm": {"scale": array(inner)}, "stack": {"norm": {"scale": array(outer)}}}
+    slots = {"norm": {"scale": {"v": array(), "count": array(shape=())}}}
+    state = {"trainable": weights, "optimizer": [slots | {"stack": slots}]}
+    found = sharding.state_sharding(state, weights)
+    assert found["trainable"]["stack"]["norm"]["scale"] == outer
+    assert found["optimizer"][0]["norm"]["scale"]["v"] == inner
+    assert found["optimizer"][0]["stack"]["norm"]["scale"]["v"] == outer
+    assert found["optimizer"][0]["norm"]["scale"]["count"].spec == PartitionSpec()
+
+
 def test_one_device_needs_no_mesh():
     with jax.set_mesh(Mesh().build(jax.devices()[:1])):
         batch = {"rows": np.arange(6)}
@@ -172,11 +200,13 @@ def test_a_mesh_that_does_not_fit_is_told_in_one_line(settings, message):
         ({"data": 3, "fsdp": 1, "tensor": 1}, "data x fsdp is 3; expected a divisor of the 16 rows computed at a time"),
         ({"data": 2, "fsdp": 16, "tensor": 1}, "data x fsdp is 32; expected a divisor of the 16 rows"),
         ({"data": 1, "fsdp": 1, "tensor": 3}, "tensor is 3; expected a divisor of the backbone's 8 heads"),
+        ({"data": 1, "fsdp": 1, "tensor": 8}, "tensor is 8; expected a divisor of the feed-forward width 28"),
+        ({"data": 1, "fsdp": 8, "tensor": 1}, "fsdp is 8; expected a divisor of the backbone's width 20"),
     ],
 )
-def test_a_mesh_that_does_not_divide_rows_or_heads_is_told_in_one_line(monkeypatch, sizes, message):
+def test_a_mesh_that_does_not_divide_rows_or_weights_is_told_in_one_line(monkeypatch, sizes, message):
     mesh = types.SimpleNamespace(shape=sizes, empty=False)
     monkeypatch.setattr(sharding, "_mesh", lambda: mesh)
     monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
     with pytest.raises(UserError, match=message):
-        sharding.check_divisible(16, 8)
+        sharding.check_divisible(16, 8, 20, 28)

@@ -23,11 +23,11 @@ from jax.experimental import multihost_utils
 from small_runs import write_config
 
 from softprompt_jax.checkpoints.artifact import load_prompt
+from softprompt_jax.checkpoints.training_state import Checkpoints
 from softprompt_jax.cli.signals import PREEMPTED
 from softprompt_jax.config import UserError
 from softprompt_jax.distributed import multihost
-from softprompt_jax.training.checkpoints import Checkpoints
-from softprompt_jax.training.run_data import TaskRun
+from softprompt_jax.training.run_data import RunData
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -184,24 +184,42 @@ def test_a_run_told_to_stop_saves_and_says_so_by_its_exit_code(config, whole, tm
 
 
 class Told:
-    """Sends SIGTERM to this process at the call of a function that is counted, from 0."""
+    """Sends a signal to this process at the call of a function that is counted, from 0."""
 
-    def __init__(self, owner: type, name: str, call: int, after_s: float = 0):
-        self._function, self._left, self._after_s = getattr(owner, name), call, after_s
+    def __init__(self, owner: type, name: str, call: int, after_s: float = 0, number: int = signal.SIGTERM):
+        self._function, self._left, self._after_s, self._number = getattr(owner, name), call, after_s, number
         setattr(owner, name, lambda *arguments: self(*arguments))
 
     def __call__(self, *arguments):
         if self._left == 0:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self._number)
             time.sleep(self._after_s)  # until the others have been told, too
         self._left -= 1
         return self._function(*arguments)
 
 
-def told_at(monkeypatch, owner: type, name: str, call: int) -> None:
-    """Send SIGTERM at a call, once."""
+def told_at(monkeypatch, owner: type, name: str, call: int, number: int = signal.SIGTERM) -> None:
+    """Send a signal at a call, once."""
     monkeypatch.setattr(owner, name, getattr(owner, name))  # so that the old one comes back
-    Told(owner, name, call)
+    Told(owner, name, call, number=number)
+
+
+def test_ctrl_c_saves_as_sigterm_does(small, prompt_run, softprompt, own_cache, tmp_path, monkeypatch):
+    config, out = write_config(tmp_path / "run.yaml", small.short), tmp_path / "out"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    try:
+        told_at(monkeypatch, Checkpoints, "save", 1, signal.SIGINT)  # at step 10
+        code, _, err = softprompt("train", config, "--out", out)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert (code, err.splitlines()[-1]) == (
+        130,
+        f"softprompt: {out}: told to stop, saved at step 11; the same command goes on",
+    )
+    code, _, err = softprompt("train", config, "--out", out)
+    assert (code, "resumed at step 11" in err) == (0, True), err
+    for file in ("prompt.safetensors", "trained.safetensors"):
+        assert (out / file).read_bytes() == (prompt_run / file).read_bytes()
 
 
 def lines_of(out: Path) -> list[tuple]:
@@ -223,10 +241,14 @@ def test_a_validation_is_cut_short_and_made_up_for(
     small, prompt_run, softprompt, own_cache, tmp_path, monkeypatch, name, call, said
 ):
     config, out = write_config(tmp_path / "run.yaml", small.short), tmp_path / "out"
-    told_at(monkeypatch, TaskRun, name, call)
+    told_at(monkeypatch, RunData, name, call)
     code, _, err = softprompt("train", config, "--out", out)
     assert (code, err.count(said)) == (PREEMPTED, 1), err
-    assert (out / "checkpoints" / "10").exists() is ("step 10" in said or name == "result" or call == 4)
+    best = json.loads((prompt_run / "result.json").read_text())["best_step"]
+    kept = {"validate 0": [], "validate 1": [10], "validate 4": [best, 40], "result 0": [best, 40]}[f"{name} {call}"]
+    found = {int(path.name) for path in out.glob("checkpoints/*")}
+    assert set(kept) <= found
+    assert bool(kept) is bool(found)
     code, _, err = softprompt("train", config, "--out", out)
     assert code == 0, err
     for file in ("prompt.safetensors", "trained.safetensors"):
@@ -242,7 +264,7 @@ def test_a_validation_cut_short_twice_and_killed_once_is_made_up_for(
 ):
     config, out = write_config(tmp_path / "run.yaml", small.short), tmp_path / "out"
     for call in (1, 0):  # the second time in what makes up for the first
-        told_at(monkeypatch, TaskRun, "validate", call)
+        told_at(monkeypatch, RunData, "validate", call)
         assert softprompt("train", config, "--out", out)[0] == PREEMPTED
 
     def killed(*_):
@@ -263,7 +285,7 @@ def test_a_sweeps_validation_is_cut_short_and_made_up_for(small, softprompt, own
     command = "sweep", config, "--over", "seed=0,1", "--out"
     assert softprompt(*command, tmp_path / "whole")[0] == 0
     for name, call in (("validate", 5), ("result", 1)):  # of the second prompt at step 20, of the second one's result
-        told_at(monkeypatch, TaskRun, name, call)
+        told_at(monkeypatch, RunData, name, call)
         code, _, err = softprompt(*command, tmp_path / "told")
         assert (code, "the same command goes on" in err) == (PREEMPTED, True), err
     assert softprompt(*command, tmp_path / "told")[0] == 0
@@ -279,8 +301,8 @@ def test_two_processes_cut_a_validation_short_together(config, whole, tmp_path):
     out, port = tmp_path / "told", free_port()
     script = (
         "import sys, test_multihost; from softprompt_jax.cli.main import main\n"
-        "from softprompt_jax.training.run_data import TaskRun\n"
-        "if sys.argv.pop() == '0': test_multihost.Told(TaskRun, 'validate', 2, after_s=5)\n"
+        "from softprompt_jax.training.run_data import RunData\n"
+        "if sys.argv.pop() == '0': test_multihost.Told(RunData, 'validate', 2, after_s=5)\n"
         "main()"
     )
     environment = os.environ | {"SOFTPROMPT_CACHE": str(tmp_path / "cache")}
@@ -298,10 +320,10 @@ def test_two_processes_cut_a_validation_short_together(config, whole, tmp_path):
 
 def test_a_run_told_to_stop_while_it_loads_ends_at_once(config, tmp_path):
     script = (
-        "import os, signal, time; from softprompt_jax.cli import main as cli\n"
+        "import os, signal, time; from softprompt_jax.cli import main\n"
         "from softprompt_jax.distributed import multihost\n"
         "multihost.connect = lambda *_: [os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)]\n"
-        "cli.main()"
+        "main.main()"
     )
     ended = subprocess.run(
         [sys.executable, "-c", script, "train", config, "--out", tmp_path / "out"],
@@ -441,7 +463,7 @@ def test_multihost_of_unlike_versions_are_told_apart(monkeypatch, other):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(multihost_utils, "process_allgather", gather)
     if other == "jax 0.10.2":
-        multihost.agreed("versions", "jax 0.10.2")
+        multihost.assert_same_everywhere("versions", "jax 0.10.2")
     else:
         with pytest.raises(UserError, match=r"process 1 has jax 0\.9\.0, process 0 has jax 0\.10\.2; expected"):
-            multihost.agreed("versions", "jax 0.10.2")
+            multihost.assert_same_everywhere("versions", "jax 0.10.2")

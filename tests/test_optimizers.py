@@ -14,12 +14,12 @@ import t5x_fixture
 import tiny
 
 from softprompt_jax.checkpoints.backbone import load_adafactor
+from softprompt_jax.checkpoints.training_state import Checkpoints
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.methods import Context, Full, attach, leaves, split
 from softprompt_jax.optim.leaf import Leaf
 from softprompt_jax.optim.optimizers import Adafactor, AdamW, Schedule, build, describe_rates, restored
 from softprompt_jax.run import Run
-from softprompt_jax.training.checkpoints import Checkpoints
 from softprompt_jax.training.step import build_optimizer
 from softprompt_jax.trees import flatten, unflatten
 

@@ -398,11 +398,11 @@ def test_all_experiments_are_listed_with_their_cost(softprompt):
 
 def test_a_sentinel_stands_before_targets_and_is_read_over(small, own_cache):
     from softprompt_jax.assembly import assemble
-    from softprompt_jax.training.run_data import TaskData
+    from softprompt_jax.training.run_data import TaskSplits
 
     run = parse(Run, small.short | {"target_sentinel": True}, "test")
     assembly = assemble(run)
-    data = TaskData(run.tasks[0], run, assembly, 0)
+    data = TaskSplits(run.tasks[0], run, assembly, 0)
     first, word, end = data.tokens["test"].target(0).tolist()
     assert (first, end) == (assembly.tokenizer.sentinel(0), assembly.tokenizer.eos_id)
     assert assembly.tokenizer.decode([first, word, end]) == data.examples["test"][0].target

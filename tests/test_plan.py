@@ -8,13 +8,17 @@ import math
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
+import tiny
 import yaml
 
 from softprompt_jax import load_run
 from softprompt_jax.analysis import plan
+from softprompt_jax.assembly import abstract_backbone_of, assemble, check_devices
 from softprompt_jax.config import UserError
 from softprompt_jax.distributed import mesh
+from softprompt_jax.methods import split
 from softprompt_jax.models.presets import preset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -101,12 +105,12 @@ def test_products_are_those_of_the_paper_model_counted_by_hand(tmp_path):
 )
 def test_a_published_backbone_is_planned_without_its_files(tmp_path, backbone, size):
     run = load_run(write(tmp_path / "run.yaml", backbone=backbone))
-    assert plan.backbone_settings(run) == preset(size)
+    assert abstract_backbone_of(run).settings == preset(size)
 
 
 def test_a_folder_is_planned_as_what_it_holds(tmp_path, small):
     folder = shutil.copytree(small.backbone, tmp_path / "t5-v1_1-small")
-    assert plan.backbone_settings(load_run(write(tmp_path / "run.yaml", backbone=str(folder)))).d_model == 16
+    assert abstract_backbone_of(load_run(write(tmp_path / "run.yaml", backbone=str(folder)))).settings.d_model == 16
 
 
 def test_pre_training_is_planned_with_its_own_lengths():
@@ -117,13 +121,100 @@ def test_pre_training_is_planned_with_its_own_lengths():
 
 
 def test_advice_starts_with_what_costs_least(tmp_path):
-    answer = {"weights_bytes": 20 * plan.GIB, "limit_bytes": 16 * plan.GIB, "rows_per_device": 4}
+    answer = {"weights_bytes": 20 * plan.GIB, "limit_bytes": 16 * plan.GIB, "rows_per_device": 4, "quantized": False}
     run = load_run(write(tmp_path / "run.yaml", remat="none"))
     said = plan.advice(run, answer, 8)
     assert said == ["dtype=bfloat16", "remat=full", "quantize=int8", "mesh={data: 1, fsdp: -1}", "accumulate=2"]
     done = load_run(write(tmp_path / "done.yaml", dtype="bfloat16", remat="full", quantize="int8"))
-    answer = {"weights_bytes": plan.GIB, "limit_bytes": 16 * plan.GIB, "rows_per_device": 1}
+    answer = {"weights_bytes": plan.GIB, "limit_bytes": 16 * plan.GIB, "rows_per_device": 1, "quantized": True}
     assert plan.advice(done, answer, 8) == ["more devices, or a shorter max_input_tokens"]
+
+
+def refusal(prepare, *arguments) -> str | None:
+    """Return why a run is refused, None if it is accepted."""
+    try:
+        prepare(*arguments)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def assembled(run) -> None:
+    check_devices(run, assemble(run))
+
+
+def is_run(path: Path) -> bool:
+    return path.parent.name in ("configs", "methods") or path == ROOT / "configs" / "pretrain" / "embedded.yaml"
+
+
+CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if is_run(path)]
+TABLE = {"kind": "prompt", "length": 3}
+REFUSED = {
+    "two prompts": {"methods": [TABLE, TABLE]},
+    "no label words": {"methods": [TABLE | {"init": "labels"}]},
+    "no such file": {"methods": [TABLE | {"init": {"kind": "file", "path": "nowhere.npy"}}]},
+    "flash on a CPU": {"attention": "flash", "dropout": 0, "dtype": "bfloat16"},
+    "no such backbone": {"backbone": "./nowhere"},
+    "no tokenizer": {"backbone": {"settings": tiny.settings().model_dump(), "tokenizer": "./nowhere"}},
+}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_plan_accepts_exactly_the_configs_that_training_accepts(path, small):
+    run = load_run(path)
+    if isinstance(run.backbone, str):
+        run = run.model_copy(update={"backbone": str(small.backbone)})
+    assert refusal(plan.abstract_step, run) == refusal(assembled, run)
+
+
+@pytest.mark.parametrize("changes", REFUSED.values(), ids=REFUSED)
+def test_plan_refuses_what_training_refuses_in_the_same_words(changes, small, tmp_path):
+    run = load_run(write(tmp_path / "run.yaml", **{"backbone": str(small.backbone), **changes}))
+    message = refusal(assembled, run)
+    assert message is not None
+    assert refusal(plan.abstract_step, run) == message
+
+
+def test_plan_refuses_a_folder_that_lacks_a_weight(small, tmp_path):
+    folder = shutil.copytree(small.backbone, tmp_path / "t5")
+    config = json.loads((folder / "config.json").read_text()) | {"num_layers": 9}
+    (folder / "config.json").write_text(json.dumps(config))
+    run = load_run(write(tmp_path / "run.yaml", backbone=str(folder)))
+    assert "weights are missing" in refusal(plan.abstract_step, run)
+    assert refusal(plan.abstract_step, run) == refusal(assembled, run)
+
+
+@pytest.mark.parametrize(("dtype", "quantize"), [("float32", None), ("bfloat16", None), ("bfloat16", "int8")])
+@pytest.mark.parametrize("scratch", [True, False])
+def test_what_plan_counts_is_what_training_holds(small, tmp_path, dtype, quantize, scratch):
+    backbone = {"settings": tiny.settings().model_dump()} if scratch else str(small.backbone)
+    changes = {"methods": [TABLE | {"init": "vocabulary"}], "dtype": dtype, "quantize": quantize}
+    run = load_run(write(tmp_path / "run.yaml", backbone=backbone, **changes))
+    _, (state, frozen, _, _), _ = plan.abstract_step(run)
+    held = split(assemble(run).model)
+    for planned, real in ((frozen, held.frozen), (state["trainable"], held.trainable)):
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), planned) == jax.tree.map(lambda x: (x.shape, x.dtype), real)
+
+
+def test_flash_is_judged_by_the_topologys_devices(small, tmp_path):
+    run = load_run(write(tmp_path / "run.yaml", dtype="bfloat16", attention="flash", dropout=0))
+    assert refusal(plan.abstract_step, run, None, "gpu") is None
+    assert "found tpu devices; expected NVIDIA GPUs" in refusal(plan.abstract_step, run, None, "tpu")
+
+
+def test_packed_rows_follow_the_mesh_and_the_parts(small, tmp_path):
+    config = write(tmp_path / "run.yaml", backbone=str(small.backbone), batch_size=6, packing=True)
+    _, (_, _, batch, _), _ = plan.abstract_step(load_run(config, ["accumulate=3"]))
+    assert len(batch["encoder_tokens"]) == 6
+
+
+@pytest.mark.slow
+def test_a_packed_batch_that_the_devices_do_not_divide_is_planned(small, tmp_path):
+    config = write(tmp_path / "run.yaml", backbone=str(small.backbone), batch_size=3, packing=True)
+    (answer,) = plan.plan(config, [], ["l4:2"])
+    assert answer["rows_per_device"] == 2
+    with pytest.raises(UserError, match="data x fsdp is 2; expected a divisor of the 3 rows"):
+        plan.plan(config, ["packing=null"], ["l4:2"])
 
 
 def test_packed_rows_are_planned_with_their_segments(tmp_path):
@@ -205,15 +296,3 @@ def test_what_does_not_fit_is_said_with_advice_and_exit_code_3(tmp_path, quick, 
     assert "quantize=int8" in answer["advice"]
     assert answer["flops"] == pytest.approx(8 * 18.2e12, rel=0.1)  # of 18.2 TFLOP an example, see shared notes
     assert math.isclose(answer["weights_bytes"], 2 * 11_135_332_352, rel_tol=0.01)
-
-
-@needs_libtpu
-@pytest.mark.libtpu
-def test_the_kernel_compiles_for_a_tpu_and_holds_no_scores(tmp_path, quick):
-    config = write(tmp_path / "run.yaml", batch_size=16, max_input_tokens=412, dropout=0, dtype="bfloat16")
-    (plain,), (flash,) = (plan.plan(config, [f"attention={how}"], ["v5e:1x1"]) for how in ("plain", "flash"))
-    assert flash["flops"] == plain["flops"]
-    scores = (
-        4 * 16 * 6 * 512 * 512
-    )  # bytes in float32 of one layer of eight, which the plain way keeps for its gradient
-    assert flash["temporary_bytes"] < plain["temporary_bytes"] - scores

@@ -9,7 +9,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from softprompt_jax.analysis.plan import kept_as
+from softprompt_jax.assembly import abstract_backbone_of
 from softprompt_jax.checkpoints.artifact import load_prompt
 from softprompt_jax.checkpoints.backbone import load_backbone
 from softprompt_jax.config import UserError, parse
@@ -18,7 +18,7 @@ from softprompt_jax.inference.predictor import load_predictor
 from softprompt_jax.methods import Context, Full, LoRA, put_trained, split
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.methods.wrap import merged
-from softprompt_jax.models.quantized import NF4_LEVELS, QuantizedLinear, pack, quantized, unpack
+from softprompt_jax.models.quantized import NF4_LEVELS, QuantizedLinear, pack, quantization_of, quantized, unpack
 from softprompt_jax.models.t5 import T5
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import resolve
@@ -183,7 +183,8 @@ def test_a_quantised_folder_gives_the_same_bits_as_quantising_again(small, kind,
     assert nnx.graphdef(stored.model) == nnx.graphdef(again.model)
     assert stored.fingerprint() == again.fingerprint() == load_backbone(small.backbone).fingerprint()
     assert nnx.graphdef(load_backbone(tmp_path / "q", quantize=kind).model) == nnx.graphdef(stored.model)
-    assert kept_as(parse(Run, small.short | {"backbone": str(tmp_path / "q")}, "test")) == kind
+    run = parse(Run, small.short | {"backbone": str(tmp_path / "q")}, "test")
+    assert quantization_of(abstract_backbone_of(run).model) == kind
     half = load_backbone(tmp_path / "q", "bfloat16").model
     assert half.embedding[...].dtype == jnp.bfloat16
     assert half.encoder.layers.attention.query.scale[...].dtype == jnp.float32

@@ -13,7 +13,7 @@ import yaml
 
 from softprompt_jax import Run, load_run, tasks, train
 from softprompt_jax.config import UserError, parse, settings_hash, to_yaml
-from softprompt_jax.run import MACHINE
+from softprompt_jax.run import UNHASHED_SETTINGS
 from softprompt_jax.training.run_folder import default_folder
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -61,7 +61,7 @@ def test_a_folder_that_has_the_name_of_its_task_only_goes_on(small, moods, tmp_p
     run, runs = run_of(small, task="moods"), tmp_path / "runs"
     monkeypatch.chdir(tmp_path)
     whole = train(run)
-    assert default_folder(run) == (runs / settings_hash(run, without=MACHINE)).relative_to(tmp_path)
+    assert default_folder(run) == (runs / settings_hash(run, without=UNHASHED_SETTINGS)).relative_to(tmp_path)
     older = runs / "0123456789ab"  # the hash that another version gave to these settings
     default_folder(run).rename(older)
     rewrite(older, task="moods")

@@ -207,9 +207,9 @@ def test_parts_of_an_accumulated_batch_have_dropout_of_their_own(monkeypatch):
     twice = jax.tree.map(lambda x: jnp.concatenate([x[:2], x[:2]]), tiny.batch(prompt=P))
     seen, hidden = [], T5.hidden
 
-    def spy(self, batch, key=None):
-        jax.debug.callback(lambda data: seen.append(np.asarray(data).tobytes()), jax.random.key_data(key))
-        return hidden(self, batch, key)
+    def spy(self, batch, rng=None, remat=None):
+        jax.debug.callback(lambda data: seen.append(np.asarray(data).tobytes()), jax.random.key_data(rng))
+        return hidden(self, batch, rng, remat)
 
     monkeypatch.setattr(T5, "hidden", spy)
     one_step(parts, run(dropout=0.2, accumulate=2, batch_size=4), twice)

@@ -129,7 +129,7 @@ def test_command_prints_a_table_and_json_on_request(swept, config, softprompt):
     command = "sweep", config, "--over", "seed=0..1", "--over", "learning_rate=0.1,0.3", "--out", swept[0]
     code, out, _ = softprompt(*command)
     assert (code, out.splitlines()[0].split()) == (0, ["setting", "task", "runs", "validation", "test"])
-    assert "mean ± sd (best)" in out
+    assert "sd: " in out
     assert json.loads(softprompt(*command, "--json")[1]) == swept[1]
 
 
@@ -160,18 +160,18 @@ class Killed(BaseException):
 @pytest.mark.parametrize("point", ["evaluate", "leave"])
 def test_killed_sweep_goes_on_and_ends_the_same(swept, config, tmp_path, monkeypatch, point):
     calls = 0
-    real = getattr(vmapped._Training, point)
+    real = getattr(vmapped._VmappedGroup, point)
 
-    def dying(self, argument):
+    def dying(self, *arguments):
         nonlocal calls
         calls += 1
         if calls == 3:  # in mid-training, or when two of four runs have left their files
             raise Killed
-        return real(self, argument)
+        return real(self, *arguments)
 
     over = ["seed=0..1", "learning_rate=0.1,0.3"]
     with monkeypatch.context() as patch:
-        patch.setattr(vmapped._Training, point, dying)
+        patch.setattr(vmapped._VmappedGroup, point, dying)
         with pytest.raises(Killed):
             sweep(config, over, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*/result.json"))) == (0 if point == "evaluate" else 2)
@@ -197,9 +197,10 @@ def test_run_that_diverges_or_stops_early_leaves_the_others_alone(small, tmp_pat
     assert not (tmp_path / "out" / failed["name"] / "result.json").exists()
     assert len(result["table"]) == 2
     slow = json.loads((tmp_path / "out" / "learning_rate=0.001" / "result.json").read_text())
-    assert slow["steps"] == slow["best_step"] + 20 < 40  # two evaluations of ten steps
-    scored = [line["step"] for line in lines(tmp_path / "out" / "learning_rate=0.001") if "validation" in line]
-    assert scored[-1] == slow["steps"]
+    found = [line for line in lines(tmp_path / "out" / "learning_rate=0.001") if "validation" in line]
+    scores = {line["step"]: np.mean([line["validation"][name] for name in ("accuracy",)]) for line in found[1:]}
+    rose = max(scores, key=scores.__getitem__)  # the first of equal ones; a lower loss alone ends no waiting
+    assert slow["steps"] == rose + 20 == max(scores) < 40  # two evaluations of ten steps
     monkeypatch.setattr(SWEEP, "backbone_of", None)
     assert sweep(config, over, tmp_path / "out", stop_after=2) == result  # and nothing trains again
 
@@ -207,9 +208,9 @@ def test_run_that_diverges_or_stops_early_leaves_the_others_alone(small, tmp_pat
 @pytest.mark.slow
 def test_lengths_train_in_groups_and_other_methods_one_after_another(config, tmp_path, monkeypatch):
     trained: list[int] = []
-    real = vmapped.Together.train
+    real = vmapped.VmappedSweep.train
     monkeypatch.setattr(
-        vmapped.Together, "train", lambda self, runs, *rest: (trained.append(len(runs)), real(self, runs, *rest))[1]
+        vmapped.VmappedSweep, "train", lambda self, runs, *rest: (trained.append(len(runs)), real(self, runs, *rest))[1]
     )
     sweep(config, ["length=2,4", "seed=0,1"], tmp_path / "lengths", ["steps=2"])
     assert trained == [2, 2]
@@ -223,6 +224,7 @@ def test_lengths_train_in_groups_and_other_methods_one_after_another(config, tmp
 
 def test_a_run_alone_that_diverges_leaves_the_others_alone(config, tmp_path, monkeypatch):
     def train(run, folder, reporter):
+        folder.mkdir()
         if run.seed == 1:
             raise Diverged("step 7: the loss is nan", 7)
         scores = {"accuracy": 0.5, "f1_macro": 0.5}
@@ -234,6 +236,39 @@ def test_a_run_alone_that_diverges_leaves_the_others_alone(config, tmp_path, mon
     assert [run.get("failed", {}).get("step") for run in result["runs"]] == [None, 7, None]
     assert result["table"][0]["runs"] == 2
     assert json.loads((tmp_path / "out" / "sweep.json").read_text()) == result
+
+
+def test_a_sweep_that_fails_before_its_first_step_leaves_room_for_the_corrected_one(config, tmp_path, monkeypatch):
+    over, out = ["seed=0..1"], tmp_path / "out"
+    with pytest.raises(UserError, match="nowhere"):
+        sweep(config, over, out, ["steps=2", f"backbone={tmp_path / 'nowhere'}"])
+    with pytest.raises(UserError, match="has 2 tokens with EOS"):
+        sweep(config, over, out, ["steps=2", "max_target_tokens=1"])
+    with monkeypatch.context() as patch:  # at its first validation, when settings and group are written
+        patch.setattr(vmapped.RunData, "validate", None)
+        with pytest.raises(TypeError):
+            sweep(config, over, out, ["steps=2"])
+    assert not [path for path in out.rglob("*") if path.is_file()]
+    assert not (out / "groups").exists() or not list((out / "groups").iterdir())
+    result = sweep(config, over, out, ["steps=2", "methods.0.length=2"])
+    assert [row["runs"] for row in result["table"]] == [2]
+
+
+@pytest.mark.slow
+def test_of_equal_scores_in_a_sweep_the_lowest_loss_wins_and_waiting_counts_scores(small, tmp_path, monkeypatch):
+    config = write_config(tmp_path / "config.yaml", small.short)
+    losses = {0: [9.0, 3.0, 2.0, 1.0, 1.0], 1: [9.0, 3.0, 2.0, 2.0, 4.0]}  # at steps 0 to 40, all with one score
+
+    def validate(self, trainable, frozen):
+        return {"accuracy": 0.5, "loss": next(left[self.run.seed])}, 0.5
+
+    monkeypatch.setattr(vmapped.RunData, "validate", validate)
+    for stop_after, steps in ((None, 40), (2, 30)):
+        left = {seed: iter(each) for seed, each in losses.items()}
+        out = tmp_path / str(stop_after)
+        sweep(config, ["seed=0,1"], out, stop_after=stop_after)
+        results = [json.loads((out / f"seed={seed}" / "result.json").read_text()) for seed in losses]
+        assert [(result["best_step"], result["steps"]) for result in results] == [(30, steps), (20, steps)]
 
 
 # ------------------------------------------------------------------------------------------------ what is asked for

@@ -16,10 +16,10 @@ from t5x_fixture import copied, scanned, weights, write
 
 from softprompt_jax import Run, train
 from softprompt_jax.checkpoints.backbone import load_adafactor, load_backbone
+from softprompt_jax.checkpoints.training_state import Checkpoints
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.methods.trainable import Leaf
 from softprompt_jax.optim.optimizers import Adafactor, build, restored
-from softprompt_jax.training.checkpoints import Checkpoints
 from softprompt_jax.trees import unflatten
 
 

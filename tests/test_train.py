@@ -5,25 +5,34 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+from rich.console import Console
 from small_runs import ROWS, rows
 from tensorboardX.proto.event_pb2 import Event
 
 import softprompt_jax
-from softprompt_jax import Run, load_run
-from softprompt_jax.checkpoints.artifact import load_trained, read_prompt
-from softprompt_jax.config import Diverged, Preempted, UserError, parse, settings_hash
-from softprompt_jax.distributed import multihost
+from softprompt_jax import Run, load_run, methods, progress
+from softprompt_jax.assembly import assemble
+from softprompt_jax.checkpoints.artifact import load_artifact
+from softprompt_jax.config import Diverged, Interrupted, Preempted, UserError, parse, settings_hash
+from softprompt_jax.data.batches import evaluation_batches
+from softprompt_jax.distributed import folder_lock, multihost
+from softprompt_jax.inference.evaluate import mean_loss
 from softprompt_jax.progress import Reporter
-from softprompt_jax.run import MACHINE
-from softprompt_jax.training.run_data import TaskRun
+from softprompt_jax.run import UNHASHED_SETTINGS
+from softprompt_jax.training.run_data import RunData
+from softprompt_jax.training.run_folder import begin_folder, check_folder, scores_in
 
 TRAIN = importlib.import_module("softprompt_jax.training.loop")  # the module; the package's `train` is the function
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -80,12 +89,14 @@ def test_curves_hold_what_metrics_hold(prompt_run):
     assert curves["loss"] == pytest.approx(
         {line["step"]: line["loss"] for line in metrics(prompt_run) if "loss" in line}
     )
-    assert set(curves["validation/accuracy"]) == {0, 10, 20, 30, 40}
+    for name in ("accuracy", "loss"):
+        assert set(curves[f"validation/{name}"]) == {0, 10, 20, 30, 40}
 
 
 def test_prompt_file_says_where_it_belongs(small, prompt_run):
-    prompt, metadata = read_prompt(prompt_run / "prompt.safetensors")
-    trained, _ = load_trained(prompt_run / "trained.safetensors")
+    found = load_artifact(prompt_run / "prompt.safetensors")
+    prompt, metadata = found.prompt, found.metadata
+    trained = load_artifact(prompt_run / "trained.safetensors").tree
     assert prompt.shape == (3, 16)
     np.testing.assert_array_equal(prompt, trained["prompt"]["rows"])
     run = run_of(small.short)
@@ -94,7 +105,7 @@ def test_prompt_file_says_where_it_belongs(small, prompt_run):
     assert (metadata["length"], metadata["task"], metadata["settings_hash"]) == (
         "3",
         "moods",
-        settings_hash(run, without=MACHINE),
+        settings_hash(run, without=UNHASHED_SETTINGS),
     )
     assert parse(Run, json.loads(metadata["settings"]), "prompt") == run
 
@@ -129,7 +140,8 @@ def test_packed_run_reports_its_rows_and_learns(small, tmp_path, capsys):
 
 def test_full_tuning_leaves_no_prompt(full_run):
     assert not (full_run / "prompt.safetensors").exists()
-    trained, metadata = load_trained(full_run / "trained.safetensors")
+    found = load_artifact(full_run)
+    trained, metadata = found.tree, found.metadata
     assert trained["embedding"].shape == (ROWS, 16)
     assert metadata["task"] == "moods"
 
@@ -149,6 +161,36 @@ def test_prompt_tuning_lowers_the_loss(prompt_run):
     assert np.mean(found[-4:]) < np.mean(found[:4])
 
 
+def test_of_equal_scores_the_checkpoint_with_the_lowest_loss_is_the_result(small, tmp_path, monkeypatch):
+    losses = iter([5.0, 3.0, 1.0, 2.0, 1.0])  # at steps 0, 10, 20, 30, 40
+    monkeypatch.setattr(TRAIN.RunData, "validate", lambda *_: ({"accuracy": 0.0, "loss": next(losses)}, 0.0))
+    result = softprompt_jax.train(run_of(small.short), tmp_path / "run")
+    assert result["best_step"] == 20
+    assert scores_in(tmp_path / "run", run_of(small.short))[20] == (0.0, 1.0)
+
+
+def test_validation_loss_is_the_mean_cross_entropy_of_the_targets(small, prompt_run):
+    run = run_of(small.short)
+    assembly = assemble(run)
+    parts = methods.split(assembly.model)
+    data = RunData(run, assembly, parts)
+    trained, _ = load_trained(prompt_run / "trained.safetensors")
+    scores, score = data.validate(trained, parts.frozen)
+    batches = [batch for batch, _ in evaluation_batches(data.tasks[0].tokens["validation"], 5, assembly.prompt_ids)]
+    assert scores["loss"] == pytest.approx(mean_loss(parts, batches)(trained, parts.frozen), rel=1e-5)
+    assert score == scores["accuracy"]  # of which the loss is no part
+
+
+def test_that_most_answers_are_illegal_is_said_once_with_what_to_try(small, tmp_path, monkeypatch, capsys):
+    shares = iter([0.9, 0.4, 0.6, 0.7, 0.2])  # at steps 0, 10, 20, 30, 40
+    monkeypatch.setattr(TRAIN.RunData, "validate", lambda *_: ({"accuracy": 0.0, "illegal": next(shares)}, 0.0))
+    softprompt_jax.train(run_of(small.short), tmp_path / "run", Reporter())
+    lines = capsys.readouterr().err.splitlines()
+    (place,) = [number for number, line in enumerate(lines) if "more than half of the validation answers" in line]
+    assert lines[place - 1].startswith("step 20: validation")  # before training it says nothing
+    assert "try predict_by: likelihood" in lines[place]
+
+
 def test_best_checkpoint_is_the_result_the_earliest_of_equal_ones(small, tmp_path, monkeypatch):
     scores = iter([0.0, 0.2, 0.9, 0.9, 0.1])  # at steps 0, 10, 20, 30, 40
 
@@ -156,7 +198,7 @@ def test_best_checkpoint_is_the_result_the_earliest_of_equal_ones(small, tmp_pat
         score = next(scores)
         return {"accuracy": score}, score
 
-    monkeypatch.setattr(TRAIN.TaskRun, "validate", validate)
+    monkeypatch.setattr(TRAIN.RunData, "validate", validate)
     result = softprompt_jax.train(run_of(small.short), tmp_path / "run")
     assert result["best_step"] == 20
     assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"20", "40"}
@@ -164,7 +206,7 @@ def test_best_checkpoint_is_the_result_the_earliest_of_equal_ones(small, tmp_pat
     scores = iter([0.0, 0.2, 0.9])
     shorter = softprompt_jax.train(run_of(small.short, steps=20), tmp_path / "shorter")
     assert shorter["test"] == result["test"]
-    found, expected = (load_trained(tmp_path / name / "trained.safetensors")[0] for name in ("run", "shorter"))
+    found, expected = (load_artifact(tmp_path / name).tree for name in ("run", "shorter"))
     np.testing.assert_array_equal(found["prompt"]["rows"], expected["prompt"]["rows"])
 
 
@@ -256,9 +298,10 @@ def test_folder_that_is_no_place_for_a_run_is_one_line(small, tmp_path, made, ex
 
 def test_folder_of_a_kill_before_the_first_file_is_a_new_run(small, tmp_path):
     (tmp_path / "config.partial").write_text("task: {na")
-    assert TRAIN.prepare_folder(run_of(small.short), tmp_path) is None
-    assert load_run(tmp_path / "config.yaml") == run_of(small.short)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert check_folder(run_of(small.short), tmp_path) is None
+    with begin_folder(run_of(small.short), tmp_path):
+        assert load_run(tmp_path / "config.yaml") == run_of(small.short)
+        assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
 
 
 @pytest.mark.slow
@@ -268,6 +311,69 @@ def test_loss_that_is_no_number_is_one_line_and_keeps_what_there_is(small, tmp_p
         softprompt_jax.train(run, tmp_path / "run")
     assert (tmp_path / "run" / "config.yaml").exists()
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+def written(folder) -> list[str]:
+    return [path.name for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"backbone": "no/where"}, "no/where"),
+        ({"task": {"input": "{sentence}"}}, "no field 'sentence'"),
+        ({"task": {"label_map": {"maybe": "yes"}}}, "label"),
+        ({"max_target_tokens": 1}, "has 2 tokens with EOS"),
+    ],
+    ids=["backbone", "field", "labels", "data"],
+)
+def test_a_command_that_fails_before_its_first_step_leaves_room_for_the_corrected_one(
+    small, tmp_path, monkeypatch, changes, expected
+):
+    monkeypatch.setattr(TRAIN, "Checkpoints", None)  # far enough
+    task = small.task | changes.pop("task", {})
+    with pytest.raises(UserError, match=expected):
+        softprompt_jax.train(run_of(small.short | {"task": task}, **changes), tmp_path / "run")
+    assert written(tmp_path / "run") == []
+    with pytest.raises(TypeError):
+        softprompt_jax.train(run_of(small.short), tmp_path / "run")
+
+
+def test_a_run_that_fails_in_its_first_validation_or_step_takes_its_files_back(small, tmp_path, monkeypatch):
+    for name in ("validate", "batches"):
+        with monkeypatch.context() as patch:
+            patch.setattr(RunData, name, None)
+            with pytest.raises(TypeError):
+                softprompt_jax.train(run_of(small.short, seed=1), tmp_path / "run")
+        assert list((tmp_path / "run").iterdir()) == []
+    with monkeypatch.context() as patch:  # from the first step on there is something to go on from
+        patch.setattr(TRAIN.Checkpoints, "save", None)
+        with pytest.raises(TypeError):
+            softprompt_jax.train(run_of(small.short, steps=1), tmp_path / "run")
+    assert load_run(tmp_path / "run" / "config.yaml").steps == 1
+
+
+def test_nothing_is_written_while_another_command_is_in_a_new_folder(small, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(TRAIN, "lock_folder", functools.partial(folder_lock.lock_folder, wait_s=0.1))
+    with folder_lock.lock_folder(tmp_path / "run"), pytest.raises(UserError, match="expected one at a time"):
+        softprompt_jax.train(run_of(small.short), tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_model")
+def test_process_0_decides_for_all_whether_a_run_is_finished(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(TRAIN, "assert_same_everywhere", lambda *_: None)
+    for answer in ({"value": {"steps": 40}}, {"error": "out: was made with other settings"}):
+        monkeypatch.setattr(multihost, "_broadcast_text", lambda _, answer=answer: json.dumps(answer))
+        if "value" in answer:
+            assert softprompt_jax.train(run_of(small.short), tmp_path / "none") == {"steps": 40}
+        else:
+            with pytest.raises(UserError, match="was made with other settings"):
+                softprompt_jax.train(run_of(small.short), tmp_path / "none")
+    assert not (tmp_path / "none").exists()  # this process looked nowhere
 
 
 def test_long_targets_are_an_error_unless_cut(small, tmp_path, capsys, monkeypatch):
@@ -294,17 +400,174 @@ def test_a_folder_in_which_another_process_trains_is_refused_until_that_ends(sma
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_bytes((prompt_run / "config.yaml").read_bytes())
     before = sorted((tmp_path / "run").iterdir())
-    code = "import sys, time; from pathlib import Path; from softprompt_jax.distributed.multihost import alone_in\n"
-    code += "with alone_in(Path(sys.argv[1])): print('in', flush=True); time.sleep(600)"
+    code = (
+        "import sys, time; from pathlib import Path; from softprompt_jax.distributed.folder_lock import lock_folder\n"
+    )
+    code += "with lock_folder(Path(sys.argv[1])): print('in', flush=True); time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code, tmp_path / "run"], stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "in\n"
-        monkeypatch.setattr(TRAIN, "alone_in", functools.partial(multihost.alone_in, wait_s=0.1))
+        monkeypatch.setattr(TRAIN, "lock_folder", functools.partial(folder_lock.lock_folder, wait_s=0.1))
         with pytest.raises(UserError, match="another process trains in it; expected one at a time"):
             softprompt_jax.train(run_of(small.short), tmp_path / "run")
         assert sorted((tmp_path / "run").iterdir()) == before
         other.kill()
     softprompt_jax.train(run_of(small.short), tmp_path / "run")
     assert (tmp_path / "run" / "prompt.safetensors").read_bytes() == (prompt_run / "prompt.safetensors").read_bytes()
+
+
+def test_a_finished_run_is_made_longer_to_the_bits_of_a_run_that_was_never_shorter(
+    small, prompt_run, tmp_path, capsys, monkeypatch
+):
+    longer, folder = run_of(small.short, steps=60), tmp_path / "run"
+    shutil.copytree(prompt_run, folder)
+    with monkeypatch.context() as patch:  # it fails before its first step: still finished
+        patch.setattr(RunData, "batches", None)
+        with pytest.raises(TypeError):
+            softprompt_jax.train(longer, folder)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in prompt_run.iterdir()}
+    assert softprompt_jax.train(run_of(small.short), folder) == json.loads((prompt_run / "result.json").read_text())
+    result = softprompt_jax.train(longer, folder, Reporter())
+    assert "resumed at step 40" in capsys.readouterr().err
+    assert load_run(folder / "config.yaml") == longer
+    expected = softprompt_jax.train(longer, tmp_path / "whole")
+    assert result | {"seconds": 0} == expected | {"seconds": 0}
+    assert (folder / "prompt.safetensors").read_bytes() == (tmp_path / "whole" / "prompt.safetensors").read_bytes()
+    assert losses(folder) == losses(tmp_path / "whole")
+    with pytest.raises(UserError, match=r"was made with other settings \(steps: 60 -> 40\)"):
+        softprompt_jax.train(run_of(small.short), folder)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "latest", "reason"),
+    [
+        ({"decay": "constant", "warmup_steps": 3}, 40, None),
+        ({"decay": "inverse_sqrt", "warmup_steps": 3}, 40, None),
+        ({"decay": "linear", "warmup_steps": 20}, 10, None),  # still warming up
+        ({"decay": "linear"}, None, None),  # no checkpoint yet
+        ({"decay": "linear", "warmup_steps": 20}, 30, "its linear decay was that of 40 steps"),
+        ({"decay": "cosine"}, 5, "its cosine decay was that of 40 steps"),
+    ],
+)
+def test_a_run_is_made_longer_where_its_learning_rates_so_far_stay(small, tmp_path, schedule, latest, reason):
+    shorter = run_of(small.short, schedule=schedule)
+    with begin_folder(shorter, tmp_path) as begun:
+        begun()
+    if latest is not None:
+        with contextlib.closing(TRAIN.Checkpoints(tmp_path / "checkpoints")) as checkpoints:
+            checkpoints.save(latest, {"step": np.int32(latest)})
+    longer = run_of(small.short, schedule=schedule, steps=60)
+    if reason is None:
+        assert check_folder(longer, tmp_path, tmp_path / "checkpoints") is None
+    else:
+        with pytest.raises(UserError, match=rf"cannot go on from 40 to 60 steps \({reason}") as error:
+            check_folder(longer, tmp_path, tmp_path / "checkpoints")
+        assert "\n" not in str(error.value)
+    assert load_run(tmp_path / "config.yaml") == shorter
+
+
+def test_a_finished_run_without_its_checkpoints_cannot_be_made_longer(small, prompt_run, tmp_path):
+    for name in ("config.yaml", "result.json"):
+        shutil.copy(prompt_run / name, tmp_path)
+    with pytest.raises(UserError, match=r"cannot go on from 40 to 60 steps \(its checkpoints are gone"):
+        check_folder(run_of(small.short, steps=60), tmp_path, tmp_path / "checkpoints")
+
+
+def test_a_checkpoint_comes_by_time_too(small, tmp_path, monkeypatch):
+    saved, save = [], TRAIN.Checkpoints.save
+    monkeypatch.setattr(
+        TRAIN.Checkpoints, "save", lambda self, step, *rest: (saved.append(step), save(self, step, *rest))
+    )
+    monkeypatch.setattr(TRAIN.SaveTimer, "due", lambda self, step: step in (2, 5))
+    every = {"steps": 7, "evaluate_every": 1000, "checkpoint_every": 1000, "log_every": 1000}
+    softprompt_jax.train(run_of(small.short, **every), tmp_path / "run")
+    assert saved == [2, 5, 7]
+    assert [line["step"] for line in metrics(tmp_path / "run") if "loss" in line] == [2, 5, 7]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_time_saves_at_the_same_steps_in_every_process_by_the_clock_of_process_0(monkeypatch, count):
+    now, told = 0.0, []
+    monkeypatch.setattr(TRAIN.time, "monotonic", lambda: now)
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    timers = [TRAIN.SaveTimer(0) for _ in range(count)]
+
+    def run_on_process_0(action):
+        told.append(action())
+        return told[-1 - (len(told) - 1) % count]  # the first of each round
+
+    monkeypatch.setattr(TRAIN, "run_on_process_0", run_on_process_0)
+    saves: list[list[int]] = [[] for _ in timers]
+    for step in range(1, 1001):
+        now += 2.0  # seconds a step, at first more
+        for timer, own in zip(timers, saves, strict=True):
+            if timer.due(step):
+                own.append(step)
+                timer.saved(step, 0.0)
+        now += 30.0 * (step < 3)
+    assert all(own == saves[0] for own in saves)
+    assert len(saves[0]) == pytest.approx((2 * 1000 + 60) / TRAIN.SAVE_EVERY_S, abs=1.5)
+    if count > 1:
+        assert len(told) < count * 12 * len(saves[0])  # they wait for each other a few times only
+
+
+def test_a_slow_checkpoint_takes_a_twentieth_of_the_time_at_most(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(TRAIN.time, "monotonic", lambda: now)
+    timer = TRAIN.SaveTimer(0)
+    timer.saved(0, 60.0)
+    now = 1199.0
+    assert not timer.due(1)
+    now = 1200.0
+    assert timer.due(2)
+
+
+def test_time_left_and_speed_leave_out_steps_that_compile(monkeypatch, capsys):
+    now = 0.0
+    for module in (progress, TRAIN):
+        monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    reporter, meter = Reporter(), TRAIN.Meter()
+    reporter.start("train", 0, 100)
+    for step in range(1, 11):
+        now += 200.0 if step == 1 else 1.0
+        if step == 1:
+            reporter.skip(200.0)
+        meter.add(np.float32(2), TRAIN.BatchCounts(30, 20, 60, 8), 200.0 if step == 1 else None)
+    reporter.update(10, 100, "loss 2")
+    assert "step 10/100  loss 2  1m30s left" in capsys.readouterr().err
+    speed = meter.read()
+    assert (speed.loss, speed.examples_per_s, speed.tokens_per_s, speed.padding) == (2, 8, 30, 0.25)
+    reporter.start("train", 0, 100)  # nothing but a compilation: better than no figure
+    now += 50.0
+    reporter.skip(50.0)
+    reporter.update(1, 100, "loss 2")
+    assert "1h22m left" in capsys.readouterr().err
+
+
+def test_the_bar_names_its_times(monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    reporter = Reporter()
+    reporter.start("train", 0, 100)
+    reporter.update(50, 100, "loss 2")
+    console = Console(width=150, file=io.StringIO())
+    console.print(reporter._bar)
+    reporter.stop()
+    assert re.search(r"50/100 +0:00:00 +elapsed +0s left +loss 2", console.file.getvalue())
+
+
+def test_the_second_interrupt_goes_to_whoever_had_it_before():
+    told: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: told.append(number))
+    try:
+        with contextlib.suppress(Preempted), multihost.Preemption() as preemption:
+            signal.raise_signal(signal.SIGINT)
+            assert (preemption.reached(None), told) == (True, [])
+            signal.raise_signal(signal.SIGINT)
+            assert told == [signal.SIGINT]
+            assert isinstance(preemption.stopped("x"), Interrupted)
+            raise Preempted
+        assert told == [signal.SIGINT]
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_leaving_is_noticed_and_the_old_answer_to_sigterm_comes_back():
@@ -349,14 +612,14 @@ def test_no_more_than_three_steps_are_queued_so_that_a_notice_is_heeded_soon(sma
     monkeypatch.setattr(TRAIN, "make_step", make_step)
     every = dict.fromkeys(("steps", "log_every", "evaluate_every", "checkpoint_every"), 8)
     softprompt_jax.train(run_of(small.short, **every), tmp_path / "run")
-    assert queued == [1, 2, 3, 3, 3, 3, 3, 3]
+    assert queued == [1, 1, 2, 3, 3, 3, 3, 3]  # the first compiles and is waited for
 
 
 def test_a_notice_after_a_run_has_looked_for_the_last_time_goes_to_whoever_had_sigterm_before(
     small, tmp_path, monkeypatch
 ):
-    found, told = TaskRun.result, []
-    monkeypatch.setattr(TaskRun, "result", lambda *words: (found(*words), signal.raise_signal(signal.SIGTERM))[0])
+    found, told = RunData.result, []
+    monkeypatch.setattr(RunData, "result", lambda *words: (found(*words), signal.raise_signal(signal.SIGTERM))[0])
     before = signal.signal(signal.SIGTERM, lambda *_: told.append((tmp_path / "run" / "result.json").exists()))
     try:
         softprompt_jax.train(run_of(small.short, steps=1), tmp_path / "run")

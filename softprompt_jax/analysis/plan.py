@@ -1,13 +1,13 @@
-"""What a run would take on machines one does not own: its real step, compiled ahead of time for them.
+"""Predict what a run takes on other machines: its real step is compiled ahead of time for them.
 
-TPU slices are compiled by libtpu itself (extra `tpu`), which needs no TPU: its memory figures and its refusals are
-those of the machine. GPUs are compiled by XLA's CPU backend on as many simulated devices: an estimate, and marked so.
+TPU slices are compiled by libtpu (extra `tpu`), which needs no TPU; its memory figures and refusals are the machine's.
+For GPUs XLA's CPU backend compiles for simulated devices: an estimate, and marked as one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
+import functools
 import json
 import math
 import os
@@ -15,15 +15,17 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from softprompt_jax.config import UserError, nearest
 
+if TYPE_CHECKING:
+    from softprompt_jax.run import Run
+
 GIB = 2**30
 DOES_NOT_FIT = 3  # exit code
-# Of the threads that compile: with their default of 64 KiB libtpu 0.0.42 overflows its stack on wide layers.
+# Stack of the threads that compile: with the default of 64 KiB libtpu 0.0.42 overflows it on wide layers.
 _LARGER_STACK = "--fibers_default_thread_stack_size=4194304"
 
 
@@ -32,8 +34,8 @@ class Chip:
     """One device as JAX sees it, from the vendors' data sheets."""
 
     memory_gib: int
-    tflops: float | int  # bfloat16, dense
-    accelerator_type: str | None = None  # what libtpu calls a slice; None: not a TPU
+    tflops: float | int  # of dense products in bfloat16
+    accelerator_type: str | None = None  # libtpu's name of a slice; None: not a TPU
 
 
 CHIPS = {
@@ -63,7 +65,7 @@ class Topology:
 
     @property
     def is_tpu(self) -> bool:
-        """Is it compiled by libtpu?"""
+        """Whether libtpu compiles for it."""
         return self.chip.accelerator_type is not None
 
 
@@ -81,14 +83,14 @@ def plan(config: str, overrides: Sequence[str], topologies: Sequence[str], utili
     """Compile a run's step for each topology and return a dictionary for each.
 
     Keys: `topology`, `fits`, `peak_bytes` (of a device; None if it does not fit and the compiler does not say),
-    `limit_bytes`, `weights_bytes`, `state_bytes`, `temporary_bytes` (activations and what is moved), `flops` (of all
-    devices in a step, products only), `collectives` (bytes a device sends or receives in a step, by kind),
-    `examples_per_s` (at the `utilisation` of the chips' peak that is assumed), `advice`, `packed` (planned as if no two
-    examples shared a row), `estimated`, `compile_s`.
+    `limit_bytes`, `weights_bytes`, `state_bytes`, `temporary_bytes` (activations and copies), `flops` (matrix products
+    of a step on all devices), `collectives` (bytes that a device sends or receives in a step, by kind),
+    `examples_per_s` (if the chips reach the share `utilisation` of their peak), `advice`, `packed` (as if no two
+    examples shared a row), `quantized` (the frozen layers), `estimated`, `compile_s`.
     """
     from softprompt_jax.run import load_run
 
-    load_run(config, list(overrides))  # bad settings are told before anything is compiled
+    load_run(config, list(overrides))  # so that bad settings are found before anything is compiled
     parsed = [parse_topology(text) for text in topologies]
     return [_in_a_child(config, list(overrides), topology, utilisation) for topology in parsed]
 
@@ -109,7 +111,7 @@ def _in_a_child(config: str, overrides: list[str], topology: Topology, utilisati
         count = math.prod(topology.shape)
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     request = json.dumps([config, overrides, topology.name, utilisation])
-    command = [sys.executable, "-c", "from softprompt_jax.plan import _child; _child()"]
+    command = [sys.executable, "-c", f"from {__name__} import _child; _child()"]
     done = subprocess.run(command, input=request, capture_output=True, text=True, env=environment)
     if "Unknown command line flag" in done.stderr and flags != environment.get("LIBTPU_INIT_ARGS"):
         environment["LIBTPU_INIT_ARGS"] = flags  # another version of libtpu
@@ -162,7 +164,7 @@ def devices_of(topology: Topology) -> Sequence[Any]:
         ) from None
 
 
-def measure(run: Any, topology: Topology, utilisation: float) -> dict[str, Any]:
+def measure(run: Run, topology: Topology, utilisation: float) -> dict[str, Any]:
     """Compile the step of a run for a topology and describe what it takes."""
     import jax
 
@@ -171,7 +173,7 @@ def measure(run: Any, topology: Topology, utilisation: float) -> dict[str, Any]:
     devices = devices_of(topology)
     began, limit = time.monotonic(), int(topology.chip.memory_gib * GIB)
     with jax.set_mesh(run.mesh.build(devices)):
-        step, arguments, parts = abstract_step(run, limit)
+        step, arguments, parts = abstract_step(run, limit, "tpu" if topology.is_tpu else "gpu")
         traced = step.trace(*arguments)
         answer: dict[str, Any] = {
             "topology": topology.name,
@@ -184,7 +186,8 @@ def measure(run: Any, topology: Topology, utilisation: float) -> dict[str, Any]:
             "temporary_bytes": None,
             "flops": product_flops(traced.jaxpr.jaxpr),
             "collectives": {},
-            "rows_per_device": run.batch_size // run.accumulate // mesh.row_shards(),
+            "rows_per_device": len(arguments[2]["encoder_tokens"]) // run.accumulate // mesh.row_shards(),
+            "quantized": any(leaf.dtype.kind in "iu" for leaf in jax.tree.leaves(parts.frozen)),
             "packed": run.packing is not None,
             "estimated": not topology.is_tpu,
         }
@@ -211,95 +214,63 @@ def measure(run: Any, topology: Topology, utilisation: float) -> dict[str, Any]:
     return answer
 
 
-def abstract_step(run: Any, memory: int | None = None) -> tuple[Callable, tuple, Any]:
-    """Return the jitted step of a run, its abstract arguments laid out on the mesh, and the split model."""
+def abstract_step(run: Run, memory: int | None = None, platform: str | None = None) -> tuple[Callable, tuple, Any]:
+    """Return the jitted step of a run, its abstract arguments laid out on the mesh, and the split model.
+
+    What training would refuse is refused. `platform`: of the devices that the step is for (default: of the mesh).
+    """
     import jax
     import jax.numpy as jnp
-    import numpy as np
-    from flax import nnx
 
-    from softprompt_jax import methods
-    from softprompt_jax.checkpoints.artifact import load_prompt, read_trained
+    from softprompt_jax.assembly import abstract_backbone_of, assemble, check_devices
+    from softprompt_jax.data.tokenizer import Tokenizer, load_tokenizer
     from softprompt_jax.distributed import mesh
-    from softprompt_jax.methods import Context, leaves, split
-    from softprompt_jax.models.quantized import quantized
-    from softprompt_jax.models.t5 import T5
-    from softprompt_jax.training.step import build_optimizer, make_step
+    from softprompt_jax.methods import leaves, split
+    from softprompt_jax.training.step import build_optimizer, first_state, make_step
 
-    settings = backbone_settings(run).model_copy(update=run.backbone_overrides)
-    kind = kept_as(run)
-    each = tuple(tuple(task.words or ()) for task in run.tasks)
-    words = tuple(dict.fromkeys(itertools.chain.from_iterable(each)))
-    tasks = each if run.own_prompts else ()
+    class WordCounter(Tokenizer):
+        """A piece for each word, where the tokenizer's files are not here: only numbers of ids are asked for."""
 
-    def build() -> T5:
-        model = T5(settings, jax.random.key(0), run.dtype)
-        graphdef, state = nnx.split(model)
-        model = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf.astype(run.dtype), state))
-        if kind is not None:
-            quantized(model, kind)
-        context = Context(
-            lambda text: [0], frozenset(), words, (), load_prompt, tasks, lambda path: read_trained(path)[0]
-        )
-        methods.attach(run.methods, model, jax.random.key(0), context)
-        return model
+        def __init__(self) -> None:
+            super().__init__("words", [], 0, 1, 2, "")
 
-    mesh.check_divisible(run.batch_size // run.accumulate, settings.num_heads)
-    model = mesh.shard_model(nnx.eval_shape(build))
+        def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
+            return [[2] * len(text.split()) for text in texts]
+
+    backbone = abstract_backbone_of(run)
+    tokenizer = load_tokenizer(backbone.folder) if backbone.folder.is_dir() else WordCounter()
+    # XLA's CPU compiler, which stands in for a GPU's, does not have its attention.
+    computed = run.model_copy(update={"attention": "plain"}) if platform == "gpu" else run
+    assembly = assemble(computed, backbone, platform, tokenizer)
+    check_devices(run, assembly, platform)
+    model = mesh.shard_model(assembly.model)
     parts = split(model)
     optimizer = build_optimizer(run, leaves(model))
-
-    def begin(trainable: Any) -> dict[str, Any]:
-        return {"trainable": trainable, "optimizer": optimizer.init(trainable), "step": jnp.zeros((), jnp.int32)}
-
-    state = jax.eval_shape(begin, parts.trainable)
+    state = jax.eval_shape(functools.partial(first_state, optimizer), parts.trainable)
     layout = mesh.state_sharding(state, parts.trainable)
-    placement = None if model.prompt is None else model.prompt.placement
-    around = 0 if placement is None else np.shape(placement.before)[-1] + np.shape(placement.after)[-1]
+    around, before_decoder = assembly.layout.lengths
     limits = run.pretraining or run
-    decoder = limits.max_target_tokens + (0 if placement is None else np.shape(placement.decoder)[-1])
-    rows = {
+    decoder = limits.max_target_tokens + before_decoder
+    lengths = {
         "encoder_tokens": limits.max_input_tokens + around,
         "decoder_inputs": decoder,
         "decoder_targets": decoder,
     }
+    rows = run.batch_size
     if run.packing is not None:
-        wide, long = run.packing.length or rows["encoder_tokens"], run.packing.target_length or decoder
-        rows = {"encoder_tokens": wide, "decoder_inputs": long, "decoder_targets": long}
-        rows |= {"encoder_segments": wide, "decoder_segments": long}
-    batch = {name: jax.ShapeDtypeStruct((run.batch_size, length), jnp.int32) for name, length in rows.items()}
+        wide, long = run.packing.length or lengths["encoder_tokens"], run.packing.target_length or decoder
+        lengths = {"encoder_tokens": wide, "decoder_inputs": long, "decoder_targets": long}
+        lengths |= {"encoder_segments": wide, "decoder_segments": long}
+        multiple = run.accumulate * mesh.row_shards()
+        rows = -(-rows // multiple) * multiple
+    batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name, length in lengths.items()}
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = (mesh.with_sharding(state, layout), parts.frozen, mesh.shard_batch(batch), key)
     return make_step(run, parts, optimizer, layout, memory), arguments, parts
 
 
-def kept_as(run: Any) -> Literal["int8", "nf4"] | None:
-    """Return how a run's frozen layers are kept, int8 or nf4, by its settings or in the folder that it reads."""
-    from softprompt_jax.checkpoints import quantized_folder
-
-    if run.quantize is None and isinstance(run.backbone, str) and quantized_folder.is_quantized_folder(run.backbone):
-        return quantized_folder.read_about(run.backbone).quantize
-    return run.quantize
-
-
-def backbone_settings(run: Any) -> Any:
-    """Return the shapes of a run's backbone, without its weights where it is a published one."""
-    from softprompt_jax.checkpoints.backbone import load_settings
-    from softprompt_jax.models import presets
-    from softprompt_jax.run import Scratch
-
-    if isinstance(run.backbone, Scratch):
-        return run.backbone.settings
-    source = presets.hub_name(run.backbone) or run.backbone
-    if source not in presets.SOURCES and Path(source).exists():
-        return load_settings(source)
-    name = re.sub(r"^flan-t5-(\w+)$|^t5-(\w+)-lm-adapt$", r"t5-v1_1-\1\2", source.rpartition("/")[2])
-    known = presets.PRESETS.get(presets.SOURCES.get(source, (name,))[0])
-    return load_settings(source) if known is None else known
-
-
 def product_flops(jaxpr: Any) -> float:
-    """Count the floating-point operations of all matrix products, those of a scan as often as it runs."""
+    """Count the floating-point operations of matrix products; those in a scan count as often as it runs."""
     total = 0.0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -307,7 +278,7 @@ def product_flops(jaxpr: Any) -> float:
             left = equation.invars[0].aval.shape
             total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
         assert equation.primitive.name != "while", "a loop of unknown length"
-        if equation.primitive.name == "cond":  # one of them runs: that which counts most, the plain way
+        if equation.primitive.name == "cond":  # one branch runs: count the largest
             total += max(product_flops(branch.jaxpr) for branch in equation.params["branches"])
             continue
         times = equation.params["length"] if equation.primitive.name == "scan" else 1
@@ -324,7 +295,7 @@ _COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|collect
 
 
 def collective_bytes(program: str) -> dict[str, int]:
-    """Sum the bytes of the results of a compiled program's collectives by kind, those in a loop as often as it runs."""
+    """Sum the bytes of a compiled program's collectives by kind; those in a loop count as often as it runs."""
     computations: dict[str, list[str]] = {}
     entry = name = ""
     for line in program.splitlines():
@@ -357,7 +328,7 @@ def _bytes(shapes: str) -> int:
 
 
 def _used(message: str) -> int | None:
-    """Read from the compiler's refusal how much it would have needed, the weights included."""
+    """Read from the compiler's refusal how many bytes it would have needed, weights included."""
     found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", message)
     if found is None:
         return None
@@ -365,15 +336,15 @@ def _used(message: str) -> int | None:
     return int(float(number) * 1024 ** ("KMGT".index(unit) + 1))
 
 
-def advice(run: Any, answer: dict[str, Any], devices: int) -> list[str]:
-    """Say what to change so that it fits, the cheapest first."""
+def advice(run: Run, answer: dict[str, Any], devices: int) -> list[str]:
+    """Say what to change so that the step fits, the cheapest change first."""
     said = []
     if run.dtype == "float32":
         said.append("dtype=bfloat16")
     if run.remat not in ("auto", "full"):
         said.append("remat=full")
     if answer["weights_bytes"] > answer["limit_bytes"] / 2:
-        if kept_as(run) is None:
+        if not answer["quantized"]:
             said.append("quantize=int8")
         if devices > 1 and run.mesh.fsdp == 1:
             said.append("mesh={data: 1, fsdp: -1}")

@@ -2,4 +2,4 @@
 
 `backbone` loads any frozen model, from the layouts of `hugging_face`, `t5x`, `torch_file` and `quantized_folder`;
 `artifact` reads and writes what a run trained; `peft` reads and writes PEFT's adapters. `tensors` opens files lazily.
-Begin with `backbone.py`; training's own resumable state is in `training/checkpoints.py`."""
+Begin with `backbone.py`; a run's resumable state is in `training_state.py`."""

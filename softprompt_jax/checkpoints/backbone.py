@@ -1,35 +1,29 @@
-"""Backbones from where they lie, slice by slice, and back: a Hugging Face folder or hub name, a T5X checkpoint."""
+"""Load and save backbones, slice by slice: a Hugging Face folder or hub name, a T5X checkpoint, a quantised folder."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
-from softprompt_jax.checkpoints import quantized_folder, t5x
-from softprompt_jax.checkpoints.hugging_face import (
-    check,
-    check_names,
-    embedding_name,
-    open_folder,
-    parts_of,
-    read_settings,
-)
-from softprompt_jax.checkpoints.tensors import Tensor, checksums, read_stacked, same
+from softprompt_jax.checkpoints import hugging_face, quantized_folder, t5x
+from softprompt_jax.checkpoints.tensors import Tensor, read_stacked, same, write_sharded
 from softprompt_jax.config import UserError
-from softprompt_jax.distributed.mesh import gather
-from softprompt_jax.models.families.t5 import EMBEDDING_ALIASES, HEAD, config_of, is_stacked, names
+from softprompt_jax.distributed.mesh import gather, platform
+from softprompt_jax.models.families import t5 as family
+from softprompt_jax.models.families.t5 import is_stacked, names
 from softprompt_jax.models.presets import hub_name
-from softprompt_jax.models.quantized import Quantization, pack_layers, quantized
-from softprompt_jax.models.t5 import T5, T5Settings, abstract
+from softprompt_jax.models.quantized import Quantization, abstract_quantized, pack_layers
+from softprompt_jax.models.t5 import T5, T5Settings
 from softprompt_jax.trees import flatten, unflatten
 
 EMBEDDED = Path(__file__).parent.parent / "embedded"
@@ -37,14 +31,14 @@ _IDENTITY = (
     *("vocabulary_rows", "d_model", "d_kv", "d_ff", "num_heads", "num_layers", "num_decoder_layers"),
     *("activation", "gated", "tied", "scale_output", "bias_in_every_layer", "relative_buckets"),
 )
-_SHARD_BYTES = 2 << 30  # of a file that is written
 _PATTERNS = ("config.json", "model*.safetensors", "model.safetensors.index.json", "*.model", "tokenizer*", "special_*")
 _OLD_PATTERNS = ("pytorch_model*.bin", "pytorch_model.bin.index.json")  # where there are no safetensors
+Sharding = Callable[[nnx.Variable], jax.sharding.Sharding]
 
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A model with where it came from. `folder` also holds its tokenizer."""
+    """A model and where it came from; `folder` holds its tokenizer."""
 
     model: T5
     folder: Path
@@ -54,64 +48,127 @@ class Backbone:
     def settings(self) -> T5Settings:
         return self.model.settings
 
+    @property
+    def is_abstract(self) -> bool:
+        """Whether it is shapes and dtypes only, without weights."""
+        return isinstance(self.model.embedding.get_value(), jax.ShapeDtypeStruct)
+
     def fingerprint(self) -> str:
-        """Hash the shapes and a sample of the embedding table: equal for every dtype and sharding."""
+        """Hash the shapes and a sample of the embedding table, once: equal for every dtype and sharding."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         return fingerprint(self.model)
 
 
 def load_backbone(
     source: str | Path = "embedded",
     dtype: str = "float32",
-    sharding: Callable[[nnx.Variable], jax.sharding.Sharding] | None = None,
+    adapter: str | Path | None = None,
+    sharding: Sharding | None = None,
     quantize: Quantization | None = None,
 ) -> Backbone:
     """Load a T5: `embedded` (the small one that ships here), a Hugging Face folder or hub name, a T5X checkpoint.
 
-    A T5X checkpoint is a local folder or `gs://`. Weights become `dtype` on the way in; norms, softmax and
-    logits compute in float32 regardless. `sharding` tells where each weight lies (default: one device): slices
-    go straight there, and no process reads more than its own. `quantize` packs the kernels of the layers into int8
-    or nf4 as they come in, so that the model is never whole in `dtype`. A folder that holds it quantised is one too.
+    A T5X checkpoint is a local folder or `gs://`. Weights become `dtype` on the way in; norms, softmax and logits
+    compute in float32 regardless. `adapter`: a folder that PEFT has written; its method is attached with its values,
+    as what trains. `sharding` tells where each weight lies (default: one device): slices go straight there, and no
+    process reads more than its own. `quantize` packs the kernels of the layers into int8 or nf4 as they come in, so
+    that the model is never whole in `dtype`. A folder of `softprompt import --quantize` is quantised already.
     Errors: UserError names the folder, tensor or setting that does not fit.
     """
+    settings, stored, parts, folder = _open(source, quantize)
+    quantize = stored or quantize
+    settings = settings.model_copy(update={"platform": platform()})
+    loaded = {}
+    for path, weight in read_weights(abstract_quantized(settings, dtype, stored), parts, dtype, sharding):
+        loaded[path] = weight
+        if quantize is not None and stored is None and is_stacked(path) and path.endswith(".kernel"):
+            # Reading must not run ahead of packing: the floats of many stacks would wait in memory.
+            packed = jax.block_until_ready(pack_layers(weight, quantize))
+            loaded[path], loaded[f"{path.removesuffix('.kernel')}.scale"] = packed
+    graphdef, state = nnx.split(abstract_quantized(settings, dtype, quantize))
+    nnx.replace_by_pure_dict(state, unflatten(loaded))
+    backbone = Backbone(nnx.merge(graphdef, state), folder, str(source))
+    if adapter is not None:
+        from softprompt_jax.checkpoints.peft import attach_adapter  # which asks for fingerprints here
+
+        attach_adapter(backbone.model, adapter)
+    return backbone
+
+
+def abstract_backbone(source: str | Path, dtype: str = "float32", quantize: Quantization | None = None) -> Backbone:
+    """Return what `load_backbone` loads as shapes and dtypes only; no weight is read.
+
+    Errors: UserError as `load_backbone`, but for weights that cannot be read or are not finite.
+    """
+    settings, stored, _, folder = _open(source, quantize)
+    return Backbone(as_dtype(abstract_quantized(settings, dtype, stored or quantize), dtype), folder, str(source))
+
+
+def _open(
+    source: str | Path, quantize: Quantization | None
+) -> tuple[T5Settings, Quantization | None, Mapping[str, Sequence[Tensor]], Path]:
+    """Return a source's settings, how it is quantised on disk, the tensors of its weights, its tokenizer's folder."""
     if quantized_folder.is_quantized_folder(source):
-        return Backbone(
-            quantized_folder.load(source, dtype, sharding, quantize), Path(source).expanduser(), str(source)
-        )
+        about = quantized_folder.read_about(source, quantize)
+        parts = quantized_folder.weight_parts(source, about)
+        return about.settings, about.quantize, parts, Path(source).expanduser()
     settings, tensors, folder = open_source(source)
-    model = abstract(settings, dtype)
+    return settings, None, hugging_face.weight_parts(settings, tensors, source), folder
+
+
+def as_dtype(model: T5, dtype: str) -> T5:
+    """Return the model with its weights as `dtype`, but for packed integers and their scales; it may be abstract."""
     graphdef, state = nnx.split(model)
-    table = names(settings)
-    check_names(table, tensors, source)
+    weights = flatten(nnx.to_pure_dict(state))
+
+    def converted(path: str, leaf: Any) -> Any:
+        if path in _packed(weights):
+            return leaf
+        abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype)) if abstract else leaf.astype(dtype)
+
+    nnx.replace_by_pure_dict(state, unflatten({path: converted(path, leaf) for path, leaf in weights.items()}))
+    return nnx.merge(graphdef, state)
+
+
+def _packed(weights: Mapping[str, Any]) -> set[str]:
+    """Return the paths of packed integers and of their scales."""
+    kernels = [path for path, leaf in weights.items() if leaf.dtype.kind in "iu"]
+    return {*kernels, *(f"{path.removesuffix('.kernel')}.scale" for path in kernels)}
+
+
+def read_weights(
+    model: T5, parts: Mapping[str, Sequence[Tensor]], dtype: str, sharding: Sharding | None
+) -> Iterator[tuple[str, jax.Array]]:
+    """Read the weights of an abstract model one after the other, slices straight to where they lie.
+
+    `parts`: the tensors that a weight is made of, one a layer. Packed integers and their scales are read as they are,
+    all else as `dtype`.
+    """
+    variables = flatten(nnx.to_pure_dict(nnx.state(model), extract_fn=lambda variable: variable))
+    packed = _packed(variables)
     one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def load(path: str, variable: nnx.Variable) -> jax.Array:
-        shape = variable.shape
-        tensor_names, transposed = table[path]
-        parts = parts_of(tensors, tensor_names, transposed, shape[1:] if is_stacked(path) else shape)
+    def load(path: str, variable: Any) -> jax.Array:
+        wanted = variable.dtype if path in packed else jnp.dtype(dtype)
         return jax.make_array_from_callback(
-            shape,
+            variable.shape,
             one_device if sharding is None else sharding(variable),
-            lambda index: read_stacked(parts, shape, index, jnp.dtype(dtype)),
+            lambda index: read_stacked(parts[path], variable.shape, index, wanted),
         )
 
-    loaded = {}
-    for path, variable in flatten(nnx.to_pure_dict(state, extract_fn=lambda variable: variable)).items():
-        loaded[path] = load(path, variable)
-        if quantize is not None and is_stacked(path) and path.endswith(".kernel"):
-            # Reading must not run ahead of packing: the floats of many stacks would wait in memory.
-            packed = jax.block_until_ready(pack_layers(loaded[path], quantize))
-            loaded[path], loaded[f"{path.removesuffix('.kernel')}.scale"] = packed
-    if quantize is not None:
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: quantized(T5(settings, jax.random.key(0), dtype), quantize)))
-    nnx.replace_by_pure_dict(state, unflatten(loaded))
-    return Backbone(nnx.merge(graphdef, state), folder, str(source))
+    for path, variable in variables.items():
+        yield path, load(path, variable)
 
 
 def load_adafactor(source: str | Path) -> tuple[int, dict[str, dict[str, np.ndarray]]]:
-    """Return the step of a T5X checkpoint and Adafactor's slots by the path of our weight, layers stacked, float32.
+    """Return the step of a T5X checkpoint, and Adafactor's slots in float32 by the path of our weight, layers stacked.
 
-    Slots are `v` [as the weight], or `v_row` and `v_col`, and `m` if there was momentum. Weights that were frozen
-    have none; those of a prompt are under `prompt.rows`. The paper's model tuning starts from them.
+    Slots: `v` [as the weight], or `v_row` and `v_col`, and `m` if there was momentum. Weights that were frozen have
+    none; a prompt's are under `prompt.rows`. The paper's model tuning starts from these.
     """
     checkpoint = t5x.find_checkpoint(source)
     if checkpoint is None:
@@ -132,8 +189,8 @@ def load_adafactor(source: str | Path) -> tuple[int, dict[str, dict[str, np.ndar
     return opened.step, slots
 
 
-def find_folder(source: str | Path) -> Path:
-    """Return the local folder of a source, fetching a hub name into the hub's cache."""
+def local_folder(source: str | Path) -> Path | None:
+    """Return the local folder of a source; None for a hub name. A path where no folder lies is a UserError."""
     if str(source) == "embedded":
         return EMBEDDED
     folder = Path(source).expanduser()
@@ -141,6 +198,13 @@ def find_folder(source: str | Path) -> Path:
         return folder
     if folder.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1:
         raise UserError(f"backbone {source}: no such folder; expected a Hugging Face folder or a hub name")
+    return None
+
+
+def find_folder(source: str | Path) -> Path:
+    """Return the local folder of a source, fetching a hub name into the hub's cache."""
+    if (folder := local_folder(source)) is not None:
+        return folder
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -159,61 +223,41 @@ def find_folder(source: str | Path) -> Path:
 
 def save_backbone(model: T5, folder: str | Path, dtype: str = "bfloat16") -> None:
     """Write `config.json` and `model.safetensors` in Hugging Face layout (no tokenizer)."""
-    settings, folder = model.settings, Path(folder)
-    config = json.dumps(config_of(settings, dtype), indent=2) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
-    table, tensors = names(settings), {}
-    for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model))).items():
-        tensor_names, transposed = table[path]
-        values = np.asarray(leaf)
-        for name, value in zip(tensor_names, values if is_stacked(path) else [values], strict=True):
-            tensors[name] = np.ascontiguousarray((value.T if transposed else value).astype(jnp.dtype(dtype)))
-    temporary = folder / "model.safetensors.partial"
-    save_file(tensors, temporary, metadata={"format": "pt"} | checksums(tensors))
-    temporary.replace(folder / "model.safetensors")
-    (folder / "config.json").write_text(config)
+    table = names(model.settings)
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model))).items():
+            tensor_names, transposed = table[path]
+            values = np.asarray(leaf)
+            for name, value in zip(tensor_names, values if is_stacked(path) else [values], strict=True):
+                yield name, (value.T if transposed else value).astype(jnp.dtype(dtype))
+
+    _write(model.settings, tensors(), Path(folder), dtype)
 
 
 def write_backbone(settings: T5Settings, tensors: dict[str, Tensor], folder: Path, dtype: str | None = None) -> str:
     """Write opened tensors in Hugging Face layout, a file at a time, and return the fingerprint.
 
-    `dtype`: of the weights (default: as they are). Folders that were left half written have no `config.json`.
+    `dtype`: of the weights (default: as they are). Errors: UserError for tensors that do not fit the settings.
     """
-    check(settings, tensors, folder)
-    wanted = [name for tensor_names, _ in names(settings).values() for name in tensor_names]
-    size, files, names_in = 0, 0, {}
-    shard: dict[str, np.ndarray] = {}
-    found = "float32"
-
-    def write() -> None:
-        nonlocal shard, size, files
-        files += 1
-        save_file(shard, folder / f"model-{files:05d}.safetensors", metadata={"format": "pt"} | checksums(shard))
-        names_in.update(dict.fromkeys(shard, files))
-        shard, size = {}, 0
-
-    for name in wanted:
-        tensor = tensors[embedding_name(tensors) if name == EMBEDDING_ALIASES[0] else name]
-        values = tensor.read()
-        values = np.ascontiguousarray(values if dtype is None else values.astype(jnp.dtype(dtype)))
-        found = values.dtype.name
-        if shard and size + values.nbytes > _SHARD_BYTES:
-            write()
-        shard[name], size = values, size + values.nbytes
-    write()
-    if files == 1:
-        (folder / "model-00001.safetensors").replace(folder / "model.safetensors")
-    else:
-        finals = {number: f"model-{number:05d}-of-{files:05d}.safetensors" for number in range(1, files + 1)}
-        for number, final in finals.items():
-            (folder / f"model-{number:05d}.safetensors").replace(folder / final)
-        index = {"metadata": {}, "weight_map": {name: finals[number] for name, number in names_in.items()}}
-        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    (folder / "config.json").write_text(json.dumps(config_of(settings, dtype or found), indent=2) + "\n")
-    embedding = tensors[embedding_name(tensors)]
+    hugging_face.weight_parts(settings, tensors, folder)
+    found = dtype or tensors[family.EMBEDDING].read((slice(0, 1), slice(0, 1))).dtype.name
+    wanted = (name for tensor_names, _ in names(settings).values() for name in tensor_names)
+    values = ((name, tensors[name].read()) for name in wanted)
+    written = ((name, value if dtype is None else value.astype(jnp.dtype(dtype))) for name, value in values)
+    _write(settings, written, folder, found)
     step = _sample_step(settings.vocabulary_rows)
-    rows = [embedding.read((slice(row, row + 1), slice(0, 16))) for row in range(0, settings.vocabulary_rows, step)]
-    return _hashed(settings, np.concatenate(rows).astype(jnp.bfloat16))
+    rows = range(0, settings.vocabulary_rows, step)
+    sample = [tensors[family.EMBEDDING].read((slice(row, row + 1), slice(0, 16))) for row in rows]
+    return _hashed(settings, np.concatenate(sample).astype(jnp.bfloat16))
+
+
+def _write(settings: T5Settings, tensors: Iterator[tuple[str, np.ndarray]], folder: Path, dtype: str) -> None:
+    """Write weights, then `config.json`, which a folder that was left half written lacks."""
+    config = json.dumps(family.config_of(settings, dtype), indent=2) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_sharded(folder / "model.safetensors", tensors, {"format": "pt"})
+    (folder / "config.json").write_text(config)
 
 
 def fingerprint(model: T5) -> str:
@@ -233,11 +277,9 @@ def _hashed(settings: T5Settings, sample: np.ndarray) -> str:
 
 def load_settings(source: str | Path) -> T5Settings:
     """Read what a source is, without its weights."""
-    return (
-        quantized_folder.read_about(source).settings
-        if quantized_folder.is_quantized_folder(source)
-        else open_source(source)[0]
-    )
+    if quantized_folder.is_quantized_folder(source):
+        return quantized_folder.read_about(source).settings
+    return open_source(source)[0]
 
 
 def open_source(source: str | Path) -> tuple[T5Settings, dict[str, Tensor], Path]:
@@ -249,15 +291,6 @@ def open_source(source: str | Path) -> tuple[T5Settings, dict[str, Tensor], Path
         opened = t5x.Checkpoint(checkpoint)
         return opened.settings(), opened.tensors, Path(hub_name(checkpoint) or source)
     folder = find_folder(source)
-    settings, scaled, headed = read_settings(folder)
-    tensors = open_folder(folder)
-    if headed and HEAD not in tensors:
-        raise UserError(
-            f"{folder}: config.json says untied (tie_word_embeddings: false) but there is no {HEAD}; expected it; "
-            "download the weights again, or set tie_word_embeddings to true if the model is tied"
-        )
-    # Untied if and only if there is a head that differs from the shared table.
-    shared = tensors.get(embedding_name(tensors))
-    tied = HEAD not in tensors or (shared is not None and same(tensors[HEAD], shared))
-    settings = settings.model_copy(update={"tied": tied, "scale_output": tied if scaled is None else scaled})
-    return settings, tensors, folder
+    where = str(folder / "config.json")
+    read = family.settings_of(hugging_face.read_config(folder), where)
+    return *family.complete(read, hugging_face.open_folder(folder), same, where), folder

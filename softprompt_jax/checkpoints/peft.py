@@ -6,16 +6,14 @@ Each method converts itself (`to_peft`, `from_peft`); here are the files, and wh
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 
-from softprompt_jax.checkpoints import backbone as pretrained
-from softprompt_jax.checkpoints.artifact import check_backbone, read_tensors, write_tensors
-from softprompt_jax.checkpoints.backbone import Backbone
+from softprompt_jax.checkpoints.artifact import check_fingerprint, read_tensors, write_tensors
+from softprompt_jax.checkpoints.backbone import fingerprint
 from softprompt_jax.checkpoints.torch_file import open_torch
 from softprompt_jax.config import UserError, nearest
 from softprompt_jax.methods import METHODS, Context, MethodSettings, put_trained, split
@@ -24,25 +22,6 @@ from softprompt_jax.trees import flatten, unflatten
 
 CONFIG_FILE, TENSOR_FILE, OLD_TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 TASK = "SEQ_2_SEQ_LM"
-
-
-def load_backbone(
-    source: str | Path = "embedded",
-    dtype: str = "float32",
-    adapter: str | Path | None = None,
-    sharding: Callable[[nnx.Variable], jax.sharding.Sharding] | None = None,
-) -> Backbone:
-    """Load a T5: `embedded` (the small one that ships here), a Hugging Face folder or hub name, a T5X checkpoint.
-
-    `adapter`: a folder that PEFT has written; its method is attached with its values, as what trains.
-    A T5X checkpoint is a local folder or `gs://`. Weights become `dtype` on the way in; norms, softmax and logits
-    compute in float32 regardless. `sharding` tells where each weight lies (default: one device); slices go there.
-    Errors: UserError names the folder, tensor or setting that does not fit.
-    """
-    backbone = pretrained.load_backbone(source, dtype, sharding)
-    if adapter is not None:
-        attach_adapter(backbone.model, adapter)
-    return backbone
 
 
 def attach_adapter(model: T5, folder: str | Path) -> MethodSettings:
@@ -67,7 +46,7 @@ def attach_adapter(model: T5, folder: str | Path) -> MethodSettings:
         tensors, metadata = {name: tensor.read() for name, tensor in opened.items()}, {}
     else:
         tensors, metadata = read_tensors(folder / TENSOR_FILE)
-    check_backbone(metadata, model, str(folder), "this one")
+    check_fingerprint(metadata, fingerprint(model), str(folder), "this one")
     try:
         method, values = kinds[kind].from_peft(config, tensors, model.settings)
     except KeyError as error:
@@ -75,7 +54,7 @@ def attach_adapter(model: T5, folder: str | Path) -> MethodSettings:
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     before = flatten(split(model).trainable)
-    method.attach(model, jax.random.key(0), Context(encode=lambda text: []))
+    method.attach(model, jax.random.key(0), Context())
     shapes = {path: leaf.shape for path, leaf in flatten(split(model).trainable).items() if path not in before}
     for path in sorted({*shapes, *values}):
         found = list(values[path].shape) if path in values else "nothing"
@@ -109,9 +88,7 @@ def save_adapter(
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(
-        tensors, folder / TENSOR_FILE, metadata | {"format": "pt", "fingerprint": pretrained.fingerprint(model)}
-    )
+    write_tensors(tensors, folder / TENSOR_FILE, metadata | {"format": "pt", "fingerprint": fingerprint(model)})
     text = json.dumps(common | settings, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 

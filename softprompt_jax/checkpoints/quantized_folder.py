@@ -1,27 +1,23 @@
 """A quantised backbone on disk: `quantized.json`, `quantized.safetensors` and the tokenizer's files.
 
-It is no folder for transformers, which knows neither form: there is no config.json. Tensors stand under the paths of
-our model with the layers stacked: kernels as the stored integers and their float32 scales, all else in floats.
+transformers cannot read it, so that there is no config.json. Tensors have the paths of our model, layers stacked:
+kernels as packed integers and their float32 scales, all else in floats.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
-from softprompt_jax.checkpoints.tensors import Tensor, checksums, open_safetensors, read_stacked
+from softprompt_jax.checkpoints.tensors import Tensor, open_sharded, write_sharded
 from softprompt_jax.config import Settings, UserError, parse
-from softprompt_jax.models.quantized import Quantization, quantization_of, quantized
+from softprompt_jax.models.quantized import Quantization, abstract_quantized, quantization_of
 from softprompt_jax.models.t5 import T5, T5Settings
-from softprompt_jax.trees import flatten, unflatten
+from softprompt_jax.trees import flatten
 
 ABOUT, TENSORS = "quantized.json", "quantized.safetensors"
 
@@ -36,18 +32,24 @@ class About(Settings):
 
 
 def is_quantized_folder(source: str | Path) -> bool:
-    """Is it the folder of a quantised backbone?"""
+    """Tell whether a source is the folder of a quantised backbone."""
     return (Path(source).expanduser() / ABOUT).is_file()
 
 
-def read_about(folder: str | Path) -> About:
-    """Read what a quantised backbone is, without its weights."""
+def read_about(folder: str | Path, quantize: Quantization | None = None) -> About:
+    """Read what a quantised backbone is, without its weights; another kind than `quantize` is a UserError."""
     path = Path(folder).expanduser() / ABOUT
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"{path}: cannot be read as JSON ({error}); expected what import --quantize wrote") from None
-    return parse(About, values, str(path))
+    about = parse(About, values, str(path))
+    if quantize not in (None, about.quantize):
+        raise UserError(
+            f"backbone {folder}: is stored in {about.quantize}; expected quantize: {about.quantize} or none, found "
+            f"{quantize}; quantise the original"
+        )
+    return about
 
 
 def save(model: T5, folder: Path, source: str, fingerprint: str) -> None:
@@ -56,53 +58,27 @@ def save(model: T5, folder: Path, source: str, fingerprint: str) -> None:
     if kind is None:
         raise UserError(f"{source}: is not quantised; expected a backbone in int8 or nf4; load it with quantize")
     about = About(quantize=kind, settings=model.settings, fingerprint=fingerprint, source=source)
-    arrays = {path: np.asarray(leaf) for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model))).items()}
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{TENSORS}.partial"
-    save_file(arrays, partial, metadata=checksums(arrays))
-    partial.replace(folder / TENSORS)
+    leaves = flatten(nnx.to_pure_dict(nnx.state(model))).items()
+    write_sharded(folder / TENSORS, ((path, np.asarray(leaf)) for path, leaf in leaves), {})
     (folder / ABOUT).write_text(json.dumps(about.model_dump(mode="json"), indent=2) + "\n")
-
-
-def load(
-    folder: str | Path,
-    dtype: str,
-    sharding: Callable[[nnx.Variable], jax.sharding.Sharding] | None,
-    quantize: Quantization | None,
-) -> T5:
-    """Load a quantised backbone: integers and scales as they are, the rest as `dtype`, slices straight to place."""
-    about = read_about(folder)
-    if quantize not in (None, about.quantize):
-        raise UserError(
-            f"backbone {folder}: is stored in {about.quantize}; expected quantize: {about.quantize} or none, found "
-            f"{quantize}; quantise the original"
-        )
-    model = nnx.eval_shape(lambda: quantized(T5(about.settings, jax.random.key(0), dtype), about.quantize))
-    graphdef, state = nnx.split(model)
-    tensors = open_tensors(folder)
-    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def array(path: str, variable: nnx.Variable) -> jax.Array:
-        exact = path.removesuffix(".scale").removesuffix(".kernel") + ".kernel" in kernels
-        wanted = variable.dtype if exact else jnp.dtype(dtype)
-        if path not in tensors or tensors[path].shape != variable.shape:
-            found = list(tensors[path].shape) if path in tensors else "none"
-            raise UserError(f"{folder}: {path}: found {found}; expected {list(variable.shape)}; import it again")
-        return jax.make_array_from_callback(
-            variable.shape,
-            one_device if sharding is None else sharding(variable),
-            lambda index: read_stacked([tensors[path]], variable.shape, index, wanted),
-        )
-
-    variables = flatten(nnx.to_pure_dict(state, extract_fn=lambda variable: variable))
-    kernels = {path for path, variable in variables.items() if jnp.issubdtype(variable.dtype, jnp.integer)}
-    nnx.replace_by_pure_dict(state, unflatten({path: array(path, variable) for path, variable in variables.items()}))
-    return nnx.merge(graphdef, state)
 
 
 def open_tensors(folder: str | Path) -> dict[str, Tensor]:
     """Open the stored tensors by their paths in the model; nothing is read yet."""
-    return open_safetensors(Path(folder).expanduser() / TENSORS)
+    return open_sharded(Path(folder).expanduser() / TENSORS)
+
+
+def weight_parts(folder: str | Path, about: About) -> dict[str, tuple[Tensor, ...]]:
+    """Return for each weight of ours the tensor that it is; one that is missing or does not fit is a UserError."""
+    tensors, parts = open_tensors(folder), {}
+    model = abstract_quantized(about.settings, "float32", about.quantize)
+    for path, leaf in flatten(nnx.to_pure_dict(nnx.state(model))).items():
+        if path not in tensors or tensors[path].shape != leaf.shape:
+            found = list(tensors[path].shape) if path in tensors else "none"
+            raise UserError(f"{folder}: {path}: found {found}; expected {list(leaf.shape)}; import it again")
+        parts[path] = (tensors[path],)
+    return parts
 
 
 def describe(folder: str | Path) -> list[str]:

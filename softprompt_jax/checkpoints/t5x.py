@@ -1,7 +1,7 @@
-"""T5X checkpoints, every layout that was published, without t5x: weights, Adafactor's slots, the prompt of a run.
+"""T5X checkpoints in every published layout, read without t5x: weights, Adafactor's slots, a run's prompt.
 
-A checkpoint is a folder, local or `gs://`, with the file `checkpoint` (msgpack; a zarr folder an array) or, since
-2024, with an Orbax tree in `state/`. Arrays are looked for where the folder lies now, never where they were written.
+A checkpoint is a folder, local or `gs://`, with the file `checkpoint` (msgpack; one zarr folder for each array) or,
+since 2024, with an Orbax tree in `state/`. Arrays are looked for in this folder, not where they were first written.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def is_remote(source: str | Path) -> bool:
 
 
 def find_checkpoint(source: str | Path) -> str | None:
-    """Return the checkpoint that a source is, or the latest that a run folder holds; None if it is no T5X folder."""
+    """Return the checkpoint that a source is, or the latest in a run folder; None if it is no T5X folder."""
     if is_remote(source):
         return str(source).rstrip("/")
     folder = Path(source).expanduser()
@@ -52,9 +52,9 @@ def find_checkpoint(source: str | Path) -> str | None:
 
 
 class Checkpoint:
-    """A T5X checkpoint: its weights under their Hugging Face names, its step, its slots, its prompt.
+    """A T5X checkpoint: its weights under their Hugging Face names, its step, slots and prompt. Arrays are read lazily.
 
-    Raises UserError naming what is missing, unreadable or of no known layout; arrays are read when asked for.
+    Errors: UserError names what is missing, unreadable or of no known layout.
     """
 
     def __init__(self, root: str):
@@ -86,7 +86,7 @@ class Checkpoint:
         return 0 if self._step is None else int(self._step.read())
 
     def settings(self) -> T5Settings:
-        """Derive the settings from the shapes; what shapes do not tell is as in the published T5s."""
+        """Derive the settings from the shapes; the rest is as in the published T5s."""
         shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         bias = "encoder.block.{}.layer.0.SelfAttention.relative_attention_bias.weight"
         first = "encoder.block.0.layer.{}.weight"
@@ -117,7 +117,7 @@ class Checkpoint:
             bias_in_every_layer=bias.format(1) in shapes,
             relative_buckets=buckets,
         )
-        # Shapes do not tell one gated activation from another: of a published size it is known.
+        # Shapes do not tell which gated activation it is; for a published size it is known.
         alike = (
             known for known in PRESETS.values() if known.model_copy(update={"activation": "gelu_tanh"}) == settings
         )
@@ -134,8 +134,8 @@ class Checkpoint:
     def adafactor(self) -> dict[str, dict[str, Tensor]]:
         """Return Adafactor's slots (v, or v_row and v_col, and m with momentum) by Hugging Face name of the weight.
 
-        `v` and `m` lie as the weight does there, `v_row` and `v_col` as T5X has them for a matrix [in, out] of its
-        own: the means over the longer and over the shorter axis. A frozen weight has none.
+        `v` and `m` have the weight's shape there. `v_row` and `v_col` are those of T5X's matrix [in, out]: means over
+        its longer and over its shorter axis. A frozen weight has none.
         """
         slots: dict[str, dict[str, Tensor]] = {}
         for name, tensor in self._slots.items():
@@ -155,15 +155,15 @@ class Checkpoint:
         return slots
 
     def _is_joint(self, weight: str) -> bool:
-        """Tell whether an array is more than a matrix: several layers, or heads and their width apart."""
+        """Tell whether an array has more than two axes: several layers, or heads and their width apart."""
         return weight in self._targets and len(self._targets[weight].shape) > 2
 
     def _factored(self, weight: str) -> dict[str, dict[str, Tensor]]:
-        """Return v_row and v_col of each matrix of an array of more axes.
+        """Return v_row and v_col of each matrix of an array of more axes. Skip this on first reading.
 
-        T5X means over the axes of the input or over those of the output, for each layer by itself, and by its standard
-        rules the row is what has the model's width: the output's of `out` and `wo`. Shapes that say the contrary are
-        believed; where input and output have as many it is those rules.
+        T5X takes the mean over the input's axes or over the output's, in each layer by itself. By its standard rules
+        the row is the side of the model's width, which for `out` and `wo` is the output. Shapes that say otherwise are
+        believed; the rules decide where input and output are equally large.
         """
         row, column = (self._slots.get(f"state.param_states.{weight}.{slot}") for slot in ("v_row", "v_col"))
         shape, found = self._targets[weight].shape, _LAYER.fullmatch(weight)
@@ -277,7 +277,7 @@ class Checkpoint:
         return np.asarray(opened[0][index].read().result())
 
     def _open(self, store: dict[str, Any]) -> Any:
-        # A chunk that is missing reads as zeros: right for slots, whose zeros may have been left out, not for weights.
+        # A missing chunk reads as zeros: right for slots, whose zeros may have been left out, wrong for weights.
         zeros = store["path"].rstrip("/").rsplit("/", 1)[-1].startswith("state.")
         spec = {"driver": "zarr", "kvstore": store, "fill_missing_data_reads": zeros}
         return ts.open(spec, read=True, open=True, context=self._context)
@@ -388,7 +388,7 @@ def _value(store: dict[str, Any], key: str, root: str) -> bytes | None:
 
 
 def _result(start: Callable[[], Any], root: str) -> Any:
-    """Wait for what tensorstore was asked; it raises ValueError also for a bucket out of reach."""
+    """Wait for tensorstore, which raises ValueError for a bucket out of reach too."""
     try:
         return start().result()
     except ValueError as error:

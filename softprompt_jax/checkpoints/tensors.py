@@ -1,4 +1,4 @@
-"""Arrays on disk, read by slices: what the loader asks of every file format."""
+"""Arrays on disk that are read by slices, whatever the file format, and safetensors files."""
 
 from __future__ import annotations
 
@@ -6,26 +6,27 @@ import dataclasses
 import functools
 import json
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from softprompt_jax.config import UserError
 
 Index = tuple[slice, ...]  # one slice an axis, each with a start and a stop
-_BLOCKS, _BLOCK_BYTES = 64, 1 << 16  # of rows that have a checksum
-CHECKSUMS = "crc32"  # in a file's metadata, as JSON: of the tensors that this library has written
+CHECKSUMS = "crc32"  # in the metadata of files that this library writes: the CRC-32 of each tensor, as JSON
+_FILE_BYTES = 2 << 30  # of weights in a file that is written; more go to several files
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """An array on disk; `part(index)` reads what the slices of an index, one an axis, select.
+    """An array on disk. `part(index)` reads what the slices of an index, one for each axis, select.
 
-    `checked`: what is read is compared with checksums.
+    `checked`: a checksum is compared when the tensor is read whole.
     """
 
     name: str
@@ -77,12 +78,12 @@ class Tensor:
 
 
 def in_memory(name: str, array: np.ndarray) -> Tensor:
-    """Return a tensor that is in memory already."""
+    """Return a tensor whose values are in memory already."""
     return Tensor(name, array.shape, lambda index: np.asarray(array[index]))
 
 
 def whole(shape: Sequence[int]) -> Index:
-    """Return the index of everything."""
+    """Return the index of a whole array."""
     return tuple(slice(0, length) for length in shape)
 
 
@@ -100,7 +101,7 @@ def read_stacked(parts: Sequence[Tensor], shape: tuple[int, ...], index: Index |
 
 
 def _fill(target: np.ndarray, values: np.ndarray) -> None:
-    """Copy and convert; a transposed view 16 columns at a time, since whole ones miss the cache at every number."""
+    """Copy and convert. A transposed view goes 16 columns at a time, since the cache holds no more."""
     if values.ndim < 2 or not values.flags.f_contiguous:
         target[...] = values
         return
@@ -110,7 +111,7 @@ def _fill(target: np.ndarray, values: np.ndarray) -> None:
 
 
 def same(first: Tensor, second: Tensor) -> bool:
-    """Tell whether two matrices are equal, some rows at a time: 16, 32, ... 4096, stopping at the first difference."""
+    """Tell whether two matrices are equal; reads 16, 32, ... 4096 rows at a time, up to the first difference."""
     if first.shape != second.shape:
         return False
     start, rows = 0, 16
@@ -123,51 +124,38 @@ def same(first: Tensor, second: Tensor) -> bool:
 
 
 def finite(values: np.ndarray) -> bool:
-    """Tell whether an array has neither infinities nor NaN; bfloat16 by its bits, which is faster."""
+    """Tell whether all numbers are finite; bfloat16 by its bits, which is faster."""
     if values.dtype == jnp.bfloat16:
         return not ((values.view(np.uint16) & 0x7F80) == 0x7F80).any()
     return bool(np.isfinite(values).all())
 
 
 def checksum(values: np.ndarray) -> int:
-    """Return the CRC-32 of an array's bytes, first index slowest."""
+    """Return the CRC-32 of an array's bytes in C order."""
     return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
 
 
 def checksums(arrays: Mapping[str, np.ndarray]) -> dict[str, str]:
-    """Return the metadata by which `open_safetensors` sees that numbers of a file were changed.
+    """Return the metadata by which `open_safetensors` sees that numbers of a file were changed."""
+    return {CHECKSUMS: json.dumps({name: checksum(values) for name, values in sorted(arrays.items())})}
 
-    Of each tensor: how many rows of the outer axis are a block, then the checksum of each block. There are at most 64,
-    so that the shares of 2, 4, ... 64 processes are whole blocks, and none under 64 KiB.
+
+def _check(values: np.ndarray, known: int | list[int]) -> None:
+    """Raise ValueError if a whole tensor differs from its checksum.
+
+    Files of version 1 have a checksum for each block of rows: [rows of a block, checksum, checksum, ...].
     """
-
-    def blocks(values: np.ndarray) -> list[int]:
-        table = np.atleast_1d(values)
-        rows = max(1, -(-len(table) // _BLOCKS), -(-_BLOCK_BYTES * len(table) // max(1, table.nbytes)))
-        return [rows, *(checksum(table[start : start + rows]) for start in range(0, len(table), rows))]
-
-    return {CHECKSUMS: json.dumps({name: blocks(values) for name, values in sorted(arrays.items())})}
-
-
-def _compare(values: np.ndarray, start: int, shape: tuple[int, ...], known: list[int]) -> None:
-    """Raise ValueError if a block of rows that lies wholly in `values`, those of a tensor from `start` on, differs."""
-    rows, *sums = known
     table = np.atleast_1d(values)
-    length = shape[0] if shape else 1
-    for number in range(-(-start // rows), len(sums)):
-        first, last = number * rows, min((number + 1) * rows, length)
-        if last > start + len(table):
-            return
-        if checksum(table[first - start : last - start]) != sums[number]:
-            raise ValueError("its checksum does not fit: numbers were changed")
+    rows, *sums = known if isinstance(known, list) else [max(1, len(table)), known]
+    if sums != [checksum(table[start : start + rows]) for start in range(0, max(1, len(table)), rows)]:
+        raise ValueError("its checksum does not fit: numbers were changed")
 
 
 def open_safetensors(path: Path) -> dict[str, Tensor]:
     """Open a safetensors file; nothing is read yet.
 
-    What is read of a tensor with checksums in the metadata is compared with those of the blocks of whole rows in it.
-    Slices along inner axes are not, since the rest of each row would have to be read too, and files of others have no
-    checksums: a flipped bit that leaves a finite number goes unseen there.
+    A tensor with a checksum in the metadata is compared with it when it is read whole. Files of others have none: a
+    flipped bit that leaves a finite number goes unseen there.
     """
     try:
         opened = safe_open(path, framework="numpy")
@@ -180,16 +168,59 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
     found = {}
     for name in opened.keys():  # noqa: SIM118
         shape = tuple(opened.get_slice(name).get_shape())
-        read = functools.partial(_read, opened, name, shape, known.get(name))
-        found[name] = Tensor(name, shape, read, name in known)
+        found[name] = Tensor(name, shape, functools.partial(_read, opened, name, shape, known.get(name)), name in known)
     return found
 
 
-def _read(opened: Any, name: str, shape: tuple[int, ...], sums: Any, index: Index) -> np.ndarray:
-    """Read a part of a tensor and compare it with its checksums, one for each block of rows, if there are any."""
+def _read(opened: Any, name: str, shape: tuple[int, ...], known: int | list[int] | None, index: Index) -> np.ndarray:
     values = opened.get_slice(name)[index] if shape else opened.get_tensor(name)
-    if sums is not None and values.shape[1:] == shape[1:]:
-        start = index[0].start or 0 if shape else 0
-        # In files of before there were blocks: a number.
-        _compare(values, start, shape, sums if isinstance(sums, list) else [shape[0] if shape else 1, sums])
+    if known is not None and values.shape == shape:
+        _check(values, known)
     return values
+
+
+def open_sharded(path: Path, open_file: Callable[[Path], dict[str, Tensor]] = open_safetensors) -> dict[str, Tensor]:
+    """Open `path`, or the files beside it that `path`.index.json names; no tensors where neither exists."""
+    index = path.with_name(f"{path.name}.index.json")
+    if not index.exists():
+        return open_file(path) if path.exists() else {}
+    try:
+        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if any(Path(name).name != name for name in files):
+            raise ValueError
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(f"{index}: not an index of weights; expected a JSON 'weight_map' of files beside it") from None
+    return {name: tensor for file in files for name, tensor in open_file(path.parent / file).items()}
+
+
+def write_sharded(path: Path, arrays: Iterable[tuple[str, np.ndarray]], metadata: Mapping[str, str]) -> None:
+    """Write `path`, or for more than 2 GiB several files and `path`.index.json; one file is in memory at a time.
+
+    Files have their names once all are written.
+    """
+    written: list[list[str]] = []  # names of the tensors of each file
+    shard: dict[str, np.ndarray] = {}
+
+    def partial(number: int) -> Path:
+        return path.with_name(f"{path.stem}-{number:05d}.partial")
+
+    def write() -> None:
+        save_file(shard, partial(len(written)), metadata=dict(metadata) | checksums(shard))
+        written.append(list(shard))
+        shard.clear()
+
+    for name, values in arrays:
+        if shard and sum(array.nbytes for array in shard.values()) + values.nbytes > _FILE_BYTES:
+            write()
+        shard[name] = np.ascontiguousarray(values)
+    write()
+    index = path.with_name(f"{path.name}.index.json")
+    if len(written) == 1:
+        partial(0).replace(path)
+        index.unlink(missing_ok=True)  # of a larger model that was here before
+        return
+    files = [f"{path.stem}-{number + 1:05d}-of-{len(written):05d}{path.suffix}" for number in range(len(written))]
+    for number, file in enumerate(files):
+        partial(number).replace(path.with_name(file))
+    names = {name: file for file, names in zip(files, written, strict=True) for name in names}
+    index.write_text(json.dumps({"metadata": {}, "weight_map": names}, indent=2) + "\n")

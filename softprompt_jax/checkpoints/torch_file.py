@@ -1,7 +1,7 @@
-"""PyTorch's `.bin` files without torch, and without running anything that a file asks for.
+"""PyTorch's `.bin` files, read without torch and without running code that a file names.
 
-Such a file is a zip: `data.pkl` says how the tensors are made of storages, `data/0`, `data/1`, ... are the storages.
-The pickle may name the rebuilding of tensors, storage types and OrderedDict; any other name is refused.
+Such a file is a zip: `data.pkl` says how tensors are made of storages, `data/0`, `data/1`, ... are the storages.
+The pickle may name the function that rebuilds tensors, storage types and OrderedDict; any other name is refused.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NEEDED = "expected a file that torch.save wrote (1.6 or newer) with tensors onl
 
 
 def open_torch(path: Path) -> dict[str, Tensor]:
-    """Open a `.bin` or `.pt` file that holds a dictionary of tensors; only what says where they are is read.
+    """Open a `.bin` or `.pt` file that holds a dictionary of tensors; no numbers are read yet.
 
     Raises UserError for anything else: other names in the pickle, compressed or truncated storages, old formats.
     """
@@ -76,9 +76,9 @@ def open_torch(path: Path) -> dict[str, Tensor]:
 
 
 class _Unpickler(pickle.Unpickler):
-    """An unpickler that knows three kinds of names, and makes of them nothing but tuples and strings.
+    """An unpickler that knows three kinds of names and makes only tuples and strings of them.
 
-    What stands in the place of a tensor is described by the file; it is checked when the tensor is made of it.
+    These are what the file says of a tensor; they are checked when the tensor is made.
     """
 
     def __init__(self, pickled: bytes, path: Path):
@@ -114,7 +114,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Storages:
-    """The storages of an archive, in mapped memory."""
+    """The storages of an archive, memory-mapped."""
 
     def __init__(self, path: Path, folder: str, entries: dict[str, zipfile.ZipInfo]):
         self._path, self._folder, self._entries = path, folder, entries
@@ -134,7 +134,7 @@ class _Storages:
         entry = self._entry(str(key), count * dtype.itemsize)
         numbers = self._bytes(entry).view(dtype)
         last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
-        # The second: one that repeats numbers, by strides of 0, could have any size.
+        # The second condition: with strides of 0 a small storage could give an array of any size.
         if math.prod(shape) and (last >= count or math.prod(shape) > count):
             raise ValueError(f"its shape {list(shape)} does not fit its storage of {count} numbers")
         view = np.lib.stride_tricks.as_strided(

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from softprompt_jax import __version__
 from softprompt_jax.cli import analyse, benchmarks, data, process, share, signals, train, use
+from softprompt_jax.cli.options import note
 from softprompt_jax.config import UserError
 
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
@@ -86,7 +87,7 @@ def main() -> None:
             f"{error.filename or 'output'}: cannot be written ({error.strerror}); expected a writable place with space"
         )
     if code == signals.INTERRUPTED:
-        signals.end_after_interrupt()
+        note("softprompt: interrupted")
     sys.exit(code if isinstance(code, int) else 0)
 
 

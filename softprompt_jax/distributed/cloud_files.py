@@ -7,14 +7,16 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from softprompt_jax.config import UserError, cache_folder
 
 SCHEMES = ("gs://", "s3://")
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, LOCK_FILE = "checkpoints", "lock.json"
+# Where the errors of the clouds' clients are defined, besides OSError and ValueError.
+_CLIENTS = {"aiohttp", "botocore", "fsspec", "gcsfs", "google", "s3fs", "urllib3"}
 
 
 def is_remote(place: str | Path) -> bool:
@@ -29,7 +31,7 @@ def local(place: str | Path) -> Path:
     """
     if not is_remote(place):
         return Path(place)
-    with told(place, "read"):
+    with explain_errors(place, "read"):
         files = _files(place)
         if not files:
             raise UserError(f"{place}: nothing there; expected a file or a folder")
@@ -54,7 +56,7 @@ def writing(place: str | Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / PurePosixPath(str(place)).name
         yield made
-        with told(place, "written"):
+        with explain_errors(place, "written"):
             for file in [made] if made.is_file() else sorted(path for path in made.rglob("*") if path.is_file()):
                 _upload(file, _join(place, file.relative_to(made)))
 
@@ -62,7 +64,8 @@ def writing(place: str | Path) -> Iterator[Path]:
 class RunFolder:
     """A run's folder: local, or gs:// behind a local one of this process, whose files follow.
 
-    `path` is where files are read and written, `checkpoints` where Orbax writes by itself.
+    `path` is where files are read and written, `checkpoints` where Orbax writes by itself. `check` is called before
+    anything is sent.
     """
 
     def __init__(self, place: str | Path):
@@ -75,6 +78,7 @@ class RunFolder:
         self._temporary = tempfile.TemporaryDirectory() if self.remote else None
         self.path = Path(place if self._temporary is None else self._temporary.name)
         self._known: dict[Path, tuple[int, int]] = {}
+        self.check: Callable[[], None] = lambda: None
 
     @property
     def checkpoints(self) -> str:
@@ -84,16 +88,20 @@ class RunFolder:
     def fetch(self) -> None:
         """Bring what the remote folder holds."""
         if self.remote:
-            with told(self.place, "read"):
+            with explain_errors(self.place, "read"):
                 _download(self.place, _files(self.place), self.path)
             self._known = {file: _state(file) for file in self._files()}
 
     def send(self) -> None:
-        """Write what has changed since to the remote folder."""
+        """Write what has changed since to the remote folder, and remove there what is gone here."""
+        self.check()
         if self.remote:
+            for file in [file for file in self._known if not file.exists()]:
+                remove_object(_join(self.place, file.relative_to(self.path)))
+                del self._known[file]
             for file in sorted(self._files(), key=lambda file: file.name == "result.json"):  # last: it says finished
                 if self._known.get(file) != (state := _state(file)):
-                    with told(self.place, "written"):
+                    with explain_errors(self.place, "written"):
                         _upload(file, _join(self.place, file.relative_to(self.path)))
                     self._known[file] = state
 
@@ -119,7 +127,7 @@ def exists(place: str) -> bool:
         filesystem = _filesystem(place)
     except ImportError:
         return False
-    with told(place, "read"):
+    with explain_errors(place, "read"):
         return filesystem.exists(_key(place))
 
 
@@ -143,14 +151,17 @@ def _key(place: str | Path) -> str:
 
 
 def _files(place: str | Path) -> dict[str, tuple[str, str]]:
-    """Return (key, version) of every file below a place by its name from there ("" if it is a file itself)."""
+    """Return (key, version) of every file below a place by its name from there ("" if it is a file itself).
+
+    Checkpoints and the lock of a run folder are left out.
+    """
     filesystem = _filesystem(place)
     filesystem.invalidate_cache()
     root = _key(place)
     found = {}
     for key, about in filesystem.find(root, detail=True).items():
         name = key.lstrip("/")[len(root) :].strip("/")
-        if about["type"] == "file" and CHECKPOINTS not in PurePosixPath(name).parts:
+        if about["type"] == "file" and CHECKPOINTS not in PurePosixPath(name).parts and name != LOCK_FILE:
             version = about.get("etag") or about.get("ETag") or about.get("generation") or about.get("size")
             found[name] = (key, f"{place} {version}")
     return found
@@ -171,16 +182,49 @@ def _upload(file: Path, place: str) -> None:
     _filesystem(place).put_file(os.fspath(file), _key(place))
 
 
+def read_object(place: str) -> bytes | None:
+    """Return the content of one remote file as it is now; None if there is no such file."""
+    with explain_errors(place, "read"):
+        try:
+            return _filesystem(place).cat_file(_key(place))
+        except FileNotFoundError:
+            return None
+
+
+def create_object(place: str, content: bytes) -> bool:
+    """Write a remote file unless there is one already, and tell whether it now holds this content."""
+    with explain_errors(place, "written"):
+        try:
+            _filesystem(place).pipe_file(_key(place), content, mode="create")
+            return True
+        except FileExistsError:  # also where the answer to our own request was lost, and it was sent again
+            return read_object(place) == content
+
+
+def write_object(place: str, content: bytes) -> None:
+    """Write a remote file, whether or not there is one."""
+    with explain_errors(place, "written"):
+        _filesystem(place).pipe_file(_key(place), content)
+
+
+def remove_object(place: str) -> None:
+    """Remove a remote file, if it is there."""
+    with explain_errors(place, "written"), contextlib.suppress(FileNotFoundError):
+        _filesystem(place).rm_file(_key(place))
+
+
 @contextlib.contextmanager
-def told(place: str | Path, done: str) -> Iterator[None]:
-    """Tell in one line why a remote place cannot be read or written."""
+def explain_errors(place: str | Path, done: str) -> Iterator[None]:
+    """Say in one line why a remote place cannot be `done`: read or written. Other errors are defects and pass."""
     try:
         yield
     except UserError:
         raise
     except ImportError as error:
         raise UserError(f"{place}: needs the extra `cloud` ({error}); make install EXTRAS=dev,cloud") from None
-    except Exception as error:  # every cloud has its own
+    except Exception as error:
+        if not isinstance(error, OSError | ValueError) and type(error).__module__.partition(".")[0] not in _CLIENTS:
+            raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
             f"{place}: cannot be {done} ({reason}); expected a bucket that exists and credentials for it; "

@@ -1,8 +1,8 @@
-"""Devices as a mesh (data, fsdp, tensor): where every weight and every row of a batch lies.
+"""Devices as a mesh (data, fsdp, tensor), and how weights and batches are sharded over it.
 
-Weights name their axes (`embed`, `heads`, ...); one table maps them to mesh axes. With the default mesh all devices
-share the batch and each holds all weights: a prompt's gradient is then all that travels. A run enters its mesh with
-`jax.set_mesh`; what is called inside finds it there, and without one everything works on one device.
+Weights name their axes (`embed`, `heads`, ...); one table maps them to mesh axes. With the default mesh the devices
+share the batch and each holds all weights, so that only a prompt's gradient travels. A run enters its mesh with
+`jax.set_mesh`; the functions here find it there. Without a mesh everything is on one device.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from pydantic import Field, model_validator
 from softprompt_jax.config import Settings, UserError
 
 AXES = ("data", "fsdp", "tensor")
-ROWS = ("data", "fsdp")  # mesh axes that share the rows of a batch
-# Logical axis of a weight -> mesh axis that it is cut along; all others are whole everywhere.
+ROWS = ("data", "fsdp")  # mesh axes that rows of a batch are sharded over
+# Logical axis of a weight -> mesh axis that it is sharded over; all others are whole on every device.
 WEIGHTS = {"vocab": "tensor", "heads": "tensor", "mlp": "tensor", "embed": "fsdp"}
 Model = TypeVar("Model", bound=nnx.Module)
 
 
 class Mesh(Settings):
-    """How many devices share what; -1 for one axis means all that the others leave."""
+    """Sizes of the mesh axes; -1 for one of them: all devices that the others leave."""
 
     data: int = Field(default=-1, ge=-1)  # rows of the batch; weights are whole on each
     fsdp: int = Field(default=1, ge=-1)  # rows of the batch, and weights along the model width
@@ -62,7 +62,7 @@ class Mesh(Settings):
 def arrange_devices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     """Return the devices in the shape `sizes`, neighbours by the chips' own links, slices apart on the first axes.
 
-    Any size is laid out: where no arrangement follows the links, the devices stand in their order.
+    Errors: UserError where no such arrangement of TPUs follows the links.
     """
     slices, across = len({getattr(device, "slice_index", 0) for device in devices}), []
     for size in sizes:  # between slices the network is slow: rows of the batch are shared over it first
@@ -71,19 +71,22 @@ def arrange_devices(sizes: Sequence[int], devices: Sequence[Any]) -> np.ndarray:
     try:
         if slices == 1:
             return mesh_utils.create_device_mesh(tuple(sizes), devices, allow_split_physical_axes=True)
-        if math.prod(across) == slices:
-            return mesh_utils.create_hybrid_device_mesh(
-                within, tuple(across), devices, allow_split_physical_axes=True, should_sort_granules_by_key=True
-            )
-    except NotImplementedError:  # no arrangement that follows the links
-        pass
-    return np.asarray(devices, object).reshape(sizes)
+        return mesh_utils.create_hybrid_device_mesh(
+            within, tuple(across), devices, allow_split_physical_axes=True, should_sort_granules_by_key=True
+        )
+    except NotImplementedError:
+        shape = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+        raise UserError(
+            f"mesh: no arrangement of {len(devices)} devices as {shape} follows their links; "
+            "expected sizes that divide the slice's sides; use others"
+        ) from None
 
 
 def weight_spec(sizes: Mapping[str, int], axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
-    """Return how an array [*stacked, *axes] is cut over mesh axes of these sizes.
+    """Return how an array [*stacked, *axes] is sharded over mesh axes of these sizes.
 
-    Prompts, vectors and what the mesh does not divide stay whole: only matrices are worth the traffic.
+    Prompts and vectors stay whole: only matrices are worth the traffic. So does a vocabulary that the mesh does not
+    divide, which is common where tokens were added; `check_divisible` refuses other axes.
     """
     stacked = [None] * (len(shape) - len(axes))
     if len(axes) < 2 or "prompt" in axes:
@@ -94,19 +97,19 @@ def weight_spec(sizes: Mapping[str, int], axes: Sequence[str], shape: Sequence[i
 
 
 def variable_sharding(mesh: jax.sharding.Mesh, variable: nnx.Variable) -> NamedSharding:
-    """Return where a weight lies, by the axes that it names."""
+    """Return the sharding of a weight, by the axes that it names."""
     axes = variable.get_metadata().get("axes", ())
     return NamedSharding(mesh, weight_spec(mesh.shape, axes, variable.shape))
 
 
 def weight_sharding_fn() -> Callable[[nnx.Variable], NamedSharding] | None:
-    """Return what tells a loader where each weight lies; None without a mesh."""
+    """Return a function from a weight to its sharding, for a loader; None without a mesh."""
     mesh = _mesh()
     return None if mesh is None else lambda variable: variable_sharding(mesh, variable)
 
 
 def shard_model(model: Model) -> Model:
-    """Return the model with its weights laid out on the mesh."""
+    """Return the model with its weights sharded over the mesh."""
     mesh = _mesh()
     if mesh is None:
         return model
@@ -120,7 +123,7 @@ def shard_model(model: Model) -> Model:
 
 
 def state_sharding(state: Any, weights: Any) -> Any:
-    """Return where a training state lies: what has a weight's path and shape as that weight, all else whole.
+    """Return the sharding of a training state: as a weight for what has its path and shape, else whole.
 
     `state` may be abstract. None without a mesh.
     """
@@ -131,19 +134,23 @@ def state_sharding(state: Any, weights: Any) -> Any:
     whole = NamedSharding(mesh, PartitionSpec())
 
     def choose(keys: tuple, leaf: Any) -> Any:
-        path = f".{_path(keys)}."
-        weight = next((weight for name, weight in known.items() if f".{name}." in path), None)
+        path = _path(keys)  # the weight's path is in it, behind what holds it and before what an optimizer adds
+        parts = (path[start:end] for start in range(len(path)) for end in range(len(path), start, -1))
+        weight = next((known[part] for part in parts if part in known), None)
         return whole if weight is None or weight.shape != leaf.shape else weight.sharding
 
     return jax.tree_util.tree_map_with_path(choose, state)
 
 
-def check_divisible(rows: int, heads: int) -> None:
-    """Refuse a mesh that cannot share so many rows (of a batch's part) or attention heads evenly."""
+def check_divisible(rows: int, heads: int, width: int, inner: int) -> None:
+    """Refuse a mesh that does not divide the rows computed at a time, or a model's heads, width or feed-forward width.
+
+    Without this a weight would silently stay whole on every device.
+    """
     mesh = _mesh()
     if mesh is None:
         return
-    shards, tensor = row_shards(), mesh.shape["tensor"]
+    shards, fsdp, tensor = row_shards(), mesh.shape["fsdp"], mesh.shape["tensor"]
     if rows % shards:
         raise UserError(
             f"mesh: data x fsdp is {shards}; expected a divisor of the {rows} rows computed at a time; "
@@ -151,15 +158,19 @@ def check_divisible(rows: int, heads: int) -> None:
         )
     if heads % tensor:
         raise UserError(f"mesh: tensor is {tensor}; expected a divisor of the backbone's {heads} heads; change mesh")
+    if inner % tensor:
+        raise UserError(f"mesh: tensor is {tensor}; expected a divisor of the feed-forward width {inner}; change mesh")
+    if width % fsdp:
+        raise UserError(f"mesh: fsdp is {fsdp}; expected a divisor of the backbone's width {width}; change mesh")
 
 
 def with_sharding(state: Any, layout: Any) -> Any:
-    """Return an abstract state that knows where it lies."""
+    """Return an abstract state with its sharding."""
     return state if layout is None else jax.tree.map(put_sharded, state, layout)
 
 
 def local_bytes(tree: Any) -> int:
-    """Return the bytes that one device holds of arrays, or of abstract ones that know where they lie."""
+    """Return the bytes that one device holds of arrays, or of abstract arrays with shardings."""
 
     def of(leaf: Any) -> int:
         shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
@@ -169,7 +180,7 @@ def local_bytes(tree: Any) -> int:
 
 
 def put_sharded(value: Any, sharding: NamedSharding) -> Any:
-    """Lay an array out that every process holds whole or has its part of; say of an abstract one where it lies."""
+    """Shard an array that every process holds whole or has its shards of; an abstract one gets the sharding."""
     if isinstance(value, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
     if sharding.is_fully_addressable or (isinstance(value, jax.Array) and not value.is_fully_addressable):
@@ -179,7 +190,7 @@ def put_sharded(value: Any, sharding: NamedSharding) -> Any:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Keep an activation cut along its rows ("rows") and named weight axes; without a mesh nothing happens."""
+    """Keep an activation sharded along its rows ("rows") and named weight axes; without a mesh nothing happens."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -191,7 +202,7 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def row_shards() -> int:
-    """Return in how many parts the rows of a batch are cut; also inside `jax.jit`."""
+    """Return over how many shards the rows of a batch go; also inside `jax.jit`."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in ROWS)
 
@@ -199,7 +210,8 @@ def row_shards() -> int:
 def process_share() -> tuple[int, int]:
     """Return (index, count) of this process's equal share of every batch's rows.
 
-    Processes that hold the same rows, as under tensor parallelism across hosts, have the same index.
+    Processes that hold the same rows, as under tensor parallelism across hosts, have the same index. Where a process's
+    rows are not one block, each process reads all rows: (0, 1), which `describe` says.
     """
     mesh = _mesh()
     if mesh is None:
@@ -210,12 +222,12 @@ def process_share() -> tuple[int, int]:
     owned = [row for row in range(shards) if any(device.process_index == own for device in by_rows[row])]
     first, count = owned[0], len(owned)
     if owned != list(range(first, first + count)) or first % count or shards % count:
-        return 0, 1  # an odd layout: everyone reads everything
+        return 0, 1
     return first // count, shards // count
 
 
 def shard_local_batch(rows: Any) -> Any:
-    """Join every process's share of a batch (arrays [B / count, ...]) to arrays cut along the rows."""
+    """Join the processes' shares of a batch (arrays [B / count, ...]) to arrays sharded along the rows."""
     mesh = _mesh()
     if mesh is None:
         return rows
@@ -234,7 +246,7 @@ def shard_local_batch(rows: Any) -> Any:
 
 
 def shard_batch(rows: Any) -> Any:
-    """Cut arrays along the rows that every process holds whole."""
+    """Shard arrays along their rows; every process holds them whole."""
     mesh = _mesh()
     if mesh is None:
         return rows
@@ -243,7 +255,7 @@ def shard_batch(rows: Any) -> Any:
 
 
 def shard_stacked_batch(rows: Any) -> Any:
-    """Cut arrays [N, B, ...] along B that every process holds whole."""
+    """Shard arrays [N, B, ...] along B; every process holds them whole."""
     mesh = _mesh()
     if mesh is None:
         return rows
@@ -252,7 +264,7 @@ def shard_stacked_batch(rows: Any) -> Any:
 
 
 def gather(x: jax.Array | np.ndarray) -> np.ndarray:
-    """Return an array whole, in every process."""
+    """Gather an array, whole, in every process."""
     if isinstance(x, np.ndarray) or x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     from jax.experimental import multihost_utils
@@ -261,21 +273,29 @@ def gather(x: jax.Array | np.ndarray) -> np.ndarray:
 
 
 def describe() -> str:
-    """Say what runs where."""
+    """Say on how many devices of what kind a run computes, and how it is sharded."""
     mesh = _mesh()
     if mesh is None:
-        return f"1 {jax.default_backend()} device"
+        return f"1 {platform()} device"
     sizes = ", ".join(f"{axis} {mesh.shape[axis]}" for axis in AXES if mesh.shape[axis] > 1)
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    return f"{mesh.size} {jax.default_backend()} devices{processes} ({sizes})"
+    if processes and process_share() == (0, 1) and row_shards() > 1:
+        processes += ", each of which reads whole batches"
+    return f"{mesh.size} {platform()} devices{processes} ({sizes})"
+
+
+def platform() -> str:
+    """Return the kind of the devices that compute, cpu, gpu or tpu: those of the mesh, or else the first device's."""
+    mesh = jax.sharding.get_mesh()
+    return (jax.local_devices()[0] if mesh.empty else mesh.devices.flat[0]).platform
 
 
 def _mesh() -> jax.sharding.Mesh | None:
-    """Return the mesh that is entered, unless it is the one device that everything is on anyway."""
+    """Return the mesh that is entered; None if it is only the device that everything is on anyway."""
     mesh = jax.sharding.get_mesh()
     alone = not mesh.empty and mesh.size == 1 and mesh.devices.item() == jax.local_devices()[0]
     return None if mesh.empty or alone else mesh
 
 
-def _path(keys: tuple) -> str:
-    return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)
+def _path(keys: tuple) -> tuple[str, ...]:
+    return tuple(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in keys)

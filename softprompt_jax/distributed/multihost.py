@@ -1,24 +1,21 @@
-"""Several processes as one program: JAX's own runtime, told where the others are, and what is done by one of them."""
+"""Several processes as one program: how they find each other, what one does for all, and how they stop together."""
 
 from __future__ import annotations
 
 import collections
-import contextlib
-import fcntl
 import importlib.util
+import json
 import os
 import signal
 import sys
 import threading
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
 
-from softprompt_jax.config import UserError
+from softprompt_jax.config import Interrupted, Preempted, UserError
 
 HEARTBEAT_S = 20  # a process that has been silent for so long is taken for dead, and all others end
 _SILENT_S = 15  # of waiting for the others, before a line says so
@@ -78,52 +75,36 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def on_first(action: Callable[[], T], name: str) -> T | None:
-    """Let the first process act while the others wait; only it gets the value. A UserError ends all of them."""
+def run_on_process_0(action: Callable[[], T]) -> T:
+    """Let process 0 act while the others wait, and return its value, which JSON can hold, in every process.
+
+    A UserError of process 0 is raised in every process.
+    """
     if jax.process_count() == 1:
         return action()
-    from jax.experimental import multihost_utils
-
-    value, error = None, None
+    answer: dict[str, Any] = {}
     if is_first():
         try:
-            value = action()
-        except UserError as caught:
-            error = caught
-    failed = multihost_utils.broadcast_one_to_all(error is not None)
-    if error is not None:
-        raise error
-    if failed:
-        raise UserError(f"{name}: process 0 refused; expected it to go on; see its message")
-    return value
+            answer = {"value": action()}
+        except UserError as error:
+            answer = {"error": str(error)}
+    answer = json.loads(_broadcast_text(json.dumps(answer)))
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]
 
 
-@contextlib.contextmanager
-def alone_in(folder: Path, wait_s: float = 60) -> Iterator[None]:
-    """Keep other processes out of a folder until this one leaves it or ends; wait so long for one that is there.
+def _broadcast_text(text: str) -> str:
+    """Return the text of process 0 in every process."""
+    import numpy as np
+    from jax.experimental import multihost_utils
 
-    Holds among the processes that the file system lets see each other's locks. Raises UserError after the wait.
-    """
-    lock, until = os.open(folder, os.O_RDONLY), time.monotonic() + wait_s
-    try:
-        with contextlib.suppress(OSError):  # such as a file system without locks
-            while True:
-                try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > until:
-                        raise UserError(
-                            f"{folder}: another process trains in it; expected one at a time; "
-                            "wait for it, or use another --out"
-                        ) from None
-                    time.sleep(min(1, wait_s))
-        yield
-    finally:
-        os.close(lock)
+    content = np.frombuffer(text.encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    return bytes(multihost_utils.broadcast_one_to_all(np.resize(content, length).astype(np.uint8))).decode()
 
 
-def agreed(name: str, value: str) -> None:
+def assert_same_everywhere(name: str, value: str) -> None:
     """Fail unless every process has the same value, such as versions or settings."""
     if jax.process_count() == 1:
         return
@@ -139,38 +120,55 @@ def agreed(name: str, value: str) -> None:
 
 
 class Preemption:
-    """Notices that the machine wants to be left: SIGTERM in one process, JAX's sync point among several.
+    """Notices SIGTERM, Ctrl-C, and among several processes JAX's sync point, which tells all of a SIGTERM to one.
 
-    A notice that comes after a run's last look, while it ends, goes to whoever had SIGTERM before the run.
+    The second Ctrl-C goes to whoever had SIGINT before the run: Python raises KeyboardInterrupt. So does a notice that
+    comes after a run's last look, while it ends.
     """
 
     _current: Preemption | None = None
     _AHEAD = 2  # steps; JAX would queue up to 32, which may take longer than the grace after a notice
 
     def __init__(self) -> None:
-        self._told = False
+        self._requested = self._interrupted = self._agreed = False
         self._queued: collections.deque[Any] = collections.deque()
         self._asked = 0
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Preemption:
         Preemption._current = self
-        if jax.process_count() == 1:
-            try:
-                self._before = signal.signal(signal.SIGTERM, self._note)
-            except ValueError:  # not the main thread: whoever owns it decides
-                self._before = None
+        own = signal.SIGTERM if jax.process_count() == 1 else None  # among several processes it is JAX's
+        for number in (own, signal.SIGINT):
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                try:
+                    self._before[number] = signal.signal(number, self._note)
+                except ValueError:  # not the main thread: whoever owns it decides
+                    break
         return self
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         Preemption._current = None
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
-            if self._told and error is None:
-                signal.raise_signal(signal.SIGTERM)
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        number = signal.SIGINT if self._interrupted else signal.SIGTERM
+        if self._requested and error is None and number in self._before:
+            signal.raise_signal(number)
 
-    def _note(self, *_: object) -> None:
-        self._told = True
+    def _note(self, number: int, _: object) -> None:
+        if number == signal.SIGTERM:
+            self._requested = True
+        elif not self._interrupted:
+            self._requested = self._interrupted = True
+            if jax.process_count() > 1:  # JAX tells the others, and all save at the same step
+                signal.raise_signal(signal.SIGTERM)
+        else:
+            signal.signal(number, self._before.pop(number))
+            signal.raise_signal(number)
+
+    @staticmethod
+    def watches() -> bool:
+        """Is a run under way that will save before it ends?"""
+        return Preemption._current is not None
 
     def reached(self, measured: Any) -> bool:
         """Is it time to save and go? All processes ask equally often and get the same answers.
@@ -184,18 +182,23 @@ class Preemption:
         if jax.process_count() > 1:
             from jax.experimental import multihost_utils
 
-            self._told |= multihost_utils.reached_preemption_sync_point(self._asked)
-        return self._told
+            self._agreed |= multihost_utils.reached_preemption_sync_point(self._asked)
+            return self._agreed
+        return self._requested
+
+    def stopped(self, message: str) -> Preempted:
+        """Return the exception that ends a run: Interrupted after Ctrl-C, else Preempted."""
+        return (Interrupted if self._interrupted else Preempted)(f"{message}; the same command goes on")
 
 
-class CutShort(Exception):
+class PreemptedDuringEval(Exception):
     """A validation ends because it is time to go; the training loop saves and raises Preempted."""
 
 
-def go_if_told() -> None:
-    """Raise CutShort if it is time to save and go: asked between the batches of a validation, in a run."""
+def raise_if_preempted() -> None:
+    """Raise PreemptedDuringEval if it is time to save and go: asked between the batches of a validation, in a run."""
     if Preemption._current is not None and Preemption._current.reached(None):
-        raise CutShort
+        raise PreemptedDuringEval
 
 
 def _in_a_job(environment: Any) -> bool:

@@ -1,11 +1,11 @@
-"""Take in what others have made: any checkpoint as a Hugging Face folder, any prompt as our file."""
+"""Convert any checkpoint to a Hugging Face folder, and any prompt to our file."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
-from softprompt_jax.checkpoints import artifact, quantized_folder, t5x
+from softprompt_jax.checkpoints import artifact, hugging_face, quantized_folder, t5x
 from softprompt_jax.checkpoints import backbone as pretrained
 from softprompt_jax.config import UserError
 from softprompt_jax.files import writable
@@ -24,9 +24,9 @@ def import_source(
     """Write a checkpoint (T5X, `.bin`, safetensors) to a folder in Hugging Face layout and return what was written.
 
     The prompt of a T5X prompt tuning run is written beside it; if `to` ends in .safetensors, only the prompt is.
-    `dtype`: of the weights (default: as they are). `tokenizer`: a SentencePiece file, a folder or a hub name, where
-    the source has none. `quantize`: write the layers in int8 or nf4, the rest in `dtype` (default bfloat16), as a
-    folder of our own that is never whole in floats on the way.
+    `dtype`: of the weights (default: as they are). `tokenizer`: a SentencePiece file, a folder or a hub name, for a
+    source that has none. `quantize`: write a folder of our own with the layers in int8 or nf4 and the rest in `dtype`
+    (default bfloat16); the model is never whole in floats.
     Errors: UserError for a source that is no T5, and for a folder that holds weights already.
     """
     to, path = Path(to), Path(source)
@@ -39,12 +39,12 @@ def import_source(
     if to.exists() and (not to.is_dir() or any(to.glob("*.safetensors"))):
         raise UserError(f"{to}: holds weights already, or is a file; expected a new folder; use another --to")
     settings, tensors, folder = pretrained.open_source(source)
-    pretrained.check(settings, tensors, source)  # before anything is written
+    hugging_face.weight_parts(settings, tensors, source)  # before anything is written
     files = tokenizer_files(tokenizer or folder, required=tokenizer is not None)
     if not files and settings.vocabulary_rows != 384:  # ByT5 needs none
         raise UserError(f"{source}: has no tokenizer; expected one; add --tokenizer with spiece.model or a hub name")
     with writable(to, folder=True):
-        for file in files:  # one of another name is called as the hub calls it
+        for file in files:  # a single SentencePiece file gets the hub's name for it
             alone = file.suffix == ".model" and len(files) == 1
             shutil.copy(file, to / ("spiece.model" if alone else file.name))
         if quantize is None:
@@ -65,10 +65,10 @@ def import_source(
 def _import_prompt(source: str, to: Path) -> str:
     if to.suffix != ".safetensors":
         raise UserError(f"{to}: for a prompt; expected a file name ending in .safetensors")
-    rows, metadata = artifact.read_prompt(source)
+    found = artifact.load_artifact(source)
     with writable(to):
-        artifact.save_prompt(rows, to, metadata)
-    return f"{to}: a prompt of {len(rows)} rows"
+        artifact.save_prompt(found.prompt, to, found.metadata)
+    return f"{to}: a prompt of {len(found.prompt)} rows"
 
 
 def tokenizer_files(tokenizer: str | Path, required: bool) -> list[Path]:

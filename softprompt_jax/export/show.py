@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from softprompt_jax import config
-from softprompt_jax.checkpoints import artifact, backbone, peft, quantized_folder, t5x
+from softprompt_jax.checkpoints import artifact, backbone, hugging_face, peft, quantized_folder, t5x
 from softprompt_jax.checkpoints.tensors import Tensor, open_safetensors
 from softprompt_jax.checkpoints.torch_file import open_torch
 from softprompt_jax.config import UserError
@@ -102,7 +102,7 @@ def _rows(rows: np.ndarray) -> str:
 
 def _backbone(source: str) -> tuple[str, dict[str, Any], _Tensors]:
     settings, tensors, folder = backbone.open_source(source)
-    backbone.check(settings, tensors, source)
+    hugging_face.weight_parts(settings, tensors, source)
     form, facts, checkpoint = (
         "a T5 in Hugging Face layout",
         settings.model_dump(mode="json"),

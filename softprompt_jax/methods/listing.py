@@ -12,8 +12,6 @@ from softprompt_jax.methods import METHODS, Context, MethodSettings
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models.t5 import T5, T5Settings
 
-_CONTEXT = Context(encode=lambda text: [0] * len(text.split()))  # a piece for each word
-
 
 @dataclasses.dataclass(frozen=True)
 class Listed:
@@ -39,7 +37,7 @@ def parameters(settings: T5Settings, method: MethodSettings) -> int:
 
     def build() -> T5:
         model = T5(settings, jax.random.key(0))
-        method.attach(model, jax.random.key(0), _CONTEXT)
+        method.attach(model, jax.random.key(0), Context())
         return model
 
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(nnx.eval_shape(build), Trainable)))

@@ -44,11 +44,14 @@ def same_segment(query_segments: Int[Array, "B T"], key_segments: Int[Array, "B 
 
 
 class PrefixKeyValues(NamedTuple):
-    """Keys and values before those of the text, the same for all rows or of each row; in a stack with L in front."""
+    """Keys and values that stand before those of the text: shared by all rows, or one set a row.
+
+    A whole stack's have an axis L in front.
+    """
 
     keys: Float[Array, "*LB H P K"]
     values: Float[Array, "*LB H P K"]
-    real: Bool[Array, "*L B P"] | None = None  # which of them a row has; None: all, and all rows the same
+    real: Bool[Array, "*L B P"] | None = None  # which of them a row has; None: shared by all rows
 
 
 def with_prefix(prefix: PrefixKeyValues | None, keys: Array, values: Array) -> tuple[Array, Array]:
@@ -64,7 +67,7 @@ def with_prefix(prefix: PrefixKeyValues | None, keys: Array, values: Array) -> t
 
 
 def sees_prefix(visible: Bool[Array, "#B 1 #T S"], prefix: PrefixKeyValues | None) -> Bool[Array, "#B 1 #T PS"]:
-    """Let every query see what its row has of a stack's prefix [L, ..., P, K], which stands before its S keys."""
+    """Extend a mask over S keys to the P keys of a stack's prefix before them; every query sees its row's prefix."""
     if prefix is None:
         return visible
     if prefix.real is None:
@@ -81,9 +84,10 @@ def bias_before(
     unpositioned: int,
     positioned: int,
 ) -> Float[Array, "#B H U PS"]:
-    """Put the bias of a prefix before that of the text: none for the keys without positions, which come first.
+    """Put the bias of a prefix's keys before the bias of the text.
 
-    `queries`: positions from a row's own first token; `positioned` keys count as the tokens before that.
+    A prefix has first `unpositioned` keys, whose bias is 0, then `positioned` keys, which count as the tokens before a
+    row's first. `queries`: positions, counted from a row's first token.
     """
     if positioned:
         near = jax.vmap(lambda row: bias(row, jnp.arange(-positioned, 0))[0])(queries)
@@ -104,8 +108,8 @@ def attend(
     """Mix the values by softmax(query . key + bias) over the visible keys; scores stay in float32.
 
     Dropout removes a key for all queries of a head at once, as T5's own code does.
-    Keys and values that all heads share have H = 1.
-    Heads stand before the length: on a CPU the same products over [B, T, H, K] take five times as long.
+    H is 1 for keys and values that all heads share. Heads stand before the length: on a CPU the same products over
+    [B, T, H, K] take five times as long.
     """
     scores = jnp.matmul(query, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
     added = jnp.where(visible, 0, -1e9)  # added, not selected: the gradient then needs no mask
@@ -113,7 +117,7 @@ def attend(
         added = added + bias.astype(jnp.float32)
     scores = scores + added
     weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
-    total = weights.sum(-1, keepdims=True)  # divided by at the end, where there are fewer numbers
+    total = weights.sum(-1, keepdims=True)  # softmax divides by it; here the mix does, which has fewer numbers
     weights = weights.astype(value.dtype)
     if dropout_rng is not None and dropout_rate > 0:
         batch, heads, _, keys = weights.shape

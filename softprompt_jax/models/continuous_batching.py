@@ -1,13 +1,12 @@
-"""Decoding in slots: answers join and leave a running batch, so that none waits for the end of another.
+"""Continuous batching: answers join and leave a running batch, so that none waits for the end of another.
 
-Each of S slots has a place in the caches. All slots write the token at hand to the same place of a ring of R places:
-T5 knows distances only, so that an answer may begin anywhere in the ring, and sees as far back as its own first token.
-What the methods of the answers put before their keys stands before the ring, and is written when they join.
+Each of S slots has room in the caches for one answer. Every step writes the keys of all slots to the same place of a
+ring of R places. T5 knows distances only, so that an answer may begin anywhere in the ring; it sees back to its own
+first token. An answer's prefix (of prefix tuning) stands before the ring and is written when the answer joins.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,43 +14,43 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from softprompt_jax.models import per_example
-from softprompt_jax.models.attention import bias_before, sees_prefix, with_prefix
-from softprompt_jax.models.decode import EOS, likely, through_decoder
+from softprompt_jax.models.attention import bias_before
+from softprompt_jax.models.decode import EOS, begin, likely, through_decoder
 from softprompt_jax.models.t5 import T5
 
-STEPS = 8  # that `advance` takes at most
+STEPS = 8  # at most, of one call of `advance`
 
 
 class Wanted(NamedTuple):
-    """How the answer of each of N slots shall be made."""
+    """How to choose the tokens of each of N answers."""
 
-    limit: Int[Array, "N"]  # tokens at most
-    forced: Int[Array, "N R"]  # what it begins with; 0: free
+    limit: Int[Array, "N"]  # most tokens
+    forced: Int[Array, "N R"]  # first tokens; 0: free
     rng: UInt32[Array, "N 2"]
-    temperature: Float[Array, "N"]  # 0: the most likely token each time
+    temperature: Float[Array, "N"]  # 0: greedy
     top_k: Int[Array, "N"]  # 0: all
     top_p: Float[Array, "N"]
 
 
 class Slots(NamedTuple):
-    """What is known of S answers in the making."""
+    """The state of S answers that are being decoded."""
 
     caches: tuple[Array, Array]  # keys and values [L, S, H, PR, K], of prefixes and ring
     cross: tuple[Array, Array]  # those of the encodings, behind their prefixes [L, S, H, PT, K]
     seen: Bool[Array, "S PT"]  # which of these are real
-    prefix: tuple[Bool[Array, "S P"], ...]  # those before the ring, without and with positions
+    prefix: tuple[Bool[Array, "S P"], ...]  # which keys before the ring are real: without, then with positions
     factors: per_example.BatchState  # of the decoder [S, L, W]
-    pointer: Int[Array, ""]  # place in the ring of the token at hand
-    age: Int[Array, "S"]  # keys of its own that stand before it
-    count: Int[Array, "S"]  # tokens written; `limit` is where it ends
-    last: Int[Array, "S"]  # the token written last
+    pointer: Int[Array, ""]  # place of the ring that the next step writes
+    age: Int[Array, "S"]  # number of an answer's own keys in the ring
+    count: Int[Array, "S"]  # tokens written; an answer ends at `limit`
+    last: Int[Array, "S"]  # last token written
     wanted: Wanted
 
 
 def empty(model: T5, slots: int, ring: int, length: int, rows: per_example.BatchState) -> Slots:
-    """Return so many free slots, for at most `length` encoder positions and `ring` decoder positions.
+    """Return free slots for at most `length` encoder positions and `ring` decoder positions.
 
-    `rows`: those of a batch, which say what answers may have of their own; only their shapes are read.
+    `rows`: the per-example state of a batch; only its shapes are read.
     """
     settings, zero = model.settings, jnp.zeros((slots,), jnp.int32)
     shape = (model.decoder.depth, slots, settings.num_heads)
@@ -90,30 +89,16 @@ def join(
 ) -> Slots:
     """Encode B texts, read their decoder prompts (0 on the left: shorter), and put `count` answers into slots.
 
-    Answer n is to the text `source[n]` and gets the slot `place[n]`; N - `count` of them are not there. `rows` is what
-    the methods of the B texts have; it is put into the model.
+    Answer n belongs to text `source[n]` and gets slot `place[n]`; of N places for answers only the first `count` are
+    used. `rows` is the per-example state of the B texts, which the model is given.
     """
     per_example.install(model, rows)
-    segments = (tokens != 0).astype(jnp.int32)
-    encoded = model.encode(tokens, segments)
-    decoder, (before_own, before_cross) = model.decoder, model.decoder.prefixes()
-    cross = jax.lax.map(
-        lambda layer_prefix: with_prefix(layer_prefix[1], *layer_prefix[0].cross.keys_values(encoded)),
-        (decoder.layers, before_cross),
-    )
-    seen = sees_prefix((segments > 0)[:, None, None, :], before_cross)
+    begun = begin(model, tokens, before, 0)
     first, length = sum(part.shape[1] for part in slots.prefix), before.shape[1]
-    ring, own = slots.caches[0].shape[3] - first, None
-    if length:
-        positions = jnp.arange(length)
-        shape = (decoder.depth, len(tokens), model.settings.num_heads, length, model.settings.d_kv)
-        past = (positions <= positions[:, None]) & (before != 0)[:, None, None, :]
-        here = positions - (before == 0).sum(-1, keepdims=True)
-        biased = functools.partial(decoder.biased, queries=positions, keys=positions, own=here)
-        nothing = jnp.zeros(shape, encoded.dtype), jnp.zeros(shape, encoded.dtype)
-        nothing = nothing if before_own is None else jax.vmap(with_prefix)(before_own, *nothing)
-        _, own = through_decoder(model, before, nothing, first, biased, sees_prefix(past, before_own), cross, seen)
+    ring = slots.caches[0].shape[3] - first
 
+    # Skip this on first reading: the keys of one text are copied into one slot, those of its decoder prompt turned so
+    # that they end where the pointer stands.
     def put(n: Any, parts: Any) -> Any:
         row, slot = source[n], place[n]
         caches, crosses = parts
@@ -122,12 +107,12 @@ def join(
             new = jax.lax.dynamic_slice_in_dim(new.astype(old.dtype), row, 1, 1)
             return jax.lax.dynamic_update_slice(old, new, (0, slot, 0, start, 0))
 
-        crosses = tuple(into(old, new) for old, new in zip(crosses, cross, strict=True))
-        if before_own is not None:
-            prefix = before_own.keys, before_own.values
+        crosses = tuple(into(old, new) for old, new in zip(crosses, begun.cross, strict=True))
+        if begun.prefix is not None:
+            prefix = begun.prefix.keys, begun.prefix.values
             caches = tuple(into(old, new) for old, new in zip(caches, prefix, strict=True))
-        if own is not None:  # they end just before the pointer
-            ends = [jnp.pad(new[..., first:, :], [(0, 0)] * 3 + [(0, ring - length), (0, 0)]) for new in own]
+        if length:  # decoder prompts end just before the pointer
+            ends = [jnp.pad(new[..., first:, :], [(0, 0)] * 3 + [(0, ring - length), (0, 0)]) for new in begun.caches]
             turned = [jnp.roll(new, slots.pointer - length, axis=3) for new in ends]
             caches = tuple(into(old, new, first) for old, new in zip(caches, turned, strict=True))
         return caches, crosses
@@ -138,11 +123,11 @@ def join(
     def given(old: Array, new: Any) -> Array:
         return old.at[where].set(new, mode="drop")
 
-    seen = seen[:, 0, 0]
+    seen = begun.seen[:, 0, 0]
     widened = jnp.pad(seen, ((0, 0), (0, slots.seen.shape[1] - seen.shape[1])))
     prefix = slots.prefix
-    if before_own is not None and before_own.real is not None:
-        new = jnp.split(before_own.real[0], [prefix[0].shape[1]], axis=1)
+    if begun.prefix is not None and begun.prefix.real is not None:
+        new = jnp.split(begun.prefix.real[0], [prefix[0].shape[1]], axis=1)
         prefix = tuple(given(old, part[source]) for old, part in zip(prefix, new, strict=True))
     return Slots(
         caches,
@@ -159,7 +144,7 @@ def join(
 
 
 def leave(slots: Slots, which: Bool[Array, "S"]) -> Slots:
-    """End the answers in these slots as they are."""
+    """End the answers in these slots."""
     wanted = slots.wanted._replace(limit=jnp.where(which, 0, slots.wanted.limit))
     return slots._replace(wanted=wanted)
 
@@ -167,10 +152,10 @@ def leave(slots: Slots, which: Bool[Array, "S"]) -> Slots:
 def advance(
     model: T5, slots: Slots, steps: Int[Array, ""], rows: int, length: int
 ) -> tuple[Slots, Int[Array, "N S"], Float[Array, "N S"]]:
-    """Take up to `steps` steps (N = `STEPS` at most) with the first `rows` slots; they use `length` encoder positions,
-    prefixes included.
+    """Take up to `steps` steps, N = `STEPS` at most, of the first `rows` slots.
 
-    Return the tokens that each step wrote (-1: none) and their log-probabilities.
+    `length`: encoder positions in use, prefixes included. Return the tokens that each step wrote (-1: none) and their
+    log-probabilities.
     """
     capacity = len(slots.age)
     per_example.install(model, {name: part[:rows] for name, part in slots.factors.items()})
@@ -194,7 +179,7 @@ def _step(model: T5, slots: Slots, rows: int, length: int) -> tuple[Slots, Int[A
     ring = slots.caches[0].shape[3] - unpositioned - positioned
     age, count, last = (part[:rows] for part in (slots.age, slots.count, slots.last))
     wanted = Wanted(*(part[:rows] for part in slots.wanted))
-    behind = (slots.pointer - jnp.arange(ring)) % ring  # how long ago each place of the ring was written
+    behind = (slots.pointer - jnp.arange(ring)) % ring  # steps since each place of the ring was written
     past = jnp.concatenate([*(part[:rows] for part in slots.prefix), behind <= age[:, None]], 1)[:, None, None, :]
 
     def biased(bias: Any) -> Float[Array, "#B H 1 S"]:

@@ -1,10 +1,10 @@
-"""Decoding with key-value caches: greedy, sampling, beams; the likelihood of given words. The encoder runs once."""
+"""Decoding with KV caches: greedy, sampling and beam search, and the likelihood of given words."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,18 +12,19 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from pydantic import Field
 
 from softprompt_jax.config import Settings
-from softprompt_jax.models.attention import sees_prefix, with_prefix
+from softprompt_jax.models.attention import PrefixKeyValues, sees_prefix, with_prefix
 from softprompt_jax.models.t5 import T5
 
 EOS = 1
-NEVER = -1e9  # the score of what cannot be
+MAX_TOKENS = 64  # of an answer, where no other limit is given
+NEVER = -1e9  # score of what is impossible
 
 Caches = tuple[Array, ...]  # keys and values [L, B, H, S, K]
 Read = Callable[[Int[Array, "B U"], Any, Caches], tuple[Float[Array, "B U V"], Caches]]
 
 
 class LengthPenalty(Settings):
-    """What a hypothesis of n tokens has its log-probability divided by: n^alpha (hf), ((5 + n) / 6)^alpha (t5x)."""
+    """Divisor of the log-probability of a hypothesis of n tokens: n^alpha (hf), or ((5 + n) / 6)^alpha (t5x)."""
 
     kind: Literal["hf", "t5x"] = "hf"
     alpha: float = 1.0
@@ -34,19 +35,21 @@ class LengthPenalty(Settings):
 
 
 class Greedy(Settings):
-    """The most likely token each time."""
+    """The most likely token at each step."""
 
     kind: Literal["greedy"] = "greedy"
 
 
 class Sampling(Settings):
-    """Tokens drawn at random; a text's answers depend on the seed and on the text's number, not on the batch."""
+    """Tokens drawn at random. A text's answers depend on the seed and the text's number, not on the batch."""
 
     kind: Literal["sampling"] = "sampling"
     temperature: float = Field(default=1.0, gt=0)
-    top_k: int | None = Field(default=None, ge=1, lt=2**31)  # only the most likely ones
-    top_p: float | None = Field(default=None, gt=0, le=1)  # only the fewest that have this probability together
-    samples: int = Field(default=1, ge=1)  # answers to each text
+    top_k: int | None = Field(default=None, ge=1, lt=2**31)  # number of most likely tokens to draw from
+    top_p: float | None = Field(
+        default=None, gt=0, le=1
+    )  # share of probability to draw from: the fewest tokens that have it together
+    samples: int = Field(default=1, ge=1)  # number of answers to each text
     seed: int = Field(default=0, ge=-(2**63), lt=2**63)
 
 
@@ -56,7 +59,7 @@ class Beam(Settings):
     kind: Literal["beam"] = "beam"
     beams: int = Field(default=4, ge=2)
     length_penalty: LengthPenalty = LengthPenalty()
-    early_stopping: bool = False  # as soon as `beams` hypotheses have ended
+    early_stopping: bool = False  # search ends as soon as `beams` hypotheses have ended
 
 
 Decoding = Annotated[Greedy | Sampling | Beam, Field(discriminator="kind")]
@@ -73,73 +76,90 @@ def answers(
 ) -> tuple[Int[Array, "B N U"], Float[Array, "B N"]]:
     """Return N answers to each row and their scores, the best first: one, the samples, or the beams.
 
-    `numbers` name the texts: samples follow from the seed and a text's number. Answers begin with `forced` (0: free),
-    which counts in their scores and lengths.
+    `numbers` are those of the texts; a sample depends on the seed and its text's number. Answers begin with `forced`
+    (0: free), which counts in their scores and lengths.
     """
     if isinstance(how, Beam):
         return beam(model, encoder_tokens, max_tokens, how, decoder_prompt, forced)
     if isinstance(how, Sampling):
         rngs = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(how.seed)))(numbers)
         return sample(model, encoder_tokens, max_tokens, rngs, how, decoder_prompt, forced)
-    output, score = greedy(model, encoder_tokens, max_tokens, None, decoder_prompt, forced)
+    output, score = greedy(model, encoder_tokens, max_tokens, decoder_prompt, forced)
     return output[:, None], score[:, None]
+
+
+class Begun(NamedTuple):
+    """Texts that the encoder has read, and decoder prompts [B, P] that the decoder has read."""
+
+    cross: Caches  # keys and values of the encodings, behind a prefix [L, B, H, XT, K]
+    seen: Bool[Array, "B 1 1 XT"]  # which of these are real
+    prefix: PrefixKeyValues | None  # before the decoder's own keys
+    missing: Bool[Array, "B P"]  # where a prompt is shorter
+    caches: Caches  # of the decoder: prefix, prompt, then empty places [L, B, H, S, K]
+
+
+def begin(
+    model: T5, tokens: Int[Array, "B T"], prompt: Int[Array, "B P"] | None, places: int, copies: int = 1
+) -> Begun:
+    """Encode texts and read their decoder prompts (0 on the left: shorter), with so many empty places behind these.
+
+    With `copies` each row is there so many times, one after the other.
+    """
+    encoded = model.encode(tokens)
+    decoder, (prefix, cross_prefix) = model.decoder, model.decoder.prefixes()
+    cross = jax.lax.map(
+        lambda layer_prefix: with_prefix(layer_prefix[1], *layer_prefix[0].cross.keys_values(encoded)),
+        (decoder.layers, cross_prefix),
+    )
+    seen = sees_prefix((tokens != 0)[:, None, None, :], cross_prefix)
+    prompt = jnp.zeros((tokens.shape[0], 0), jnp.int32) if prompt is None else prompt
+    if copies > 1:
+        cross = jax.tree.map(lambda part: jnp.repeat(part, copies, axis=1), cross)
+        seen, prompt = jnp.repeat(seen, copies, axis=0), jnp.repeat(prompt, copies, axis=0)
+        if prefix is not None and prefix.real is not None:
+            prefix = jax.tree.map(lambda part: jnp.repeat(part, copies, axis=1), prefix)
+    rows, length = prompt.shape
+    shape = (decoder.depth, rows, model.settings.num_heads, length + places, model.settings.d_kv)
+    empty = jnp.zeros(shape, encoded.dtype)
+    caches = (empty, empty) if prefix is None else jax.vmap(with_prefix)(prefix, empty, empty)
+    begun = Begun(cross, seen, prefix, prompt == 0, caches)
+    return begun._replace(caches=decode_at(model, begun, prompt, 0, caches)[1]) if length else begun
+
+
+def decode_at(
+    model: T5, begun: Begun, tokens: Int[Array, "B U"], position: Any, caches: Caches
+) -> tuple[Float[Array, "B U D"], Caches]:
+    """Run the decoder on tokens at a position, which counts from the first place of the decoder prompts.
+
+    What a shorter prompt lacks is not seen, and the positions of its row count from its first id.
+    """
+    first = 0 if begun.prefix is None else begun.prefix.keys.shape[-2]
+    positions, length = jnp.arange(caches[0].shape[3] - first), begun.missing.shape[1]
+    here = position + jnp.arange(tokens.shape[1])
+    past, own = (positions <= here[:, None])[None, None], None
+    if length:
+        past = past & ~jnp.pad(begun.missing, ((0, 0), (0, len(positions) - length)))[:, None, None]
+        own = here - begun.missing.sum(-1, keepdims=True)
+    biased = functools.partial(model.decoder.biased, queries=here, keys=positions, own=own)
+    past = sees_prefix(past, begun.prefix)
+    return through_decoder(model, tokens, caches, first + position, biased, past, begun.cross, begun.seen)
 
 
 def start(
     model: T5,
     encoder_tokens: Int[Array, "B T"],
     max_tokens: int,
-    encoder_segments: Int[Array, "B T"] | None = None,
     decoder_prompt: Int[Array, "B P"] | None = None,
     copies: int = 1,
 ) -> tuple[Read, Caches]:
-    """Encode, and return the function that reads decoder tokens at a position, and empty caches.
-
-    `decoder_prompt` has been read already (0 on the left: shorter); positions count from after it. With `copies` each
-    row is there so many times, one after the other.
-    """
-    tokens = encoder_tokens
-    segments = (tokens != 0).astype(jnp.int32) if encoder_segments is None else encoder_segments
-    encoded = model.encode(tokens, encoder_segments)
-    visible = (segments > 0)[:, None, None, :]
-    decoder, settings = model.decoder, model.settings
-    before, before_cross = decoder.prefixes()
-    cross = jax.lax.map(
-        lambda layer_prefix: with_prefix(layer_prefix[1], *layer_prefix[0].cross.keys_values(encoded)),
-        (decoder.layers, before_cross),
-    )
-    visible = sees_prefix(visible, before_cross)
-    batch, first = tokens.shape[0], 0 if decoder_prompt is None else decoder_prompt.shape[1]
-    if copies > 1:
-        cross = jax.tree.map(lambda part: jnp.repeat(part, copies, axis=1), cross)
-        visible = jnp.repeat(visible, copies, axis=0)
-        decoder_prompt = None if decoder_prompt is None else jnp.repeat(decoder_prompt, copies, axis=0)
-        if before is not None and before.real is not None:
-            before = jax.tree.map(lambda part: jnp.repeat(part, copies, axis=1), before)
-    shape = (decoder.depth, batch * copies, settings.num_heads, first + max_tokens, settings.d_kv)
-    empty = jnp.zeros(shape, encoded.dtype)
-    caches = (empty, empty) if before is None else jax.vmap(with_prefix)(before, empty, empty)
-    prefix_length = caches[0].shape[3] - shape[3]
-    positions = jnp.arange(first + max_tokens)
-    missing = None if decoder_prompt is None or not first else decoder_prompt == 0
-
-    def hidden(tokens, position, caches):
-        here = position + jnp.arange(tokens.shape[1])
-        past, own = (positions <= here[:, None])[None, None], None
-        if missing is not None:  # what a shorter prompt lacks is not seen, and its positions count from its first id
-            past = past & ~jnp.pad(missing, ((0, 0), (0, max_tokens)))[:, None, None]
-            own = here - missing.sum(-1, keepdims=True)
-        biased = functools.partial(decoder.biased, queries=here, keys=positions, own=own)
-        place, past = prefix_length + position, sees_prefix(past, before)
-        return through_decoder(model, tokens, caches, place, biased, past, cross, visible)
+    """Begin, and return the function that reads decoder tokens at a position after the prompt, and the caches."""
+    begun = begin(model, encoder_tokens, decoder_prompt, max_tokens, copies)
 
     def read(tokens, position, caches):
-        x, caches = hidden(tokens, first + position, caches)
-        return jax.nn.log_softmax(model.project(decoder.norm(x))), caches
+        x, caches = decode_at(model, begun, tokens, begun.missing.shape[1] + position, caches)
+        return jax.nn.log_softmax(model.project(model.decoder.norm(x))), caches
 
-    if decoder_prompt is not None and first:
-        _, caches = hidden(decoder_prompt, 0, caches)
-    return read, caches
+    return read, begun.caches
 
 
 def through_decoder(
@@ -154,7 +174,8 @@ def through_decoder(
 ) -> tuple[Float[Array, "B U D"], Caches]:
     """Run the decoder's layers on tokens, whose keys and values go to `place` of the caches [L, B, H, S, K].
 
-    Caches and `cross` [L, B, H, T, K] may have more rows, and `cross` more positions: they are not touched.
+    Caches and `cross` [L, B, H, T, K] may have more rows than there are tokens, and `cross` more positions than `seen`;
+    these are left as they are.
     """
     decoder, rows = model.decoder, tokens.shape[0]
     shared_bias = None if decoder.bias is None else biased(decoder.bias)
@@ -190,7 +211,6 @@ def greedy(
     model: T5,
     encoder_tokens: Int[Array, "B T"],
     max_tokens: int,
-    encoder_segments: Int[Array, "B T"] | None = None,
     decoder_prompt: Int[Array, "B P"] | None = None,
     forced: Int[Array, "B F"] | None = None,
 ) -> tuple[Int[Array, "B U"], Float[Array, "B"]]:
@@ -200,7 +220,7 @@ def greedy(
     are read before the decoder's first input. Outputs begin with `forced` (0: free). Stops when every row has ended.
     Compiles once per shape.
     """
-    read, caches = start(model, encoder_tokens, max_tokens, encoder_segments, decoder_prompt)
+    read, caches = start(model, encoder_tokens, max_tokens, decoder_prompt)
     return _one_by_one(read, caches, encoder_tokens, max_tokens, lambda log_p, _: jnp.argmax(log_p, -1), forced)
 
 
@@ -217,7 +237,7 @@ def sample(
 
     The log-probabilities are the model's, before temperature and cuts. A row's answers follow from its rng alone.
     """
-    read, caches = start(model, encoder_tokens, max_tokens, None, decoder_prompt, how.samples)
+    read, caches = start(model, encoder_tokens, max_tokens, decoder_prompt, how.samples)
     own = jax.vmap(lambda rng: jax.random.split(rng, how.samples))(rngs).reshape(-1)
     tokens = jnp.repeat(encoder_tokens, how.samples, axis=0)
     forced = None if forced is None else jnp.repeat(forced, how.samples, axis=0)
@@ -233,9 +253,9 @@ def sample(
 def likely(
     log_p: Float[Array, "B V"], top_k: int | Int[Array, "B"] | None, top_p: float | Float[Array, "B"] | None
 ) -> Float[Array, "B V"]:
-    """Leave the `top_k` most likely tokens, then the fewest that have probability `top_p` together.
+    """Keep the `top_k` most likely tokens, then the fewest of these that have probability `top_p` together.
 
-    None, or of one row a `top_k` of 0 and a `top_p` of 1: no cut.
+    No cut: None, or 0 (`top_k`) and 1 (`top_p`) where rows differ.
     """
     if top_k is None and top_p is None:
         return log_p
@@ -247,7 +267,7 @@ def likely(
     kept = (most == 0) | (numbers < most)
     shares = jax.nn.softmax(jnp.where(kept, jnp.take_along_axis(log_p, order, -1), NEVER))
     kept = kept & ((jnp.cumsum(shares, -1) - shares < share) | (share >= 1))  # the share of all that are more likely
-    # By rank and not by comparing numbers: XLA may compute them twice, and the last one kept round to less than itself.
+    # By rank, not by comparing numbers: XLA may compute a number twice and round it differently.
     return jnp.where(jnp.zeros_like(kept).at[jnp.arange(rows)[:, None], order].set(kept), log_p, NEVER)
 
 
@@ -261,13 +281,12 @@ def beam(
 ) -> tuple[Int[Array, "B K U"], Float[Array, "B K"]]:
     """Return the K = `how.beams` best hypotheses, the best first, and their penalised log-probabilities.
 
-    All begin with `forced` (0: free). Where there are fewer than K, the others are empty and score `NEVER`.
-
-    Ends where transformers' search ends: a row is done when no running hypothesis could still beat its worst ended
-    one, were it to end now; with `early_stopping` when K have ended.
+    All begin with `forced` (0: free). Where there are fewer than K, the others are empty and score `NEVER`. The search
+    ends as that of transformers: when no running hypothesis, if it ended now, would beat the worst ended one; with
+    `early_stopping` when K have ended.
     """
     K, batch = how.beams, len(encoder_tokens)
-    read, caches = start(model, encoder_tokens, max_tokens, None, decoder_prompt, K)
+    read, caches = start(model, encoder_tokens, max_tokens, decoder_prompt, K)
     penalty, given = how.length_penalty, _given(forced, batch, max_tokens)
 
     def pick(values, index):
@@ -281,7 +300,7 @@ def beam(
         vocabulary = total.shape[-1]
         wanted = given[:, position, None, None]
         total = jnp.where((wanted > 0) & (wanted != jnp.arange(vocabulary)), NEVER, total)
-        # Twice as many as are kept: K of them may end here.
+        # Twice as many candidates as beams, since K of them may end here.
         best, index = jax.lax.top_k(total.reshape(batch, -1), 2 * K)
         parent, token = index // vocabulary, index % vocabulary
         longer = pick(running, parent).at[:, :, position].set(token)
@@ -365,7 +384,7 @@ def _one_by_one(
 
 
 def _given(forced: Int[Array, "B F"] | None, batch: Any, max_tokens: int) -> Int[Array, "B U"]:
-    """Return the token that every row shall have at each position; 0: a free one."""
+    """Return the forced token of each row and position; 0: free."""
     given = jnp.zeros((batch, max_tokens), jnp.int32)
     return given if forced is None else given.at[:, : forced.shape[1]].set(forced[:, :max_tokens])
 
@@ -378,7 +397,7 @@ def score_words(
 ) -> Float[Array, "B W"]:
     """Return the log-probability of each of W targets (0 is padding) after each input; the encoder runs once."""
     segments = (encoder_tokens != 0).astype(jnp.int32)
-    encoded = model.encode(encoder_tokens, segments)
+    encoded = model.encode(encoder_tokens)
     batch = encoder_tokens.shape[0]
     before = jnp.zeros((batch, 0), jnp.int32) if decoder_prompt is None else decoder_prompt
 

@@ -1,46 +1,76 @@
-"""Attention without its scores in memory, where the device has it: cuDNN's on NVIDIA GPUs, a Pallas kernel on TPUs.
+"""Attention whose scores are never in memory: cuDNN's fused kernel, for the encoder's self-attention on NVIDIA GPUs.
 
-Keys are hidden by length: a row's real positions stand first. The bias [1, H, T, S] is shared by all rows, which is
-what makes T5 fit: one bias a head, not one a row. Both keep scores and softmax in float32, as the plain attention does.
+Keys are hidden by length: a row's real positions stand first. The bias [1, H, T, S] is shared by all rows. Scores and
+softmax are float32, as in the plain attention. The decoder's attention and cross attention are always plain: their
+queries are few.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from softprompt_jax.config import UserError
+
 Implementation = Literal["plain", "flash", "auto"]
-LONGEST = 1024  # positions of a row that the kernel holds at once: its scores are T x S float32 numbers on the chip
+Platform = Literal["cpu", "gpu", "tpu"]
+_NO_LENGTHS = "found packed rows, or prefixes of different lengths; expected rows whose real keys all come first"
 
 
-def fused(
-    how: Implementation, query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None, lengths: jax.Array
-) -> Callable[[Callable[[], jax.Array]], jax.Array] | None:
-    """Return what computes attention without its scores in memory, given the plain way; None: only that one suits.
+def model_refusal(platform: str, dtype: Any, head_width: int) -> str | None:
+    """Return why the kernel cannot compute a model on such devices; None if it can."""
+    if platform != "gpu":
+        return f"found {platform} devices; expected NVIDIA GPUs"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return f"found {jnp.dtype(dtype).name}; expected dtype bfloat16"
+    if head_width % 8 or head_width > 128:
+        return f"found heads of width {head_width}; expected a multiple of 8 up to 128"
+    return None
 
-    `auto` takes cuDNN's on a GPU. The Pallas kernel has not been timed on a TPU: it wants `flash`, and one device.
+
+def batch_refusal(queries: int, keys: int, lengths: Int[Array, "B"] | None, drops_weights: bool) -> str | None:
+    """Return why the kernel cannot compute a batch of so many positions a row; None if it can."""
+    if drops_weights:
+        return "found dropout of attention weights; expected dropout 0"
+    if lengths is None:
+        return _NO_LENGTHS
+    if queries % 2 or keys % 2:  # the gradient of the bias needs even lengths
+        return f"found {queries} queries and {keys} keys a row; expected even numbers"
+    return None
+
+
+def check_model(
+    implementation: Implementation, platform: str, dtype: Any, head_width: int, packed: bool = False
+) -> None:
+    """Refuse `attention: flash` for a model, devices or packed rows that cannot have it."""
+    _is_possible(implementation, model_refusal(platform, dtype, head_width) or (_NO_LENGTHS if packed else None))
+
+
+def uses_flash(
+    implementation: Implementation,
+    platform: str,
+    query: Float[Array, "B H T K"],
+    key: Float[Array, "B H S K"],
+    lengths: Int[Array, "B"] | None,
+    drops_weights: bool,
+) -> bool:
+    """Decide for one attention of one batch; `auto` takes the kernel where it can, `flash` is refused where it cannot.
+
+    Errors: UserError that says why `flash` cannot be had.
     """
-    width = query.shape[-1]
-    if how == "plain" or key.shape[1] != query.shape[1]:
-        return None
-    if jax.default_backend() == "gpu":
-        even = query.shape[2] % 2 == key.shape[2] % 2 == 0  # the gradient of its bias wants that
-        suits = even and query.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128
-        return (lambda plain: cudnn(query, key, value, bias, lengths)) if suits else None
-    alone = jax.sharding.get_abstract_mesh().empty or jax.sharding.get_abstract_mesh().size == 1
-    if how == "auto" or not alone or bias is None or max(query.shape[2], key.shape[2]) > LONGEST:
-        return None
-    from softprompt_jax.models import flash_tpu  # Pallas takes a third of a second to import
+    if implementation == "plain":
+        return False
+    reason = model_refusal(platform, query.dtype, query.shape[-1])
+    return _is_possible(implementation, reason or batch_refusal(query.shape[2], key.shape[2], lengths, drops_weights))
 
-    if flash_tpu.INTERPRET:
-        return lambda plain: flash_tpu.kernel(query, key, value, bias, lengths)
-    return lambda plain: jax.lax.platform_dependent(
-        query, key, value, bias, lengths, tpu=flash_tpu.kernel, default=lambda *_: plain()
-    )
+
+def _is_possible(implementation: Implementation, reason: str | None) -> bool:
+    if implementation == "flash" and reason is not None:
+        raise UserError(f"attention flash: {reason}; use attention: auto, or plain")
+    return reason is None
 
 
 def cudnn(
@@ -50,7 +80,7 @@ def cudnn(
     bias: Float[Array, "1 H T S"] | None,
     lengths: Int[Array, "B"],
 ) -> Float[Array, "B H T K"]:
-    """Attend by cuDNN's fused kernel (bfloat16, heads of at most 128): keys past a row's length are not read."""
+    """Attend by cuDNN's fused kernel; keys past a row's length are not read."""
     swapped = (each.swapaxes(1, 2) for each in (query, key, value))
     mixed = jax.nn.dot_product_attention(
         *swapped,

@@ -1,14 +1,14 @@
-"""What of a method can differ from row to row of a batch: keys and values before those of the text, and factors.
+"""Trained parameters that can differ between the examples of a batch: prefixes (keys and values) and factors (IA3).
 
-The extras of one trained method, by name, as arrays in host memory:
+The state of one trained method, by name, as arrays in host memory:
 
     prefix encoder    keys and values [2, L, P, HK] of the encoder's attention (or decoder, cross), without positions
     positioned decoder  the same, counted as the P tokens before the first
-    outputs PATH      factors [L, W] behind the product of this path, such as decoder.layers.cross.key
-    inputs PATH       factors before it
+    outputs PATH        factors [L, W] of the output of the product at this path, such as decoder.layers.cross.key
+    inputs PATH         factors of its input
 
-On the device tables hold those of C methods, [C, ...], padded to the longest; entry 0 is nothing at all. Each row of a
-batch takes an entry.
+On the device, tables [C, ...] hold the state of C methods, padded to the longest; entry 0 changes nothing. Each example
+of a batch takes an entry.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ _PREFIXES = ("prefix", "positioned")
 
 
 def union_shapes(shapes: Shapes, extras: PerExampleState) -> Shapes:
-    """Return the shapes of entries that hold these extras too."""
+    """Return the least shapes of entries that hold this state too."""
     found = shapes | {name: tuple(map(max, part.shape, shapes.get(name, part.shape))) for name, part in extras.items()}
     return dict(sorted(found.items()))
 
 
 def empty_tables(shapes: Shapes, count: int) -> BatchState:
-    """Return tables of so many entries, all of them nothing."""
+    """Return tables of `count` entries that change nothing."""
     made = {name: jnp.full((count, *shape), _nothing(name), jnp.float32) for name, shape in shapes.items()}
     return made | {f"count {name}": jnp.zeros((count,), jnp.int32) for name in shapes if is_prefix(name)}
 
 
 def table_entry(shapes: Shapes, extras: PerExampleState) -> dict[str, np.ndarray]:
-    """Return what an entry of such tables is for these extras."""
+    """Return the state of one method, padded as an entry of such tables."""
     found: dict[str, np.ndarray] = {}
     for name, shape in shapes.items():
         found[name] = np.full(shape, _nothing(name), np.float32)
@@ -61,23 +61,23 @@ def table_entry(shapes: Shapes, extras: PerExampleState) -> dict[str, np.ndarray
 
 
 def gather(tables: BatchState, entries: Int[Array, "B"]) -> BatchState:
-    """Return the entries of the rows of a batch."""
+    """Return for each row of a batch its entry of the tables."""
     return {name: table[entries] for name, table in tables.items()}
 
 
 def decoder_factors(rows: BatchState) -> BatchState:
-    """Return what a decoder needs at each of its steps, when its caches hold the prefixes: its factors."""
+    """Return the decoder's factors, which each of its steps needs; prefixes stand in its caches."""
     return {name: part for name, part in rows.items() if name.partition(" ")[2].startswith("decoder.")}
 
 
 def prefix_lengths(rows: BatchState, kind: str) -> tuple[int, int]:
-    """Return how many keys without and with positions stand before those of an attention."""
+    """Return how many prefix keys without and with positions an attention has."""
     without, positioned = (rows[f"{name} {kind}"].shape[3] if f"{name} {kind}" in rows else 0 for name in _PREFIXES)
     return without, positioned
 
 
 def install(model: T5, rows: BatchState) -> None:
-    """Give a model, while it is traced, what each row of its batches has."""
+    """Give a model, while it is traced, the state of each row of its batches."""
     heads = model.settings.num_heads
     encoder, decoder, cross = (_before(rows, kind, heads) for kind in ("encoder", "decoder", "cross"))
     if encoder is not None:
@@ -109,7 +109,7 @@ def _before(rows: BatchState, kind: str, heads: int) -> PrefixKeyValues | None:
 
 
 def is_prefix(name: str) -> bool:
-    """Tell whether an extra is keys and values, not factors."""
+    """Tell whether a name is that of keys and values, not of factors."""
     return name.partition(" ")[0] in _PREFIXES
 
 
@@ -118,12 +118,12 @@ def _nothing(name: str) -> float:
 
 
 def _where(name: str, length: int, longest: int) -> slice:
-    """Return where in a padded entry a prefix stands: with positions at the end, next to the text."""
+    """Return where a prefix stands in a padded entry: at the end, next to the text, if it has positions."""
     return slice(longest - length, longest) if name.startswith("positioned") else slice(length)
 
 
 class PerExamplePrefixes(nnx.Module):
-    """What `Stack.prefix` is where each row has its own: keys and values [L, B, H, P, K]."""
+    """A `Stack.prefix` in which each row has its own keys and values [L, B, H, P, K]."""
 
     def __init__(
         self, attention: PrefixKeyValues | None, cross: PrefixKeyValues | None, unpositioned: int, positioned: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from softprompt_jax.config import UserError, nearest
 from softprompt_jax.models.t5 import RUNTIME_DEFAULTS, T5Settings
 
@@ -61,7 +63,7 @@ _T5X = "gs://t5-data/pretrained_models/t5x"
 _T5_1_0_STEPS = {"small": 1_000_000, "base": 999_900, "large": 1_000_700, "3b": 1_000_000, "11b": 1_000_000}
 _FLAN_STEPS = {"small": 1_198_000, "base": 1_184_000, "large": 1_164_000, "xl": 1_138_000, "xxl": 1_114_000}
 
-# Hub name: (preset, T5X checkpoint or None where there is none). All load by either name.
+# Hub name: (preset, T5X checkpoint or None). A backbone loads by either name.
 SOURCES: dict[str, tuple[str, str | None]] = {
     **{
         f"google-t5/t5-{size}": (
@@ -90,12 +92,12 @@ SOURCES: dict[str, tuple[str, str | None]] = {
     "google/ul2": ("ul2", "gs://scenic-bucket/ul2/ul220b/checkpoint_2650000"),
     "google/flan-ul2": ("ul2", "gs://scenic-bucket/ul2/flan-ul220b-v3/checkpoint_2283000"),
 }
-# Published in T5X's form only: the same sizes and tokenizers as mT5 on the hub.
+# Published as T5X checkpoints only; sizes and tokenizers are those of mT5 on the hub.
 T5X_ONLY = {f"{_T5X}/mt5_lm_adapted/{size}/checkpoint_1100000": f"google/mt5-{size}" for size in _T5_1_1}
 
 
 def hub_name(checkpoint: str) -> str | None:
-    """Return the hub name whose weights, or at least size and tokenizer, a published T5X checkpoint has."""
+    """Return the hub name of a published T5X checkpoint's weights, or at least of its size and tokenizer."""
     known = {where: name for name, (_, where) in SOURCES.items() if where} | T5X_ONLY
     return known.get(checkpoint.rstrip("/"))
 
@@ -107,7 +109,14 @@ def preset(name: str) -> T5Settings:
     return PRESETS[name]
 
 
+def published_size(source: str) -> T5Settings | None:
+    """Return the settings of a published backbone by its hub name, its T5X checkpoint or the last part of its path."""
+    source = hub_name(source) or source
+    name = re.sub(r"^flan-t5-(\w+)$|^t5-(\w+)-lm-adapt$", r"t5-v1_1-\1\2", source.rpartition("/")[2])
+    return PRESETS.get(SOURCES.get(source, (name,))[0])
+
+
 def published(settings: T5Settings) -> str | None:
-    """Return the preset that has this model's shapes (whatever its dropout or remat), or None."""
+    """Return the preset that has this model's shapes, whatever its dropout or remat; None if none has."""
     shapes = settings.model_copy(update=RUNTIME_DEFAULTS)
     return next((name for name, known in PRESETS.items() if known == shapes), None)

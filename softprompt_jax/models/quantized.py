@@ -1,10 +1,9 @@
-"""A frozen backbone in 8 or 4 bits: the kernels of the layers; embedding, head and norms stay as they are.
+"""A frozen backbone whose layers' kernels are in 8 or 4 bits; embedding, head and norms stay floats.
 
     int8   one scale per output column: w = scale * q, q from -127 to 127
     nf4    16 levels that suit normally distributed weights (Dettmers et al., 2023), one scale per 64 inputs of a column
 
-Only the products differ from `Linear`: forward and backward read the small integers, and no converted copy of a
-weight outlives its product.
+Forward and backward passes read the small integers; no converted copy of a weight outlives its product.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from softprompt_jax.config import UserError
-from softprompt_jax.models.t5 import T5, Linear
+from softprompt_jax.models.t5 import T5, Linear, T5Settings, abstract
 
 Quantization = Literal["int8", "nf4"]
 BLOCK = 64  # inputs that share a scale in nf4
@@ -28,7 +27,7 @@ BLOCK = 64  # inputs that share a scale in nf4
 
 def _levels() -> np.ndarray:
     """Return the 16 levels of NF4: quantiles of a normal distribution scaled to [-1, 1], with an exact 0."""
-    edge = 0.9677083  # so that the outermost quantiles are finite and the levels symmetric in probability
+    edge = 0.9677083  # of the outermost quantiles, so that they are finite
     quantile = statistics.NormalDist().inv_cdf  # not scipy's, whose import takes most of a second
     positive = [quantile(p) for p in np.linspace(edge, 0.5, 9)[:-1]]
     negative = [-quantile(p) for p in np.linspace(edge, 0.5, 8)[:-1]]
@@ -78,7 +77,7 @@ def pack(kernel: Float[Array, "*L in out"], kind: Quantization) -> tuple[jax.Arr
 
 
 def unpack(packed: jax.Array, scale: jax.Array, kind: Quantization, dtype: Any) -> jax.Array:
-    """Return the kernel [*L, in, out] that `pack` approximated."""
+    """Return the kernel [*L, in, out] that the packed integers approximate."""
     if kind == "int8":
         return (packed.astype(jnp.float32) * scale[..., None, :]).astype(dtype)
     *layers, half, columns = packed.shape
@@ -89,7 +88,7 @@ def unpack(packed: jax.Array, scale: jax.Array, kind: Quantization, dtype: Any) 
 
 @functools.partial(jax.jit, static_argnames="kind")
 def pack_layers(kernel: Float[Array, "L in out"], kind: Quantization) -> tuple[jax.Array, jax.Array]:
-    """Pack a stack of kernels layer by layer, in memory for one more layer."""
+    """Pack a stack of kernels layer by layer, which needs memory for one more layer."""
     return jax.lax.map(lambda layer: pack(layer, kind), kernel)
 
 
@@ -105,8 +104,15 @@ def quantized(model: T5, kind: Quantization) -> T5:
     return model
 
 
+def abstract_quantized(settings: T5Settings, dtype: str, kind: Quantization | None) -> T5:
+    """Build a model as shapes and dtypes only, its layers in int8 or nf4 (None: as floats)."""
+    if kind is None:
+        return abstract(settings, dtype)
+    return nnx.eval_shape(lambda: quantized(T5(settings, jax.random.key(0), dtype), kind))
+
+
 def quantization_of(model: T5) -> Quantization | None:
-    """Return how a model's layers are stored, None as floats."""
+    """Return how a model's layers are quantised; None: they are floats."""
     linear = model.encoder.layers.attention.query
     return linear.kind if isinstance(linear, QuantizedLinear) else None
 

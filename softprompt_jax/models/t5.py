@@ -1,7 +1,8 @@
-"""The T5 encoder-decoder in Flax NNX: stacked layers under one scan, seams for methods to attach to.
+"""The T5 encoder-decoder in Flax NNX: stacked layers under one scan, and places that methods attach to.
 
 Axes: B batch, T encoder length, U decoder length, S key length, D model width, H heads, K head width,
-F feed-forward width, V vocabulary rows, L layers. Token 0 is padding. Ids >= V are prompt rows.
+F feed-forward width, V vocabulary rows, L layers. Token 0 is padding. Ids >= V are prompt rows. `rng` is a random key,
+`key` an attention key.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
+from pydantic import Field
 
 from softprompt_jax.config import Settings
 from softprompt_jax.distributed.mesh import constrain
@@ -25,13 +27,15 @@ from softprompt_jax.models.attention import (
     sees_prefix,
     with_prefix,
 )
-from softprompt_jax.models.flash import Implementation, fused
+from softprompt_jax.models.flash import Implementation, Platform, cudnn, uses_flash
+
+Remat = Literal["none", "dots", "full"]
 
 
 class T5Settings(Settings):
     """Every shape and switch of a T5: what its `config.json` states, and how to compute with it."""
 
-    vocabulary_rows: int  # of the embedding table, which may be padded past the tokenizer's size
+    vocabulary_rows: int  # rows of the embedding table, which may be padded past the tokenizer's size
     d_model: int
     d_kv: int
     d_ff: int
@@ -40,16 +44,18 @@ class T5Settings(Settings):
     num_decoder_layers: int
     activation: Literal["relu", "gelu_tanh", "gelu", "silu"] = "gelu_tanh"
     gated: bool = True
-    tied: bool = False  # the vocabulary projection is the embedding table
-    scale_output: bool = False  # times d_model ** -0.5 before the vocabulary (T5 1.0)
-    bias_in_every_layer: bool = False  # umT5
+    tied: bool = False  # embedding table used as vocabulary projection too
+    scale_output: bool = False  # decoder output multiplied by d_model ** -0.5 before the vocabulary (T5 1.0)
+    bias_in_every_layer: bool = False  # position bias of its own in every layer (umT5)
     relative_buckets: int = 32
     relative_max_distance: int = 128
     epsilon: float = 1e-6
     dropout: float = 0.0
-    attention: Implementation = "auto"  # plain; flash: no scores in memory; auto: flash where it is known to win
-    remat: Literal["none", "dots", "full"] = "none"
-    unroll: bool = False  # the scan over layers: compiles longer, runs about a tenth faster on a CPU
+    attention: Implementation = "auto"  # kernel of the encoder's self-attention: plain; flash: cuDNN's, or an error
+    # that says why not; auto: cuDNN's where it can be had
+    platform: Platform = Field(default="cpu", exclude=True)  # devices that compute; set while loading
+    remat: Remat = "none"
+    unroll: bool = False  # scan over layers written out: compiles longer, runs about a tenth faster on a CPU
 
     def parameters(self) -> int:
         """Count the parameters of the model these settings describe."""
@@ -63,8 +69,8 @@ class T5Settings(Settings):
         return encoder + decoder + biases + (1 if self.tied else 2) * self.vocabulary_rows * self.d_model
 
 
-# Settings that change how a model computes, not what it is.
-RUNTIME_DEFAULTS = {"dropout": 0.0, "attention": "auto", "remat": "none", "unroll": False}
+# Settings that say how a model computes, not which model it is.
+RUNTIME_DEFAULTS = {"dropout": 0.0, "attention": "auto", "platform": "cpu", "remat": "none", "unroll": False}
 ACTIVATIONS = {
     "relu": jax.nn.relu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
@@ -74,7 +80,7 @@ ACTIVATIONS = {
 
 
 def dropout(x: Float[Array, "B T F"], rate: float, rng: jax.Array | None) -> Float[Array, "B T F"]:
-    """Zero features at random, the same ones along the whole length of a row; no `rng`: evaluation."""
+    """Zero features at random, the same ones at every position of a row. Without `rng` (evaluation): nothing."""
     if rng is None or rate == 0:
         return x
     kept = jax.random.bernoulli(rng, 1 - rate, (x.shape[0], 1, x.shape[-1]))
@@ -82,12 +88,12 @@ def dropout(x: Float[Array, "B T F"], rate: float, rng: jax.Array | None) -> Flo
 
 
 def split_rng(rng: jax.Array | None, count: int) -> list[jax.Array | None]:
-    """Split a random key, or hand on None (evaluation)."""
+    """Split a random key; None (evaluation) gives Nones."""
     return [None] * count if rng is None else list(jax.random.split(rng, count))
 
 
 class Linear(nnx.Module):
-    """A product with a kernel [in, out] and no bias; methods may replace it, and may use the random key of dropout."""
+    """A product with a kernel [in, out], without bias. Methods may replace it, and use `rng` for dropout."""
 
     def __init__(self, rng: jax.Array, shape: tuple[int, int], axes: tuple[str, str], deviation: float):
         self.kernel = nnx.Param(deviation * jax.random.normal(rng, shape, jnp.float32), axes=axes)
@@ -97,7 +103,7 @@ class Linear(nnx.Module):
         return self.kernel[...].astype(jnp.float32)
 
     def __call__(self, x: Float[Array, "*B in"], rng: jax.Array | None = None) -> Float[Array, "*B out"]:
-        rows = x.reshape(-1, x.shape[-1])  # a plain matrix: its weight gradient is 1.4 times faster on a CPU
+        rows = x.reshape(-1, x.shape[-1])  # as a matrix the weight gradient is 1.4 times faster on a CPU
         return (rows @ self.kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
 
 
@@ -115,9 +121,9 @@ class Norm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Query, key, value and output products around `attend`."""
+    """Query, key, value and output products around `attend`, or around cuDNN's kernel (flash.py)."""
 
-    def __init__(self, rng: jax.Array, settings: T5Settings):
+    def __init__(self, rng: jax.Array, settings: T5Settings, implementation: Implementation = "plain"):
         width, inner = settings.d_model, settings.num_heads * settings.d_kv
         rngs = jax.random.split(rng, 4)
         self.query = Linear(rngs[0], (width, inner), ("embed", "heads"), (width * settings.d_kv) ** -0.5)
@@ -125,10 +131,11 @@ class Attention(nnx.Module):
         self.value = Linear(rngs[2], (width, inner), ("embed", "heads"), width**-0.5)
         self.output = Linear(rngs[3], (inner, width), ("heads", "embed"), inner**-0.5)
         self.heads, self.head_width, self.dropout = settings.num_heads, settings.d_kv, settings.dropout
-        self.how: Implementation = settings.attention
+        self.implementation: Implementation = implementation
+        self.platform = settings.platform
 
     def split_heads(self, x: Float[Array, "B T HK"]) -> Float[Array, "B H T K"]:
-        """Give every head its part of the width."""
+        """Split the width into heads."""
         return x.reshape(*x.shape[:-1], self.heads, -1).swapaxes(1, 2)
 
     def keys_values(self, source: Float[Array, "B S D"], rng: jax.Array | None = None) -> tuple[Array, Array]:
@@ -144,15 +151,17 @@ class Attention(nnx.Module):
         rng: jax.Array | None = None,
         lengths: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B T D"]:
-        """Attend; `lengths`, where given, says the same as `visible`: of each row the first so many keys."""
+        """Attend to the visible keys.
+
+        `lengths`, where given, says the same as `visible`: how many keys at the start of each row are real.
+        """
         query = self.split_heads(self.query(x, rng))
-
-        def plain() -> jax.Array:
-            return attend(query, *keys_values, bias, visible, self.dropout, rng)
-
-        dropping = rng is not None and self.dropout > 0  # of weights, which the fused ways never write down
-        fast = None if lengths is None or dropping else fused(self.how, query, *keys_values, bias, lengths)
-        mixed = plain() if fast is None else fast(plain)
+        drops_weights = rng is not None and self.dropout > 0
+        if uses_flash(self.implementation, self.platform, query, keys_values[0], lengths, drops_weights):
+            assert lengths is not None
+            mixed = cudnn(query, *keys_values, bias, lengths)
+        else:
+            mixed = attend(query, *keys_values, bias, visible, self.dropout, rng)
         return self.output(mixed.swapaxes(1, 2).reshape(*x.shape[:-1], -1), rng)
 
     def cross_attend(
@@ -163,12 +172,12 @@ class Attention(nnx.Module):
         visible: Bool[Array, "B 1 #U PS"],
         rng: jax.Array | None = None,
     ) -> Float[Array, "B U D"]:
-        """Attend over a source; for few queries without ever making its keys and values.
+        """Attend to a source [B, S, D].
 
-        query . (W source) equals (W' query) . source, so that for targets much shorter than a head is wide
-        (label words) the long source goes through no product of D x H K at all, forwards and backwards.
+        Skip the second half on first reading: it is faster for short targets and computes the same. query . (W source)
+        equals (W^T query) . source, so that few queries are multiplied by W instead of a long source.
         """
-        plain = type(self.key) is Linear and type(self.value) is Linear  # a method may have replaced them
+        plain = type(self.key) is Linear and type(self.value) is Linear  # no method has replaced them
         if prefix is not None or not plain or 2 * x.shape[1] > self.head_width:
             return self(x, with_prefix(prefix, *self.keys_values(source, rng)), None, visible, rng)
         to_keys, to_values = (
@@ -199,7 +208,7 @@ class FeedForward(nnx.Module):
 
 
 class RelativeBias(nnx.Module):
-    """One learned number per distance bucket and head, added to the attention scores."""
+    """A learned number for each bucket of distances and each head, added to the attention scores."""
 
     def __init__(self, rng: jax.Array, settings: T5Settings, bidirectional: bool):
         shape = (settings.relative_buckets, settings.num_heads)
@@ -217,12 +226,12 @@ class RelativeBias(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """An encoder layer, or with `cross` a decoder layer: attention, cross attention, feed-forward."""
+    """An encoder layer, or with `cross` a decoder layer, which has cross attention too."""
 
     def __init__(self, rng: jax.Array, settings: T5Settings, cross: bool):
         rngs = jax.random.split(rng, 4)
         self.attention_norm = Norm(settings.d_model, settings.epsilon)
-        self.attention = Attention(rngs[0], settings)
+        self.attention = Attention(rngs[0], settings, "plain" if cross else settings.attention)
         self.cross_norm: Any = Norm(settings.d_model, settings.epsilon) if cross else nnx.data(None)
         self.cross: Any = Attention(rngs[1], settings) if cross else nnx.data(None)
         self.feed_forward_norm = Norm(settings.d_model, settings.epsilon)
@@ -232,7 +241,7 @@ class Layer(nnx.Module):
         self.dropout = settings.dropout
 
     def attend_self(self, x, bias, visible, rng=None, cache=None, lengths=None):
-        """Add self-attention over x itself, or over `cache(keys, values) -> keys, values`."""
+        """Add self-attention. `cache(keys, values)`, where given, returns the keys and values to attend to."""
         inner, outer = split_rng(rng, 2)
         normed = self.attention_norm(x)
         keys_values = self.attention.keys_values(normed, inner)
@@ -245,7 +254,7 @@ class Layer(nnx.Module):
         return x + self.cross(self.cross_norm(x), keys_values, None, visible)
 
     def attend_encoded(self, x, encoded, prefix, visible, rng=None):
-        """Add attention over the encoding, behind a prefix where there is one."""
+        """Add attention over the encoding and, where there is one, the prefix before it."""
         inner, outer = split_rng(rng, 2)
         return x + dropout(
             self.cross.cross_attend(self.cross_norm(x), encoded, prefix, visible, inner), self.dropout, outer
@@ -267,9 +276,11 @@ class Stack(nnx.Module):
         shared_bias = not settings.bias_in_every_layer
         self.bias = RelativeBias(bias_rng, settings, not cross) if shared_bias else nnx.data(None)
         self.norm = Norm(settings.d_model, settings.epsilon)
-        self.prefix: Any = nnx.data(None)  # a module that gives keys and values, once a method attaches one
-        self.deep: Any = nnx.data(None)  # a module that puts rows at prompt positions in every layer
-        self.depth, self.dropout, self.remat, self.unroll = layers, settings.dropout, settings.remat, settings.unroll
+        self.prefix: Any = nnx.data(None)  # prefix tuning attaches a module here: () -> keys and values
+        # P-tuning v2 attaches its prompts of every layer here; the name stands in the files of its runs.
+        self.deep: Any = nnx.data(None)
+        self.depth, self.dropout, self.unroll = layers, settings.dropout, settings.unroll
+        self.remat: Remat = settings.remat
 
     def __call__(
         self,
@@ -280,7 +291,9 @@ class Stack(nnx.Module):
         rng: jax.Array | None = None,
         prompt_rows: Int[Array, "B T"] | None = None,
         lengths: Int[Array, "B"] | None = None,
+        remat: Remat | None = None,
     ) -> Float[Array, "B T D"]:
+        """Run the layers; `remat`: what is computed again for the gradient (default: what the settings say)."""
         first, last, rngs = None, None, None
         if rng is not None:
             first, last, scanned = jax.random.split(rng, 3)
@@ -291,7 +304,8 @@ class Stack(nnx.Module):
         deep, put = self.layer_prompt_rows(prompt_rows)
         visible = sees_prefix(visible, before)
         if lengths is not None and before is not None:
-            lengths = lengths + before.keys.shape[-2] if before.real is None else None  # unlike rows have gaps
+            # Where each row has a prefix of its own, padding stands between it and the text.
+            lengths = lengths + before.keys.shape[-2] if before.real is None else None
         if encoded_visible is not None:
             encoded_visible = sees_prefix(encoded_visible, before_cross)
 
@@ -305,8 +319,9 @@ class Stack(nnx.Module):
                 x = layer.attend_encoded(x, encoded, before_cross, encoded_visible, rngs[1])
             return constrain(layer.feed(x, rngs[2]), "rows", None, None), None
 
-        if self.remat != "none":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if self.remat == "dots" else None
+        remat = remat or self.remat
+        if remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
             run = jax.checkpoint(run, policy=policy, prevent_cse=self.unroll)  # a loop prevents it by itself
         x = constrain(dropout(x, self.dropout, first), "rows", None, None)
         xs = (self.layers, rngs, before, before_cross, deep)
@@ -314,11 +329,11 @@ class Stack(nnx.Module):
         return dropout(self.norm(x), self.dropout, last)
 
     def prefixes(self) -> tuple[PrefixKeyValues | None, PrefixKeyValues | None]:
-        """Return what stands before the keys of self and of cross attention, with L in front; None where nothing."""
+        """Return the prefixes of self-attention and of cross attention [L, ...], None where there is none."""
         return (None, None) if self.prefix is None else self.prefix()
 
     def layer_prompt_rows(self, prompt_rows: Int[Array, "B T"] | None) -> tuple[Any, Any]:
-        """Return what each layer puts at the positions of prompt rows, and the function that does; none: nothing."""
+        """Return the prompts of every layer, and `put(x, layer's prompts)`, which writes them at prompt positions."""
         return (None, lambda x, _: x) if self.deep is None or prompt_rows is None else self.deep(prompt_rows)
 
     def biased(
@@ -328,9 +343,9 @@ class Stack(nnx.Module):
         keys: Int[Array, "S"],
         own: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "#B H T PS"]:
-        """Return the bias of positions; keys of a prefix have none, or count as those before a row's first token.
+        """Return the bias of these positions, with that of a prefix's keys before it.
 
-        `own`: the positions of the queries from there, where rows begin at unlike places.
+        `own`: positions of the queries counted from their row's first token, where rows begin at different places.
         """
         text = bias(queries, keys)
         if self.prefix is None:
@@ -341,7 +356,7 @@ class Stack(nnx.Module):
 
 
 class T5(nnx.Module):
-    """A T5 encoder-decoder. `prompt` is the seam of soft prompts: rows for the ids past the vocabulary."""
+    """A T5 encoder-decoder. Methods attach a soft prompt as `prompt`: embeddings of the ids from V on."""
 
     def __init__(self, settings: T5Settings, rng: jax.Array, dtype: str = "float32"):
         rngs = jax.random.split(rng, 4)
@@ -351,7 +366,7 @@ class T5(nnx.Module):
         self.decoder = Stack(rngs[2], settings, cross=True)
         head = None if settings.tied else Linear(rngs[3], (width, rows), ("embed", "vocab"), width**-0.5)
         self.head: Any = nnx.data(None) if head is None else head
-        self.prompt: Any = nnx.data(None)  # a module with `length` rows, once a method attaches one
+        self.prompt: Any = nnx.data(None)  # methods/prompt.py attaches a PromptTable here
         self.settings, self.dtype = settings, dtype
 
     def embed(self, tokens: Int[Array, "B T"], rng: jax.Array | None = None) -> Float[Array, "B T D"]:
@@ -365,16 +380,19 @@ class T5(nnx.Module):
         return jnp.where(virtual[..., None], self.prompt(tokens - rows, virtual, rng).astype(text.dtype), text)
 
     def encode(
-        self, tokens: Int[Array, "B T"], segments: Int[Array, "B T"] | None = None, rng: jax.Array | None = None
+        self,
+        tokens: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None = None,
+        rng: jax.Array | None = None,
+        remat: Remat | None = None,
     ) -> Float[Array, "B T D"]:
-        """Encode token ids; `segments` keeps packed examples apart (default: one a row, 0 is padding)."""
+        """Encode token ids. `segments` numbers the examples of packed rows (default: one a row; 0 is padding)."""
         lengths = (tokens != 0).sum(-1) if segments is None else None  # padding comes last
         segments = (tokens != 0).astype(jnp.int32) if segments is None else segments
         prompt_rng, stack_rng = split_rng(rng, 2)
         visible, prompt_rows = same_segment(segments, segments), tokens - self.settings.vocabulary_rows
-        return self.encoder(
-            self.embed(tokens, prompt_rng), visible, rng=stack_rng, prompt_rows=prompt_rows, lengths=lengths
-        )
+        x = self.embed(tokens, prompt_rng)
+        return self.encoder(x, visible, rng=stack_rng, prompt_rows=prompt_rows, lengths=lengths, remat=remat)
 
     def decode(
         self,
@@ -383,8 +401,9 @@ class T5(nnx.Module):
         encoder_segments: Int[Array, "B T"],
         segments: Int[Array, "B U"] | None = None,
         rng: jax.Array | None = None,
+        remat: Remat | None = None,
     ) -> Float[Array, "B U D"]:
-        """Decode already shifted inputs against an encoding; the mask is causal (and by segment if packed)."""
+        """Decode inputs that are shifted already. The mask is causal; packed rows see their own segment only."""
         length = tokens.shape[1]
         visible = jnp.tril(jnp.ones((length, length), bool))[None, None]
         if segments is None:
@@ -393,7 +412,8 @@ class T5(nnx.Module):
             visible = visible & same_segment(segments, segments)
             encoded_visible = same_segment(segments, encoder_segments)
         prompt_rows = tokens - self.settings.vocabulary_rows
-        return self.decoder(self.embed(tokens), visible, encoded, encoded_visible, rng, prompt_rows)
+        x = self.embed(tokens)
+        return self.decoder(x, visible, encoded, encoded_visible, rng, prompt_rows, remat=remat)
 
     def project(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Return float32 logits over the V vocabulary rows."""
@@ -402,14 +422,16 @@ class T5(nnx.Module):
         kernel = self.embedding[...].T if self.head is None else self.head.kernel[...]
         return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
-    def hidden(self, batch: dict[str, Array], rng: jax.Array | None = None) -> Float[Array, "B U D"]:
+    def hidden(
+        self, batch: dict[str, Array], rng: jax.Array | None = None, remat: Remat | None = None
+    ) -> Float[Array, "B U D"]:
         """Return the decoder's output for a batch: `encoder_tokens`, `decoder_inputs`, and if packed `*_segments`."""
-        tokens = batch["encoder_tokens"]
-        segments = batch.get("encoder_segments")
-        segments = (tokens != 0).astype(jnp.int32) if segments is None else segments
+        tokens, packed = batch["encoder_tokens"], batch.get("encoder_segments")
         encoder_rng, decoder_rng = split_rng(rng, 2)
-        encoded = self.encode(tokens, batch.get("encoder_segments"), encoder_rng)
-        return self.decode(batch["decoder_inputs"], encoded, segments, batch.get("decoder_segments"), decoder_rng)
+        encoded = self.encode(tokens, packed, encoder_rng, remat)
+        segments = (tokens != 0).astype(jnp.int32) if packed is None else packed
+        inputs = batch["decoder_inputs"]
+        return self.decode(inputs, encoded, segments, batch.get("decoder_segments"), decoder_rng, remat)
 
     def __call__(self, batch: dict[str, Array], rng: jax.Array | None = None) -> Float[Array, "B U V"]:
         """Return float32 logits of a batch."""

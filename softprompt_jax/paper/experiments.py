@@ -23,7 +23,7 @@ from softprompt_jax.config import Settings, UserError, nearest, settings_hash
 from softprompt_jax.paper import results
 from softprompt_jax.paper.measures import Measure
 from softprompt_jax.progress import Reporter
-from softprompt_jax.run import MACHINE, load_run
+from softprompt_jax.run import UNHASHED_SETTINGS, load_run
 from softprompt_jax.training.run_folder import folders_by_hash
 from softprompt_jax.training.sweep import Member, train_members
 
@@ -141,7 +141,7 @@ def members(grid: Grid, path: Path, seeds: int | None = None) -> Iterator[Member
                 except UserError as error:
                     raise UserError(f"{path}: {', '.join(filter(None, (name, point, task)))}: {error}") from None
                 varied = {"line": name, "point": point, "task": task, "seed": seed}
-                yield Member(settings_hash(run, without=MACHINE), varied, run)
+                yield Member(settings_hash(run, without=UNHASHED_SETTINGS), varied, run)
 
 
 def _filled(value: Any, named: dict[str, str]) -> str:
@@ -168,14 +168,16 @@ def steps_of_one_size(runs: Iterable[Member]) -> dict[str, list[Member]]:
 
     Seeds, texts, losses, numbers of steps, weights, learning rates and initial values change neither.
     """
-    from softprompt_jax.analysis.plan import backbone_settings, kept_as
+    from softprompt_jax.assembly import abstract_backbone_of
+    from softprompt_jax.models.quantized import quantization_of
 
     found: dict[str, list[Member]] = {}
     for member in runs:
         left_out = {"seed", "task", "loss", "steps", "schedule", "target_sentinel"}
         settings = member.run.model_dump(mode="json", exclude=left_out)
-        settings["backbone"] = backbone_settings(member.run).model_dump(mode="json")
-        settings["quantize"] = kept_as(member.run)
+        backbone = abstract_backbone_of(member.run)
+        settings["backbone"] = backbone.settings.model_dump(mode="json")
+        settings["quantize"] = quantization_of(backbone.model)
         settings["methods"] = [method | {"init": None} for method in settings["methods"]]
         settings["optimizer"] |= dict.fromkeys(("learning_rate", "weight_decay", "step_origin"))
         key = json.dumps([settings, len(member.run.tasks)], sort_keys=True)

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
 from softprompt_jax.distributed import mesh
+from softprompt_jax.models.t5 import Remat
 
-Policy = Literal["none", "dots", "full"]
 SHARE = 0.8  # of what weights and state leave free; the rest is for a layer's own buffers and for gaps
 
 
-def choose(kept: Callable[[Policy], int], room: int) -> Policy:
+def choose(kept: Callable[[Remat], int], room: int) -> Remat:
     """Return the policy that computes least twice among those whose `kept` bytes fit into `room`."""
     if kept("none") <= room:
         return "none"

@@ -29,9 +29,13 @@ from softprompt_jax.tasks.mixture import Mixture, draw_mixture
 
 WINDOW = 64  # batches of a split without end that are in memory at a time
 SENTINEL = "<extra_id_0>"
+ILLEGAL_HINT = (
+    "more than half of the validation answers are no label word (`illegal`); try predict_by: likelihood in the task, "
+    "more steps, or a larger pre-trained backbone"
+)
 
 
-class TaskRun:
+class RunData:
     """The data of a run on a task or a mixture: train batches, validation, and the final result."""
 
     select_best = True
@@ -41,12 +45,12 @@ class TaskRun:
         run: Run,
         assembly: Assembly,
         parts: Split,
-        tasks: list[TaskData] | None = None,
+        tasks: list[TaskSplits] | None = None,
         decoder: Decoder | None = None,
     ):
         """Read the data, unless runs that differ in their prompts' values only share theirs, and the decoder."""
         self.run = run
-        self.tasks = tasks or [TaskData(task, run, assembly, number) for number, task in enumerate(run.tasks)]
+        self.tasks = tasks or [TaskSplits(task, run, assembly, number) for number, task in enumerate(run.tasks)]
         if not any("validation" in task.tokens for task in self.tasks):
             raise UserError(f"task {run.task_name}: none of its tasks has a validation split; expected one that has")
         self._decoder = decoder or Decoder(parts, assembly.tokenizer, run.decoding)
@@ -60,7 +64,7 @@ class TaskRun:
             draw = draw_mixture(counts, self.rates, run.seed, at_least=run.batch_size)
             train = [concatenate(train)]
         index, count = mesh.process_share()
-        around: dict[str, Any] = {"prompt_ids": assembly.prompt_ids, "max_shapes": run.max_compiled_shapes}
+        around: dict[str, Any] = {"layout": assembly.layout, "max_shapes": run.max_compiled_shapes}
         shares: dict[str, Any] = {"process_index": index, "process_count": count}
         if any(task.endless for task in self.tasks):
             if len(self.tasks) > 1 or run.packing is not None:
@@ -120,10 +124,12 @@ class TaskRun:
         """Yield the batches from step `first` on."""
         return self.train_batches.from_step(first)
 
-    def _scores(self, split: str, trainable: Any, frozen: Any, first: int | None = None) -> dict[str, dict[str, float]]:
-        """The metrics of each task that has the split, of its first examples or of all."""
+    def _scores(
+        self, split: str, trainable: Any, frozen: Any, first: int | None = None, loss: bool = False
+    ) -> dict[str, dict[str, float]]:
+        """The metrics of each task that has the split, of its first examples or of all; also the `loss` if asked."""
         return {
-            task.name: task.scores(split, self._decoder, trainable, frozen, self._longest, first)
+            task.name: task.scores(split, self._decoder, trainable, frozen, self._longest, first, loss)
             for task in self.tasks
             if split in task.tokens
         }
@@ -132,13 +138,17 @@ class TaskRun:
         return float(np.mean([mean_score(task.task, scores[task.name]) for task in self.tasks if task.name in scores]))
 
     def validate(self, trainable: Any, frozen: Any) -> tuple[dict[str, float], float]:
-        """Return the validation metrics and the number that selects the best checkpoint, their mean over tasks."""
-        scores = self._scores("validation", trainable, frozen, self.run.evaluation_examples)
+        """Return the validation metrics and the number that selects the best checkpoint, their mean over tasks.
+
+        Among the metrics is `loss`, the mean cross entropy in nats per target token; that of a mixture is the mean over
+        its tasks.
+        """
+        scores = self._scores("validation", trainable, frozen, self.run.evaluation_examples, loss=True)
         mean = self._mean(scores)
         if not isinstance(self.run.task, Mixture):
             return scores[self.run.task_name], mean
         flat = {f"{task}/{name}": value for task, each in scores.items() for name, value in each.items()}
-        return {"mean": mean, **flat}, mean
+        return {"mean": mean, **flat, "loss": float(np.mean([each["loss"] for each in scores.values()]))}, mean
 
     def result(self, trainable: Any, parts: Split) -> dict[str, Any]:
         """Return the metrics of the chosen weights, beside the majority class and no training.
@@ -167,7 +177,12 @@ class TaskRun:
         }
 
 
-class TaskData:
+def mostly_illegal(scores: dict[str, float]) -> bool:
+    """Tell whether more than half of the answers, of a task of a mixture too, are no label word."""
+    return any(value > 0.5 for name, value in scores.items() if name.rpartition("/")[2] == "illegal")
+
+
+class TaskSplits:
     """One task of a run: the tokens of its splits, and the examples that it is scored on."""
 
     def __init__(self, task: Task, run: Run, assembly: Assembly, number: int):
@@ -199,8 +214,7 @@ class TaskData:
             # What comes with ids has nothing to tokenise, and is not gone through twice to name a cached file.
             cache = None if task.source.makes_ids else cache_folder() / "tokens"
             self.tokens[split] = self.tokenize(examples, split, cache)
-        around = assembly.prompt_ids
-        self._prompt_ids = around if around is None else around.of_task(number if run.own_prompts else 0)
+        self._layout = assembly.layout.of_task(number) if run.own_prompts else assembly.layout
 
     def read(self, first: int) -> Iterator[Example]:
         """Yield the train examples of a split without end from a number on."""
@@ -228,17 +242,28 @@ class TaskData:
         return f"task {self.name}: " + ", ".join(f"{split} {size}" for split, size in sizes.items())
 
     def scores(
-        self, split: str, decoder: Decoder, trainable: Any, frozen: Any, longest: int, first: int | None = None
+        self,
+        split: str,
+        decoder: Decoder,
+        trainable: Any,
+        frozen: Any,
+        longest: int,
+        first: int | None = None,
+        loss: bool = False,
     ) -> dict[str, float]:
-        """Return the metrics of a split, of its first examples or of all."""
+        """Return the metrics of a split, of its first examples or of all, and if asked the `loss` per target token."""
         batch_size, tokens = self._run.evaluation_batch_size, self.tokens[split].first(first)
-        answers = decoder.answers(trainable, frozen, tokens, batch_size, longest, self._prompt_ids, task=self.task)
+        answers = decoder.answers(trainable, frozen, tokens, batch_size, longest, self._layout, task=self.task)
         likelihoods = None
-        if wants_likelihoods(self.task):
-            likelihoods = decoder.likelihoods(trainable, frozen, tokens, batch_size, self._prompt_ids)
+        if loss or wants_likelihoods(self.task):
+            likelihoods = decoder.likelihoods(trainable, frozen, tokens, batch_size, self._layout)
         best = [each[0] for each in answers]
         outputs = metrics.Outputs([answer.ids for answer in best], [answer.score for answer in best], likelihoods)
-        return score(self.task, [answer.text for answer in best], self.examples[split][:first], outputs)
+        found = score(self.task, [answer.text for answer in best], self.examples[split][:first], outputs)
+        if loss:
+            assert likelihoods is not None
+            found["loss"] = -float(likelihoods.sum(dtype=np.float64)) / int(tokens.target_lengths.sum())
+        return found
 
     def majority(self, split: str) -> float:
         """Return the accuracy of the train split's most frequent target, of an endless one's first window's."""
@@ -261,7 +286,7 @@ class Reread:
         return iterate(self._task, self._split)
 
 
-class PretrainingRun:
+class PretrainingRunData:
     """The data of pre-training; validation is the loss on text windows of another seed."""
 
     select_best = False
@@ -270,7 +295,7 @@ class PretrainingRun:
         settings = run.pretraining
         assert settings is not None
         folder = assembly.tokenizer_folder
-        if assembly.prompt_ids is not None:
+        if assembly.model.prompt is not None:
             kinds = ", ".join(method.kind for method in run.methods)
             raise UserError(
                 f"methods: {kinds} with pre-training, whose texts have no place for a prompt; expected methods that "
@@ -302,7 +327,7 @@ class PretrainingRun:
         def share(step: int) -> dict[str, np.ndarray]:
             return {name: np.split(rows, count)[index] for name, rows in self.data.batch(step).items()}
 
-        source = grain.MapDataset.source(_Numbers(len(self.data))).slice(slice(first, None)).map(share)
+        source = grain.MapDataset.range(first, len(self.data)).map(share)
         return iter(source.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=8)))
 
     def validate(self, trainable: Any, frozen: Any) -> tuple[dict[str, float], float]:
@@ -313,16 +338,3 @@ class PretrainingRun:
     def result(self, trainable: Any, parts: Split) -> dict[str, Any]:
         """Return the final loss."""
         return {"validation": self.validate(trainable, parts.frozen)[0], "test": None}
-
-
-class _Numbers:
-    """0 to n - 1 as a data source."""
-
-    def __init__(self, count: int):
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> int:
-        return index

@@ -13,6 +13,7 @@ import optax
 from softprompt_jax.checkpoints.backbone import load_adafactor
 from softprompt_jax.distributed import mesh as sharding
 from softprompt_jax.methods import Split
+from softprompt_jax.models.t5 import Remat
 from softprompt_jax.optim.gradient_free import Search
 from softprompt_jax.optim.leaf import Leaf
 from softprompt_jax.optim.losses import cross_entropy, finite_mean
@@ -83,9 +84,7 @@ def plain_step(
 
     def summed_loss(trainable: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array | None, policy=None):
         model = parts.merge(trainable, jax.lax.stop_gradient(frozen))
-        if policy is not None:
-            model.encoder.remat = model.decoder.remat = policy
-        hidden = model.hidden(batch, key)
+        hidden = model.hidden(batch, key, policy)
         logits = model.project(hidden)
         loss, weight = cross_entropy(logits, batch["decoder_targets"], run.z_loss, run.label_smoothing)
         return loss + sum(method.penalty(model, batch, hidden, logits) for method in run.methods), weight
@@ -93,7 +92,7 @@ def plain_step(
     gradient = jax.value_and_grad(summed_loss, has_aux=True)
 
     def part_gradient(trainable: Any, frozen: Any, batch: dict[str, jax.Array], key: jax.Array | None):
-        def kept(policy: remat.Policy) -> int:
+        def kept(policy: Remat) -> int:
             return remat.kept_bytes(lambda own, some: summed_loss(own, frozen, some, key, policy)[0], trainable, batch)
 
         policy = remat.choose(kept, room) if run.remat == "auto" and room is not None else None

@@ -18,21 +18,21 @@ import jax
 from softprompt_jax import config
 from softprompt_jax.assembly import backbone_of
 from softprompt_jax.checkpoints import artifact
+from softprompt_jax.checkpoints.training_state import GROUPS, MEMBERS
 from softprompt_jax.config import Diverged, UserError
 from softprompt_jax.distributed.cloud_files import is_remote
-from softprompt_jax.distributed.multihost import alone_in
-from softprompt_jax.inference.evaluate import headline, shown, unit
+from softprompt_jax.distributed.folder_lock import lock_folder
+from softprompt_jax.inference.evaluate import run_score, score_factor, score_text
 from softprompt_jax.optim.gradient_free import GradientFree
 from softprompt_jax.progress import Reporter
 from softprompt_jax.run import Run, Scratch
 from softprompt_jax.statistics import CELL, SCORE, mean_sd_text, score_statistics
 from softprompt_jax.training.loop import train
-from softprompt_jax.training.run_folder import at_saved_revisions, prepare_folder
-from softprompt_jax.training.vmapped import FAILED_FILE, Together, shape_of
+from softprompt_jax.training.run_folder import at_read_revisions, check_folder, create_folder
+from softprompt_jax.training.vmapped import FAILED_FILE, VmappedSweep, shape_of
 
 SWEEP_FILE = "sweep.json"
 SHORT = {"learning_rate": "optimizer.learning_rate", "length": "methods.0.length", "init": "methods.0.init"}
-_GROUPS, _MEMBERS = "groups", "members.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ def sweep(
     `out/NAME` that `train` would leave. Runs that train nothing but prompts and differ in seed, task, learning rate or
     initialisation only share one program, at most `together` at a time; all others train one after another.
     `stop_after`: a prompt stops after so many evaluations without a better validation score (of those that train
-    together). The same call goes on where a killed one stopped. Raises Preempted after SIGTERM.
+    together). The same call goes on where a killed one stopped. Raises Preempted after SIGTERM and Ctrl-C.
 
     Returned: `runs` (name, settings, scores or why it failed), `table` (mean, sd and best over seeds of each setting)
     and `best`, the name of the run with the best validation score.
@@ -93,18 +93,19 @@ def train_members(
     `before_group` is called with the members that train next, in one program or one after another. A member that
     `train` has begun in its own folder goes on alone.
     """
-    for member in members:
-        prepare_folder(member.run, folder / member.name)
-    runs = [at_saved_revisions(member.run, folder / member.name) for member in members]
-    members = [dataclasses.replace(member, run=run) for member, run in zip(members, runs, strict=True)]
-    reporter.line(f"{folder}: {len(members)} runs, {sum(_done(folder / m.name) for m in members)} of them finished")
-    programs: dict[str, Together] = {}
-    with alone_in(folder):
+    programs: dict[str, VmappedSweep] = {}
+    create_folder(folder)
+    with lock_folder(folder, report=reporter.line):
+        for member in members:
+            check_folder(member.run, folder / member.name)
+        runs = [at_read_revisions(member.run, folder / member.name) for member in members]
+        members = [dataclasses.replace(member, run=run) for member, run in zip(members, runs, strict=True)]
+        reporter.line(f"{folder}: {len(members)} runs, {sum(_done(folder / m.name) for m in members)} of them finished")
         for group in _open_groups(members, folder, together):
             before_group(group)
             _train_group(group, folder, reporter, stop_after, programs)
     with contextlib.suppress(OSError):  # it is not there, or holds a group that was not asked for
-        (folder / _GROUPS).rmdir()
+        (folder / GROUPS).rmdir()
 
 
 def members(path: str | Path, over: Sequence[str], overrides: Sequence[str] = ()) -> list[Member]:
@@ -172,7 +173,7 @@ def _begun_alone(folder: Path) -> bool:
 def _open_groups(found: Sequence[Member], folder: Path, together: int) -> Iterator[list[Member]]:
     """Yield what is left to do: groups that have begun as they were, then the other unfinished runs by their shape."""
     known, begun = {member.name: member for member in found}, set()
-    for file in sorted((folder / _GROUPS).glob(f"*/{_MEMBERS}")):
+    for file in sorted((folder / GROUPS).glob(f"*/{MEMBERS}")):
         names = json.loads(file.read_text())
         if any(name in known and not _done(folder / name) for name in names):
             group = [known.get(name) or _read_member(folder, name) for name in names]
@@ -196,7 +197,7 @@ def _read_member(folder: Path, name: str) -> Member:
 
 
 def _train_group(
-    group: Sequence[Member], folder: Path, reporter: Reporter, stop_after: int | None, programs: dict[str, Together]
+    group: Sequence[Member], folder: Path, reporter: Reporter, stop_after: int | None, programs: dict[str, VmappedSweep]
 ) -> None:
     """Train runs of one shape, together if that is possible."""
     run, runs = group[0].run, [(member.run, folder / member.name) for member in group]
@@ -204,9 +205,7 @@ def _train_group(
         program = None if _alone(run) or _begun_alone(runs[0][1]) else _program(run, programs)
         if program is not None and program.possible:
             names = [member.name for member in group]
-            own = folder / _GROUPS / hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
-            own.mkdir(parents=True, exist_ok=True)
-            artifact.dump(names, own / _MEMBERS)
+            own = folder / GROUPS / hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
             program.train(runs, own, reporter, stop_after)
             shutil.rmtree(own)  # what it held is now in the runs' folders
             return
@@ -225,7 +224,7 @@ def _train_group(
             artifact.dump({"step": error.step, "reason": "the loss is no finite number"}, path / FAILED_FILE)
 
 
-def _program(run: Run, programs: dict[str, Together]) -> Together:
+def _program(run: Run, programs: dict[str, VmappedSweep]) -> VmappedSweep:
     """Return the program of runs of this shape; the last backbone is kept."""
     key, backbone = json.dumps(shape_of(run), sort_keys=True), None
     if key not in programs:
@@ -235,7 +234,7 @@ def _program(run: Run, programs: dict[str, Together]) -> Together:
             ):
                 backbone = other.backbone
         programs.clear()
-        programs[key] = Together(run, backbone or backbone_of(run))
+        programs[key] = VmappedSweep(run, backbone or backbone_of(run))
     return programs[key]
 
 
@@ -249,12 +248,12 @@ def summary(found: Sequence[Member], folder: Path) -> dict[str, Any]:
             line["failed"] = json.loads((folder / member.name / FAILED_FILE).read_text())
             continue
         result = json.loads((folder / member.name / "result.json").read_text())
-        scores = {s: headline(member.run, result[s]) for s in ("validation", "test") if result[s] is not None}
+        scores = {s: run_score(member.run, result[s]) for s in ("validation", "test") if result[s] is not None}
         line |= {"score": scores, **{name: result[name] for name in ("validation", "test", "best_step")}}
         key = {name: value for name, value in member.varied.items() if name != "seed"}
         row = json.dumps([member.run.task_name, key])
         table.setdefault(row, []).append(scores)
-        units[row] = unit(member.run)
+        units[row] = score_factor(member.run)
         if scores["validation"] > best.get(member.run.task_name, ("", -float("inf")))[1]:
             best[member.run.task_name] = member.name, scores["validation"]
     rows = []
@@ -282,4 +281,4 @@ def describe(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _cell(found: dict[str, Any], times: float) -> str:
-    return mean_sd_text(found, lambda value: shown(value, times), best=True)
+    return mean_sd_text(found, lambda value: score_text(value, times), best=True)

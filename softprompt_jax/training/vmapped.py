@@ -9,33 +9,36 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 
-from softprompt_jax.assembly import Assembly, assemble, check_mesh
+from softprompt_jax.assembly import Assembly, assemble, check_devices
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.checkpoints.backbone import Backbone
-from softprompt_jax.config import Preempted, UserError
-from softprompt_jax.data.batches import Batch, TrainBatches, examples_in
+from softprompt_jax.checkpoints.training_state import MEMBERS, Checkpoints
+from softprompt_jax.config import UserError
+from softprompt_jax.data.batches import Batch, BatchCounts, TrainBatches, count_slots
 from softprompt_jax.data.buckets import Shape, choose_shapes, fitting_shape
 from softprompt_jax.data.streaming import StreamBatches
 from softprompt_jax.distributed import mesh
-from softprompt_jax.distributed.multihost import CutShort, Preemption
+from softprompt_jax.distributed.cloud_files import CHECKPOINTS
+from softprompt_jax.distributed.folder_lock import lock_folder
+from softprompt_jax.distributed.multihost import PreemptedDuringEval, Preemption
 from softprompt_jax.inference.evaluate import Decoder
 from softprompt_jax.methods import Split, leaves, split
 from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import Run
 from softprompt_jax.training import remat
-from softprompt_jax.training.checkpoints import Checkpoints
-from softprompt_jax.training.run_data import TaskData, TaskRun
-from softprompt_jax.training.run_folder import Log, leave_files
+from softprompt_jax.training.loop import Speed, fit
+from softprompt_jax.training.run_data import ILLEGAL_HINT, RunData, TaskSplits, mostly_illegal
+from softprompt_jax.training.run_folder import Log, begin_folder, create_folder, leave_files, scores_in
 from softprompt_jax.training.step import build_optimizer, first_state, plain_step
 
 FAILED_FILE = "failed.json"  # what a run leaves whose loss is no number
@@ -51,7 +54,7 @@ def shape_of(run: Run) -> dict[str, Any]:
     return settings | {"tasks": len(run.tasks), "own_prompts": run.own_prompts}
 
 
-class Together:
+class VmappedSweep:
     """What runs of one shape share: the backbone, data that are the same, and programs, each compiled once."""
 
     def __init__(self, run: Run, backbone: Backbone):
@@ -59,13 +62,13 @@ class Together:
         self.assembly, self._parts = self._assemble(run)
         self._about = leaves(self.assembly.model)
         self._decoder = Decoder(self._parts, self.assembly.tokenizer, run.decoding)
-        self._tasks: dict[str, list[TaskData]] = {}
+        self._tasks: dict[str, list[TaskSplits]] = {}
         self._step = jax.jit(self._mapped_step, donate_argnums=0)
         self._begin = jax.jit(jax.vmap(functools.partial(first_state, build_optimizer(run, self._about))))
 
     def _assemble(self, run: Run) -> tuple[Assembly, Split]:
         assembly = assemble(run, self.backbone)
-        check_mesh(run, assembly)
+        check_devices(run, assembly)
         return assembly, split(mesh.shard_model(assembly.model))
 
     @property
@@ -91,8 +94,8 @@ class Together:
         states, losses = jax.vmap(one)(states, running, rates, batches, keys)
         return jax.tree.map(lambda leaf: mesh.constrain(leaf, *[None] * leaf.ndim), states), losses
 
-    def _data(self, run: Run, assembly: Assembly, parts: Split) -> TaskRun:
-        data = TaskRun(run, assembly, parts, self._tasks.get(_task_of(run)), self._decoder)
+    def _data(self, run: Run, assembly: Assembly, parts: Split) -> RunData:
+        data = RunData(run, assembly, parts, self._tasks.get(_task_of(run)), self._decoder)
         self._tasks[_task_of(run)] = data.tasks
         if isinstance(data.train_batches, StreamBatches):
             raise UserError(f"task {run.task_name}: its train split never ends; expected a finite one; train it alone")
@@ -105,40 +108,45 @@ class Together:
         reporter: Reporter,
         stop_after: int | None = None,
     ) -> None:
-        """Train runs in their prepared folders, or go on where they stopped; their common state lies in `folder`.
+        """Train runs in their checked folders, or go on where they stopped; their common state lies in `folder`.
 
         `stop_after`: a run stops after so many evaluations without a better score. One whose loss is no number stops,
-        too, and leaves `failed.json` instead of a result. Raises Preempted after SIGTERM, with everything saved.
+        too, and leaves `failed.json` instead of a result. Raises Preempted after SIGTERM and Ctrl-C, with everything
+        saved.
         """
         with contextlib.ExitStack() as opened:
-            _Training(self, runs, folder, reporter, stop_after, opened).finish()
+            _VmappedGroup(self, runs, folder, reporter, stop_after, opened).train()
 
 
-class _Training:
-    """The training of these runs."""
+class _VmappedGroup:
+    """The training of these runs: what `fit` asks for, for N runs at once."""
 
     def __init__(
         self,
-        shared: Together,
+        shared: VmappedSweep,
         runs: Sequence[tuple[Run, Path]],
         folder: Path,
         reporter: Reporter,
         stop_after: int | None,
         opened: contextlib.ExitStack,
     ):
-        self.shared, self.reporter, self.stop_after = shared, reporter, stop_after
+        self.shared, self.folder, self.reporter, self.stop_after = shared, folder, reporter, stop_after
         self.runs, self.folders = [run for run, _ in runs], [path for _, path in runs]
         self.run = self.runs[0]  # for what all have in common
+        for path in self.folders:
+            create_folder(path)
+            opened.enter_context(lock_folder(path, report=reporter.line))
+
+        # ---- data and the state before the first step
         self.parts: list[Split] = []
-        known: dict[tuple[str, int], TaskRun] = {}
-        self.data: list[TaskRun] = []
+        known: dict[tuple[str, int], RunData] = {}
+        self.data: list[RunData] = []
         for run in self.runs:
             assembly, parts = shared._assemble(run)
             self.parts.append(parts)
             same = _task_of(run), run.seed
             self.data.append(known.get(same) or known.setdefault(same, shared._data(run, assembly, parts)))
         self.frozen = self.parts[0].frozen
-        # ---- the state before the first step, or where it stopped
         stacked = jax.tree.map(lambda *each: jnp.stack(each), *(parts.trainable for parts in self.parts))
         count = len(self.runs)
         self.state = shared._begin(stacked)
@@ -150,8 +158,13 @@ class _Training:
             "failed_at": np.zeros(count, np.int32),  # 0: it has not
             "validated": np.zeros((), np.int32),  # the last step that was
         }
+
+        # ---- resume, in the order of loop.py: settings, state, lines of metrics.jsonl, and then the scores in them
         self.preemption = opened.enter_context(Preemption())  # left last: it may end the process
-        self.checkpoints = opened.enter_context(contextlib.closing(Checkpoints(folder / "checkpoints")))
+        begun = [opened.enter_context(begin_folder(run, path)) for run, path in runs]
+        begun.append(opened.enter_context(_begin_group(folder, [path.name for path in self.folders])))
+        self.begun = lambda: [begin() for begin in begun]
+        self.checkpoints = opened.enter_context(contextlib.closing(Checkpoints(folder / CHECKPOINTS)))
         self.first = 0
         if (latest := self.checkpoints.latest()) is not None:
             self.state, self.best, marks = self.checkpoints.restore(latest, [self.state, self.best, self.marks])
@@ -161,6 +174,17 @@ class _Training:
         self.validated = int(self.marks["validated"]) == self.first or not self.run.evaluates(self.first)
         logs = [Log(path, self.first, self.validated) for path in self.folders]
         self.logs = [opened.enter_context(contextlib.closing(log)) for log in logs]
+        self.best_loss = np.full(count, np.inf)
+        self.losses_count = [True] * count  # False: it began before there were any, and keeps the first of equal scores
+        self.better_at = self.marks["best_step"].copy()  # when the score rose last: a lower loss alone ends no waiting
+        for index, (run, path) in enumerate(runs):
+            scored = scores_in(path, run)
+            self.losses_count[index] = all(loss is not None for _, loss in scored.values())
+            scored.pop(0, None)  # the start is no candidate
+            if (loss := scored.get(int(self.marks["best_step"][index]), (0, None))[1]) is not None:
+                self.best_loss[index] = loss
+            if scored:
+                self.better_at[index] = max(scored, key=lambda step: (np.float32(scored[step][0]), -step))
 
     @property
     def running(self) -> Bool[np.ndarray, " N"]:
@@ -171,113 +195,110 @@ class _Training:
         """Return what belongs to one run."""
         return jax.tree.map(lambda leaf: leaf[index], stacked)
 
-    def finish(self) -> None:
+    def train(self) -> None:
         """Train all to their end and leave their files."""
         run, count = self.run, len(self.runs)
-        rates = jnp.asarray([each.optimizer.learning_rate for each in self.runs], jnp.float32)
-        keys = jnp.stack([jax.random.fold_in(jax.random.key(each.seed), 2) for each in self.runs])
+        self.rates = jnp.asarray([each.optimizer.learning_rate for each in self.runs], jnp.float32)
+        self.keys = jnp.stack([jax.random.fold_in(jax.random.key(each.seed), 2) for each in self.runs])
         unlike = list({id(data): data for data in self.data}.values())
-        source = [unlike.index(data) for data in self.data]
         batches = [each for data in unlike if isinstance(each := data.train_batches, TrainBatches)]
         shapes = common_shapes(batches, run.max_compiled_shapes, run.steps)
         self.reporter.line(
             f"{count} prompts in one program; {mesh.describe()}, {run.dtype}; shapes "
             + ", ".join(f"{t}/{u}" for t, u in shapes)
         )
-        self.reporter.start(f"train {count} prompts", self.first, run.steps)
         if self.first == 0:
             for log, data in zip(self.logs, self.data, strict=True):
                 log.write({"step": 0, "data": data.measures()})
-            self.evaluate(0)
-        elif not self.validated:  # it was cut short
-            self.evaluate(self.first)
-        batches = [data.batches(self.first) for data in unlike]
-        recent: list[tuple[Any, Any, Any, int]] = []
-        clock = time.monotonic()
-        for step in range(self.first + 1, run.steps + 1):
-            if not self.running.any():
-                break
-            own = [next(each) for each in batches]
-            joined = stack_batches(own, shapes)
-            spread = mesh.shard_stacked_batch({name: rows[source] for name, rows in joined.items()})
-            running = self.running
-            self.state, losses = self.shared._step(self.state, running, rates, self.frozen, spread, keys)
-            real, examples = np.array([_real(batch) for batch in own]), np.array([examples_in(batch) for batch in own])
-            recent.append((losses, real[source], examples[source], _size(joined)))
-            evaluated = run.evaluates(step)
-            leaving = self.preemption.reached(losses) and step < run.steps
-            saved = evaluated or leaving or step % run.checkpoint_every == 0
-            if step % run.log_every == 0 or saved:
-                found = np.stack([np.asarray(each) for each, *_ in recent]).mean(0)
-                now = time.monotonic()
-                self.log(step, found, recent, now - clock)
-                note = f"loss {np.nanmean(found[running]) if np.isfinite(found[running]).any() else np.nan:.4f}"
-                self.reporter.update(step, run.steps, f"{note}  {self.running.sum()} of {count} running")
-                recent, clock = [], now
-            if saved:
-                paused = time.monotonic()
-                if evaluated:
-                    self.evaluate(step)
-                self.checkpoints.save(step, [self.state, self.best, self.marks])
-                clock += time.monotonic() - paused
-            if leaving:
-                self.checkpoints.wait()
-                raise Preempted(f"told to stop, saved at step {step}; the same command goes on")
-        self.reporter.stop()
+        place = self.folder.parents[1]
+        fit(
+            run,
+            place,
+            self.first,
+            self.state,
+            self.take_step,
+            self.batches(unlike, shapes),
+            self.evaluate,
+            self.save,
+            self.log,
+            self.begun,
+            self.preemption,
+            self.reporter,
+            validated=self.validated,
+            title=f"train {count} prompts",
+        )
         self.checkpoints.wait()
         try:
             for index in range(count):
                 self.leave(index)
-        except CutShort:
-            raise Preempted("told to stop while results were measured; the same command goes on") from None
+        except PreemptedDuringEval:
+            raise self.preemption.stopped(f"{place}: told to stop while results were measured") from None
 
-    def log(self, step: int, losses: Float[np.ndarray, " N"], recent: list, seconds: float) -> None:
+    def batches(self, unlike: Sequence[RunData], shapes: list[Shape]) -> Iterator[tuple[Batch, BatchCounts]]:
+        """Yield the batches of all runs, stacked, while any of them is running."""
+        sources = [data.batches(self.first) for data in unlike]
+        source = [unlike.index(data) for data in self.data]
+        vocabulary_rows = self.shared.assembly.model.settings.vocabulary_rows
+        while self.running.any():
+            own = [next(each) for each in sources]
+            joined = stack_batches(own, shapes)
+            slots = sum(joined[name][0].size for name in ("encoder_tokens", "decoder_targets"))  # of one run
+            counted = [count_slots(batch, vocabulary_rows)._replace(slots=slots) for batch in own]
+            counts = BatchCounts(*(np.array(each)[source] for each in zip(*counted, strict=True)))
+            yield {name: rows[source] for name, rows in joined.items()}, counts
+
+    def take_step(self, states: Any, batches: Batch) -> tuple[Any, Any]:
+        """Take a step of each run that is still running."""
+        rows = mesh.shard_stacked_batch(batches)
+        return self.shared._step(states, self.running, self.rates, self.frozen, rows, self.keys)
+
+    def log(self, step: int, speed: Speed) -> str:
         """Write a line for each running run; one whose loss is no number has failed."""
-        real, examples = (np.sum([entry[i] for entry in recent], axis=0) for i in (1, 2))
-        padded = sum(entry[3] for entry in recent)
-        for index in np.flatnonzero(self.running).tolist():
-            if not np.isfinite(losses[index]):
+        running = np.flatnonzero(self.running).tolist()
+        for index in running:
+            own = Speed(*(each[index] for each in speed))
+            if np.isfinite(own.loss):
+                rate, seconds = self.runs[index].learning_rate(step - 1), self.logs[index].seconds()
+                self.logs[index].write(own.line(step, rate, seconds))
+            else:
                 self.marks["failed_at"][index] = step
-                self.reporter.line(f"{self.folders[index].name}: step {step}: the loss is {losses[index]}; stopped")
-                continue
-            self.logs[index].write(
-                {
-                    "step": step,
-                    "loss": float(losses[index]),
-                    "learning_rate": self.runs[index].learning_rate(step - 1),
-                    "examples_per_s": round(float(examples[index]) / seconds, 2),
-                    "tokens_per_s": round(float(real[index]) / seconds, 1),
-                    "padding": round(1 - float(real[index]) / padded, 4),
-                    "seconds": round(self.logs[index].seconds(), 2),
-                }
-            )
+                self.reporter.line(f"{self.folders[index].name}: step {step}: the loss is {own.loss}; stopped")
+        finite = [loss for loss in speed.loss[running] if np.isfinite(loss)]
+        note = f"loss {np.mean(finite) if finite else np.nan:.4f}"
+        return f"{note}  {self.running.sum()} of {len(self.runs)} running"
 
-    def evaluate(self, step: int) -> None:
+    def evaluate(self, step: int, state: Any) -> None:
         """Score each running run on its validation split, keep the best, and stop those that no longer improve."""
         improved = np.zeros(len(self.runs), bool)
         running = np.flatnonzero(self.running).tolist()
-        try:
-            found = [self.data[i].validate(self.one(self.state["trainable"], i), self.frozen) for i in running]
-        except CutShort:
-            if step > self.first:
-                self.checkpoints.save(step, [self.state, self.best, self.marks])
-                self.checkpoints.wait()
-            raise Preempted(f"told to stop while step {step} was validated; the same command goes on") from None
+        found = [self.data[i].validate(self.one(state["trainable"], i), self.frozen) for i in running]
         self.marks["validated"][...] = step
         for index, (scores, score) in zip(running, found, strict=True):
             self.logs[index].write({"step": step, "validation": scores})
-            told = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            self.reporter.line(f"{self.folders[index].name}: step {step}: validation {told}")
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            self.reporter.line(f"{self.folders[index].name}: step {step}: validation {shown}")
             if step == 0:  # the start is no candidate, as in a run of its own
                 continue
-            improved[index] = np.float32(score) > self.marks["best_score"][index]
-            if improved[index]:
+            if mostly_illegal(scores):
+                self.reporter.once(ILLEGAL_HINT)
+            best, loss = self.marks["best_score"][index], scores.get("loss", np.inf)
+            better = np.float32(score) > best
+            lower = np.float32(score) == best and loss < self.best_loss[index] and self.losses_count[index]
+            if better or lower:
+                improved[index] = True
                 self.marks["best_score"][index], self.marks["best_step"][index] = score, step
-            elif self.stop_after and step - self.marks["best_step"][index] >= self.stop_after * self.run.evaluate_every:
+                self.best_loss[index] = loss
+            if better:
+                self.better_at[index] = step
+            elif self.stop_after and step - self.better_at[index] >= self.stop_after * self.run.evaluate_every:
                 self.marks["stopped_at"][index] = step
                 self.reporter.line(f"{self.folders[index].name}: stopped at step {step}")
         if improved.any():
-            self.best = _chosen(jnp.asarray(improved), self.state["trainable"], self.best)
+            self.best = _chosen(jnp.asarray(improved), state["trainable"], self.best)
+
+    def save(self, step: int, state: Any, _: None) -> None:
+        """Start writing the state of all runs, and what each has found."""
+        self.checkpoints.save(step, [state, self.best, self.marks])
 
     def leave(self, index: int) -> None:
         """Write what a finished run leaves, as `train` does, if that has not been done."""
@@ -307,13 +328,24 @@ def _task_of(run: Run) -> str:
     return str(run.model_dump(mode="json", include={"task"}))
 
 
-def _real(batch: Batch) -> int:
-    return sum(int(np.count_nonzero(batch[name])) for name in ("encoder_tokens", "decoder_targets"))
+@contextlib.contextmanager
+def _begin_group(folder: Path, names: list[str]) -> Iterator[Callable[[], None]]:
+    """Note which runs share the state in `folder`; an error before the yielded function is called takes it back."""
+    new, begun = not (folder / MEMBERS).exists(), False
 
+    def begin() -> None:
+        nonlocal begun
+        begun = True
 
-def _size(joined: dict[str, np.ndarray]) -> int:
-    """Return the tokens of one run's rows, padding included."""
-    return sum(joined[name][0].size for name in ("encoder_tokens", "decoder_targets"))
+    if new:
+        folder.mkdir(parents=True, exist_ok=True)
+        artifact.dump(names, folder / MEMBERS)
+    try:
+        yield begin
+    except BaseException:
+        if new and not begun:
+            shutil.rmtree(folder)
+        raise
 
 
 def common_shapes(sources: Sequence[TrainBatches], most: int, steps: int) -> list[Shape]:

@@ -1,25 +1,27 @@
-"""The T5 family (t5, mt5, umt5): from `config.json` to settings and back, and what Hugging Face calls each weight."""
+"""The T5 family (t5, mt5, umt5): `config.json` to settings and back, and Hugging Face's name of each weight."""
 
 from __future__ import annotations
 
-import re
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.models.t5 import T5Settings
 
 MODEL_TYPES = ("t5", "mt5", "umt5")
-EMBEDDING_ALIASES = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
-HEAD = "lm_head.weight"
-# Written by old versions of transformers, read by nobody.
-IGNORED = re.compile(r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight")
+EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
+_EMBEDDING_ALIASES = (EMBEDDING, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
+# Written by old versions of transformers, never read.
+_UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+Opened = TypeVar("Opened")  # a tensor on disk; what it is, `checkpoints/` knows
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu", "swish": "silu"}
 
 
 def settings_of(config: dict[str, Any], where: str) -> tuple[T5Settings, bool | None, bool]:
     """Return settings, whether the output is scaled (None: `config.json` does not say), and whether there is a head.
 
-    `tied` and `scale_output` are decided by who also sees the weights. Errors: UserError names the field, at `where`.
+    `complete` decides `tied` and `scale_output`, since it sees the weights too. Errors: UserError names the field, at
+    `where`.
     """
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
@@ -53,8 +55,34 @@ def settings_of(config: dict[str, Any], where: str) -> tuple[T5Settings, bool | 
     return settings, scaled, headed
 
 
+def complete(
+    read: tuple[T5Settings, bool | None, bool],
+    tensors: Mapping[str, Opened],
+    equal: Callable[[Opened, Opened], bool],
+    where: str,
+) -> tuple[T5Settings, dict[str, Opened]]:
+    """Return the settings that `settings_of` read, completed from the weights, and these under the names of `names`.
+
+    A model is untied if and only if it has a head that differs from the embedding table, which `equal` decides.
+    """
+    settings, scaled, headed = read
+    alias = next((name for name in _EMBEDDING_ALIASES if name in tensors), None)
+    found = {name: tensor for name, tensor in tensors.items() if name not in (*_EMBEDDING_ALIASES, _UNUSED)}
+    if alias is not None:
+        found[EMBEDDING] = tensors[alias]
+    if headed and HEAD not in found:
+        raise UserError(
+            f"{where}: config.json says untied (tie_word_embeddings: false) but there is no {HEAD}; expected it; "
+            "download the weights again, or set tie_word_embeddings to true if the model is tied"
+        )
+    tied = HEAD not in found or (alias is not None and equal(found[HEAD], found[EMBEDDING]))
+    if tied:
+        found.pop(HEAD, None)
+    return settings.model_copy(update={"tied": tied, "scale_output": tied if scaled is None else scaled}), found
+
+
 def config_of(settings: T5Settings, dtype: str) -> dict[str, Any]:
-    """Return what `config.json` says of a T5 whose weights are stored as `dtype`."""
+    """Return the `config.json` of a T5 whose weights are stored as `dtype`."""
     if settings.gated:
         projections = {"gelu_tanh": "gated-gelu", "relu": "gated-relu", "silu": "gated-silu"}
     else:
@@ -94,7 +122,7 @@ def _block(stack: str, depth: int, name: str) -> list[str]:
 
 def names(settings: T5Settings) -> dict[str, tuple[list[str], bool]]:
     """Map each weight of ours to its Hugging Face tensors (one a layer if stacked) and "is transposed"."""
-    table: dict[str, tuple[list[str], bool]] = {"embedding": ([EMBEDDING_ALIASES[0]], False)}
+    table: dict[str, tuple[list[str], bool]] = {"embedding": ([EMBEDDING], False)}
     if not settings.tied:
         table["head.kernel"] = ([HEAD], True)
     depths = {"encoder": settings.num_layers, "decoder": settings.num_decoder_layers}
