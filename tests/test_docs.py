@@ -48,7 +48,7 @@ def test_every_class_of_settings_has_a_section_and_every_link_to_one_leads_there
     for said in (
         "largest root mean square of an update",
         "or an error that says why not",
-        "Of inputs and targets, or of features",
+        "Tokens of inputs and targets, or of features",
     ):
         assert said in text  # comments behind a field, on the line below, on the line above
 

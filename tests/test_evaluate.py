@@ -137,7 +137,9 @@ def test_likelihood_needs_label_words_and_leaves_nothing_illegal(prompt_run):
     predictor = load_predictor(prompt_run)
     task = predictor.task.model_copy(update={"predict_by": "likelihood"})
     assert predictor.evaluate(task, "validation")["illegal"] == 0.0
-    with pytest.raises(UserError, match="predict_by 'likelihood' chooses among label words; expected label_words"):
+    with pytest.raises(
+        UserError, match="predict_by: found 'likelihood'; this chooses among label words; expected label_words"
+    ):
         resolve({**task.model_dump(), "label_words": None})
 
 
