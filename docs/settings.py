@@ -25,6 +25,8 @@ What a run's YAML may say, and the same on the command line:
 
     softprompt train mine.yaml steps=500 optimizer.learning_rate=0.1 'methods=[{kind: lora, rank: 4}]'
 
+A file may state `base: FILE` (relative to it) and then only what differs; dotted names as above change a part.
+
 What has a `kind` is chosen by it. A run's folder has all of its settings, those too that were left out, in
 `config.yaml`."""
 
