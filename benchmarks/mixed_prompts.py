@@ -143,7 +143,7 @@ def main() -> None:
     alone = nnx.merge(*nnx.split(backbone.model))
     attach_rows(alone, prompts[0])
     graphdef, rows, rest = nnx.split(alone, lambda path, _: path[0] == "prompt", ...)
-    before = np.broadcast_to(np.asarray(alone.prompt.placement.before, np.int32), (chosen.batch, chosen.prompt_length))
+    before = np.broadcast_to(np.asarray(alone.prompt.layout.before, np.int32), (chosen.batch, chosen.prompt_length))
 
     def in_bank(names: list[str]) -> tuple[Any, ...]:
         sides = [bank.sides(name, row.tolist())[0] for name, row in zip(names, texts, strict=True)]

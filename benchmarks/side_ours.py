@@ -11,9 +11,9 @@ from worker import serve
 from workload import LEARNING_RATE, PROMPT_LENGTH, WEIGHT_DECAY, Workload, systematic_sample
 
 from softprompt_jax import load_backbone
-from softprompt_jax.assembly import prompt_ids, with_settings
+from softprompt_jax.assembly import layout_of, with_settings
 from softprompt_jax.cli.allocator import keep_freed_memory
-from softprompt_jax.data.batches import TrainBatches, collate, prompts_around
+from softprompt_jax.data.batches import TrainBatches, collate
 from softprompt_jax.data.packing import Packing
 from softprompt_jax.data.tokenized import TokenizedSet
 from softprompt_jax.methods import leaves, split
@@ -37,7 +37,7 @@ class Ours:
     def __init__(self, model: T5, workload: Workload, **settings: Any):
         self.workload = workload
         attach_rows(model, workload.prompt(model.settings.d_model))
-        self.prompt_ids = np.asarray(prompt_ids(model).before, np.int32)
+        self.layout = layout_of(model)
         optimizer = optimizers.AdamW(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
         fixed = {"task": "sentiment_movie", "dropout": 0.0, "z_loss": 0.0, "loss": "mean", "optimizer": optimizer}
         run = Run(**fixed, batch_size=workload.batch_size, **settings)
@@ -77,7 +77,7 @@ class Ours:
         kind, _, number = case.partition("-")
         shapes = int(number or 12) if kind == "bucketed" else 12
         packing = Packing(length=int(number) if number else None) if kind == "packed" else None
-        plan = TrainBatches(tokenized, size, 0, self.prompt_ids, max_shapes=shapes, packing=packing)
+        plan = TrainBatches(tokenized, size, 0, self.layout, max_shapes=shapes, packing=packing)
         epoch = [plan.batch(step) for step in range(plan.batches_per_epoch)]
         if case == "padded":
             epoch = [self._padded(tokenized, np.concatenate(plan.row_ids(step))) for step in range(len(epoch))]
@@ -87,7 +87,7 @@ class Ours:
 
     def _padded(self, tokenized: TokenizedSet, ids: np.ndarray) -> dict[str, np.ndarray]:
         shape = PROMPT_LENGTH + self.workload.input_tokens, self.workload.target_tokens
-        return collate(tokenized, ids[:, None], shape, prompts_around(tokenized, self.prompt_ids))
+        return collate(tokenized, ids[:, None], shape, self.layout)
 
 
 def _tokenized(pairs: list[tuple[np.ndarray, np.ndarray]], workload: Workload) -> TokenizedSet:

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
 from softprompt_jax import methods
-from softprompt_jax.checkpoints.artifact import check_backbone, read_prompt, read_trained
+from softprompt_jax.checkpoints import quantized_folder
+from softprompt_jax.checkpoints.artifact import CONFIG_FILE, Artifact, load_artifact, named_backbone
 from softprompt_jax.checkpoints.backbone import (
     Backbone,
     abstract_backbone,
     as_dtype,
     find_folder,
+    fingerprint,
     load_backbone,
     local_folder,
 )
-from softprompt_jax.config import UserError
-from softprompt_jax.data.prompt_layout import Placement
+from softprompt_jax.config import UserError, parse
+from softprompt_jax.data.prompt_layout import NO_PROMPT, PromptLayout
 from softprompt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from softprompt_jax.distributed import mesh
 from softprompt_jax.models.flash import check_model
@@ -42,14 +43,14 @@ class Assembly:
     tokenizer_folder: Path
 
     @property
-    def prompt_ids(self) -> Placement | None:
-        """Where the ids of the prompt's embeddings, from V on, stand around a text; None without a prompt."""
-        return prompt_ids(self.model)
+    def layout(self) -> PromptLayout:
+        """Where the ids of the prompt's rows, from V on, stand around a text."""
+        return layout_of(self.model)
 
 
-def prompt_ids(model: T5) -> Placement | None:
-    """Return where the ids of a model's prompt embeddings, from V on, stand around a text; None without a prompt."""
-    return None if model.prompt is None else model.prompt.placement
+def layout_of(model: T5) -> PromptLayout:
+    """Return where the ids of a model's prompt rows, from V on, stand around a text; empty without a prompt."""
+    return NO_PROMPT if model.prompt is None else model.prompt.layout
 
 
 def check_devices(run: Run, assembly: Assembly, platform: str | None = None) -> None:
@@ -78,12 +79,54 @@ def assemble(
     tokenizer = tokenizer or load_tokenizer(backbone.folder)
 
     def attach(model: T5) -> T5:
-        methods.attach(run.methods, model, jax.random.key(run.seed), context(run, tokenizer, backbone))
-        check_own_prompts(run, model)
+        attach_methods(run, model, tokenizer, backbone)
         return model
 
     model = nnx.eval_shape(attach, model) if backbone.is_abstract else attach(model)
     return Assembly(model, tokenizer, backbone.identity, backbone.folder)
+
+
+def attach_methods(run: Run, model: T5, tokenizer: Tokenizer, backbone: Backbone) -> None:
+    """Attach the methods of a run to a model, in place."""
+    methods.attach(run.methods, model, jax.random.key(run.seed), context(run, tokenizer, backbone))
+    check_own_prompts(run, model)
+
+
+def run_of(artifact: Artifact) -> Run | None:
+    """Return the settings of the run that has left an artifact; None where it does not say."""
+    if artifact.settings is None:
+        return None
+    saved = None if artifact.folder is None else artifact.folder / CONFIG_FILE
+    return parse(Run, artifact.settings, artifact.source if saved is None or not saved.exists() else str(saved))
+
+
+def assemble_trained(
+    artifact: Artifact, run: Run, backbone: Backbone | str | None = None, any_backbone: bool = False
+) -> Assembly:
+    """Return a run's model with what it has trained, and without what only training needed.
+
+    `backbone`: another than the run names (its name), or the one that is loaded. Errors: UserError for values that the
+    run's methods have no place for, and for a backbone on which it was not trained, unless `any_backbone`.
+    """
+    # Of an unfinished run, what only training needs is among the values; it answers on whatever devices there are.
+    run = run.finished() if artifact.step is None else run.model_copy(update={"attention": "auto"})
+    if isinstance(backbone, str):
+        run, backbone = run.model_copy(update={"backbone": backbone}), None
+    assembly = assemble(run, backbone)
+    methods.put_trained(assembly.model, artifact.tree, artifact.source)
+    if not any_backbone:  # after the values: a run that trained everything brings its backbone along
+        artifact.check_backbone(fingerprint(assembly.model), assembly.identity)
+    return dataclasses.replace(assembly, model=methods.finish(assembly.model))
+
+
+def backbone_of_prompts(
+    artifacts: Sequence[Artifact], runs: Sequence[Run | None], given: str | None = None
+) -> Backbone:
+    """Load the backbone that prompts were trained on, or the one that is given, as the first of their runs had it."""
+    source = named_backbone(artifacts, given)
+    run = next((run for run in runs if run is not None), None)
+    dtype, quantize = ("float32", None) if run is None else (run.dtype, run.quantize)
+    return load_backbone(source, dtype, quantize=None if quantized_folder.is_quantized_folder(source) else quantize)
 
 
 def backbone_of(run: Run) -> Backbone:
@@ -130,19 +173,11 @@ def context(run: Run, tokenizer: Tokenizer, backbone: Backbone) -> methods.Conte
     """
     hint = "carry a prompt over with softprompt recycle, or give bare rows (.npy)"
 
-    def check(metadata: dict[str, str], source: str) -> None:
+    def checked(source: str) -> Artifact:
+        artifact = load_artifact(source)
         if not backbone.is_abstract:
-            check_backbone(metadata, backbone.model, source, backbone.identity, hint)
-
-    def prompt_rows(source: str) -> np.ndarray:
-        rows, metadata = read_prompt(source)
-        check(metadata, source)
-        return rows
-
-    def trained(source: str) -> dict[str, Any]:
-        values, metadata = read_trained(source)
-        check(metadata, source)
-        return values
+            artifact.check_backbone(backbone.fingerprint(), backbone.identity, hint)
+        return artifact
 
     each = tuple(tuple(task.words or ()) for task in run.tasks)
     words = tuple(dict.fromkeys(itertools.chain.from_iterable(each)))
@@ -151,9 +186,9 @@ def context(run: Run, tokenizer: Tokenizer, backbone: Backbone) -> methods.Conte
         frozenset(tokenizer.special_ids),
         words,
         [i for i, piece in enumerate(tokenizer.pieces) if piece.startswith("▁") and piece[1:].isalpha()],
-        prompt_rows,
+        lambda source: checked(source).prompt,
         each if run.own_prompts else (),
-        trained,
+        lambda source: checked(source).tree,
     )
 
 
@@ -163,8 +198,8 @@ def check_own_prompts(run: Run, model: T5) -> None:
         return
     first, found = model.settings.vocabulary_rows, set()
     if model.prompt is not None:
-        around = [np.atleast_2d(ids) for ids in dataclasses.astuple(model.prompt.placement)]
-        found = {int(i) for ids in around if len(ids) == len(run.tasks) for i in ids.flat if i >= first}
+        layout = model.prompt.layout
+        found = {int(i) for ids in layout.parts for i in ids.flat if i >= first} if layout.tasks else set()
     if model.prompt is None or not found or len(found) != jax.eval_shape(model.prompt.table).shape[0]:
         raise UserError(
             f"task.prompts: own, but no method gives each of the {len(run.tasks)} tasks a prompt; "

@@ -15,11 +15,10 @@ import small_runs
 from flax import nnx
 
 from softprompt_jax import Run
-from softprompt_jax.assembly import assemble
+from softprompt_jax.assembly import assemble, layout_of
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.checkpoints.backbone import Backbone, load_backbone, save_backbone
 from softprompt_jax.config import parse
-from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.methods import finish, put_trained, split
 from softprompt_jax.models import decode
 from softprompt_jax.models.t5 import T5, T5Settings
@@ -90,12 +89,12 @@ def _drawn(trainable: Any, name: str, seed: int) -> Any:
 
 def answered(model: T5, ids: list[int], max_tokens: int, how: decode.Decoding, number: int) -> tuple[Any, Any]:
     """Decode one text under one model by itself, without any of what a bank does."""
-    placed = Placement() if model.prompt is None else model.prompt.placement
+    layout = layout_of(model)
     tokens = np.zeros((1, 24), np.int32)  # one shape: each model is compiled once
-    ids = [*placed.before, *ids, *placed.after, decode.EOS]
-    tokens[0, : len(ids)] = ids
+    around = layout.around([*ids, decode.EOS])
+    tokens[0, : len(around)] = around
     graphdef, state = nnx.split(model)
-    before = np.asarray([placed.decoder], np.int32)
+    before = layout.decoder
     found, scores = _answered(graphdef, state, tokens, before, np.asarray([number]), max_tokens, how)
     return np.asarray(found)[0], np.asarray(scores)[0]
 

@@ -13,11 +13,10 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from softprompt_jax.checkpoints.artifact import (
-    check_backbone,
+    check_fingerprint,
     dump,
+    load_artifact,
     load_prompt,
-    load_trained,
-    read_prompt,
     save_prompt,
     save_trained,
 )
@@ -32,10 +31,10 @@ ROWS = np.random.default_rng(0).normal(size=(3, 16)).astype(np.float32)
 def test_prompt_rows_return_to_the_bit_with_their_metadata(tmp_path):
     path = tmp_path / "prompt.safetensors"
     save_prompt(ROWS, path, {"task": "moods", "fingerprint": "abc"})
-    rows, metadata = read_prompt(path)
-    np.testing.assert_array_equal(rows, ROWS)
-    assert rows.dtype == np.float32
-    assert metadata == {"task": "moods", "fingerprint": "abc", "length": "3"}
+    found = load_artifact(path)
+    np.testing.assert_array_equal(found.prompt, ROWS)
+    assert found.prompt.dtype == np.float32
+    assert found.metadata == {"task": "moods", "fingerprint": "abc", "length": "3"}
     np.testing.assert_array_equal(load_prompt(tmp_path), ROWS)  # the folder of a run
     assert [p.name for p in tmp_path.iterdir()] == ["prompt.safetensors"]
     with safe_open(path, framework="numpy") as opened:  # rows only, no ids
@@ -49,7 +48,7 @@ def test_equal_prompts_are_equal_files(tmp_path):
         path = tmp_path / f"{attempt}.safetensors"
         save_prompt(ROWS, path, metadata)
         contents.add(path.read_bytes())
-        assert read_prompt(path)[1] == metadata | {"length": "3"}
+        assert load_artifact(path).metadata == metadata | {"length": "3"}
     assert len(contents) == 1
 
 
@@ -118,7 +117,7 @@ def test_files_that_hold_no_prompt_are_refused_in_a_line(tmp_path):
         "other.safetensors": "holds lora; expected a tensor named 'prompt'",
         "cut.safetensors": "not a complete safetensors file",
         "run": "not a run folder",
-        "running": "has not finished",
+        "running": "has no checkpoint yet",
         "missing.npy": "no such file",
     }
     for name, problem in problems.items():
@@ -134,7 +133,8 @@ def test_what_trains_returns_to_the_bit_with_the_backbones_fingerprint(tmp_path,
     if method == "full":
         Full().attach(model, jax.random.key(0), Context(list))
     save_trained(model, tmp_path / "trained.safetensors", {"task": "moods"})
-    trained, metadata = load_trained(tmp_path / "trained.safetensors")
+    found = load_artifact(tmp_path / "trained.safetensors")
+    trained, metadata = found.tree, found.metadata
     names = [name for name, _ in flatten(trained).items()]
     assert (names == ["prompt.rows"]) == (method == "prompt")
     for name, value in flatten(trained).items():
@@ -168,10 +168,10 @@ def test_a_fingerprint_outlives_dtype_prompt_and_dropout_but_not_another_backbon
 def test_a_prompt_is_refused_on_another_backbone():
     model = tiny.model()
     metadata = {"fingerprint": fingerprint(model), "backbone": "first"}
-    check_backbone(metadata, model, "prompt.safetensors", "first")
-    check_backbone({}, model, "rows.npy", "first")  # a .npy does not say
+    check_fingerprint(metadata, fingerprint(model), "prompt.safetensors", "first")
+    check_fingerprint({}, fingerprint(model), "rows.npy", "first")  # a .npy does not say
     with pytest.raises(UserError, match=r"prompt.safetensors: trained on backbone first .*, used on second") as caught:
-        check_backbone(metadata, tiny.model(seed=1), "prompt.safetensors", "second")
+        check_fingerprint(metadata, fingerprint(tiny.model(seed=1)), "prompt.safetensors", "second")
     assert "\n" not in str(caught.value)
 
 

@@ -14,8 +14,10 @@ from small_runs import write_backbone
 
 from softprompt_jax import PromptBank, generate, load_backbone
 from softprompt_jax.checkpoints.artifact import load_prompt, save_prompt, write_tensors
-from softprompt_jax.config import UserError
-from softprompt_jax.models.decode import Beam, Sampling
+from softprompt_jax.config import UserError, parse
+from softprompt_jax.inference.bank import _answer
+from softprompt_jax.models.decode import Beam, Greedy, Sampling
+from softprompt_jax.run import Run
 
 WIDTH = 16
 TEXTS = ["the garden is warm", "the night train is slow today", "the corner shop", "the old mill is rude and far away"]
@@ -235,5 +237,74 @@ def test_a_prompt_of_another_backbone_is_taken_if_one_says_so(prompt_run, tmp_pa
 
 def test_a_file_whose_settings_are_broken_is_one_line(backbone, tmp_path):
     write_tensors({"a": np.zeros(2, np.float32)}, tmp_path / "a.safetensors", {"settings": "{"})
-    with pytest.raises(UserError, match="holds neither a prompt nor a run's settings"):
+    with pytest.raises(UserError, match=r"a.safetensors: its settings are not JSON"):
         PromptBank(backbone).add("a", tmp_path / "a.safetensors")
+
+
+def test_the_fingerprint_is_computed_once_for_all_prompts(small, prompt_run, tmp_path, monkeypatch):
+    from softprompt_jax.checkpoints import backbone as module
+
+    calls, fingerprint = [], module.fingerprint
+    monkeypatch.setattr(module, "fingerprint", lambda model: calls.append(1) or fingerprint(model))
+    for number in range(5):
+        shutil.copy(prompt_run / "prompt.safetensors", tmp_path / f"{number}.safetensors")
+    assert len(PromptBank.open(tmp_path)) == 5
+    assert len(calls) == 1
+
+
+def test_runs_that_no_bank_can_hold_are_all_named_at_once(prompt_run, full_run, tmp_path):
+    for name, run in (("mine", prompt_run), ("whole", full_run), ("again", full_run)):
+        (tmp_path / name).symlink_to(run)
+    with pytest.raises(UserError) as error:
+        PromptBank.open(tmp_path)
+    reason = "full changes the model for every text, so that it cannot be in a bank"
+    assert f"again: {reason}; whole: {reason}; expected prompts" in str(error.value)
+    assert "leave these out" in str(error.value)
+    assert "mine" not in str(error.value).replace(str(tmp_path), "")
+
+
+def test_an_uploaded_run_is_judged_before_anything_is_attached(backbone, full_run, monkeypatch):
+    bank = PromptBank(backbone, any_backbone=True)
+    bank.backbone.fingerprint()
+    with monkeypatch.context() as patch:
+        patch.setattr("softprompt_jax.methods.attach", lambda *_: pytest.fail("attached"))
+        with pytest.raises(UserError, match="prompt odd: full changes the model for every text"):
+            bank.read("odd", full_run / "trained.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (
+            {"kind": "prompt", "length": 1_000_000_000},
+            "holds 96 numbers, and its settings say prompt of length 1000000000",
+        ),
+        ({"kind": "prefix", "network": None, "length": 96}, r"does not fit its config.yaml at decoder.*\[1, 96, 16\]"),
+    ],
+)
+def test_settings_that_ask_for_more_than_the_file_holds_are_refused(backbone, small, tmp_path, method, message):
+    run = parse(Run, small.short | {"methods": [method]}, "test")
+    arrays = {"encoder.prefix.attention.keys": np.zeros((1, 6, 16), np.float32)}
+    write_tensors(arrays, tmp_path / "odd.safetensors", {"settings": json.dumps(run.model_dump(mode="json"))})
+    with pytest.raises(UserError, match=message):
+        PromptBank(backbone).read("odd", tmp_path / "odd.safetensors")
+
+
+@pytest.mark.slow
+def test_words_are_scored_as_forced_answers_are(backbone, prompts, tmp_path):
+    bank = bank_of(backbone, prompts)
+    for number, place in enumerate(("decoder", "both")):
+        save_prompt(rows(4, 90 + number), tmp_path / f"{place}.safetensors", {"place": place})
+        bank.add(place, tmp_path / f"{place}.safetensors")
+    names = ["p1", "decoder", "both", "p6"]
+    words = [["the old mill", "warm"], ["warm"], ["the garden", "warm", "dull"], ["warm", "the old mill"]]
+    scores = bank.score_words(TEXTS, names, words)
+    assert [len(row) for row in scores] == [2, 1, 3, 2]
+    for text, name, of_text, row in zip(TEXTS, names, words, scores, strict=True):
+        tokens, before = bank._tokens(np.array([0]), [[*bank.tokenizer.encode(text), 1]], [name])
+        tables, entries = bank.device.entries([name])
+        for word, score in zip(of_text, row, strict=True):
+            forced = np.asarray([bank.word_ids(name, word)], np.int32)
+            rest = tables, entries, np.zeros(1, np.int32), forced
+            _, expected = _answer(*bank.device.parts, Greedy(), forced.shape[1], tokens, before, *rest)
+            assert score == pytest.approx(float(expected[0, 0]), abs=1e-4)

@@ -14,12 +14,13 @@ from softprompt_jax.data import metrics
 from softprompt_jax.data.batches import TrainBatches, count_slots, evaluation_batches
 from softprompt_jax.data.buckets import batch_plan, choose_shapes
 from softprompt_jax.data.packing import Packing
+from softprompt_jax.data.prompt_layout import NO_PROMPT, PromptLayout
 from softprompt_jax.data.task import Example, Task
 from softprompt_jax.data.tokenized import tokenize
 from softprompt_jax.data.tokenizer import Tokenizer
 
 ROWS = 40  # rows of the embedding table
-PROMPT = np.arange(ROWS, ROWS + 5)
+PROMPT = PromptLayout(np.arange(ROWS, ROWS + 5))
 
 
 class Letters(Tokenizer):
@@ -137,7 +138,7 @@ def test_shapes_are_few_and_padding_is_what_the_batches_show():
 def test_a_longer_prompt_makes_padding_look_no_better(packing):
     tokenized, shares = some_set(200), []
     for length in (0, 5, 30):
-        train = TrainBatches(tokenized, 8, 0, np.arange(ROWS, ROWS + length), packing=packing)
+        train = TrainBatches(tokenized, 8, 0, PromptLayout(np.arange(ROWS, ROWS + length)), packing=packing)
         counts = count_slots(train.batch(3), ROWS)
         assert counts.prompt == counts.examples * length
         shares.append((counts.padding, train.padding_share))
@@ -149,15 +150,15 @@ def test_a_longer_prompt_makes_padding_look_no_better(packing):
 # ------------------------------------------------------------------------------------------- batches
 
 
-@pytest.mark.parametrize("prompt_ids", [None, PROMPT, ROWS + np.arange(600).reshape(100, 6)])
-def test_batches_reproduce_the_rows(prompt_ids):
+@pytest.mark.parametrize("layout", [NO_PROMPT, PROMPT, PromptLayout(ROWS + np.arange(600).reshape(100, 6))])
+def test_batches_reproduce_the_rows(layout):
     tokenized = dataclasses.replace(some_set(), tasks=np.arange(100))
-    train = TrainBatches(tokenized, 8, 0, prompt_ids)
+    train = TrainBatches(tokenized, 8, 0, layout)
     for step in range(20):
         batch = train.batch(step)
         assert all(array.dtype == np.int32 for array in batch.values())
         for row, index in enumerate(np.concatenate(train.row_ids(step))):
-            prompt = [] if prompt_ids is None else np.broadcast_to(prompt_ids, (100, prompt_ids.shape[-1]))[index]
+            prompt = layout.before[index if layout.tasks else 0]
             length = len(prompt) + len(tokenized.input(index))
             encoder, targets = batch["encoder_tokens"][row], batch["decoder_targets"][row]
             np.testing.assert_array_equal(encoder[:length], [*prompt, *tokenized.input(index)])
@@ -197,7 +198,9 @@ def test_evaluation_visits_every_example_once_and_padded_rows_weigh_nothing(coun
     seen = []
     for batch, ids in evaluation_batches(tokenized, 8, PROMPT):
         assert batch["encoder_tokens"].shape[0] == len(ids) == 8
-        assert (batch["encoder_tokens"][:, len(PROMPT)] > 0).all()  # padded rows still hold a text: no empty softmax
+        assert (
+            batch["encoder_tokens"][:, PROMPT.lengths[0]] > 0
+        ).all()  # padded rows still hold a text: no empty softmax
         assert not batch["decoder_targets"][ids < 0].any()
         assert not batch["decoder_inputs"][ids < 0].any()
         for row, index in enumerate(ids):
@@ -242,11 +245,6 @@ def test_long_target_is_an_error_or_counted():
 def test_tokenizer_that_does_not_fit_the_model_is_refused():
     with pytest.raises(UserError, match=r"does not fit the model: it gives the id 28 \('z'\); expected ids under 20"):
         tokenize([Example("az", "a")], Letters(), 20, 8, 8)
-
-
-def test_a_text_id_cannot_pass_for_a_prompt_row():
-    with pytest.raises(ValueError, match="prompt id 39 is a text id; expected ids from 40 on"):
-        TrainBatches(some_set(), 8, 0, np.array([39, 40]))
 
 
 def test_batch_size_must_be_shared_evenly():

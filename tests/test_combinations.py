@@ -13,7 +13,7 @@ from small_runs import rows, write_config
 
 import softprompt_jax
 from softprompt_jax import UserError, load_predictor
-from softprompt_jax.checkpoints.artifact import load_trained
+from softprompt_jax.checkpoints.artifact import load_artifact
 from softprompt_jax.config import parse
 from softprompt_jax.export.export import export
 from softprompt_jax.methods import split
@@ -50,7 +50,7 @@ def combined(small, tmp_path_factory):
 
 @pytest.mark.slow
 def test_all_of_them_train_and_the_predictor_has_them_all(combined):
-    trained = flatten(load_trained(combined / "trained.safetensors")[0])
+    trained = flatten(load_artifact(combined).tree)
     predictor = load_predictor(combined)
     parts = flatten(split(predictor.model).trainable)
     assert parts.keys() == trained.keys()
@@ -91,7 +91,7 @@ def test_methods_on_weights_merge_together_into_a_hugging_face_model(small, tmp_
 @pytest.mark.slow
 def test_a_prefix_and_adapters_train_together(small, tmp_path):
     folder = run_of(small, tmp_path / "run", {"kind": "prefix", "length": 3, "network": 4}, {"kind": "adapter"})
-    trained = flatten(load_trained(folder / "trained.safetensors")[0])
+    trained = flatten(load_artifact(folder).tree)
     assert {path.rpartition(".")[2] for path in trained} >= {"keys", "values", "down", "up"}
     assert len(load_predictor(folder).texts(TEXTS)) == len(TEXTS)
 
@@ -151,6 +151,6 @@ def test_each_rate_is_named_in_the_first_lines_and_the_metrics_and_an_interrupte
         (tmp_path / "cut" / name).unlink()
     softprompt_jax.train(run, tmp_path / "cut", Lines(quiet=True))
     assert "resumed at step 2" in told
-    whole, again = (flatten(load_trained(tmp_path / name / "trained.safetensors")[0]) for name in ("whole", "cut"))
+    whole, again = (flatten(load_artifact(tmp_path / name).tree) for name in ("whole", "cut"))
     for path, values in whole.items():
         np.testing.assert_array_equal(again[path], values)

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from softprompt_jax.config import UserError
+from softprompt_jax.data.prompt_layout import PromptLayout
 from softprompt_jax.data.streaming import StreamBatches
 from softprompt_jax.data.task import Example
 from softprompt_jax.data.tokenized import tokenize
 from softprompt_jax.data.tokenizer import _Bytes
 
-PROMPT = np.arange(400, 403)
+PROMPT = PromptLayout(np.arange(400, 403))
 TOKENIZER = _Bytes("bytes")
 
 
@@ -48,7 +49,7 @@ def test_every_window_holds_its_examples_once_behind_their_prompt():
         found = [number for batch in made[8 * window : 8 * window + 8] for number in numbers(batch)]
         assert sorted(found) == list(range(32 * window, 32 * window + 32))
         assert found != sorted(found)
-    assert all((batch["encoder_tokens"][:, :3] == PROMPT).all() for batch in made)
+    assert all((batch["encoder_tokens"][:, :3] == PROMPT.before).all() for batch in made)
     assert {batch["encoder_tokens"].shape for batch in made} <= {(4, shape[0]) for shape in batches().shapes}
     assert len(batches().shapes) <= 4
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from softprompt_jax import PromptBank, load_predictor, train
-from softprompt_jax.checkpoints.artifact import load_prompt, read_prompt, save_prompt
+from softprompt_jax.checkpoints.artifact import load_artifact, load_prompt, save_prompt
 from softprompt_jax.config import UserError, parse
-from softprompt_jax.inference.ensemble import Answers, Ensemble, ensemble
+from softprompt_jax.inference.ensemble import Ensemble, EnsembleAnswers, ensemble
 from softprompt_jax.models import decode
 from softprompt_jax.models.quantized import quantization_of
 from softprompt_jax.run import Run
@@ -23,7 +23,8 @@ from softprompt_jax.tasks import load
 def prompts(prompt_run, tmp_path_factory):
     """Return three prompt files of unlike rows and lengths that give unlike answers."""
     folder = tmp_path_factory.mktemp("prompts")
-    rows, metadata = read_prompt(prompt_run)
+    found = load_artifact(prompt_run)
+    rows, metadata = found.prompt, found.metadata
     draw = np.random.default_rng(0)
     for name, length in (("a", 3), ("b", 3), ("c", 2)):
         noise = draw.normal(size=rows[:length].shape).astype(np.float32)
@@ -56,10 +57,10 @@ def test_log_probabilities_are_those_of_each_prompt_alone(prompts, joined, found
     assert found.log_probabilities.shape == (16, 3, 2)
     assert found.candidates == [["yes", "no"]] * 16
     model = load_predictor(prompts[2]).model  # the short one
-    words = jnp.asarray([[*joined.tokenizer.encode(word), 1] for word in ("yes", "no")])
+    words = jnp.asarray([[*joined.bank.tokenizer.encode(word), 1] for word in ("yes", "no")])
     tokens = np.zeros((16, 20), np.int32)
     for row, example in zip(tokens, load(joined.task, "test"), strict=True):
-        ids = [*model.prompt.placement.before, *joined.tokenizer.encode(example.input), 1]
+        ids = model.prompt.layout.around([*joined.bank.tokenizer.encode(example.input), 1])
         row[: len(ids)] = ids
     expected = jax.jit(lambda tokens: decode.score_words(model, tokens, words))(tokens)
     np.testing.assert_allclose(found.log_probabilities[:, 2], expected, rtol=1e-4, atol=1e-4)
@@ -81,11 +82,26 @@ def test_free_text_is_voted_on_among_what_the_prompts_say(joined, found):
                 np.testing.assert_allclose(row[:, place], labels[index, :, ("yes", "no").index(text)], rtol=1e-4)
 
 
+def test_prompts_of_unlike_places_vote_together(prompts, found, joined, tmp_path):
+    rows = load_artifact(prompts[0])
+    for place, length in (("after", 3), ("both", 1)):
+        path = tmp_path / f"{place}.safetensors"
+        save_prompt(rows.prompt[: 2 * length if place == "both" else length], path, rows.metadata | {"place": place})
+    files = [prompts[0], tmp_path / "after.safetensors", tmp_path / "both.safetensors"]
+    answers = Ensemble(files).answers(load(joined.task, "test"))
+    np.testing.assert_allclose(answers.log_probabilities[:, 0], found.log_probabilities[:, 0], rtol=1e-4, atol=1e-5)
+    for number in (1, 2):
+        apart = Ensemble([files[number], prompts[1]]).answers(load(joined.task, "test"))
+        np.testing.assert_allclose(
+            answers.log_probabilities[:, number], apart.log_probabilities[:, 0], rtol=1e-4, atol=1e-5
+        )
+
+
 def test_votes_and_means():
     scores = np.log(
         np.array([[[0.6, 0.4], [0.6, 0.4], [0.01, 0.99]], [[0.5, 0.5], [0.9, 0.1], [0.2, 0.8]]], np.float32)
     )
-    answers = Answers([["no", "no", "yes"], ["no", "yes", "other"]], [["no", "yes"]] * 2, scores)
+    answers = EnsembleAnswers([["no", "no", "yes"], ["no", "yes", "other"]], [["no", "yes"]] * 2, scores)
     assert answers.vote() == ["no", "no"]  # the majority; of equally many the likelier
     assert answers.likeliest() == ["yes", "no"]  # one prompt that is sure outweighs two that are not
     assert answers.of(2) == ["yes", "other"]
@@ -118,7 +134,8 @@ def test_command_prints_a_table_and_json_on_request(softprompt, prompts):
 
 
 def test_what_is_no_ensemble_is_one_line(prompts, prompt_run, full_run, tmp_path):
-    rows, metadata = read_prompt(prompt_run)
+    found = load_artifact(prompt_run)
+    rows, metadata = found.prompt, found.metadata
     other = tmp_path / "other.safetensors"
 
     def refused(*sources) -> str:
@@ -129,13 +146,11 @@ def test_what_is_no_ensemble_is_one_line(prompts, prompt_run, full_run, tmp_path
 
     assert "found 1 prompt; expected two or more" in refused(prompts[0])
     assert "found a prompt twice" in refused(prompts[0], prompts[0])
-    assert "it trained no prompt" in refused(prompts[0], full_run)
+    assert "full changes the model for every text" in refused(prompts[0], full_run)
     save_prompt(rows, other, metadata | {"task": "spam"})
     assert "trained on task spam (spam)" in refused(prompts[0], other)
     save_prompt(rows, other, metadata | {"fingerprint": "0" * 16, "backbone": "t5"})
     assert "expected one backbone for all" in refused(prompts[0], other)
-    save_prompt(rows, other, metadata | {"place": "after"})
-    assert "placed after, before; expected one place" in refused(prompts[0], other)
     for name in "xy":
         np.save(tmp_path / f"{name}.npy", load_prompt(prompt_run))
     assert "says no backbone; expected one" in refused(tmp_path / "x.npy", tmp_path / "y.npy")
@@ -143,18 +158,16 @@ def test_what_is_no_ensemble_is_one_line(prompts, prompt_run, full_run, tmp_path
         ensemble([tmp_path / "x.npy", tmp_path / "y.npy"], backbone=metadata["backbone"])
 
 
-def test_backbone_is_kept_as_the_runs_had_it_and_padding_may_come_first(prompts, tmp_path):
-    """Fused attention takes what comes first for text, so that an ensemble's short prompts need the plain one."""
+def test_backbone_is_kept_as_the_runs_had_it(prompts, tmp_path):
     sources = []
     for path in prompts[:2]:
-        rows, metadata = read_prompt(path)
-        settings = json.dumps(
-            json.loads(metadata["settings"]) | {"quantize": "int8", "attention": "flash", "dropout": 0}
-        )
+        found = load_artifact(path)
+        rows, metadata = found.prompt, found.metadata
+        settings = json.dumps(json.loads(metadata["settings"]) | {"quantize": "int8"})
         sources.append(tmp_path / path.name)
         save_prompt(rows, sources[-1], metadata | {"settings": settings})
     joined = Ensemble(sources)
-    assert (quantization_of(joined._model), joined._model.settings.attention) == ("int8", "plain")
+    assert quantization_of(joined.bank.backbone.model) == "int8"
 
 
 def test_words_are_scored_behind_the_sentinel_that_answers_begin_with(small, tmp_path):
@@ -162,7 +175,10 @@ def test_words_are_scored_behind_the_sentinel_that_answers_begin_with(small, tmp
         settings = small.short | {"target_sentinel": True, "steps": 2, "seed": seed}
         train(parse(Run, settings, "test"), tmp_path / str(seed))
     joined = Ensemble([tmp_path / "0", tmp_path / "1"])
-    assert joined._ids("yes")[0] == joined.tokenizer.sentinel(0)
-    assert joined._ids("yes")[1:] == [*joined.tokenizer.encode("yes"), joined.tokenizer.eos_id]
+    assert joined.bank.word_ids(joined.members[0].source, "yes")[0] == joined.bank.tokenizer.sentinel(0)
+    assert joined.bank.word_ids(joined.members[0].source, "yes")[1:] == [
+        *joined.bank.tokenizer.encode("yes"),
+        joined.bank.tokenizer.eos_id,
+    ]
     bank = PromptBank.open(tmp_path)
     assert bank.prompt("0").target_sentinel

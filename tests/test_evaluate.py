@@ -17,7 +17,15 @@ from softprompt_jax.assembly import assemble
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.data.batches import evaluation_batches
 from softprompt_jax.data.tokenized import tokenize
-from softprompt_jax.inference.evaluate import benchmark_average, mean_loss, mean_score
+from softprompt_jax.inference.evaluate import (
+    benchmark_average,
+    mean_loss,
+    mean_score,
+    run_score,
+    score_factor,
+    score_name,
+    score_text,
+)
 from softprompt_jax.methods import split
 from softprompt_jax.optim.losses import cross_entropy
 from softprompt_jax.run import Run
@@ -75,6 +83,20 @@ def test_mean_loss_weighs_tokens_not_batches(predictor, tokenized):
 def test_checkpoints_are_compared_by_the_mean_of_the_metrics(predictor):
     task = predictor.task.model_copy(update={"metrics": ["accuracy", "f1"]})
     assert mean_score(task, {"accuracy": 0.5, "f1": 1.0, "illegal": 0.0, "count": 9}) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("changes", "scores", "expected"),
+    [
+        ({}, {"accuracy": 0.5, "illegal": 0.0, "count": 9}, "accuracy, in %"),
+        ({"metrics": ["accuracy", "f1"]}, {"accuracy": 0.5, "f1": 1.0}, "mean of accuracy and f1, in %"),
+    ],
+)
+def test_a_score_says_what_it_is(small, changes, scores, expected):
+    run = parse(Run, small.short | {"task": small.task | changes}, "test")
+    assert score_name(run, scores) == expected
+    assert run_score(run, scores) == mean_score(run.tasks[0], scores)
+    assert score_text(run_score(run, scores), score_factor(run)) == f"{100 * run_score(run, scores):.1f}"
 
 
 WORDS = ["yes", "no", "the garden is bright", "messy today"]  # of 2, 2, 5 and 3 tokens with EOS

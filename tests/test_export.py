@@ -10,7 +10,7 @@ import pytest
 from small_runs import rows
 
 from softprompt_jax import UserError, generate, load_backbone, load_predictor, load_prompt
-from softprompt_jax.checkpoints.artifact import load_trained, read_prompt, save_prompt
+from softprompt_jax.checkpoints.artifact import load_artifact, save_prompt
 from softprompt_jax.export.export import export
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -32,10 +32,9 @@ def test_rows_that_stand_elsewhere_are_not_written_without_their_place(tmp_path)
 
 def test_rows_survive_as_safetensors_with_their_metadata(prompt_run, tmp_path):
     export(prompt_run / "prompt.safetensors", "safetensors", tmp_path / "p.safetensors")
-    found, metadata = read_prompt(tmp_path / "p.safetensors")
-    expected, expected_metadata = read_prompt(prompt_run)
-    np.testing.assert_array_equal(found, expected)
-    assert metadata == expected_metadata
+    found, expected = load_artifact(tmp_path / "p.safetensors"), load_artifact(prompt_run)
+    np.testing.assert_array_equal(found.prompt, expected.prompt)
+    assert found.metadata == expected.metadata
     assert (tmp_path / "p.safetensors").read_bytes() == (prompt_run / "prompt.safetensors").read_bytes()
 
 
@@ -56,7 +55,7 @@ def test_an_exported_model_has_a_tokenizer_that_needs_no_sentencepiece(full_run,
         assert fast.encode(row["text"], add_special_tokens=False).ids == ours.encode(row["text"])
 
 
-def test_unfinished_run_exports_its_latest_checkpoint(full_run, tmp_path):
+def test_unfinished_run_exports_its_best_checkpoint(full_run, tmp_path):
     shutil.copytree(full_run, tmp_path / "run")
     for name in ("result.json", "trained.safetensors"):
         (tmp_path / "run" / name).unlink()
@@ -96,10 +95,9 @@ def test_model_cannot_go_where_a_file_is(full_run, tmp_path):
 
 def test_what_a_run_without_a_prompt_trained_survives_as_safetensors(full_run, tmp_path):
     export(full_run, "safetensors", tmp_path / "new" / "all.safetensors")
-    found, metadata = load_trained(tmp_path / "new" / "all.safetensors")
-    expected, expected_metadata = load_trained(full_run / "trained.safetensors")
-    assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
-    assert metadata == expected_metadata
+    found, expected = load_artifact(tmp_path / "new" / "all.safetensors"), load_artifact(full_run)
+    assert jax.tree.all(jax.tree.map(np.array_equal, found.tree, expected.tree))
+    assert found.metadata == expected.metadata
 
 
 def test_prompt_of_a_run_without_one_is_one_line(full_run, tmp_path):
@@ -107,7 +105,7 @@ def test_prompt_of_a_run_without_one_is_one_line(full_run, tmp_path):
         UserError, match=r"no prompt.safetensors \(it trained no prompt\); expected the folder of a finished prompt run"
     ):
         export(full_run, "npy", tmp_path / "p.npy")
-    with pytest.raises(UserError, match=r"no config.yaml; expected a run folder"):
+    with pytest.raises(UserError, match="it is not a run folder"):
         export(tmp_path, "hf", tmp_path / "model")
 
 

@@ -185,8 +185,8 @@ def test_a_template_reads_as_if_its_words_were_part_of_the_text():
     Hard(template="aaa {text} it was").attach(model, tiny.key(0), CONTEXT)
     ids = [8, 7, 8]
     np.testing.assert_array_equal(model.prompt.table(), np.asarray(plain.embedding[...])[ids])
-    placed = model.prompt.placement
-    assert (len(placed.before), len(placed.after)) == (1, 2)
+    layout = model.prompt.layout
+    assert (len(layout.before[0]), len(layout.after[0])) == (1, 2)
     batch = tiny.batch(rows=2)
     text = np.asarray(batch["encoder_tokens"])
 
@@ -195,7 +195,7 @@ def test_a_template_reads_as_if_its_words_were_part_of_the_text():
         width = max(map(len, rows))
         return batch | {"encoder_tokens": jnp.asarray([row + [0] * (width - len(row)) for row in rows], jnp.int32)}
 
-    found = tiny.forward(model, around(placed.before, placed.after))
+    found = tiny.forward(model, around(layout.before[0], layout.after[0]))
     np.testing.assert_allclose(found, tiny.forward(plain, around(ids[:1], ids[1:])), atol=1e-5)
     assert model.prompt.template(model, lambda ids: " ".join(map(str, ids))) == "8 {text} 7 8"
 

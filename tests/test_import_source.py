@@ -12,7 +12,7 @@ from test_torch_file import save_tensors
 
 from softprompt_jax import UserError, load_backbone, load_prompt
 from softprompt_jax.checkpoints import tensors as tensors_module
-from softprompt_jax.checkpoints.artifact import read_prompt
+from softprompt_jax.checkpoints.artifact import load_artifact
 from softprompt_jax.checkpoints.backbone import EMBEDDED, save_backbone
 from softprompt_jax.data.tokenizer import load_tokenizer
 from softprompt_jax.export.import_source import import_source
@@ -33,7 +33,8 @@ def test_a_t5x_run_becomes_a_backbone_and_a_prompt_that_know_each_other(shared_f
     written = import_source(str(run), tmp_path / "t5", SPIECE)
     assert [line.split(": ")[0] for line in written] == [str(tmp_path / "t5"), str(tmp_path / "t5/prompt.safetensors")]
     same(tmp_path / "t5", run)
-    rows, metadata = read_prompt(tmp_path / "t5")
+    found = load_artifact(tmp_path / "t5")
+    rows, metadata = found.prompt, found.metadata
     np.testing.assert_array_equal(rows, load_prompt(run))
     backbone = load_backbone(tmp_path / "t5")
     assert metadata == {

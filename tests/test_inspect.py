@@ -12,7 +12,7 @@ from small_runs import BAD
 from softprompt_jax import load_backbone, load_run
 from softprompt_jax.analysis import inspect
 from softprompt_jax.assembly import assemble
-from softprompt_jax.checkpoints.artifact import read_prompt, save_prompt
+from softprompt_jax.checkpoints.artifact import load_artifact, load_prompt, save_prompt
 from softprompt_jax.config import UserError
 from softprompt_jax.data.tokenizer import load_tokenizer
 
@@ -27,7 +27,7 @@ def made(small, prompt_run, tmp_path_factory):
     (yes,), (cold,) = tokenizer.encode("yes"), tokenizer.encode("cold")
     rows = np.stack([3 * table[yes], 3 * table[yes] + 0.01, table[cold]]).astype(np.float32)
     path = tmp_path_factory.mktemp("made") / "made.safetensors"
-    save_prompt(rows, path, read_prompt(prompt_run)[1])
+    save_prompt(rows, path, load_artifact(prompt_run).metadata)
     return path, rows, table, tokenizer
 
 
@@ -73,7 +73,7 @@ def test_a_label_is_found_where_all_its_pieces_are_neighbours_of_one_row(made, p
     unit = table / np.linalg.norm(table, axis=1, keepdims=True)
     far = min(BAD, key=lambda word: unit[tokenizer.encode(word)[0]] @ unit[yes])
     (other,) = tokenizer.encode(far)
-    metadata = read_prompt(prompt_run)[1]
+    metadata = load_artifact(prompt_run).metadata
     settings = json.loads(metadata["settings"])
     settings["task"]["label_words"] = [f"yes {far}", far]
     metadata |= {"settings": json.dumps(settings)}
@@ -104,7 +104,7 @@ def test_labels_of_a_prompt_that_fails_are_not_read(prompt_run, tmp_path, accura
 
 def test_distance_from_the_start_is_that_from_what_the_settings_begin_with(prompt_run, found):
     start = np.asarray(assemble(load_run(prompt_run / "config.yaml")).model.prompt.table())
-    rows, _ = read_prompt(prompt_run)
+    rows = load_prompt(prompt_run)
     expected = np.linalg.norm(rows - start, axis=1)
     prompt = found["prompts"][1]
     np.testing.assert_allclose([line["from_start"] for line in prompt["rows"]], expected, rtol=1e-5)
@@ -114,7 +114,7 @@ def test_distance_from_the_start_is_that_from_what_the_settings_begin_with(promp
 
 def test_distance_between_prompts(made, prompt_run, found):
     (pair,) = found["between"]
-    one, other = made[1], read_prompt(prompt_run)[0]
+    one, other = made[1], load_prompt(prompt_run)
     assert pair["prompts"] == [str(made[0]), str(prompt_run)]
     assert pair["distance"] == pytest.approx(np.linalg.norm(one - other, axis=1).mean(), rel=1e-5)
     mean, others = one.mean(0), other.mean(0)

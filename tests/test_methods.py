@@ -21,13 +21,12 @@ import test_mesh
 import tiny
 from flax import nnx
 
-from softprompt_jax.assembly import check_own_prompts
-from softprompt_jax.checkpoints.artifact import load_trained, save_trained
+from softprompt_jax.assembly import check_own_prompts, layout_of
+from softprompt_jax.checkpoints.artifact import load_artifact, save_trained
 from softprompt_jax.checkpoints.backbone import load_backbone, save_backbone
 from softprompt_jax.checkpoints.peft import attach_adapter, save_adapter
 from softprompt_jax.checkpoints.training_state import Checkpoints
 from softprompt_jax.config import UserError, parse, to_yaml
-from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.methods import METHODS, Context, MethodSettings, Split, leaves, put_trained, split
 from softprompt_jax.methods.wrap import merged
 from softprompt_jax.models.decode import greedy
@@ -71,13 +70,13 @@ def move(model: T5) -> T5:
 def batch(model: T5, packed: bool = False) -> dict[str, jax.Array]:
     """Return three texts with the model's prompt ids around them: a row each, or all in the first row."""
     draw = np.random.default_rng(5)
-    place = Placement() if model.prompt is None else model.prompt.placement
+    layout = layout_of(model)
     rows = {name: np.zeros((3, size), np.int32) for name, size in _SIZES.items()}
     ends = np.zeros((2,), int)
     for index, (text, target) in enumerate([(4, 3), (2, 2), (3, 1)]):
-        encoder = [*place.before, *draw.integers(2, tiny.ROWS, text), *place.after, 1]
+        encoder = layout.around([*draw.integers(2, tiny.ROWS, text), 1])
         words = [*draw.integers(2, tiny.ROWS, target), 1]
-        inputs, targets = [*place.decoder, 0, *words[:-1]], [0] * len(place.decoder) + words
+        inputs, targets = [*layout.decoder[0], 0, *words[:-1]], [0] * layout.lengths[1] + words
         row, starts = (0, ends) if packed else (index, np.zeros((2,), int))
         values = {"encoder_tokens": encoder, "decoder_inputs": inputs, "decoder_targets": targets}
         for name, value in values.items():
@@ -331,14 +330,13 @@ def test_a_mixed_batch_gives_each_task_its_own_prompt_or_it_says_why_not(kind):
         assert re.fullmatch(r"(methods|task.prompts): .*; expected .*", reason)
         return
     move(model)
-    place = model.prompt.placement
-    assert place.tasks == 2
+    layout = model.prompt.layout
+    assert layout.tasks == 2
 
     def encoded(tasks: list[int]) -> np.ndarray:
         rows = np.zeros((2, T), np.int32)
         for row, task in enumerate(tasks):
-            around = place.of_task(task)
-            text = [*around.before, 7, 8, 9, *around.after, 1]
+            text = layout.around([7, 8, 9, 1], task)
             rows[row, : len(text)] = text
         return tiny.encode(model, jnp.asarray(rows))
 
@@ -364,7 +362,7 @@ def test_what_is_saved_is_loaded_to_the_bit(kind, case, tmp_path):
     made = case(kind)
     save_trained(made.model, tmp_path / "trained.safetensors", {})
     other = attached(kind, seed=1)
-    put_trained(other, load_trained(tmp_path / "trained.safetensors")[0], "test")
+    put_trained(other, load_artifact(tmp_path / "trained.safetensors").tree, "test")
     assert nnx.graphdef(other) == nnx.graphdef(made.model)
     jax.tree.map(np.testing.assert_array_equal, split(other).trainable, made.parts.trainable)
 
@@ -427,7 +425,7 @@ def test_from_a_checkpoint_it_goes_on_to_the_same_bits(kind, trained, tmp_path):
 @pytest.mark.slow
 def test_greedy_decoding_with_its_caches_follows_the_logits(kind, case):
     model, rows, steps = case(kind).model, case(kind).batch, 5
-    prompt = [] if model.prompt is None else list(model.prompt.placement.decoder)
+    prompt = layout_of(model).decoder[0].tolist()
     ids = jnp.tile(jnp.asarray(prompt, jnp.int32), (3, 1)) if prompt else None
     found, _ = jax.jit(greedy, static_argnums=2)(model, rows["encoder_tokens"], steps, decoder_prompt=ids)
     found = np.asarray(found)

@@ -17,6 +17,7 @@ from softprompt_jax import Run, load_predictor, load_prompt
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.data.batches import TrainBatches
 from softprompt_jax.data.packing import Packing
+from softprompt_jax.data.prompt_layout import PromptLayout
 from softprompt_jax.data.tokenized import concatenate, tokenize
 from softprompt_jax.inference.predictor import named_task
 from softprompt_jax.methods import Context, Prompt
@@ -73,11 +74,11 @@ def test_draws_are_pure_shuffled_and_as_many_as_a_batch_needs():
 @pytest.mark.parametrize("packing", [None, Packing(length=48)])
 def test_multihost_share_a_mixtures_batches_and_every_example_meets_its_own_prompt(packing):
     sets = [tokenize(some_examples(count, seed=count), Letters(), ROWS, 30, 8) for count in (30, 90)]
-    prompts = ROWS + np.arange(6).reshape(2, 3)
+    layout = PromptLayout(ROWS + np.arange(6).reshape(2, 3))
     options = {"packing": packing, "draw": draw_mixture([30, 90], np.array([0.5, 0.5]), 1)}
     tokens = concatenate(sets)
-    whole = TrainBatches(tokens, 16, 1, prompts, rows_multiple=2, **options)
-    parts = [TrainBatches(tokens, 16, 1, prompts, process_index=i, process_count=2, **options) for i in range(2)]
+    whole = TrainBatches(tokens, 16, 1, layout, rows_multiple=2, **options)
+    parts = [TrainBatches(tokens, 16, 1, layout, process_index=i, process_count=2, **options) for i in range(2)]
     drawn = Counter()
     for step in range(4 * whole.batches_per_epoch):
         batch = whole.batch(step)
@@ -85,7 +86,7 @@ def test_multihost_share_a_mixtures_batches_and_every_example_meets_its_own_prom
             np.testing.assert_array_equal(np.concatenate([part.batch(step)[name] for part in parts]), array)
         for row, ids in enumerate(whole.row_ids(step)):
             found = batch["encoder_tokens"][row]
-            expected = np.concatenate([[*prompts[int(index >= 30)], *tokens.input(index)] for index in ids])
+            expected = np.concatenate([layout.around(tokens.input(index), int(index >= 30)) for index in ids])
             np.testing.assert_array_equal(found[: len(expected)], expected)
             drawn.update((ids >= 30).tolist())
     assert drawn[True] / drawn.total() == pytest.approx(0.5, abs=0.08)
@@ -233,7 +234,7 @@ def test_prompts_of_a_mixture_start_from_their_tasks_label_words_and_are_weights
     assert (rows[0][2] != rows[1][2]).any()
     assert leaves(model)["prompt.rows"].stacked
     first = tiny.ROWS
-    assert model.prompt.placement.before == ((first, first + 1, first + 2), (first + 3, first + 4, first + 5))
+    assert model.prompt.layout.before.tolist() == [[first, first + 1, first + 2], [first + 3, first + 4, first + 5]]
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,10 @@ from test_decode import greedy
 from test_step import one_step, run
 
 from softprompt_jax import load_backbone, load_predictor, load_prompt, train
-from softprompt_jax.checkpoints.artifact import read_trained
+from softprompt_jax.checkpoints.artifact import load_artifact
 from softprompt_jax.checkpoints.peft import attach_adapter, save_adapter
 from softprompt_jax.config import UserError, parse
-from softprompt_jax.data.prompt_layout import Placement
+from softprompt_jax.data.prompt_layout import PromptLayout
 from softprompt_jax.export.export import export
 from softprompt_jax.methods import Context, Multitask, finish, put_trained, split
 from softprompt_jax.methods.prompt import attach_rows
@@ -115,9 +115,9 @@ def test_rows_are_what_the_name_says(combine):
 
 
 def test_ids_of_a_task_are_its_own():
-    placed = prompted(2, place="both", length=2).prompt.placement
-    assert placed == Placement(((V, V + 1), (V + 4, V + 5)), ((), ()), ((V + 2, V + 3), (V + 6, V + 7)))
-    assert prompted(length=2).prompt.placement == Placement((V, V + 1), (), ())
+    placed = prompted(2, place="both", length=2).prompt.layout
+    assert placed == PromptLayout(((V, V + 1), (V + 4, V + 5)), ((), ()), ((V + 2, V + 3), (V + 6, V + 7)))
+    assert prompted(length=2).prompt.layout == PromptLayout((V, V + 1), (), ())
 
 
 # ---------------------------------------------------------------------------------------- distillation
@@ -237,7 +237,7 @@ def test_both_stages_run_from_settings(small, prompt_run, own_cache, tmp_path):
     first = {"kind": "multitask", "length": 3, "teachers": [str(prompt_run), str(prompt_run)]}
     settings = small.short | {"steps": 10, "task": mixture, "methods": [first]}
     train(parse(Run, settings, "test"), tmp_path / "first")
-    trained = read_trained(tmp_path / "first")[0]["prompt"]
+    trained = load_artifact(tmp_path / "first").tree["prompt"]
     assert {name: value.shape for name, value in trained.items()} == {
         **{"shared": (3, 16), "columns": (2, 3, 1), "rows": (2, 1, 16)},
     }

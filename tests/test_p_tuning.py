@@ -13,7 +13,7 @@ from softprompt_jax import load_run, train
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.checkpoints.peft import attach_adapter, save_adapter
 from softprompt_jax.config import UserError, parse
-from softprompt_jax.data.prompt_layout import Placement
+from softprompt_jax.data.prompt_layout import PromptLayout
 from softprompt_jax.inference.predictor import load_predictor
 from softprompt_jax.methods import Context, PTuning, finish, split
 from softprompt_jax.methods.p_tuning import LSTM, MLP, Direction
@@ -152,7 +152,7 @@ def test_vectors_may_start_as_words():
 
 def test_a_place_that_peft_has_not_is_refused(tmp_path):
     model = tuned(place="{prompt:1} {text} it was {prompt:2}")
-    assert model.prompt.placement == Placement((50,), (5, 6, 51, 52), ())
+    assert model.prompt.layout == PromptLayout((50,), (5, 6, 51, 52), ())
     with pytest.raises(UserError, match="PEFT knows no other"):
         save_adapter(model, [PTuning(length=3, place="after")], tmp_path, None, {})
 
@@ -164,8 +164,8 @@ def test_a_run_leaves_rows_that_predict_as_its_network_did(small, own_cache, tmp
     run = parse(Run, small.short | {"methods": methods}, "test")
     result = train(run, tmp_path / "run")
     assert load_run(tmp_path / "run" / "config.yaml") == run
-    trained, _ = artifact.load_trained(tmp_path / "run" / artifact.TRAINED_FILE)
-    rows, metadata = artifact.read_prompt(tmp_path / "run")
+    found = artifact.load_artifact(tmp_path / "run")
+    trained, rows, metadata = found.tree, found.prompt, found.metadata
     np.testing.assert_array_equal(trained["prompt"]["rows"], rows)
     assert metadata["place"] == place
     predictor = load_predictor(tmp_path / "run")

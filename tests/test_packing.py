@@ -12,9 +12,9 @@ import tiny
 from tiny import ROWS
 
 from softprompt_jax.config import UserError
-from softprompt_jax.data.batches import TrainBatches, collate, examples_in, prompts_around
+from softprompt_jax.data.batches import TrainBatches, collate, examples_in
 from softprompt_jax.data.packing import Packing, choose_row_shape, pack
-from softprompt_jax.data.prompt_layout import Placement
+from softprompt_jax.data.prompt_layout import PromptLayout
 from softprompt_jax.data.tokenized import TokenizedSet
 from softprompt_jax.methods import split
 
@@ -35,8 +35,9 @@ def lengths_of(count: int) -> np.ndarray:
     return some_set(count).lengths + np.array([P, 0])
 
 
-def prompt_ids(tasks: int = 1) -> np.ndarray:
-    return ROWS + np.arange(tasks * P, dtype=np.int32).reshape(tasks, P)
+def layout(tasks: int = 0) -> PromptLayout:
+    ids = ROWS + np.arange(max(1, tasks) * P).reshape(-1, P)
+    return PromptLayout(ids if tasks else ids[0])
 
 
 # --------------------------------------------------------------------------------------------- rows
@@ -90,7 +91,7 @@ def contents(batch, row: int) -> list[tuple[list[int], list[int], list[int]]]:
 @pytest.mark.parametrize("tasks", [1, 4])
 def test_packed_batches_hold_each_example_with_its_own_prompt_and_start(tasks):
     tokenized = some_set(tasks=tasks)
-    train = TrainBatches(tokenized, 16, 0, prompt_ids(tasks), packing=Packing(length=48))
+    train = TrainBatches(tokenized, 16, 0, layout(tasks), packing=Packing(length=48))
     (shape,) = train.shapes
     for step in range(2 * train.batches_per_epoch):
         batch = train.batch(step)
@@ -102,7 +103,7 @@ def test_packed_batches_hold_each_example_with_its_own_prompt_and_start(tasks):
             expected = []
             for index in ids:
                 target = tokenized.target(index).tolist()
-                encoder = [*prompt_ids(tasks)[index % tasks], *tokenized.input(index)]
+                encoder = [*layout(tasks).before[index % tasks], *tokenized.input(index)]
                 expected.append((encoder, [0, *target[:-1]], target))
             assert contents(batch, row) == expected
             assert not batch["encoder_tokens"][row][batch["encoder_segments"][row] == 0].any()
@@ -111,8 +112,8 @@ def test_packed_batches_hold_each_example_with_its_own_prompt_and_start(tasks):
 
 def test_prompts_on_both_sides_of_packed_rows_keep_their_places():
     tokenized = some_set()
-    placement = Placement(before=(ROWS, ROWS + 1), after=(7, ROWS + 2), decoder=(ROWS + 3, ROWS + 4))
-    train = TrainBatches(tokenized, 16, 0, placement, packing=Packing(length=48))
+    around = PromptLayout(before=(ROWS, ROWS + 1), after=(7, ROWS + 2), decoder=(ROWS + 3, ROWS + 4))
+    train = TrainBatches(tokenized, 16, 0, around, packing=Packing(length=48))
     for row, ids in enumerate(train.row_ids(0)):
         expected = []
         for index in ids:
@@ -125,7 +126,7 @@ def test_prompts_on_both_sides_of_packed_rows_keep_their_places():
 
 def test_a_batch_has_about_as_many_examples_as_asked_for_and_little_padding():
     tokenized = some_set(3000)
-    train = TrainBatches(tokenized, 32, 0, prompt_ids()[0], packing=Packing(length=64))
+    train = TrainBatches(tokenized, 32, 0, layout(), packing=Packing(length=64))
     batches = [train.batch(step) for step in range(train.batches_per_epoch)]
     counts = [examples_in(batch) for batch in batches]
     assert np.mean(counts) == pytest.approx(32, rel=0.1)
@@ -135,12 +136,12 @@ def test_a_batch_has_about_as_many_examples_as_asked_for_and_little_padding():
     padding = empty / sum((array < ROWS).sum() for array in arrays)
     assert train.padding_share == pytest.approx(padding, abs=1e-12)
     assert empty / sum(array.size for array in arrays) < 0.15
-    assert padding < 0.6 * TrainBatches(tokenized, 32, 0, prompt_ids()[0]).padding_share
+    assert padding < 0.6 * TrainBatches(tokenized, 32, 0, layout()).padding_share
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(500, 16), (90, 32)])
 def test_an_epoch_has_every_example_at_most_once_and_all_but_a_rest(count, batch_size):
-    train = TrainBatches(some_set(count), batch_size, 3, prompt_ids()[0], packing=Packing(length=48))
+    train = TrainBatches(some_set(count), batch_size, 3, layout(), packing=Packing(length=48))
     seen = set()
     for epoch in range(6):
         steps = range(epoch * train.batches_per_epoch, (epoch + 1) * train.batches_per_epoch)
@@ -155,7 +156,7 @@ def test_an_epoch_has_every_example_at_most_once_and_all_but_a_rest(count, batch
 
 
 def test_a_set_smaller_than_a_batch_fills_it_by_starting_again():
-    train = TrainBatches(some_set(5), 16, 0, prompt_ids()[0], packing=Packing(length=48))
+    train = TrainBatches(some_set(5), 16, 0, layout(), packing=Packing(length=48))
     assert train.batches_per_epoch == 1
     for step in range(3):
         assert sum(map(len, train.row_ids(step))) >= 16
@@ -163,7 +164,7 @@ def test_a_set_smaller_than_a_batch_fills_it_by_starting_again():
 
 
 def test_packed_batches_resume_and_are_a_pure_function():
-    make = lambda seed: TrainBatches(some_set(), 8, seed, prompt_ids()[0], packing=Packing())  # noqa: E731
+    make = lambda seed: TrainBatches(some_set(), 8, seed, layout(), packing=Packing())  # noqa: E731
     whole = list(itertools.islice(make(3).from_step(0), 30))
     for expected, found in zip(whole[17:], make(3).from_step(17), strict=False):
         for name in expected:
@@ -174,12 +175,10 @@ def test_packed_batches_resume_and_are_a_pure_function():
 @pytest.mark.parametrize("multiple", [1, 3])
 def test_multihost_share_packed_batches_without_overlap_or_loss(multiple):
     options = {"packing": Packing(length=40), "rows_multiple": multiple}
-    parts = [
-        TrainBatches(some_set(), 16, 0, prompt_ids()[0], **options, process_index=i, process_count=4) for i in range(4)
-    ]
-    whole = TrainBatches(some_set(), 16, 0, prompt_ids()[0], packing=Packing(length=40), rows_multiple=4 * multiple)
+    parts = [TrainBatches(some_set(), 16, 0, layout(), **options, process_index=i, process_count=4) for i in range(4)]
+    whole = TrainBatches(some_set(), 16, 0, layout(), packing=Packing(length=40), rows_multiple=4 * multiple)
     assert whole.rows % (4 * multiple) == 0
-    alone = TrainBatches(some_set(), 16, 0, prompt_ids()[0], packing=Packing(length=40))
+    alone = TrainBatches(some_set(), 16, 0, layout(), packing=Packing(length=40))
     assert alone.batches_per_epoch == whole.batches_per_epoch
     for step in range(3 * whole.batches_per_epoch):
         for name, array in whole.batch(step).items():
@@ -196,11 +195,11 @@ def test_multihost_share_packed_batches_without_overlap_or_loss(multiple):
 def test_loss_and_prompt_gradient_equal_those_of_unpacked_rows(shape):
     tasks, tokenized = 2, some_set(24, tasks=2)
     parts = split(tiny.model(prompt=tasks * P, **tiny.SHAPES[shape]))
-    train = TrainBatches(tokenized, 10, 0, prompt_ids(tasks), packing=Packing(length=48, target_length=16))
+    train = TrainBatches(tokenized, 10, 0, layout(tasks), packing=Packing(length=48, target_length=16))
     rows = train.row_ids(0)
     assert max(map(len, rows)) > 2
     packed = train.batch(0)
-    alone = collate(tokenized, np.concatenate(rows)[:, None], (40, 8), prompts_around(tokenized, prompt_ids(tasks)))
+    alone = collate(tokenized, np.concatenate(rows)[:, None], (40, 8), layout(tasks))
     results = [
         tiny.loss_logits_gradient(parts, jax.tree.map(jnp.asarray, batch), z_loss=1e-2, label_smoothing=0.1)
         for batch in (packed, alone)
@@ -223,13 +222,9 @@ def test_mean_loss_of_a_packed_batch_weighs_every_target_token_alike():
 
     tokenized = some_set(24)
     parts = test_step.prompted()
-    train = TrainBatches(
-        tokenized, 10, 0, prompt_ids()[0], packing=Packing(length=48, target_length=16), rows_multiple=2
-    )
+    train = TrainBatches(tokenized, 10, 0, layout(), packing=Packing(length=48, target_length=16), rows_multiple=2)
     packed = train.batch(0)
-    alone = collate(
-        tokenized, np.concatenate(train.row_ids(0))[:, None], (40, 8), prompts_around(tokenized, prompt_ids())
-    )
+    alone = collate(tokenized, np.concatenate(train.row_ids(0))[:, None], (40, 8), layout(1))
     for batch in (packed, alone):
         for name, array in batch.items():
             batch[name] = jnp.asarray(array)

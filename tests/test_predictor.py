@@ -6,6 +6,8 @@ import ast
 import importlib
 import itertools
 import json
+import shutil
+from inspect import unwrap
 from pathlib import Path
 
 import jax
@@ -15,7 +17,7 @@ import pytest
 from small_runs import ROWS, rows, write_backbone
 
 import softprompt_jax
-from softprompt_jax import UserError, generate, load_backbone, load_predictor, load_prompt, logits, train
+from softprompt_jax import PromptBank, UserError, generate, load_backbone, load_predictor, load_prompt, logits, train
 from softprompt_jax.checkpoints.artifact import save_prompt
 from softprompt_jax.config import parse
 from softprompt_jax.data.tokenizer import load_tokenizer
@@ -151,8 +153,8 @@ def test_scores_are_log_probabilities_and_answers_begin_as_forced(backbone, prom
 @pytest.mark.parametrize(
     ("texts", "forced", "message"),
     [
-        (TEXTS[:2], ["warm"], "2 texts and 1 forced; expected one for each text"),
-        (TEXTS[:2], np.ones((2, 1), np.int32), "forced alike"),
+        (TEXTS[:2], ["warm"], "2 texts and 1 forced beginnings; expected one for each text"),
+        (TEXTS[:2], np.ones((2, 1), np.int32), "texts and forced as tokens; expected both as texts"),
         (TOKENS, "warm", "tokens and forced as text"),
         (
             TOKENS,
@@ -175,6 +177,46 @@ def test_texts_give_texts_as_their_tokens_would(backbone, prompt):
         tokens = np.array([[*tokenizer.encode(text), 1]], np.int32)
         assert tokenizer.decode(generate(backbone, tokens, prompt, max_tokens=4)[0].tolist()) == answer
     assert generate(backbone, []) == []
+
+
+@pytest.mark.parametrize("call", ["generate", "bank", "predictor"])
+def test_one_text_in_the_place_of_a_list_is_refused(backbone, predictor, call):
+    ask = {
+        "generate": lambda text: generate(backbone, text),
+        "bank": lambda text: PromptBank(backbone).generate(text, "any"),
+        "predictor": predictor.texts,
+    }[call]
+    with pytest.raises(UserError, match=r"found one text, 'the garden'; expected a list of texts") as error:
+        ask("the garden")
+    assert "\n" not in str(error.value)
+
+
+def test_a_prompt_of_nan_is_refused(backbone, prompt, prompt_run, tmp_path):
+    broken = np.where(np.arange(3)[:, None] == 1, np.nan, prompt).astype(np.float32)
+    save_prompt(broken, tmp_path / "p.safetensors", {})
+    for ask in (
+        lambda: generate(backbone, TEXTS[:1], broken),
+        lambda: PromptBank(backbone).add("p", broken),
+        lambda: load_prompt(tmp_path / "p.safetensors"),
+    ):
+        with pytest.raises(UserError, match="finite"):
+            ask()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda b: unwrap(logits)(b, TOKENS + 0.5, DECODER), "tokens: found float64; expected integers"),
+        (
+            lambda b: unwrap(logits)(b, TOKENS[:1], DECODER),
+            "1 rows of encoder tokens and 2 of decoder tokens; expected",
+        ),
+        (lambda b: unwrap(generate)(b, [["the", "garden"]]), "found list among the texts; expected a list of texts"),
+    ],
+)
+def test_what_types_refuse_under_test_only_is_one_line(backbone, call, message):
+    with pytest.raises(UserError, match=message):
+        call(backbone)
 
 
 def test_logits_can_be_differentiated_in_the_prompt(backbone, prompt):
@@ -279,13 +321,38 @@ def test_long_inputs_are_cut_and_counted(full_run):
 # ------------------------------------------------------------------------------------------- refused
 
 
-def test_unfinished_run_is_one_line(prompt_run, tmp_path):
+def test_run_without_a_checkpoint_is_one_line(prompt_run, tmp_path):
     (tmp_path / "config.yaml").write_bytes((prompt_run / "config.yaml").read_bytes())
-    with pytest.raises(UserError, match="an unfinished run; expected the folder of a finished run; finish it with"):
+    with pytest.raises(UserError, match="has no checkpoint yet; expected one; wait for the run's first"):
         load_predictor(tmp_path)
     (tmp_path / "config.yaml").unlink()
-    with pytest.raises(UserError, match="no run; expected the folder of a finished run"):
+    with pytest.raises(UserError, match=r"it is not a run folder\); expected the folder of a run"):
         load_predictor(tmp_path)
+
+
+def unfinished(run, folder):
+    """Copy a run as it was before it had finished."""
+    shutil.copytree(run, folder)
+    for name in ("result.json", "trained.safetensors", "prompt.safetensors"):
+        (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+def test_an_unfinished_run_answers_from_its_best_checkpoint(prompt_run, tmp_path, softprompt):
+    folder = unfinished(prompt_run, tmp_path / "runs" / "mine")
+    best = json.loads((prompt_run / "result.json").read_text())["best_step"]
+    predictor = load_predictor(folder)
+    assert predictor.step == best
+    assert predictor.texts(TEXTS) == load_predictor(prompt_run).texts(TEXTS)
+    bank = PromptBank.open(folder.parent)
+    assert bank.prompt("mine").step == best
+    np.testing.assert_array_equal(bank.prompt("mine").rows, load_prompt(prompt_run))
+    with pytest.raises(UserError, match=f"its run has not finished, it is at step {best}"):
+        load_prompt(folder)
+    code, out, err = softprompt("eval", folder)
+    assert code == 0, err
+    assert json.loads(out)["count"] == 16
+    assert f"has not finished; step {best} is used" in err
 
 
 def test_prompt_of_another_backbone_is_one_line(prompt_run, tmp_path):

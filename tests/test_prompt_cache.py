@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from softprompt_jax import PromptBank
-from softprompt_jax.checkpoints.artifact import TRAINED_FILE, load_trained, save_prompt, write_tensors
+from softprompt_jax.checkpoints.artifact import TRAINED_FILE, read_metadata, save_prompt, write_tensors
 from softprompt_jax.config import UserError
 from softprompt_jax.models import per_example
 from softprompt_jax.models.decode import Beam, Decoding, Greedy, Sampling
@@ -131,20 +131,23 @@ def test_a_folder_of_runs_and_their_files_is_a_bank(many, tmp_path):
     assert bank.names == ["ia3", "prefix", "rows"]
     assert bank.prompt("prefix").task == "moods"
     assert bank.prompt("prefix").label_words == ("yes", "no")
-    assert bank.prompt("ia3").encoder_length == 0
+    assert bank.prompt("ia3").layout.lengths == (0, 0)
 
 
 @pytest.mark.parametrize(
     ("methods", "message"),
     [
-        ([{"kind": "lora"}], "methods: lora changes the model for every text; expected a prompt, a prefix or ia3"),
+        (
+            [{"kind": "lora"}],
+            "lora changes the model for every text, so that it cannot be in a bank; expected a prompt",
+        ),
         ([{"kind": "p_tuning_v2", "length": 2}], "methods: p_tuning_v2 changes the model for every text"),
         ([{"kind": "ia3"}, {"kind": "prefix", "network": None}], "does not fit its config.yaml"),
         (None, "holds neither a prompt nor a run's settings"),
     ],
 )
 def test_what_no_row_of_a_batch_can_have_alone_is_one_line(many, tmp_path, methods, message):
-    _, metadata = load_trained(many.folder / "ia3" / TRAINED_FILE)
+    metadata = read_metadata(many.folder / "ia3" / TRAINED_FILE)
     if methods and methods[0]["kind"] != "ia3":
         many_methods.write_runs(tmp_path, many.backbone, many.task, {"odd": methods})
         (tmp_path / "odd" / "prompt.safetensors").unlink(missing_ok=True)

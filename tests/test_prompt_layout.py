@@ -17,7 +17,7 @@ from softprompt_jax.checkpoints.artifact import save_prompt
 from softprompt_jax.checkpoints.backbone import Backbone
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.data.batches import TrainBatches, evaluation_batches
-from softprompt_jax.data.prompt_layout import Placement, place
+from softprompt_jax.data.prompt_layout import PromptLayout, place
 from softprompt_jax.data.tokenized import TokenizedSet
 from softprompt_jax.inference.predictor import generate, load_predictor
 from softprompt_jax.methods import Context, Prompt, split
@@ -29,12 +29,12 @@ WORDS = {"it was": [11, 12], "so": [13]}
 
 
 def test_the_names_and_a_template_give_ids_in_order():
-    assert place("before", 3, V, WORDS.__getitem__) == Placement((V, V + 1, V + 2), (), ())
-    assert place("after", 2, V, WORDS.__getitem__) == Placement((), (V, V + 1), ())
-    assert place("decoder", 2, V, WORDS.__getitem__) == Placement((), (), (V, V + 1))
-    assert place("both", 2, V, WORDS.__getitem__) == Placement((V, V + 1), (), (V + 2, V + 3))
+    assert place("before", 3, V, WORDS.__getitem__) == PromptLayout((V, V + 1, V + 2), (), ())
+    assert place("after", 2, V, WORDS.__getitem__) == PromptLayout((), (V, V + 1), ())
+    assert place("decoder", 2, V, WORDS.__getitem__) == PromptLayout((), (), (V, V + 1))
+    assert place("both", 2, V, WORDS.__getitem__) == PromptLayout((V, V + 1), (), (V + 2, V + 3))
     around = place("{prompt:2} so {prompt:1} {text} it was {prompt}", 4, V, WORDS.__getitem__)
-    assert around == Placement((V, V + 1, 13, V + 2), (11, 12, V + 3), ())
+    assert around == PromptLayout((V, V + 1, 13, V + 2), (11, 12, V + 3), ())
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def prompted(where: str, rows: int = 4, seed: int = 0):
 
 
 def batch(model) -> dict[str, jax.Array]:
-    made = next(evaluation_batches(some_set(), 3, model.prompt.placement, shapes=[(5, 4)]))[0]
+    made = next(evaluation_batches(some_set(), 3, model.prompt.layout, shapes=[(5, 4)]))[0]
     return {name: jnp.asarray(value) for name, value in made.items()}
 
 
@@ -172,7 +172,7 @@ def test_the_gradient_of_decoder_rows_equals_finite_differences():
 def test_greedy_decoding_reads_the_decoder_rows_first():
     model = eager_to_end(prompted("both", seed=5))
     made = batch(model)
-    before = made["decoder_inputs"][:, : len(model.prompt.placement.decoder)]
+    before = made["decoder_inputs"][:, : len(model.prompt.layout.decoder[0])]
     output, score = greedy(model, made["encoder_tokens"], 6, decoder_prompt=before)
     expected, expected_score = by_whole_passes(model, made["encoder_tokens"], 6, before=before)
     np.testing.assert_array_equal(output, expected)
@@ -182,7 +182,7 @@ def test_greedy_decoding_reads_the_decoder_rows_first():
 
 
 def test_shapes_and_padding_count_the_rows_on_both_sides():
-    batches = TrainBatches(some_set(), 3, 0, prompted("both").prompt.placement, max_shapes=1)
+    batches = TrainBatches(some_set(), 3, 0, prompted("both").prompt.layout, max_shapes=1)
     made = batches.batch(0)
     assert (made["encoder_tokens"].shape[1], made["decoder_inputs"].shape[1]) == batches.shapes[0]
     text = np.count_nonzero((made["encoder_tokens"] > 0) & (made["encoder_tokens"] < V)) + np.count_nonzero(
@@ -195,7 +195,7 @@ def test_shapes_and_padding_count_the_rows_on_both_sides():
 
 def test_tasks_may_have_rows_of_their_own_at_every_place():
     own = np.arange(V, V + 6).reshape(3, 2)
-    prompts = Placement(own, own[:, :1], own[:, 1:])
+    prompts = PromptLayout(own, own[:, :1], own[:, 1:])
     each = dataclasses.replace(some_set(), tasks=np.arange(3, dtype=np.int32))
     made = next(evaluation_batches(each, 3, prompts, shapes=[(5, 4)]))[0]
     np.testing.assert_array_equal(made["encoder_tokens"][1], [V + 4, V + 5, 9, 10, V + 4, 1, 0, 0])
@@ -217,7 +217,7 @@ def test_a_prompt_file_says_where_its_rows_stand(small, tmp_path):
         save_prompt(rows, tmp_path / "rows.safetensors", {"place": where, "backbone": str(small.backbone)})
         predictor = load_predictor(tmp_path / "rows.safetensors", str(small.backbone))
         expected = place(where, 4 if "{" in where else 2, 160, predictor.tokenizer.encode)
-        assert predictor.model.prompt.placement == expected
+        assert predictor.model.prompt.layout == expected
     assert len(predictor.texts(["the old mill", "the garden is warm"])) == 2
     with pytest.raises(UserError, match="stands not only before"):
         generate(Backbone(predictor.model, small.backbone, "small"), np.array([[5, 1]]))

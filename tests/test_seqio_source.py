@@ -12,7 +12,7 @@ import pytest
 from seqio_module import MODULE, NAME
 
 from softprompt_jax import Run, load_prompt, load_run, tasks, train
-from softprompt_jax.assembly import prompt_ids
+from softprompt_jax.assembly import layout_of
 from softprompt_jax.checkpoints.backbone import EMBEDDED
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.data.preview import describe
@@ -141,7 +141,7 @@ def test_a_run_is_the_run_on_the_same_rows_with_the_tasks_own_scores(small, prom
     ids = jnp.asarray([[*predictor.tokenizer.encode(word), 1] for word in words], jnp.int32)
     tokens = np.zeros((len(found), 24), np.int32)
     for row, example in zip(tokens, found, strict=True):
-        whole = [*np.asarray(predictor.model.prompt.placement.before), *example.ids[0]]
+        whole = [*predictor.model.prompt.layout.before[0], *example.ids[0]]
         row[: len(whole)] = whole
     each = score_words(predictor.model, jnp.asarray(tokens), ids)
     total = sum(float(each[row, words.index(example.target)]) for row, example in enumerate(found))
@@ -202,7 +202,7 @@ def test_metrics_are_what_seqios_own_evaluator_makes_of_the_same_answers(prompt_
             for side, feature in seqio.TaskRegistry.get(name).output_features.items()
         }
 
-    weights, ids = predictor._parts, prompt_ids(predictor.model)
+    weights, ids = predictor._parts, layout_of(predictor.model)
     for split in ("validation", "test"):  # the same metric objects twice
         examples = tasks.load(mine, split)
         answers = [each[0] for each in predictor._answers(examples, mine)]

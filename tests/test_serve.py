@@ -164,9 +164,9 @@ def test_samples_are_those_of_predict(engine, backbone, prompts):
 def test_prompts_on_the_decoders_side_share_the_slots(engine, backbone, place):
     model = nnx.merge(*nnx.split(backbone.model))
     attach_rows(model, rows(4, 99), place)
-    placed = model.prompt.placement
-    encoder = np.asarray([[*placed.before, *tokens_of(engine, text)[0]] for text in TEXTS], np.int32)
-    decoder = np.asarray([placed.decoder] * len(TEXTS), np.int32)
+    layout = model.prompt.layout
+    encoder = np.asarray([layout.around(tokens_of(engine, text)[0]) for text in TEXTS], np.int32)
+    decoder = np.repeat(layout.decoder, len(TEXTS), 0)
     run = jax.jit(lambda model, encoder, decoder: decode.greedy(model, encoder, TOKENS, decoder_prompt=decoder))
     outputs, scores = run(model, encoder, decoder)
     found = asked(engine, *(Request(inputs=text, prompt=name) for text in TEXTS for name in (place, "p3")))[::2]

@@ -13,10 +13,9 @@ import pytest
 from small_runs import rows
 
 from softprompt_jax import UserError, load_predictor, load_prompt
-from softprompt_jax.data.prompt_layout import Placement
+from softprompt_jax.data.prompt_layout import PromptLayout
 from softprompt_jax.data.tokenizer import load_tokenizer
 from softprompt_jax.export.export import export
-from softprompt_jax.export.stablehlo import surround
 from softprompt_jax.models import decode
 
 pytest.importorskip("flatbuffers", reason="this environment is older than pyproject.toml: make install")
@@ -78,8 +77,7 @@ def test_a_program_with_its_prompt_answers_in_another_process(prompt_run, tmp_pa
     predictor.max_tokens = 3
     assert [tokenizer.decode(row) for row in tokens] == predictor.texts(TEXTS)
     assert fewer == tokens[:2]
-    placed = predictor.model.prompt.placement
-    encoder = surround(jnp.asarray(batches[0]), placed)
+    encoder = predictor.model.prompt.layout.around_each(jnp.asarray(batches[0]))
     _, expected = decode.greedy(predictor.model, encoder, 3)
     np.testing.assert_allclose(scores, expected, atol=1e-4)
     about = json.loads((tmp_path / "out" / "program.json").read_text())
@@ -98,7 +96,7 @@ def test_a_prompt_can_go_in_with_the_text(prompt_run, tmp_path):
     predictor.max_tokens = 3
     assert [tokenizer.decode(row) for row in first] == predictor.texts(TEXTS)
     predictor.model.prompt.rows[...] = jnp.asarray(other)
-    encoder = surround(jnp.asarray(batch), predictor.model.prompt.placement)
+    encoder = predictor.model.prompt.layout.around_each(jnp.asarray(batch))
     expected, expected_scores = decode.greedy(predictor.model, encoder, 3)
     np.testing.assert_array_equal(second, expected)
     np.testing.assert_allclose(second_scores, expected_scores, atol=1e-4)
@@ -114,7 +112,7 @@ def test_a_prompt_can_go_in_with_the_text(prompt_run, tmp_path):
 
 def test_ids_stand_around_each_text_whatever_its_length():
     texts = np.asarray([[5, 6, 1, 0], [7, 0, 0, 0], [8, 9, 10, 11]], np.int32)
-    found = surround(jnp.asarray(texts), Placement((90, 91), (92,)))
+    found = PromptLayout((90, 91), (92,)).around_each(jnp.asarray(texts))
     assert np.asarray(found).tolist() == [
         [90, 91, 5, 6, 92, 1, 0, 0],
         [90, 91, 7, 92, 1, 0, 0, 0],

@@ -16,7 +16,7 @@ import pytest
 import t5x_fixture
 from t5x_fixture import copied, weights, write
 
-from softprompt_jax.checkpoints.artifact import load_prompt, read_prompt
+from softprompt_jax.checkpoints.artifact import load_artifact, load_prompt
 from softprompt_jax.checkpoints.backbone import load_adafactor, load_backbone
 from softprompt_jax.config import UserError
 
@@ -169,7 +169,8 @@ def test_a_checkpoint_in_a_bucket_is_read(shared_fixtures, expected, tmp_path):
 
 def test_the_prompt_of_a_prompted_run_is_read_with_its_step(shared_fixtures):
     run = shared_fixtures / "t5x" / "prompted_run"
-    rows, metadata = read_prompt(run)
+    found = load_artifact(run)
+    rows, metadata = found.prompt, found.metadata
     (saved,) = (run / "numpy_checkpoints").rglob("encoder.prompt.prompt.prompt")
     np.testing.assert_array_equal(rows, np.load(saved))
     np.testing.assert_array_equal(load_prompt(run / "checkpoint_1100010"), rows)

@@ -100,11 +100,12 @@ def test_sets_of_several_tasks_are_one_after_the_other():
 MILLION = """
 import itertools, json, sys
 import numpy as np
-from softprompt_jax.tasks.packing import Packing
-from softprompt_jax.tasks.pipeline import TrainBatches, examples_in
-from softprompt_jax.tasks.task import Task, iterate
-from softprompt_jax.tasks.tokenized import tokenize
-from softprompt_jax.tasks.tokenizer import load_tokenizer
+from softprompt_jax.data.packing import Packing
+from softprompt_jax.data.batches import TrainBatches, examples_in
+from softprompt_jax.data.prompt_layout import PromptLayout
+from softprompt_jax.data.task import Task, iterate
+from softprompt_jax.data.tokenized import tokenize
+from softprompt_jax.data.tokenizer import load_tokenizer
 
 path, backbone, cache = sys.argv[1:]
 task = Task(source={"kind": "files", "train": path}, label_words=["yes", "no"])
@@ -116,7 +117,7 @@ class Train:
 from pathlib import Path
 rows = 8192
 tokens = tokenize(Train(), load_tokenizer(backbone), rows, 64, 8, cache=Path(cache))
-prompt = np.arange(rows, rows + 20)
+prompt = PromptLayout(np.arange(rows, rows + 20))
 counts = []
 for packing in (None, Packing(length=512)):
     batches = TrainBatches(tokens, 256, 0, prompt, packing=packing)

@@ -24,7 +24,7 @@ from tensorboardX.proto.event_pb2 import Event
 import softprompt_jax
 from softprompt_jax import Run, load_run, methods, progress
 from softprompt_jax.assembly import assemble
-from softprompt_jax.checkpoints.artifact import load_trained, read_prompt
+from softprompt_jax.checkpoints.artifact import load_artifact
 from softprompt_jax.config import Diverged, Interrupted, Preempted, UserError, parse, settings_hash
 from softprompt_jax.data.batches import evaluation_batches
 from softprompt_jax.distributed import folder_lock, multihost
@@ -94,8 +94,9 @@ def test_curves_hold_what_metrics_hold(prompt_run):
 
 
 def test_prompt_file_says_where_it_belongs(small, prompt_run):
-    prompt, metadata = read_prompt(prompt_run / "prompt.safetensors")
-    trained, _ = load_trained(prompt_run / "trained.safetensors")
+    found = load_artifact(prompt_run / "prompt.safetensors")
+    prompt, metadata = found.prompt, found.metadata
+    trained = load_artifact(prompt_run / "trained.safetensors").tree
     assert prompt.shape == (3, 16)
     np.testing.assert_array_equal(prompt, trained["prompt"]["rows"])
     run = run_of(small.short)
@@ -139,7 +140,8 @@ def test_packed_run_reports_its_rows_and_learns(small, tmp_path, capsys):
 
 def test_full_tuning_leaves_no_prompt(full_run):
     assert not (full_run / "prompt.safetensors").exists()
-    trained, metadata = load_trained(full_run / "trained.safetensors")
+    found = load_artifact(full_run)
+    trained, metadata = found.tree, found.metadata
     assert trained["embedding"].shape == (ROWS, 16)
     assert metadata["task"] == "moods"
 
@@ -204,7 +206,7 @@ def test_best_checkpoint_is_the_result_the_earliest_of_equal_ones(small, tmp_pat
     scores = iter([0.0, 0.2, 0.9])
     shorter = softprompt_jax.train(run_of(small.short, steps=20), tmp_path / "shorter")
     assert shorter["test"] == result["test"]
-    found, expected = (load_trained(tmp_path / name / "trained.safetensors")[0] for name in ("run", "shorter"))
+    found, expected = (load_artifact(tmp_path / name).tree for name in ("run", "shorter"))
     np.testing.assert_array_equal(found["prompt"]["rows"], expected["prompt"]["rows"])
 
 

@@ -86,7 +86,7 @@ def test_a_recycled_file_is_read_on_its_new_backbone_and_refused_on_the_old(smal
     report = recycle_prompt(old, str(wide.folder), tmp_path / "new" / "rows.safetensors")
     assert report["rows"] == [5, 24]
     predictor = load_predictor(tmp_path / "new" / "rows.safetensors", str(wide.folder))
-    assert len(predictor.model.prompt.placement.after) == 5
+    assert predictor.model.prompt.layout.lengths == (5, 0)
     with pytest.raises(UserError, match="trained on backbone"):
         load_predictor(tmp_path / "new" / "rows.safetensors", str(small.backbone))
 

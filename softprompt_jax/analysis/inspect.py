@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from softprompt_jax import config
 from softprompt_jax.analysis.page import COLOURS, GREY, Page, plot_text
 from softprompt_jax.analysis.transfer import similarity, unit_rows
-from softprompt_jax.assembly import assemble
+from softprompt_jax.assembly import assemble, run_of
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.checkpoints.backbone import Backbone, load_backbone
 from softprompt_jax.config import UserError, values_hash
@@ -74,26 +73,21 @@ def inspect(
     """
     if neighbours < 2:
         raise UserError(f"inspect: found {neighbours} neighbours; expected 2 or more, which can form a cluster")
-    read = [(str(source), *artifact.read_prompt(source)) for source in sources]
-    runs = [_run(source, metadata) for source, _, metadata in read]
-    says = [
-        metadata.get("backbone") if run is None else run.backbone
-        for (_, _, metadata), run in zip(read, runs, strict=True)
-    ]
-    named = backbone or next((name for name in says if name is not None), None)
-    if not isinstance(named, str):
-        raise UserError(f"{read[0][0]}: says no backbone; expected one; add --backbone with a folder or hub name")
+    artifacts = [artifact.load_artifact(source) for source in sources]
+    runs = [run_of(one) for one in artifacts]
+    named = artifact.named_backbone(artifacts, backbone)
     loaded = load_backbone(named, next((run.dtype for run in runs if run is not None), "float32"))
     tokenizer = load_tokenizer(loaded.folder)
     words, described = TextPieces.of(loaded, tokenizer), []
-    for (source, rows, metadata), run in zip(read, runs, strict=True):
+    for one, run in zip(artifacts, runs, strict=True):
+        source, rows = one.source, one.prompt
         if rows.shape[1] != words.rows.shape[1]:
             raise UserError(
                 f"{source}: rows of width {rows.shape[1]}; expected {words.rows.shape[1]}, that of backbone {named}"
             )
         if not any_backbone:
-            artifact.check_backbone(metadata, loaded.model, source, named)
-        start = _start(run, metadata, loaded) if rows.shape[0] else None
+            one.check_backbone(loaded.fingerprint(), named)
+        start = _start(run, one, loaded) if rows.shape[0] else None
         start = start if start is not None and start.shape == rows.shape else None
         about = {"source": source, "above_majority": _above_majority(Path(source))}
         described.append(about | _prompt(rows, words, tokenizer, run, start, neighbours))
@@ -108,8 +102,8 @@ def inspect(
         },
         "prompts": described,
         "between": [
-            _between(described[i], described[j], read[i][1], read[j][1])
-            for i, j in itertools.combinations(range(len(read)), 2)
+            _between(described[i], described[j], artifacts[i].prompt, artifacts[j].prompt)
+            for i, j in itertools.combinations(range(len(artifacts)), 2)
         ],
     }
 
@@ -223,21 +217,14 @@ def _spread(values: Float[np.ndarray, " n"]) -> dict[str, float]:
     return {"mean": float(values.mean()), "least": float(values.min()), "most": float(values.max())}
 
 
-def _run(source: str, metadata: dict[str, str]) -> Run | None:
-    try:
-        return config.parse(Run, json.loads(metadata["settings"]), source) if "settings" in metadata else None
-    except ValueError as error:
-        raise UserError(
-            f"{source}: its settings are not JSON ({error}); expected those of a run; export again"
-        ) from None
-
-
-def _start(run: Run | None, metadata: dict[str, str], backbone: Backbone) -> Float[np.ndarray, "P D"] | None:
+def _start(run: Run | None, found: artifact.Artifact, backbone: Backbone) -> Float[np.ndarray, "P D"] | None:
     """Return the rows that training began with, made again from the settings; None where that cannot be."""
-    if run is None:
+    if run is None or "settings" not in found.metadata:
         return None
-    saved = {name: value for name, value in json.loads(metadata["settings"]).items() if name not in UNHASHED_SETTINGS}
-    if metadata.get("settings_hash") != values_hash(saved):
+    saved = {
+        name: value for name, value in json.loads(found.metadata["settings"]).items() if name not in UNHASHED_SETTINGS
+    }
+    if found.metadata.get("settings_hash") != values_hash(saved):
         return None  # not all of its run's prompt, such as that of one of a mixture's tasks
     try:
         prompt = assemble(run.model_copy(update={"quantize": None}), backbone).model.prompt

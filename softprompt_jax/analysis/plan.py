@@ -221,7 +221,6 @@ def abstract_step(run: Run, memory: int | None = None, platform: str | None = No
     """
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     from softprompt_jax.assembly import abstract_backbone_of, assemble, check_devices
     from softprompt_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -249,10 +248,9 @@ def abstract_step(run: Run, memory: int | None = None, platform: str | None = No
     optimizer = build_optimizer(run, leaves(model))
     state = jax.eval_shape(functools.partial(first_state, optimizer), parts.trainable)
     layout = mesh.state_sharding(state, parts.trainable)
-    placement = assembly.prompt_ids
-    around = 0 if placement is None else np.shape(placement.before)[-1] + np.shape(placement.after)[-1]
+    around, before_decoder = assembly.layout.lengths
     limits = run.pretraining or run
-    decoder = limits.max_target_tokens + (0 if placement is None else np.shape(placement.decoder)[-1])
+    decoder = limits.max_target_tokens + before_decoder
     lengths = {
         "encoder_tokens": limits.max_input_tokens + around,
         "decoder_inputs": decoder,

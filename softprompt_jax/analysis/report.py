@@ -18,7 +18,7 @@ from softprompt_jax.analysis.page import COLOURS, GREY, Page, plot_text
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.config import UserError
 from softprompt_jax.data.task import SEQIO
-from softprompt_jax.inference.evaluate import headline, shown, unit
+from softprompt_jax.inference.evaluate import run_score, score_factor, score_text
 from softprompt_jax.run import UNHASHED_SETTINGS, Run
 from softprompt_jax.statistics import CELL, SCORE, mean_sd_text, score_statistics
 
@@ -41,7 +41,7 @@ class RunRecord:
     def score(self, split: str) -> float | None:
         """Return the number by which runs are compared, of a split."""
         scores = (self.result or {}).get(split)
-        return None if scores is None or self.run.pretraining else headline(self.run, scores)
+        return None if scores is None or self.run.pretraining else run_score(self.run, scores)
 
     def tasks(self, split: str) -> dict[str, dict[str, float]]:
         """Return the metrics of each task on a split."""
@@ -62,11 +62,11 @@ class Group:
     @property
     def unit(self) -> float:
         """Return what its scores are multiplied by to be shown."""
-        return unit(self.runs[0].run)
+        return score_factor(self.runs[0].run)
 
     def number(self, score: float) -> str:
         """Write a score of these runs in their unit."""
-        return shown(score, self.unit)
+        return score_text(score, self.unit)
 
     @property
     def title(self) -> str:
@@ -223,7 +223,7 @@ def curves(group: Group, name: str) -> list[tuple[list[int], list[float]]]:
     def value(run: Run, line: dict[str, Any]) -> float | None:
         validation = line.get("validation")
         if name == "score":
-            return None if validation is None or run.pretraining else group.unit * headline(run, validation)
+            return None if validation is None or run.pretraining else group.unit * run_score(run, validation)
         return (validation or {}).get("loss") if name == "validation_loss" else line.get(name)
 
     found = []
@@ -308,7 +308,7 @@ def _baseline(group: Group) -> list[str | None]:
         if baselines:
             majority = baselines["majority"]
             mean = statistics.fmean(majority.values()) if isinstance(majority, dict) else majority
-            return [group.number(headline(run.run, baselines["untrained"])), shown(mean, 100.0)]
+            return [group.number(run_score(run.run, baselines["untrained"])), score_text(mean, 100.0)]
     return [None, None]
 
 
@@ -347,7 +347,7 @@ def _tasks(page: Page, groups: Sequence[Group]) -> None:
 
     def number(task: str, name: str) -> Callable[[float], str]:
         times = 1.0 if name == "loss" or (task in own and name != "illegal") else 100.0
-        return lambda value: shown(value, times)
+        return lambda value: score_text(value, times)
 
     page.table(
         ["task", "split", "setting", *("loss per token" if name == "loss" else name for name in names)],

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from softprompt_jax.checkpoints import artifact
+from softprompt_jax.checkpoints.artifact import load_artifact, named_backbone, save_prompt
 from softprompt_jax.checkpoints.backbone import Backbone, load_backbone
 from softprompt_jax.config import UserError
 from softprompt_jax.data.tokenizer import load_tokenizer
@@ -48,21 +48,21 @@ def rank_sources(
     `methods: [{kind: prompt, init: {kind: file, path: SOURCE}}]`. Errors: UserError for prompts of unlike backbones.
     Source: SPoT (Vu et al., 2022).
     """
-    rows, metadata = artifact.read_prompt(target)
+    wanted = load_artifact(target)
     ranked = []
     for source in sources:
-        other, about = artifact.read_prompt(source)
-        known = {"this": metadata.get("fingerprint"), "that": about.get("fingerprint")}
-        if None not in known.values() and known["this"] != known["that"]:
+        other = load_artifact(source)
+        known = [one.metadata.get("fingerprint") for one in (wanted, other)]
+        if None not in known and known[0] != known[1]:
             raise UserError(
-                f"{source}: trained on backbone {about.get('backbone', '?')}, {target} on another; "
+                f"{source}: trained on backbone {other.backbone or '?'}, {target} on another; "
                 "expected one backbone; carry the prompt over with `softprompt recycle` first"
             )
         try:
-            alike = similarity(rows, other, measure)
+            alike = similarity(wanted.prompt, other.prompt, measure)
         except UserError as error:
             raise UserError(f"{source}: {error}") from None
-        ranked.append({"source": str(source), "task": about.get("task", ""), "similarity": alike})
+        ranked.append({"source": str(source), "task": other.metadata.get("task", ""), "similarity": alike})
     return sorted(ranked, key=lambda entry: -entry["similarity"])  # type: ignore[operator,return-value]
 
 
@@ -126,20 +126,18 @@ def recycle_prompt(
     to = Path(to)
     if to.suffix != ".safetensors":
         raise UserError(f"{to}: ends in {to.suffix!r}; expected a file name ending in .safetensors")
-    rows, metadata = artifact.read_prompt(prompt)
-    known = backbone or metadata.get("backbone")
-    if known is None:
-        raise UserError(f"{prompt}: says no backbone; expected the one that it was trained on; add --backbone")
+    artifact = load_artifact(prompt)
+    known = named_backbone([artifact], backbone)
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{to.parent}: cannot be made ({error.strerror}); expected a folder") from None
     source, target = load_backbone(known), load_backbone(onto)
-    artifact.check_backbone(metadata, source.model, str(prompt), known)
-    recycled = recycle(rows, source, target, kind)
+    artifact.check_backbone(source.fingerprint(), known)
+    recycled = recycle(artifact.prompt, source, target, kind)
     about = {"backbone": onto, "fingerprint": target.fingerprint(), "recycled_from": known}
-    kept = {name: metadata[name] for name in ("task", "place") if name in metadata}
-    artifact.save_prompt(recycled.rows, to, kept | about)
+    kept = {name: artifact.metadata[name] for name in ("task", "place") if name in artifact.metadata}
+    save_prompt(recycled.rows, to, kept | about)
     return {"pieces": recycled.pieces, "error": recycled.error, "rows": list(recycled.rows.shape)}
 
 

@@ -54,7 +54,7 @@ class Backbone:
         return isinstance(self.model.embedding.get_value(), jax.ShapeDtypeStruct)
 
     def fingerprint(self) -> str:
-        """Hash the shapes and a sample of the embedding table: equal for every dtype and sharding."""
+        """Hash the shapes and a sample of the embedding table, once: equal for every dtype and sharding."""
         return self._fingerprint
 
     @functools.cached_property

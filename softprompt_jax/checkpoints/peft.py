@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from softprompt_jax.checkpoints.artifact import check_backbone, read_tensors, write_tensors
+from softprompt_jax.checkpoints.artifact import check_fingerprint, read_tensors, write_tensors
 from softprompt_jax.checkpoints.backbone import fingerprint
 from softprompt_jax.checkpoints.torch_file import open_torch
 from softprompt_jax.config import UserError, nearest
@@ -46,7 +46,7 @@ def attach_adapter(model: T5, folder: str | Path) -> MethodSettings:
         tensors, metadata = {name: tensor.read() for name, tensor in opened.items()}, {}
     else:
         tensors, metadata = read_tensors(folder / TENSOR_FILE)
-    check_backbone(metadata, model, str(folder), "this one")
+    check_fingerprint(metadata, fingerprint(model), str(folder), "this one")
     try:
         method, values = kinds[kind].from_peft(config, tensors, model.settings)
     except KeyError as error:

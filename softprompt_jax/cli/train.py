@@ -97,15 +97,15 @@ def train(
 
 def _summary(run: Any, result: dict[str, Any]) -> str:
     """Say in a line how the result compares with no training and with the majority class."""
-    from softprompt_jax.inference.evaluate import shown, unit
+    from softprompt_jax.inference.evaluate import score_factor, score_text
 
     baselines = result.get("baselines")
     if baselines is None:
         return f"validation: {result['validation']}"
     scores = result[baselines["split"]]
-    name, times = next(iter(scores)), unit(run)
+    name, times = next(iter(scores)), score_factor(run)
     sign = "%" if times == 100 else ""
-    after, before = (f"{shown(found[name], times)}{sign}" for found in (scores, baselines["untrained"]))
+    after, before = (f"{score_text(found[name], times)}{sign}" for found in (scores, baselines["untrained"]))
     text = f"{baselines['split']} {name}: {after} after training, {before} before"
     return f"{text}, {baselines['majority']:.1%} for the majority class" if name == "accuracy" else text
 

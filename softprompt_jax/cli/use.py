@@ -88,15 +88,18 @@ def predict(
         raise UserError(f"{input}: no such file; expected jsonl, or - for standard input")
     if input != "-" and Path(output).exists() and Path(output).samefile(input):
         raise UserError(f"{output}: is the input too; expected another file for the output")
-    source = str(cloud_files.local(source))
-    bank = Path(source).is_dir() and not (Path(source) / "config.yaml").exists()
+    folder = cloud_files.local(source)
+    bank = folder.is_dir() and not (folder / "config.yaml").exists()
     how = None if decoding is None else read_decoding(decoding)
     with _output(output) as sink:
         if bank:
-            predictor = PromptBank.open(source, backbone, any_backbone=any_backbone)
+            predictor = PromptBank.open(folder, backbone, any_backbone=any_backbone)
+            for name in predictor.names:
+                note_checkpoint(name, predictor.prompt(name).step)
             answered = predictor.lines(_json_lines(input), decoding=how)
         else:
             predictor = load_predictor(source, backbone, decoding=how, any_backbone=any_backbone)
+            note_checkpoint(source, predictor.step)
             answered = predictor.lines(_json_lines(input))
         if Path(output).is_file():
             sink.truncate(0)  # only now: a command that fails earlier leaves an old file as it was
@@ -132,7 +135,7 @@ def ensemble(
 
 
 def serve(
-    source: Annotated[str, typer.Argument(metavar="BANK", help="Folder of prompt files and finished runs.")],
+    source: Annotated[str, typer.Argument(metavar="BANK", help="Folder of prompt files and runs.")],
     backbone: Backbone = None,
     any_backbone: AnyBackbone = False,
     host: Annotated[
@@ -174,10 +177,17 @@ def predictor_and_task(
 
     chosen = named_task(source, name) if name is not None else None  # before the slow part
     predictor = load_predictor(source, backbone, name, any_backbone=any_backbone)
+    note_checkpoint(source, predictor.step)
     chosen = chosen or predictor.task
     if chosen is None:
         raise UserError(f"{source}: says no task; expected one; add --task NAME")
     return predictor, chosen
+
+
+def note_checkpoint(source: str, step: int | None) -> None:
+    """Say on standard error that a run is read from the checkpoint of a step, since it has not finished."""
+    if step is not None:
+        note(f"{source}: has not finished; step {step} is used")
 
 
 def note_truncated(predictor: Any) -> None:

@@ -14,7 +14,6 @@ that any process can compute any batch at any time and resuming replays nothing.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -26,22 +25,19 @@ from jaxtyping import Int
 from softprompt_jax.config import UserError
 from softprompt_jax.data.buckets import Shape, batch_plan, choose_shapes, fitting_shape
 from softprompt_jax.data.packing import Packing, Rows, choose_row_shape, pack
-from softprompt_jax.data.prompt_layout import Placement
+from softprompt_jax.data.prompt_layout import NO_PROMPT, PromptLayout
 from softprompt_jax.data.tokenized import TokenizedSet
 
 Batch = dict[str, np.ndarray]
-PromptIds = Placement | np.ndarray | None
-EOS = 1  # of every T5
 Draw = Callable[[int, np.random.Generator], Int[np.ndarray, " chosen"]]  # the shuffled examples of an epoch
 
 
 class TrainBatches:
     """Training batches without end: any step at random, or an iterator from a step on.
 
-    `prompt_ids` [P] (ids of `vocabulary_rows` and more) go before every text, or of [N, P] the row of the
-    example's task, or where a `Placement` says. `batch_size` B is the global one; a process gets rows
-    `process_index * B / process_count` onwards of each batch. `draw` gives the examples of an epoch
-    (default: all of them, shuffled).
+    `layout` says which prompt ids stand around the texts of each task. `batch_size` B is the global one; a process gets
+    rows `process_index * B / process_count` onwards of each batch. `draw` gives the examples of an epoch (default: all
+    of them, shuffled).
 
     With `packing` a batch has as many rows (a multiple of `parts`) as hold about `batch_size` examples, and empty
     ones up to a multiple of `rows_multiple`, so that devices and processes do not change what a step sees. `shapes`
@@ -54,7 +50,7 @@ class TrainBatches:
         tokenized: TokenizedSet,
         batch_size: int,
         seed: int,
-        prompt_ids: PromptIds = None,
+        layout: PromptLayout = NO_PROMPT,
         window: int = 64,
         max_shapes: int = 4,
         packing: Packing | None = None,
@@ -64,10 +60,10 @@ class TrainBatches:
         process_index: int = 0,
         process_count: int = 1,
     ):
-        self._tokenized, self._prompts = tokenized, prompts_around(tokenized, prompt_ids)
+        self._tokenized, self._layout = tokenized, layout
         self.batch_size, self.seed, self.window, self._packing = batch_size, seed, window, packing
         self._draw = draw or (lambda epoch, random: random.permutation(len(tokenized)))
-        prompt = np.array(self._prompts.lengths)
+        prompt = np.array(layout.lengths)
         self._lengths = tokenized.lengths + prompt
         if packing is not None:
             self.shapes = [choose_row_shape(self._lengths, packing)]
@@ -90,7 +86,7 @@ class TrainBatches:
         else:
             padded = self.batches_per_epoch * self.rows * sum(self.shapes[0])
         self.examples_per_batch = len(first.ids) / self.batches_per_epoch
-        prompt_rows = len(first.ids) * self._prompts.rows(tokenized.vocabulary_rows)
+        prompt_rows = len(first.ids) * layout.row_count(tokenized.vocabulary_rows)
         self.padding_share = float(1 - (self._lengths[first.ids].sum() - prompt_rows) / (padded - prompt_rows))
 
     def _order(self, epoch: int) -> tuple[Int[np.ndarray, " chosen"], np.random.Generator]:
@@ -130,7 +126,7 @@ class TrainBatches:
     def batch(self, step: int) -> Batch:
         """Return this process's rows of the batch of a step."""
         rows, packed = self.row_ids(step)[self._local], self._packing is not None
-        return collate(self._tokenized, rows, self.shape(step), self._prompts, packed)
+        return collate(self._tokenized, rows, self.shape(step), self._layout, packed)
 
     def from_step(self, step: int = 0) -> Iterator[Batch]:
         """Iterate over the batches from a step on, prepared ahead by a thread."""
@@ -143,7 +139,7 @@ class TrainBatches:
 def evaluation_batches(
     tokenized: TokenizedSet,
     batch_size: int,
-    prompt_ids: PromptIds = None,
+    layout: PromptLayout = NO_PROMPT,
     max_shapes: int = 4,
     process_index: int = 0,
     process_count: int = 1,
@@ -156,7 +152,6 @@ def evaluation_batches(
     `shapes` (of text, smallest first) are chosen for this set unless given.
     """
     rows = local_rows(batch_size, process_index, process_count)
-    prompts = prompts_around(tokenized, prompt_ids)
     order = np.argsort(-tokenized.lengths.sum(1), kind="stable")
     ids = np.full((-(-len(order) // batch_size), batch_size), -1, np.int64)
     ids.reshape(-1)[: len(order)] = order
@@ -166,8 +161,8 @@ def evaluation_batches(
         local = batch_ids[rows]
         text, target = fitting_shape(shapes, pair)
         chosen = np.where(local < 0, batch_ids[0], local)
-        shape = text + prompts.lengths[0], target + prompts.lengths[1]
-        batch = collate(tokenized, chosen[:, None], shape, prompts)
+        shape = text + layout.lengths[0], target + layout.lengths[1]
+        batch = collate(tokenized, chosen[:, None], shape, layout)
         for name in ("decoder_inputs", "decoder_targets"):
             batch[name][local < 0] = 0
         yield batch, local
@@ -177,7 +172,7 @@ def collate(
     tokenized: TokenizedSet,
     rows: Sequence[Int[np.ndarray, " _"]] | Int[np.ndarray, "B segments"],
     shape: Shape,
-    prompts: Prompts,
+    layout: PromptLayout,
     packed: bool = False,
 ) -> Batch:
     """Return the batch of these rows of examples, padded to `shape`, the (T, U) with prompts."""
@@ -187,12 +182,12 @@ def collate(
         start, target_start = 0, 0
         for segment, index in enumerate(ids, start=1):
             task = 0 if tokenized.tasks is None else int(tokenized.tasks[index])
-            encoder, target = prompts.surround(tokenized.input(index), task), tokenized.target(index)
+            encoder, target = layout.around(tokenized.input(index), task), tokenized.target(index)
             end = start + len(encoder)
             tokens[row, start:end], segments[row, start:end] = encoder, segment
-            first = target_start + prompts.lengths[1]
+            first = target_start + layout.lengths[1]
             target_end = first + len(target)
-            inputs[row, target_start:first] = prompts.decoder[task]
+            inputs[row, target_start:first] = layout.before_decoder(task)
             inputs[row, first] = 0
             inputs[row, first + 1 : target_end + 1] = target[: shape[1] - first - 1]
             targets[row, first:target_end], target_segments[row, target_start:target_end] = target, segment
@@ -228,44 +223,6 @@ def count_slots(batch: Batch, vocabulary_rows: int) -> BatchCounts:
     text = int(np.count_nonzero(tokens)) - in_encoder + int(np.count_nonzero(targets))
     prompt = in_encoder + int(np.count_nonzero(inputs >= vocabulary_rows))
     return BatchCounts(text, prompt, tokens.size + targets.size, examples_in(batch))
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompts:
-    """The ids around the examples of each task: before the text, after it, before the decoder input."""
-
-    before: Int[np.ndarray, "N _"]
-    after: Int[np.ndarray, "N _"]
-    decoder: Int[np.ndarray, "N _"]
-
-    @property
-    def lengths(self) -> Shape:
-        """How much longer they make an encoder and a decoder row."""
-        return self.before.shape[1] + self.after.shape[1], self.decoder.shape[1]
-
-    def rows(self, vocabulary_rows: int) -> int:
-        """Return how many trained rows an example has; the others are fixed words."""
-        return sum(int(np.count_nonzero(ids[0] >= vocabulary_rows)) for ids in (self.before, self.after, self.decoder))
-
-    def surround(self, text: Int[np.ndarray, " T"], task: int) -> Int[np.ndarray, " PT"]:
-        """Return an example's encoder ids; what stands after the text stands before its EOS."""
-        end = len(text) - int(text[-1] == EOS)
-        return np.concatenate([self.before[task], text[:end], self.after[task], text[end:]])
-
-
-def prompts_around(tokenized: TokenizedSet, prompt_ids: PromptIds) -> Prompts:
-    """Return what stands around the examples of each task of a set; one task's ids, or none, serve all."""
-    if not isinstance(prompt_ids, Placement):
-        if prompt_ids is not None and prompt_ids.size and prompt_ids.min() < tokenized.vocabulary_rows:
-            raise ValueError(
-                f"prompt id {prompt_ids.min()} is a text id; expected ids from {tokenized.vocabulary_rows} on"
-            )
-        prompt_ids = Placement(() if prompt_ids is None else prompt_ids)
-    parts = [np.asarray(part, np.int32) for part in (prompt_ids.before, prompt_ids.after, prompt_ids.decoder)]
-    tasks = max(
-        1 if tokenized.tasks is None else int(tokenized.tasks.max()) + 1, *(len(np.atleast_2d(p)) for p in parts)
-    )
-    return Prompts(*(np.broadcast_to(part, (tasks, part.shape[-1])) for part in parts))
 
 
 def _largest(tokenized: TokenizedSet) -> Shape:

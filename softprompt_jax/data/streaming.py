@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 
 from softprompt_jax.config import UserError
-from softprompt_jax.data.batches import Batch, PromptIds, TrainBatches, collate, local_rows, prompts_around
+from softprompt_jax.data.batches import Batch, TrainBatches, collate, local_rows
 from softprompt_jax.data.buckets import batch_plan, fitting_shape, rounded
+from softprompt_jax.data.prompt_layout import NO_PROMPT, PromptLayout
 from softprompt_jax.data.task import Example
 from softprompt_jax.data.tokenized import TokenizedSet
 
@@ -33,19 +34,19 @@ class StreamBatches:
         first: TokenizedSet,
         batch_size: int,
         seed: int,
-        prompt_ids: PromptIds = None,
+        layout: PromptLayout = NO_PROMPT,
         max_shapes: int = 4,
         largest: tuple[int, int] = (512, 64),
         process_index: int = 0,
         process_count: int = 1,
     ):
-        plan = TrainBatches(first, batch_size, seed, prompt_ids, max_shapes=max_shapes, process_count=process_count)
+        plan = TrainBatches(first, batch_size, seed, layout, max_shapes=max_shapes, process_count=process_count)
         self._read, self._tokenized, self.batch_size, self.seed = read, tokenized, batch_size, seed
-        self._prompts = prompts_around(first, prompt_ids)
+        self._layout = layout
         self._local = local_rows(batch_size, process_index, process_count)
         self.batches_per_epoch, self.rows = len(first) // batch_size, batch_size
         self.examples_per_batch, self.padding_share = float(batch_size), plan.padding_share
-        whole = rounded(np.asarray([largest]))[0] + np.array(self._prompts.lengths)
+        whole = rounded(np.asarray([largest]))[0] + np.array(self._layout.lengths)
         self.shapes = [*plan.shapes[: max_shapes - 1], (int(whole[0]), int(whole[1]))]
 
     def from_step(self, step: int = 0) -> Iterator[Batch]:
@@ -66,8 +67,8 @@ class StreamBatches:
     def _batches(self, tokenized: TokenizedSet, number: int) -> Iterator[Batch]:
         """Yield the batches of window `number`: its examples, shuffled, in buckets."""
         random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, number])))
-        lengths = tokenized.lengths + np.array(self._prompts.lengths)
+        lengths = tokenized.lengths + np.array(self._layout.lengths)
         order = random.permutation(len(tokenized))
         for ids in batch_plan(order, lengths, self.batch_size, random, self.batches_per_epoch):
             shape = fitting_shape(self.shapes, lengths[ids].max(0))
-            yield collate(tokenized, ids[self._local][:, None], shape, self._prompts)
+            yield collate(tokenized, ids[self._local][:, None], shape, self._layout)

@@ -65,10 +65,10 @@ def import_source(
 def _import_prompt(source: str, to: Path) -> str:
     if to.suffix != ".safetensors":
         raise UserError(f"{to}: for a prompt; expected a file name ending in .safetensors")
-    rows, metadata = artifact.read_prompt(source)
+    found = artifact.load_artifact(source)
     with writable(to):
-        artifact.save_prompt(rows, to, metadata)
-    return f"{to}: a prompt of {len(rows)} rows"
+        artifact.save_prompt(found.prompt, to, found.metadata)
+    return f"{to}: a prompt of {len(found.prompt)} rows"
 
 
 def tokenizer_files(tokenizer: str | Path, required: bool) -> list[Path]:

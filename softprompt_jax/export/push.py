@@ -13,6 +13,7 @@ from typing import Any
 import pydantic
 
 from softprompt_jax import config
+from softprompt_jax.assembly import run_of
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.checkpoints.peft import TENSOR_FILE
 from softprompt_jax.config import UserError
@@ -35,9 +36,9 @@ def push(source: str | Path, repository: str, dry_run: bool = False, public: boo
     source = Path(source)
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise UserError(f"{repository}: not a hub name; expected OWNER/NAME")
-    if not (source / "config.yaml").exists() or not (source / "result.json").exists():
+    run = run_of(artifact.load_artifact(source)) if (source / "result.json").exists() else None
+    if run is None:
         raise UserError(f"{source}: no finished run; expected one; finish it with the same command")
-    run = config.parse(Run, config.read(source / "config.yaml"), str(source / "config.yaml"))
     if run.own_prompts:
         raise UserError(f"{source}: has a prompt for each task; expected a run with one; push a run of each task")
     result = json.loads((source / "result.json").read_text(encoding="utf-8"))

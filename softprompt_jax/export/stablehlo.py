@@ -17,9 +17,8 @@ import numpy as np
 from jaxtyping import Array, Int
 from safetensors.numpy import save_file
 
-from softprompt_jax.assembly import prompt_ids
+from softprompt_jax.assembly import layout_of
 from softprompt_jax.config import UserError
-from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.export.import_source import TOKENIZER_FILES
 from softprompt_jax.methods import finish, split
 from softprompt_jax.models import decode
@@ -56,8 +55,8 @@ def write_program(model: T5, tokenizer_folder: Path, to: Path, max_tokens: int, 
     """
     model = finish(model)
     model.encoder.layers.attention.implementation = "plain"  # the program runs on every platform
-    placed = prompt_ids(model) or Placement()
-    if placed.tasks:
+    layout = layout_of(model)
+    if layout.tasks:
         raise UserError("export: has a prompt for each task; expected one; export one of the files in prompts/")
     if prompt_input and model.prompt is None:
         raise UserError("export: has no prompt that could be an input; expected one; leave --prompt-input out")
@@ -69,8 +68,8 @@ def write_program(model: T5, tokenizer_folder: Path, to: Path, max_tokens: int, 
         given = {"trainable.prompt.rows": prompt[0]} if prompt else {}
         state = {"frozen": {}, "trainable": {}} | unflatten(weights | given)
         made = parts.merge(state["trainable"], state["frozen"])
-        before = jnp.broadcast_to(jnp.asarray(placed.decoder, jnp.int32), (texts.shape[0], len(placed.decoder)))
-        return decode.greedy(made, surround(texts, placed), max_tokens, decoder_prompt=before)
+        before = jnp.broadcast_to(jnp.asarray(layout.decoder), (texts.shape[0], layout.lengths[1]))
+        return decode.greedy(made, layout.around_each(texts), max_tokens, decoder_prompt=before)
 
     batch, length = jax.export.symbolic_shape("B, T")
     arguments: list[Any] = [{name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in weights.items()}]
@@ -99,20 +98,3 @@ def write_program(model: T5, tokenizer_folder: Path, to: Path, max_tokens: int, 
         about["takes"].append(f"prompt rows, {rows.dtype} {list(rows.shape)}: prompt.npy, or another of this shape")
     (to / "program.json").write_text(json.dumps(about, indent=2) + "\n")
     (to / "example.py").write_text(_EXAMPLE)
-
-
-def surround(texts: Int[Array, "B T"], placed: Placement) -> Int[Array, "B S"]:
-    """Put what stands before and after around each text, and its EOS; texts may have theirs already."""
-    before, after = (jnp.asarray(ids, jnp.int32) for ids in (placed.before, (*placed.after, decode.EOS)))
-    lengths = jnp.sum((texts != 0) & (texts != decode.EOS), -1, keepdims=True)
-    at = jnp.arange(texts.shape[1] + len(before) + len(after))[None] - len(before)  # 0: the text's first
-
-    def taken(ids: Array, index: Array) -> Array:
-        return ids[jnp.clip(index, 0, len(ids) - 1)] if len(ids) else jnp.zeros_like(index)
-
-    text = jnp.take_along_axis(
-        texts, jnp.clip(jnp.broadcast_to(at, (texts.shape[0], at.shape[1])), 0, texts.shape[1] - 1), 1
-    )
-    behind = at - lengths
-    around = jnp.where(at < 0, taken(before, at + len(before)), jnp.where(behind < len(after), taken(after, behind), 0))
-    return jnp.where((at >= 0) & (behind < 0), text, around)

@@ -1,4 +1,4 @@
-"""Several prompts of one task as one predictor: every batch holds each text once under every prompt.
+"""Several prompts of one task as one predictor: a bank that is asked each text under every prompt.
 
 The copies of a text differ in the ids of their prompt rows only (Lester et al., 2021, section 6), so that N prompts
 cost one model in memory and one pass.
@@ -7,59 +7,27 @@ cost one model in memory and one pass.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from softprompt_jax import config
-from softprompt_jax.assembly import with_settings
-from softprompt_jax.checkpoints import artifact, quantized_folder
-from softprompt_jax.checkpoints.backbone import load_backbone
+from softprompt_jax.assembly import backbone_of_prompts, run_of
+from softprompt_jax.checkpoints.artifact import Artifact, load_artifact
 from softprompt_jax.config import UserError
-from softprompt_jax.data import prompt_layout
-from softprompt_jax.data.batches import evaluation_batches
-from softprompt_jax.data.prompt_layout import Placement
 from softprompt_jax.data.task import Example, Task
-from softprompt_jax.data.tokenized import TokenizedSet, tokenize
-from softprompt_jax.data.tokenizer import load_tokenizer
-from softprompt_jax.distributed import mesh
-from softprompt_jax.inference.evaluate import Decoder, mean_score, score
+from softprompt_jax.inference.bank import PromptBank, check_artifact
+from softprompt_jax.inference.evaluate import mean_score, score
 from softprompt_jax.inference.predictor import named_task
-from softprompt_jax.methods import split
-from softprompt_jax.methods.prompt import SoftPrompt
-from softprompt_jax.models import decode
+from softprompt_jax.models.decode import MAX_TOKENS
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import load
 
 _SCORED_EXAMPLES = 100_000  # of all bootstrap samples together
 _NEVER = -1e9
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
-    """A prompt of an ensemble, with what is known of it."""
-
-    source: str
-    rows: Float[np.ndarray, "P D"]
-    metadata: dict[str, str]
-    run: Run | None
-
-    @property
-    def place(self) -> str:
-        """Where its rows stand."""
-        return self.metadata.get("place", "before")
-
-    @property
-    def task(self) -> str | None:
-        """The name of the task that it was trained on."""
-        return self.metadata.get("task")
 
 
 class Ensemble:
@@ -73,100 +41,47 @@ class Ensemble:
         any_backbone: bool = False,
     ):
         """Load prompts (run folders or files). Errors: UserError for fewer than two, other tasks or other backbones."""
-        self.members = [_read(source) for source in sources]
-        self.task = _task(self.members, task)
-        first = next((member.run for member in self.members if member.run is not None), None)
-        source = backbone or (self.members[0].metadata.get("backbone") if first is None else first.backbone)
-        if not isinstance(source, str):
-            raise UserError(
-                f"{self.members[0].source}: says no backbone; expected one; add --backbone with a folder or hub name"
-            )
-        dtype, quantize = ("float32", None) if first is None else (first.dtype, first.quantize)
-        loaded = load_backbone(
-            source, dtype, quantize=None if quantized_folder.is_quantized_folder(source) else quantize
+        self.members = [load_artifact(source) for source in sources]
+        for member in self.members:
+            check_artifact(member.source, member)
+        runs = [run_of(member) for member in self.members]
+        run = next((run for run in runs if run is not None), None)
+        self.task = _task(self.members, run, task)
+        self.max_tokens = run.max_target_tokens if run is not None else MAX_TOKENS
+        self._decoding = run.decoding if run is not None else None
+        self.bank = PromptBank(
+            backbone_of_prompts(self.members, runs, backbone),
+            device_rows=max(1024, sum(len(member.rows) for member in self.members if member.rows is not None)),
+            batch_size=len(sources) * (run.evaluation_batch_size if run is not None else 64),
+            max_input_tokens=run.max_input_tokens if run is not None else 512,
+            device_extras=len(sources),
+            any_backbone=any_backbone,
         )
         for member in self.members:
-            if not any_backbone:
-                artifact.check_backbone(member.metadata, loaded.model, member.source, source)
-        self.tokenizer, self._model = load_tokenizer(loaded.folder), with_settings(loaded.model, attention="plain")
-        self._begun = [self.tokenizer.sentinel(0)] if first is not None and first.target_sentinel else []
-        self._placement = self._attach()
-        limits = (first.max_input_tokens, first.max_target_tokens) if first is not None else (512, 64)
-        self.max_input_tokens, self.max_tokens = limits
-        self.batch_size = first.evaluation_batch_size if first is not None else 64  # texts at a time, each N times
-        self._parts = split(self._model)
-        self._decoder = Decoder(self._parts, self.tokenizer, first.decoding if first is not None else None)
+            self.bank.add(member.source, member)
 
-        @jax.jit
-        def scored(trainable: Any, frozen: Any, tokens: jax.Array, before: jax.Array, words: jax.Array) -> jax.Array:
-            model = self._parts.merge(trainable, frozen)
-            each = jax.vmap(lambda t, b, w: decode.score_words(model, t[None], w, b[None])[0])
-            return each(tokens, before, words)
-
-        self._scored = scored
-
-    def _attach(self) -> Placement:
-        """Give the model all rows as one table, and return where those of each prompt stand; short ones are filled."""
-        places = {member.place for member in self.members}
-        lengths = [len(member.rows) for member in self.members]
-        if len(places) > 1 or (places != {"before"} and len(set(lengths)) > 1):
-            raise UserError(
-                f"ensemble: found prompts of {lengths} rows, placed {', '.join(sorted(places))}; expected one place, "
-                "and one length where that is not before the text; leave the others out"
-            )
-        width, first = self._model.settings.d_model, self._model.settings.vocabulary_rows
-        ids, starts = [], np.cumsum([0, *lengths[:-1]])
-        for member, start in zip(self.members, starts, strict=True):
-            if member.rows.shape[1] != width:
-                raise UserError(
-                    f"{member.source}: rows of width {member.rows.shape[1]}; expected {width}, the backbone's"
-                )
-            length = len(member.rows) // prompt_layout.rows(member.place, 1)
-            placed = prompt_layout.place(member.place, length, first, self.tokenizer.encode)
-            moved = [[i + int(start) if i >= first else i for i in side] for side in dataclasses.astuple(placed)]
-            # A short prompt begins with padding, which nothing sees; all distances behind it stay as they are.
-            moved[0] = [0] * (max(lengths) - lengths[len(ids)]) + moved[0] if member.place == "before" else moved[0]
-            ids.append(moved)
-        rows = np.concatenate([member.rows for member in self.members])
-        placed = Placement(*(tuple(map(tuple, side)) for side in zip(*ids, strict=True)))
-        self._model.prompt = SoftPrompt(jnp.asarray(rows), 1.0, self.members[0].place, placed)
-        return placed
-
-    def answers(self, examples: Sequence[Example], task: Task | None = None) -> Answers:
+    def answers(self, examples: Sequence[Example], task: Task | None = None) -> EnsembleAnswers:
         """Return what each prompt answers to each example, and how likely it holds what any of them says."""
         task, count = task or self.task, len(self.members)
-        rows = self._model.settings.vocabulary_rows
-        inputs = [dataclasses.replace(example, target="") for example in examples]
-        each = tokenize(inputs, self.tokenizer, rows, self.max_input_tokens, self.max_tokens)
-        tokens = _times(each, count)
-        frozen, trainable = self._parts.frozen, self._parts.trainable
-        found = self._decoder.predict(
-            trainable, frozen, tokens, self.batch_size * count, self.max_tokens, self._placement, task=task
-        )
-        predicted = [found[start : start + count] for start in range(0, len(found), count)]
-        # ---- the candidates of each example, and their log-probability under each prompt
-        words = task.words if task is not None else None
-        candidates = [words or list(dict.fromkeys(texts)) for texts in predicted]
-        ids = [[self._ids(text) for text in texts] for texts in candidates]
-        longest = max(len(word) for texts in ids for word in texts)
-        table = np.zeros((len(examples), max(map(len, ids)), -(-longest // 4) * 4), np.int32)
-        for row, texts in zip(table, ids, strict=True):
-            for place, word in zip(row, texts, strict=False):
-                place[: len(word)] = word
-        scores = np.full((len(examples), count, table.shape[1]), _NEVER, np.float32)
-        first, size = np.shape(self._placement.decoder)[-1], self.batch_size * count
-        for batch, numbers in evaluation_batches(tokens, min(size, len(tokens)), self._placement):
-            example, prompt = np.divmod(np.maximum(numbers, 0), count)
-            given = mesh.shard_batch((batch["encoder_tokens"], batch["decoder_inputs"][:, :first], table[example]))
-            log_p, real = mesh.gather(self._scored(trainable, frozen, *given)), numbers >= 0
-            scores[example[real], prompt[real]] = log_p[real]
-        for row, texts in zip(scores, candidates, strict=True):
-            row[:, len(texts) :] = _NEVER
-        return Answers(predicted, candidates, scores)
-
-    def _ids(self, text: str) -> list[int]:
-        ids = [*self._begun, *self.tokenizer.encode(text)]
-        return [*ids[: self.max_tokens - 1], self.tokenizer.eos_id]
+        texts = [text for example in examples for text in [_text(example)] * count]
+        names = [member.source for member in self.members] * len(examples)
+        labels = [] if task is None else task.words or []
+        predict_by = task.predict_by if task is not None and labels else "decoding"
+        predicted: list[list[str]] = []
+        if predict_by == "decoding":
+            found = [each[0][0] for each in self.bank.answers(texts, names, self.max_tokens, self._decoding)]
+            predicted = [found[start : start + count] for start in range(0, len(found), count)]
+        candidates = [labels] * len(examples) if labels else [list(dict.fromkeys(each)) for each in predicted]
+        words = [of_text for of_text in candidates for _ in range(count)]
+        own = self.bank.score_words(texts, names, words, self.max_tokens)
+        scores = np.full((len(examples), count, max(map(len, candidates))), _NEVER, np.float32)
+        for row, values in zip(scores.reshape(-1, scores.shape[2]), own, strict=True):
+            row[: len(values)] = values
+        if predict_by != "decoding":
+            per_token = predict_by == "likelihood_per_token"
+            lengths = [len(self.bank.word_ids(names[0], word)) if per_token else 1 for word in labels]
+            predicted = [[labels[best] for best in of_text] for of_text in (scores / lengths).argmax(-1)]
+        return EnsembleAnswers(predicted, candidates, scores)
 
     def texts(self, texts: Sequence[str], by: str = "vote") -> list[str]:
         """Return one answer to each text, by "vote" or by "log_probability"."""
@@ -175,7 +90,7 @@ class Ensemble:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
+class EnsembleAnswers:
     """What N prompts say to each of E examples: a text each, and the log-probabilities of the C candidates."""
 
     predicted: list[list[str]]  # E of N
@@ -261,18 +176,12 @@ def _bootstrap(task: Task, texts: list[str], examples: list[Example]) -> dict[st
     return found
 
 
-def _read(source: str | Path) -> Member:
-    rows, metadata = artifact.read_prompt(source)
-    try:
-        run = config.parse(Run, json.loads(metadata["settings"]), str(source)) if "settings" in metadata else None
-    except ValueError as error:
-        raise UserError(
-            f"{source}: its settings are not JSON ({error}); expected those of a run; export again"
-        ) from None
-    return Member(str(source), rows, metadata, run)
+def _text(example: Example) -> str | list[int]:
+    """Return an example's text, or the ids that it comes with."""
+    return example.input if example.ids is None else list(example.ids[0])
 
 
-def _task(members: Sequence[Member], name: str | None) -> Task | None:
+def _task(members: Sequence[Artifact], run: Run | None, name: str | None) -> Task | None:
     """Return the task of an ensemble, if its prompts are two or more, all different and of one task and backbone."""
     sources = [str(Path(member.source).absolute()) for member in members]
     if len(members) < 2 or len(set(sources)) < len(sources):
@@ -291,19 +200,4 @@ def _task(members: Sequence[Member], name: str | None) -> Task | None:
             )
     if name is not None:
         return named_task(members[0].source, name)
-    run = next((member.run for member in members if member.run is not None), None)
     return run.tasks[0] if run is not None and len(run.tasks) == 1 else None
-
-
-def _times(tokens: TokenizedSet, count: int) -> TokenizedSet:
-    """Return every example so many times in a row, the copies numbered as tasks from 0."""
-    lengths = np.repeat(tokens.lengths, count, axis=0)
-    offsets = np.concatenate([np.zeros((1, 2), np.int64), lengths.cumsum(0)])
-    return TokenizedSet(
-        np.concatenate([np.tile(tokens.input(index), count) for index in range(len(tokens))]),
-        offsets[:, 0],
-        np.concatenate([np.tile(tokens.target(index), count) for index in range(len(tokens))]),
-        offsets[:, 1],
-        tokens.vocabulary_rows,
-        tasks=np.tile(np.arange(count, dtype=np.int32), len(tokens)),
-    )

@@ -14,10 +14,10 @@ import numpy as np
 
 from softprompt_jax.config import UserError
 from softprompt_jax.data import metrics
-from softprompt_jax.data.batches import PromptIds, evaluation_batches
+from softprompt_jax.data.batches import evaluation_batches
 from softprompt_jax.data.buckets import Shape
 from softprompt_jax.data.preprocessors import POSTPROCESSORS
-from softprompt_jax.data.prompt_layout import Placement
+from softprompt_jax.data.prompt_layout import NO_PROMPT, PromptLayout
 from softprompt_jax.data.seqio_source import Outputs, Seqio, check_metrics, needs_likelihoods, seqio_scores
 from softprompt_jax.data.submission import average
 from softprompt_jax.data.task import SEQIO, Example, Task
@@ -33,7 +33,7 @@ from softprompt_jax.run import Run, load_run
 from softprompt_jax.tasks.mixture import Mixture
 
 
-class Answer(NamedTuple):
+class DecodedAnswer(NamedTuple):
     """What a model says: the text, its token ids up to EOS, and their log-probability (of beams, penalised)."""
 
     text: str
@@ -83,7 +83,7 @@ class Decoder:
         tokenized: TokenizedSet,
         batch_size: int,
         max_tokens: int,
-        prompt_ids: PromptIds = None,
+        layout: PromptLayout = NO_PROMPT,
         shapes: list[Shape] | None = None,
         task: Task | None = None,
     ) -> list[str]:
@@ -92,7 +92,7 @@ class Decoder:
         Where the task says to predict by likelihood, it is the label word of the highest log-probability,
         summed over the word's tokens or per token (Brown et al., 2020), EOS included.
         """
-        found = self.answers(trainable, frozen, tokenized, batch_size, max_tokens, prompt_ids, shapes, task)
+        found = self.answers(trainable, frozen, tokenized, batch_size, max_tokens, layout, shapes, task)
         return [each[0].text for each in found]
 
     def answers(
@@ -102,12 +102,12 @@ class Decoder:
         tokenized: TokenizedSet,
         batch_size: int,
         max_tokens: int,
-        prompt_ids: PromptIds = None,
+        layout: PromptLayout = NO_PROMPT,
         shapes: list[Shape] | None = None,
         task: Task | None = None,
         forced: Sequence[str] | None = None,
         first_number: int = 0,
-    ) -> list[list[Answer]]:
+    ) -> list[list[DecodedAnswer]]:
         """Return all answers to every example, as `predict` does the first: the samples, or the beams from the best.
 
         Decoded ones begin with what is `forced` on their example. Samples follow from an example's number, from
@@ -115,12 +115,12 @@ class Decoder:
         """
         labels = (task.words or []) if task is not None and task.predict_by != "decoding" else []
         words, divisors = self._choices(labels, task is not None and task.predict_by == "likelihood_per_token")
-        answers = [[Answer("", [], 0.0)]] * len(tokenized)
+        answers = [[DecodedAnswer("", [], 0.0)]] * len(tokenized)
         beginnings = self._tokenizer.beginnings(forced or [""] * len(tokenized), max_tokens)
-        first = np.shape(prompt_ids.decoder)[-1] if isinstance(prompt_ids, Placement) else 0
+        first = layout.lengths[1]
         shards = mesh.row_shards()
         batch_size = -(-min(batch_size, len(tokenized)) // shards) * shards
-        for batch, ids in evaluation_batches(tokenized, batch_size, prompt_ids, shapes=shapes):
+        for batch, ids in evaluation_batches(tokenized, batch_size, layout, shapes=shapes):
             raise_if_preempted()
             given = mesh.shard_batch((batch["encoder_tokens"], batch["decoder_inputs"][:, :first]))
             if not labels:
@@ -129,24 +129,26 @@ class Decoder:
                 found = [list(map(self._answer, *each)) for each in zip(rows, scores.tolist(), strict=True)]
             else:
                 best, scores = map(mesh.gather, self._scored(trainable, frozen, *given, words, divisors))
-                found = [[Answer(labels[n], _real(words[n]), float(s))] for n, s in zip(best, scores, strict=True)]
+                found = [
+                    [DecodedAnswer(labels[n], _real(words[n]), float(s))] for n, s in zip(best, scores, strict=True)
+                ]
             for each, index in zip(found, ids, strict=True):
                 if index >= 0:
                     answers[index] = each
         return answers
 
-    def _answer(self, tokens: np.ndarray, score: float) -> Answer:
+    def _answer(self, tokens: np.ndarray, score: float) -> DecodedAnswer:
         ids = _real(tokens)
-        return Answer(self._tokenizer.decode(ids), ids, score)
+        return DecodedAnswer(self._tokenizer.decode(ids), ids, score)
 
     def likelihoods(
-        self, trainable: Any, frozen: Any, tokenized: TokenizedSet, batch_size: int, prompt_ids: PromptIds = None
+        self, trainable: Any, frozen: Any, tokenized: TokenizedSet, batch_size: int, layout: PromptLayout = NO_PROMPT
     ) -> np.ndarray:
         """Return the log-probability of every example's target, EOS included, float32 [examples]."""
         found = np.zeros(len(tokenized), np.float32)
         shards = mesh.row_shards()
         batch_size = -(-min(batch_size, len(tokenized)) // shards) * shards
-        for batch, ids in evaluation_batches(tokenized, batch_size, prompt_ids):
+        for batch, ids in evaluation_batches(tokenized, batch_size, layout):
             raise_if_preempted()
             values = mesh.gather(self._likely(trainable, frozen, mesh.shard_batch(batch)))
             found[ids[ids >= 0]] = values[ids >= 0]
@@ -198,28 +200,46 @@ def task_answers(task: Task, predictions: Sequence[str], examples: Sequence[Exam
 
 
 def mean_score(task: Task, scores: dict[str, float]) -> float:
-    """Return the mean of the task's metrics, by which checkpoints are compared."""
-    names = (
-        [name for name in scores if name not in ("illegal", "count", "loss")] if SEQIO in task.metrics else task.metrics
-    )
-    return float(np.mean([scores[name] for name in names]))
+    """Return the score of a task: the mean of its metrics."""
+    return float(np.mean([scores[name] for name in _metrics_of(task, scores)]))
 
 
-def headline(run: Run, scores: dict[str, Any]) -> float:
-    """Return the one number of a split's scores in `result.json` by which runs are compared; more is better."""
+def run_score(run: Run, scores: dict[str, Any]) -> float:
+    """Return the score of a run on a split, by which checkpoints and runs are compared; more is better.
+
+    `scores` are those of the split in `result.json` or `metrics.jsonl`. The score is the mean of the task's metrics, of
+    a mixture the mean over its tasks, of pre-training the negative loss.
+    """
     if run.pretraining is not None:
         return -scores["loss"]
     return scores["mean"] if isinstance(run.task, Mixture) else mean_score(run.tasks[0], scores)
 
 
-def unit(run: Run) -> float:
-    """Return what a run's scores are multiplied by to be shown: 100; a seqio Task's and losses stay as they are."""
+def score_name(run: Run, scores: dict[str, Any]) -> str:
+    """Say what `run_score` of these scores is, and its unit."""
+    if run.pretraining is not None:
+        return "negative loss in nats"
+    if isinstance(run.task, Mixture):
+        return "mean over tasks of their metrics" + ", in %" * (score_factor(run) == 100)
+    names = _metrics_of(run.tasks[0], scores)
+    name = names[0] if len(names) == 1 else f"mean of {', '.join(names[:-1])} and {names[-1]}"
+    return name + ", in %" * (score_factor(run) == 100)
+
+
+def score_factor(run: Run) -> float:
+    """Return what a run's scores are multiplied by for readers: 100 (percent), 1 for losses and seqio's metrics."""
     return 1.0 if run.pretraining or any(SEQIO in task.metrics for task in run.tasks) else 100.0
 
 
-def shown(value: float, times: float) -> str:
-    """Write a score in its `unit`: percent with one digit, others with four that count."""
-    return f"{times * value:.1f}" if times == 100 else f"{value:.4g}"
+def score_text(value: float, factor: float) -> str:
+    """Write a score times its `score_factor`: percent with one digit after the point, others with four digits."""
+    return f"{factor * value:.1f}" if factor == 100 else f"{value:.4g}"
+
+
+def _metrics_of(task: Task, scores: dict[str, Any]) -> list[str]:
+    """Return the metrics of which a task's score is the mean; a seqio Task brings its own."""
+    own = [name for name in scores if name not in ("illegal", "count", "loss")]
+    return own if SEQIO in task.metrics else task.metrics
 
 
 def benchmark_average(benchmark: str, folders: Sequence[Path]) -> dict[str, Any]:

@@ -1,10 +1,9 @@
-"""Use what was trained: from a run folder or a prompt file to text, and the plain functions behind it."""
+"""Answers of one run or prompt: `load_predictor` for its folder or file, `generate` and `logits` for arrays."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,23 +15,22 @@ from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 
-from softprompt_jax import config
-from softprompt_jax.assembly import assemble, prompt_ids
-from softprompt_jax.checkpoints import artifact, quantized_folder
-from softprompt_jax.checkpoints.backbone import Backbone, load_backbone
+from softprompt_jax.assembly import Assembly, assemble_trained, backbone_of_prompts, layout_of, run_of
+from softprompt_jax.checkpoints.artifact import Artifact, load_artifact
+from softprompt_jax.checkpoints.backbone import Backbone
 from softprompt_jax.config import UserError
-from softprompt_jax.data.prompt_layout import Placement
+from softprompt_jax.data.prompt_layout import PromptLayout
 from softprompt_jax.data.seqio_source import Outputs, Seqio, check_vocabulary
 from softprompt_jax.data.submission import check_server, write_submission
 from softprompt_jax.data.task import Example, Task, input_text, iterate, within
 from softprompt_jax.data.tokenized import TokenizedSet, tokenize
 from softprompt_jax.data.tokenizer import Tokenizer, load_tokenizer
-from softprompt_jax.distributed import cloud_files
-from softprompt_jax.inference.evaluate import Answer, Decoder, score, wants_likelihoods
-from softprompt_jax.methods import put_trained, split
+from softprompt_jax.inference.evaluate import DecodedAnswer, Decoder, score, wants_likelihoods
+from softprompt_jax.inference.texts import answer_lines, check_texts, one_for_each
+from softprompt_jax.methods import split
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.models import decode
-from softprompt_jax.models.decode import Decoding, Greedy
+from softprompt_jax.models.decode import MAX_TOKENS, Decoding, Greedy
 from softprompt_jax.models.t5 import T5
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import load, resolve
@@ -46,13 +44,18 @@ def logits(
 ) -> Float[Array, "B U V"]:
     """Return float32 logits over the vocabulary at every decoder position.
 
-    `encoder_tokens`: 0 is padding; the prompt goes before each row. `decoder_tokens` are decoder
-    inputs, already shifted (the first is 0), under a causal mask only.
+    `encoder_tokens`: 0 is padding; the prompt stands before each row. `decoder_tokens` are decoder inputs, which are
+    shifted already: the first is 0. Errors: UserError for tokens that are no integers or no ids of the vocabulary.
     """
-    model, ids = _with_prompt(backbone.model, prompt)
+    model, layout = _with_prompt(backbone.model, prompt)
     for tokens in (encoder_tokens, decoder_tokens):
         _check_ids(tokens, backbone.settings.vocabulary_rows)
-    batch = {"encoder_tokens": _prepend(ids, encoder_tokens), "decoder_inputs": jnp.asarray(decoder_tokens)}
+    if len(encoder_tokens) != len(decoder_tokens):
+        raise UserError(
+            f"logits: {len(encoder_tokens)} rows of encoder tokens and {len(decoder_tokens)} of decoder tokens; "
+            "expected as many"
+        )
+    batch = {"encoder_tokens": _prepend(layout, encoder_tokens), "decoder_inputs": jnp.asarray(decoder_tokens)}
     return _logits(model, batch)
 
 
@@ -60,27 +63,26 @@ def generate(
     backbone: Backbone,
     texts_or_tokens: Sequence[str] | Int[Array | np.ndarray, "B T"],
     prompt: Float[Array | np.ndarray, "P D"] | None = None,
-    max_tokens: int = 32,
+    max_tokens: int = MAX_TOKENS,
     decoding: Decoding | None = None,
     forced: str | Sequence[str] | Int[Array | np.ndarray, "B F"] | None = None,
     scores: bool = False,
 ) -> Any:
-    """Decode: texts give texts, tokens [B, T] (0 is padding, with their EOS) give tokens [B, U].
+    """Answer texts with texts, or tokens [B, T] with tokens [B, U].
 
-    `decoding`: `Greedy()` (the default), `Beam(beams=4)` or `Sampling(top_p=0.9, samples=5)`. The latter two give N
-    answers to each text (a list, or tokens [B, N, U]), of beams the best first. `forced`: what answers begin with, a
-    text for all, one for each, or tokens [B, F] (0: free). With `scores` a pair is returned, of the answers and their
-    scores in the same lists, or float32 [B] or [B, N]: log-probabilities, of beams penalised ones.
+    Tokens end with their EOS; 0 is padding. `decoding`: `Greedy()` (the default), `Beam(beams=4)` or
+    `Sampling(top_p=0.9, samples=5)`. Beams and samples are N answers to each text: a list of lists, or tokens
+    [B, N, U]; the best beam comes first. `forced` is what answers begin with: one text, a text for each, or tokens
+    [B, F] (0: free). With `scores` a pair is returned: the answers, and their log-probabilities in the same shape
+    (beams: divided by the length penalty).
     """
     how, one = decoding or Greedy(), isinstance(decoding, Greedy | None)
-    model, ids = _with_prompt(backbone.model, prompt)
+    model, layout = _with_prompt(backbone.model, prompt)
     if not isinstance(texts_or_tokens, np.ndarray | jax.Array):
-        texts = list(texts_or_tokens)
-        begun = [forced or ""] * len(texts) if isinstance(forced, str | None) else list(forced)
-        if any(not isinstance(text, str) for text in [*texts, *begun]):
-            raise UserError("generate: expected a list of texts, or an integer array [B, T] of tokens; forced alike")
-        if len(begun) != len(texts):
-            raise UserError(f"generate: {len(texts)} texts and {len(begun)} forced; expected one for each text")
+        texts = check_texts(texts_or_tokens, "generate")
+        if isinstance(forced, np.ndarray | jax.Array):
+            raise UserError("generate: texts and forced as tokens; expected both as texts, or both as tokens")
+        begun = one_for_each(forced or "", len(texts), "generate", "forced beginnings")
         predictor = Predictor(model, load_tokenizer(backbone.folder), None, max_tokens=max_tokens, decoding=how)
         made = predictor.scored(texts, begun)
         answers, values = ([[getattr(answer, part) for answer in each] for each in made] for part in ("text", "score"))
@@ -95,7 +97,7 @@ def generate(
                 f"F under max_tokens, {max_tokens}"
             )
         forced = None if forced is None else jnp.asarray(forced, jnp.int32)
-        made = map(np.asarray, _answers(model, _prepend(ids, texts_or_tokens), max_tokens, how, forced))
+        made = map(np.asarray, _answers(model, _prepend(layout, texts_or_tokens), max_tokens, how, forced))
         found = [part[:, 0] if one else part for part in made]
     return tuple(found) if scores else found[0]
 
@@ -108,11 +110,12 @@ class Predictor:
     tokenizer: Tokenizer
     task: Task | None
     max_input_tokens: int = 512
-    max_tokens: int = 64
+    max_tokens: int = MAX_TOKENS
     batch_size: int = 64
     truncated: int = 0  # inputs so far that were longer than `max_input_tokens`
-    decoding: Decoding | None = None  # greedy
+    decoding: Decoding | None = None  # None: greedy
     target_sentinel: bool = False  # whether answers begin with <extra_id_0>, which label words do not
+    step: int | None = None  # of the checkpoint that was read, where the run has not finished
 
     def __post_init__(self):
         self._parts = split(self.model)
@@ -123,7 +126,7 @@ class Predictor:
 
     def texts(self, texts: Sequence[str]) -> list[str]:
         """Return the prediction for each text, in order."""
-        return self._predict([Example(text, "") for text in texts], self.task)
+        return [answers[0] for answers in self.answers(texts)]
 
     def answers(self, texts: Sequence[str], first: int = 0) -> list[list[str]]:
         """Return all answers to each text: the samples, or the beams from the best.
@@ -132,16 +135,16 @@ class Predictor:
         """
         return [[answer.text for answer in answers] for answers in self.scored(texts, first=first)]
 
-    def scored(self, texts: Sequence[str], forced: Sequence[str] | None = None, first: int = 0) -> list[list[Answer]]:
-        """Return all answers to each text with tokens and scores; they begin with what is forced on each."""
-        return self._answers([Example(text, "") for text in texts], self.task, forced, first)
-
-    def _predict(self, examples: Sequence[Example], task: Task | None) -> list[str]:
-        return [answers[0].text for answers in self._answers(examples, task)]
+    def scored(
+        self, texts: Sequence[str], forced: Sequence[str] | None = None, first: int = 0
+    ) -> list[list[DecodedAnswer]]:
+        """Return all answers to each text with their tokens and scores; each begins with its text's `forced`."""
+        examples = [Example(text, "") for text in check_texts(texts, "predict")]
+        return self._answers(examples, self.task, forced, first)
 
     def _answers(
         self, examples: Sequence[Example], task: Task | None, forced: Sequence[str] | None = None, first: int = 0
-    ) -> list[list[Answer]]:
+    ) -> list[list[DecodedAnswer]]:
         if not examples:
             return []
         if self.target_sentinel and task is not None and task.predict_by != "decoding":
@@ -154,9 +157,9 @@ class Predictor:
             [dataclasses.replace(e, target="", ids=e.ids and (e.ids[0], end), cut=(e.cut[0], False)) for e in examples]
         )
         self.truncated += tokenized.truncated_inputs
-        trainable, frozen, ids = self._parts.trainable, self._parts.frozen, prompt_ids(self.model)
+        state, layout = (self._parts.trainable, self._parts.frozen), layout_of(self.model)
         limits = self.batch_size, self.max_tokens
-        return self._decoder.answers(trainable, frozen, tokenized, *limits, ids, self._shapes, task, forced, first)
+        return self._decoder.answers(*state, tokenized, *limits, layout, self._shapes, task, forced, first)
 
     def _tokenized(self, examples: Sequence[Example]) -> TokenizedSet:
         rows = self.model.settings.vocabulary_rows
@@ -169,8 +172,8 @@ class Predictor:
             check_vocabulary(task.source, self.tokenizer)
         examples, likelihoods = load(task, split_name), None
         if wants_likelihoods(task):
-            parts, ids = (self._parts.trainable, self._parts.frozen), prompt_ids(self.model)
-            likelihoods = self._decoder.likelihoods(*parts, self._tokenized(examples), self.batch_size, ids)
+            state, layout = (self._parts.trainable, self._parts.frozen), layout_of(self.model)
+            likelihoods = self._decoder.likelihoods(*state, self._tokenized(examples), self.batch_size, layout)
         first = [answers[0] for answers in self._answers(examples, task)]
         outputs = Outputs([answer.ids for answer in first], [answer.score for answer in first], likelihoods)
         return score(task, [answer.text for answer in first], examples, outputs)
@@ -179,24 +182,13 @@ class Predictor:
         """Write the predictions of a split for the benchmark's server; return the file and how many are no label."""
         check_server(task)  # before the long part
         examples = list(iterate(task, split_name, labelled=False))
-        predictions = self._predict(examples, task)
+        predictions = [answers[0].text for answers in self._answers(examples, task)]
         illegal = sum(prediction not in task.words for prediction in predictions) if task.words else 0
         return write_submission(task, examples, predictions, folder), illegal
 
     def lines(self, rows: Iterable[tuple[str, Any]], chunk: int = 1024) -> Iterator[dict[str, Any]]:
         """Yield each row of (where, fields) with its `prediction`, in order, a chunk at a time."""
-        pending: list[tuple[Any, str]] = []
-        done = 0
-        for where, row in rows:
-            pending.append((row, self._input(row, where)))
-            if len(pending) == chunk:
-                yield from self._answered(pending, done)
-                done, pending = done + len(pending), []
-        yield from self._answered(pending, done)
-
-    def _answered(self, pending: list[tuple[Any, str]], first: int) -> Iterator[dict[str, Any]]:
-        for (row, _), answers in zip(pending, self.answers([text for _, text in pending], first), strict=True):
-            yield {**row, "prediction": answers[0], **({"answers": answers} if len(answers) > 1 else {})}
+        return answer_lines(rows, self._input, self.answers, chunk)
 
     def _input(self, row: Any, where: str) -> str:
         if not isinstance(row, dict):
@@ -213,9 +205,8 @@ class Predictor:
 
 def named_task(source: str | Path, name: str) -> Task:
     """Return the task of this name: one of the run's, if `source` is a run folder, or one that is known by it."""
-    settings = cloud_files.local(source) / "config.yaml"
-    own = config.parse(Run, config.read(settings), str(settings)).tasks if settings.exists() else []
-    return next((task for task in own if task.name == name), None) or resolve(name)
+    run = run_of(load_artifact(source))
+    return next((task for task in run.tasks if task.name == name), None) or resolve(name) if run else resolve(name)
 
 
 def load_predictor(
@@ -225,96 +216,73 @@ def load_predictor(
     decoding: Decoding | None = None,
     any_backbone: bool = False,
 ) -> Predictor:
-    """Load a finished run folder, or a prompt file (`.npy` needs `backbone`).
+    """Load a run folder, finished or not, or a prompt file (`.npy` needs `backbone`).
 
-    `task` names one of a mixture's; `decoding` is the run's if not given. A prompt on another backbone than its own
-    is refused, unless `any_backbone`.
+    Of an unfinished run the best checkpoint is taken, or else the latest; `step` says which. `task` names one of a
+    mixture's; `decoding` is the run's if not given. A prompt on another backbone than its own is refused, unless
+    `any_backbone`.
     """
-    predictor = _load(source, backbone, task, any_backbone)
-    return predictor if decoding is None else dataclasses.replace(predictor, decoding=decoding)
-
-
-def _load(source: str | Path, backbone: str | None, task: str | None, any_backbone: bool) -> Predictor:
-    path = cloud_files.local(source)
-    if path.is_dir():
-        settings, result = path / "config.yaml", path / "result.json"
-        if not settings.exists() or not result.exists():
-            found = "an unfinished run" if settings.exists() else "no run"
-            raise UserError(
-                f"{source}: {found}; expected the folder of a finished run; finish it with the same command"
-            )
-        run = config.parse(Run, config.read(settings), str(settings))
+    artifact = load_artifact(source)
+    run = run_of(artifact)
+    if artifact.rows is not None and (run is None or backbone or isinstance(run.backbone, str)):
+        assembly = _with_rows(artifact, run, backbone, any_backbone)
+    elif run is None:
+        raise UserError(f"{source}: holds neither a prompt nor a run's settings; expected either")
+    else:
         number = next((number for number, each in enumerate(run.tasks) if each.name == task), None)
         if run.own_prompts and number is None:
             names = ", ".join(each.name for each in run.tasks)
+            files = f", or give its file, such as {artifact.own_prompts[0]}" if artifact.own_prompts else ""
             raise UserError(
-                f"{source}: has a prompt for each task ({names}); expected the name of one of them; "
-                f"say which task, or give its file, such as {artifact.own_prompt_file(path, run.tasks[0].name)}"
+                f"{source}: has a prompt for each task ({names}); expected the name of one of them; say which "
+                f"task{files}"
             )
-        if (path / artifact.PROMPT_FILE).exists() and (backbone or isinstance(run.backbone, str)):
-            return _from_prompt(path / artifact.PROMPT_FILE, run, backbone, any_backbone)
-        run = run.finished()
-        assembly = assemble(run if backbone is None else run.model_copy(update={"backbone": backbone}))
-        trained, metadata = artifact.load_trained(path / artifact.TRAINED_FILE)
-        put_trained(assembly.model, trained, str(path / artifact.TRAINED_FILE))
-        if not any_backbone:
-            artifact.check_backbone(metadata, assembly.model, str(path), assembly.identity)
+        assembly = assemble_trained(artifact, run, backbone, any_backbone)
         if run.own_prompts and number is not None:
-            assembly.model.prompt.placement = assembly.model.prompt.placement.of_task(number)
+            assembly.model.prompt.layout = assembly.layout.of_task(number)
             run = run.model_copy(update={"task": run.tasks[number]})
-        return _predictor(assembly.model, assembly.tokenizer, run)
-    _, metadata = artifact.read_prompt(path)
-    try:
-        run = config.parse(Run, json.loads(metadata["settings"]), str(path)) if "settings" in metadata else None
-    except ValueError as error:
-        raise UserError(f"{path}: its settings are not JSON ({error}); expected those of a run; export again") from None
-    return _from_prompt(path, run, backbone, any_backbone)
-
-
-def _from_prompt(path: Path, run: Run | None, backbone: str | None, any_backbone: bool) -> Predictor:
-    rows, metadata = artifact.read_prompt(path)
-    source = backbone or (metadata.get("backbone") if run is None else run.backbone)
-    if not isinstance(source, str):
-        raise UserError(f"{path}: says no backbone; expected one; add --backbone with a folder or hub name")
-    dtype, quantize = ("float32", None) if run is None else (run.dtype, run.quantize)
-    loaded = load_backbone(source, dtype, quantize=None if quantized_folder.is_quantized_folder(source) else quantize)
-    if not any_backbone:
-        artifact.check_backbone(metadata, loaded.model, str(path), source)
-    tokenizer = load_tokenizer(loaded.folder)
-    attach_rows(loaded.model, rows, metadata.get("place", "before"), tokenizer.encode)
-    return _predictor(loaded.model, tokenizer, run)
-
-
-def _predictor(model: T5, tokenizer: Tokenizer, run: Run | None) -> Predictor:
+    how: dict[str, Any] = {"decoding": decoding, "step": artifact.step}
     if run is None:
-        return Predictor(model, tokenizer, None)
-    task = run.tasks[0] if len(run.tasks) == 1 else None
+        return Predictor(assembly.model, assembly.tokenizer, None, **how)
+    chosen = run.tasks[0] if len(run.tasks) == 1 else None
+    how |= {"decoding": decoding or run.decoding, "target_sentinel": run.target_sentinel}
     limits = run.max_input_tokens, run.max_target_tokens, run.evaluation_batch_size
-    return Predictor(model, tokenizer, task, *limits, decoding=run.decoding, target_sentinel=run.target_sentinel)
+    return Predictor(assembly.model, assembly.tokenizer, chosen, *limits, **how)
 
 
-def _with_prompt(model: T5, prompt: Any) -> tuple[T5, Placement | None]:
+def _with_rows(artifact: Artifact, run: Run | None, backbone: str | None, any_backbone: bool) -> Assembly:
+    """Put a prompt's rows on its backbone."""
+    loaded = backbone_of_prompts([artifact], [run], backbone)
+    if not any_backbone:
+        artifact.check_backbone(loaded.fingerprint(), loaded.identity)
+    tokenizer = load_tokenizer(loaded.folder)
+    attach_rows(loaded.model, artifact.prompt, artifact.place, tokenizer.encode)
+    return Assembly(loaded.model, tokenizer, loaded.identity, loaded.folder)
+
+
+def _with_prompt(model: T5, prompt: Any) -> tuple[T5, PromptLayout]:
     """Return a model with the prompt attached, leaving the given one as it is."""
     model = nnx.merge(*nnx.split(model))
     if prompt is not None:
         attach_rows(model, prompt)
-    return model, prompt_ids(model)
+    return model, layout_of(model)
 
 
 def _check_ids(tokens: Any, rows: int) -> None:
-    """Refuse text ids past the embedding table, which would silently read prompt rows."""
+    """Refuse what are no ids, and ids past the embedding table, which would be read as prompt rows."""
+    if not np.issubdtype(tokens.dtype, np.integer):
+        raise UserError(f"tokens: found {tokens.dtype}; expected integers, the ids of tokens")
     if tokens.size and not isinstance(tokens, Tracer) and (largest := int(tokens.max())) >= rows:
         raise UserError(f"tokens: found the id {largest}; expected ids under {rows}, the rows of the embedding")
 
 
-def _prepend(placement: Placement | None, tokens: Any) -> Int[Array, "B PT"]:
-    tokens = jnp.asarray(tokens, jnp.int32)
-    if placement is None:
-        return tokens
-    if len(placement.after) or len(placement.decoder):
+def _prepend(layout: PromptLayout, tokens: Any) -> Int[Array, "B PT"]:
+    """Put the prompt's ids before rows of tokens, which may be traced, and are taken as they are."""
+    if layout.after.size or layout.decoder.size:
         raise UserError("tokens: the prompt stands not only before them; expected texts, or a prompt placed before")
-    ids = jnp.asarray(placement.before, jnp.int32)
-    return jnp.concatenate([jnp.broadcast_to(ids, (tokens.shape[0], len(ids))), tokens], 1)
+    tokens = jnp.asarray(tokens, jnp.int32)
+    before = jnp.broadcast_to(layout.before[0], (tokens.shape[0], layout.before.shape[1]))
+    return jnp.concatenate([before, tokens], 1)
 
 
 @jax.jit

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from softprompt_jax.data.prompt_layout import Placement
+from softprompt_jax.data.prompt_layout import PromptLayout
 from softprompt_jax.methods.prompt import PromptTable
 from softprompt_jax.models import per_example
 from softprompt_jax.models.t5 import T5
@@ -34,7 +34,7 @@ class _Table(PromptTable):
 
     def __init__(self, rows: Float[Array, "C D"]):
         self.rows = _Rows(rows, axes=("prompt", "embed"))
-        self.place, self.placement = "before", Placement()
+        self.place, self.layout = "before", PromptLayout()
 
     def table(self) -> Float[Array, "C D"]:
         return self.rows[...]
@@ -63,21 +63,17 @@ class Structure:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stored:
+class HostPrompt:
     """A prompt in host memory: its rows, where they stand, its extras, and what its file says of it."""
 
     rows: Float[np.ndarray, "P D"]
-    placed: Placement
+    layout: PromptLayout
     place: str
     task: str | None = None
     label_words: tuple[str, ...] = ()
     target_sentinel: bool = False  # answers begin with <extra_id_0>
+    step: int | None = None  # of the checkpoint that was read, where the run has not finished
     extras: per_example.PerExampleState = dataclasses.field(default_factory=dict)
-
-    @property
-    def encoder_length(self) -> int:
-        """How many ids it puts around a text."""
-        return len(self.placed.before) + len(self.placed.after)
 
     @property
     def kinds(self) -> list[str]:
@@ -85,7 +81,7 @@ class Stored:
         return sorted({"prefix" if per_example.is_prefix(name) else "factors" for name in self.extras})
 
 
-class OnDevice:
+class DevicePromptCache:
     """Tables for `rows` prompt rows and the extras of `extras` prompts, and a model that reads them."""
 
     def __init__(self, model: T5, rows: int, extras: int):
@@ -95,6 +91,7 @@ class OnDevice:
         graphdef, self._table, self._frozen = nnx.split(model, _Rows, ...)
         self._structure = Structure(graphdef)
         self._places: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()  # by last use
+        self._layouts: dict[str, PromptLayout] = {}  # with the ids of the rows as they lie here
         self._free = list(range(rows))
         self._shapes: per_example.Shapes = {}  # of the extras that there may be
         self._tables: per_example.BatchState = {}
@@ -118,7 +115,7 @@ class OnDevice:
         """Tell whether the tables would not grow by such extras."""
         return per_example.union_shapes(self._shapes, extras) == self._shapes
 
-    def fit(self, prompts: Sequence[Stored]) -> bool:
+    def fit(self, prompts: Sequence[HostPrompt]) -> bool:
         """Tell whether different prompts have room together."""
         rows, extras = sum(len(one.rows) for one in prompts), sum(bool(one.extras) for one in prompts)
         return rows <= self.rows and extras <= self.extras
@@ -126,9 +123,10 @@ class OnDevice:
     def forget(self, name: str) -> None:
         """Give free what a prompt has here."""
         self._free += list(self._places.pop(name, ()))
+        self._layouts.pop(name, None)
         self._entries.pop(name, None)
 
-    def load(self, wanted: Mapping[str, Stored]) -> None:
+    def load(self, wanted: Mapping[str, HostPrompt]) -> None:
         """Bring prompts here, in the place of those that were not used for longest."""
         missing = [name for name in sorted(wanted) if name not in self._places]
         needed = sum(len(wanted[name].rows) for name in missing)
@@ -136,6 +134,7 @@ class OnDevice:
             if len(self._free) >= needed:
                 break
             self._free += list(self._places.pop(name))
+            del self._layouts[name]
         if missing:
             rows = np.concatenate([wanted[name].rows for name in missing])
             where, self._free = np.asarray(self._free[:needed], np.int32), self._free[needed:]
@@ -144,6 +143,8 @@ class OnDevice:
                 self._table = _write(self._table, where[part], rows[part])
             ends = np.cumsum([len(wanted[name].rows) for name in missing])[:-1]
             self._places |= dict(zip(missing, np.split(where, ends), strict=True))
+            for name in missing:
+                self._layouts[name] = wanted[name].layout.with_rows(self._places[name], self.first)
         for name in wanted:
             self._places.move_to_end(name)
         self._load_extras({name: one.extras for name, one in wanted.items() if one.extras})
@@ -165,10 +166,9 @@ class OnDevice:
         for name in wanted:
             self._entries.move_to_end(name)
 
-    def ids(self, name: str, ids: Any) -> list[int]:
-        """Return ids in which the row i of a prompt that is here is where it lies; anchor words stay."""
-        rows = self._places[name]
-        return [int(i) if i < self.first else self.first + int(rows[i - self.first]) for i in ids]
+    def layout(self, name: str) -> PromptLayout:
+        """Return the layout of a prompt that is here, with the ids of its rows as they lie here."""
+        return self._layouts[name]
 
     def entries(self, names: Sequence[str]) -> tuple[per_example.BatchState, np.ndarray]:
         """Return the tables of extras and the entries of a batch's prompts; 0, which is nothing, for one without."""

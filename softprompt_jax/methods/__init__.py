@@ -23,7 +23,7 @@ from softprompt_jax.methods.p_tuning import PTuning
 from softprompt_jax.methods.p_tuning_v2 import PTuningV2
 from softprompt_jax.methods.prefix import Prefix
 from softprompt_jax.methods.prompt import Prompt
-from softprompt_jax.methods.trainable import Split, Trainable, leaves, mark_owner, put_trained, split
+from softprompt_jax.methods.trainable import Split, Trainable, check_trained, leaves, mark_owner, put_trained, split
 from softprompt_jax.methods.wayward import Wayward
 from softprompt_jax.models.t5 import T5
 
@@ -49,6 +49,7 @@ __all__ = [
     "Trainable",
     "Wayward",
     "attach",
+    "check_trained",
     "finish",
     "leaves",
     "put_trained",

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from pydantic import Field
 
 from softprompt_jax.config import UserError
-from softprompt_jax.data.prompt_layout import Placement
+from softprompt_jax.data.prompt_layout import PromptLayout
 from softprompt_jax.methods.base import Context, MethodSettings
 from softprompt_jax.methods.p_tuning_v2 import DeepRows, PTuningV2
 from softprompt_jax.methods.prefix import states
@@ -41,7 +41,7 @@ class BlackBox(PromptMethod):
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Give the model a prompt in a subspace, and with `deep` every encoder layer."""
-        placement = self.find_placement(model, context)
+        layout = self.find_placement(model, context)
         if context.words_by_task:
             raise UserError("methods: black_box has one prompt for all tasks; expected prompts: shared")
         if self.deep and self.place in ("decoder", "both"):
@@ -54,7 +54,7 @@ class BlackBox(PromptMethod):
             later = states(model, start)["encoder"][1:].astype(jnp.float32)
             model.encoder.deep = DeepSubspace(Subspace(later, keys[2], self.dimensions, self.scale))
         subspace = Subspace(start, keys[1], self.dimensions, self.scale)
-        model.prompt = SubspacePrompt(subspace, self.place, placement)
+        model.prompt = SubspacePrompt(subspace, self.place, layout)
 
     def finished(self) -> MethodSettings:
         """Return the settings of the plain rows."""
@@ -79,9 +79,9 @@ class Subspace(nnx.Module):
 class SubspacePrompt(PromptTable):
     """The rows of a subspace as a model's prompt."""
 
-    def __init__(self, subspace: Subspace, place: str, placement: Placement):
+    def __init__(self, subspace: Subspace, place: str, layout: PromptLayout):
         self.subspace: Subspace = subspace
-        self.place, self.placement = place, placement
+        self.place, self.layout = place, layout
 
     def table(self) -> Float[Array, "P D"]:
         return self.subspace()

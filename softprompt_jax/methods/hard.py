@@ -54,23 +54,23 @@ class Hard(MethodSettings):
         sides = [context.encode(side.strip()) if side.strip() else [] for side in (before, after)]
         ids = [*sides[0], *sides[1]]
         place = "{text}".join(f"{{prompt:{len(side)}}}" if side else "" for side in sides)
-        placement = prompt_layout.place(place, len(ids), model.settings.vocabulary_rows, context.encode)
+        layout = prompt_layout.place(place, len(ids), model.settings.vocabulary_rows, context.encode)
         rows = range(model.settings.vocabulary_rows)
         words = context.word_ids or [i for i in rows if i not in context.special_ids]
         rows = model.embedding[...][jnp.asarray(ids)].astype(jnp.float32)
         known = jnp.asarray(words[: self.most_common], jnp.int32)
-        model.prompt = HardPrompt(rows, known, embedding_scale(model), place, placement)
+        model.prompt = HardPrompt(rows, known, embedding_scale(model), place, layout)
 
 
 class HardPrompt(PromptTable):
     """P words as rows of the embedding, and the ids of the words that may take their places."""
 
     def __init__(
-        self, words: Float[Array, "P D"], known: Array, scale: float, place: str, placement: prompt_layout.Placement
+        self, words: Float[Array, "P D"], known: Array, scale: float, place: str, layout: prompt_layout.PromptLayout
     ):
         self.words = Trainable(words, axes=("prompt", "embed"), learning_rate_scale=scale, word_ids="prompt.known")
         self.known = nnx.Param(known, axes=("prompt",))
-        self.place, self.placement = place, placement
+        self.place, self.layout = place, layout
 
     def table(self) -> Float[Array, "P D"]:
         return self.words[...]
@@ -80,6 +80,6 @@ class HardPrompt(PromptTable):
 
     def template(self, model: T5, decode: Callable[[Sequence[int]], str]) -> str:
         """Return the words around `{text}`, those of the nearest rows of the embedding."""
-        table, before = np.asarray(model.embedding[...], np.float32), np.shape(self.placement.before)[-1]
+        table, before = np.asarray(model.embedding[...], np.float32), np.shape(self.layout.before)[-1]
         ids = [int(np.argmin(np.square(table - row).sum(1))) for row in np.asarray(self.words[...])]
         return " ".join(part for part in (decode(ids[:before]), TEXT, decode(ids[before:])) if part)

@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 
 from softprompt_jax.config import UserError
 from softprompt_jax.data import prompt_layout
-from softprompt_jax.data.prompt_layout import Placement
+from softprompt_jax.data.prompt_layout import PromptLayout
 from softprompt_jax.methods.base import Context, MethodSettings, Tensors
 from softprompt_jax.methods.prompt import T5_EMBEDDING_RMS, PromptMethod, PromptTable, Uniform, embedding_scale
 from softprompt_jax.methods.trainable import Trainable
@@ -76,9 +76,9 @@ class Multitask(PromptMethod):
         count = self._count(context)
         first, total = model.settings.vocabulary_rows, prompt_layout.rows(self.place, self.length)
         alone = dataclasses.replace(context, words_by_task=())
-        placement = self.find_placement(model, alone)
+        layout = self.find_placement(model, alone)
         if context.words_by_task:
-            placement = placement.for_tasks(count, first, total)
+            layout = layout.for_tasks(count, first, total)
         scale, width = embedding_scale(model), model.settings.d_model
         keys = jax.random.split(key, 3)
         if self.source is None:
@@ -88,7 +88,7 @@ class Multitask(PromptMethod):
         else:
             parts = self._continued(context, count, (total, width))
         teachers = None if self.teachers is None else self._taught(context, (count, total, width))
-        model.prompt = SharedPrompt(self.combine, parts, scale, teachers, self.place, placement)
+        model.prompt = SharedPrompt(self.combine, parts, scale, teachers, self.place, layout)
 
     def _count(self, context: Context) -> int:
         if context.words_by_task and self.tasks not in (None, len(context.words_by_task)):
@@ -242,9 +242,9 @@ class SharedPrompt(PromptTable):
         scale: float,
         teachers: Float[Array, "N P D"] | None,
         place: str,
-        placement: Placement,
+        layout: PromptLayout,
     ):
-        self.combine, self.place, self.placement = combine, place, placement
+        self.combine, self.place, self.layout = combine, place, layout
 
         def weight(name: str, axes: tuple[str, str], scale: float) -> Any:
             if name not in parts:
@@ -278,7 +278,7 @@ class SharedPrompt(PromptTable):
         """Return the same parts, from which another task may start, without the teachers."""
         names = ("shared", "own", "columns", "rows", "projection")
         parts = {name: getattr(self, name)[...] for name in names if getattr(self, name) is not None}
-        return SharedPrompt(self.combine, parts, 1.0, None, self.place, self.placement)
+        return SharedPrompt(self.combine, parts, 1.0, None, self.place, self.layout)
 
 
 class Taught(PromptTable):

@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field
 
-from softprompt_jax.data.prompt_layout import Placement, rows
+from softprompt_jax.data.prompt_layout import PromptLayout, rows
 from softprompt_jax.methods.base import Context, MethodSettings, Tensors
 from softprompt_jax.methods.prompt import (
     T5_EMBEDDING_RMS,
@@ -44,7 +44,7 @@ class PTuning(PromptMethod):
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Give the model a prompt that a network makes."""
-        placement = self.find_placement(model, context)
+        layout = self.find_placement(model, context)
         scale, width = T5_EMBEDDING_RMS * embedding_scale(model), model.settings.d_model
         keys = jax.random.split(key)
         if self.init is None:
@@ -54,7 +54,7 @@ class PTuning(PromptMethod):
             vectors = self.first_rows(model, keys[0], context) / scale
         hidden = self.hidden
         network = LSTM(keys[1], width, hidden, self.layers) if self.network == "lstm" else MLP(keys[1], width, hidden)
-        model.prompt = NetworkPrompt(vectors, network, scale, self.place, placement)
+        model.prompt = NetworkPrompt(vectors, network, scale, self.place, layout)
 
     def finished(self) -> MethodSettings:
         """Return the settings of the plain rows."""
@@ -84,11 +84,11 @@ class NetworkPrompt(PromptTable):
     """P trainable vectors [P, D], or [N, P, D] for N tasks, and the network that makes rows of them."""
 
     def __init__(
-        self, vectors: Float[Array, "*N P D"], network: nnx.Module, scale: float, place: str, placement: Placement
+        self, vectors: Float[Array, "*N P D"], network: nnx.Module, scale: float, place: str, layout: PromptLayout
     ):
         self.vectors = Trainable(jnp.asarray(vectors, jnp.float32), axes=("prompt", "embed"))
         self.network: Any = network
-        self.scale, self.place, self.placement = scale, place, placement
+        self.scale, self.place, self.layout = scale, place, layout
 
     def table(self) -> Float[Array, "NP D"]:
         vectors = self.vectors[...]

@@ -20,7 +20,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from softprompt_jax.config import Settings, UserError
 from softprompt_jax.data import prompt_layout
-from softprompt_jax.data.prompt_layout import Placement
+from softprompt_jax.data.prompt_layout import PromptLayout
 from softprompt_jax.methods.base import Context, MethodSettings, Tensors
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models.presets import published
@@ -130,7 +130,7 @@ class PromptMethod(MethodSettings):
         prompt_layout.check(self.place, self.length)
         return self
 
-    def find_placement(self, model: T5, context: Context) -> Placement:
+    def find_placement(self, model: T5, context: Context) -> PromptLayout:
         """Return where the rows stand.
 
         Errors: UserError if another method has given the model a prompt.
@@ -138,9 +138,9 @@ class PromptMethod(MethodSettings):
         if model.prompt is not None:
             raise UserError("methods: two methods want the prompt; expected one; remove the other")
         first = model.settings.vocabulary_rows
-        placement = prompt_layout.place(self.place, self.length, first, context.encode)
+        layout = prompt_layout.place(self.place, self.length, first, context.encode)
         rows = prompt_layout.rows(self.place, self.length)
-        return placement.for_tasks(len(context.words_by_task), first, rows) if context.words_by_task else placement
+        return layout.for_tasks(len(context.words_by_task), first, rows) if context.words_by_task else layout
 
     def first_rows(self, model: T5, key: jax.Array, context: Context) -> Float[Array, "*N P D"]:
         """Return the rows that training starts from: [P, D], or [N, P, D] if each of N tasks has its own prompt."""
@@ -190,9 +190,9 @@ class Prompt(PromptMethod):
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Give the model a trainable prompt."""
-        placement = self.find_placement(model, context)
+        layout = self.find_placement(model, context)
         rows = self.first_rows(model, key, context)
-        model.prompt = SoftPrompt(rows, embedding_scale(model), self.place, placement)
+        model.prompt = SoftPrompt(rows, embedding_scale(model), self.place, layout)
 
     def finished(self) -> MethodSettings:
         """Return the settings without the start, which needs a task or a file."""
@@ -212,10 +212,10 @@ class Prompt(PromptMethod):
 
 
 class PromptTable(nnx.Module):
-    """The prompt of a model: `table()` returns the embeddings of the ids V onwards, which stand at `placement`."""
+    """The prompt of a model: `table()` returns the embeddings of the ids V onwards, which stand at `layout`."""
 
     place: str
-    placement: Placement
+    layout: PromptLayout
 
     def table(self) -> Float[Array, "P D"]:
         """Return all rows, in float32."""
@@ -223,8 +223,8 @@ class PromptTable(nnx.Module):
 
     def finished(self) -> SoftPrompt:
         """Return a plain table of the same rows: [P, D], or [N, P, D] if each of N tasks has its own prompt."""
-        rows, tasks = self.table(), self.placement.tasks
-        return SoftPrompt(rows.reshape(tasks, -1, rows.shape[-1]) if tasks else rows, 1.0, self.place, self.placement)
+        rows, tasks = self.table(), self.layout.tasks
+        return SoftPrompt(rows.reshape(tasks, -1, rows.shape[-1]) if tasks else rows, 1.0, self.place, self.layout)
 
     def __call__(
         self, indices: Int[Array, "B T"], virtual: Bool[Array, "B T"], key: jax.Array | None = None
@@ -248,12 +248,12 @@ class SoftPrompt(PromptTable):
         rows: Float[Array, "*N P D"],
         learning_rate_scale: float = 1.0,
         place: str = "before",
-        placement: Placement | None = None,
+        layout: PromptLayout | None = None,
     ):
         self.rows = Trainable(
             jnp.asarray(rows, jnp.float32), axes=("prompt", "embed"), learning_rate_scale=learning_rate_scale
         )
-        self.place, self.placement = place, placement or Placement()
+        self.place, self.layout = place, layout or PromptLayout()
 
     def table(self) -> Float[Array, "NP D"]:
         rows = self.rows[...]
@@ -299,12 +299,14 @@ def attach_rows(
             f"prompt: found shape {list(rows.shape)}; expected [P, {model.settings.d_model}], "
             "the width of this backbone; use a prompt that was trained on it"
         )
+    if not isinstance(rows, Tracer) and not jnp.isfinite(rows).all():
+        raise UserError("prompt: holds NaN or infinity; expected finite numbers; train it again")
     try:
         length = len(rows) // prompt_layout.rows(place, 1)
-        placement = prompt_layout.place(place, length, model.settings.vocabulary_rows, encode or _no_anchors)
+        layout = prompt_layout.place(place, length, model.settings.vocabulary_rows, encode or _no_anchors)
     except ValueError as error:
         raise UserError(f"prompt: {error}") from None
-    model.prompt = SoftPrompt(rows, 1.0, place, placement)
+    model.prompt = SoftPrompt(rows, 1.0, place, layout)
 
 
 def _no_anchors(text: str) -> list[int]:

@@ -76,14 +76,18 @@ def put_trained(model: T5, trained: dict[str, Any], where: str) -> None:
     Errors: UserError, which names `where`, for arrays of other paths or shapes.
     """
     parts = split(model)
-    expected = {path: leaf.shape for path, leaf in flatten(parts.trainable).items()}
-    found = {path: leaf.shape for path, leaf in flatten(trained).items()}
-    if expected != found:
-        odd = sorted({*expected.items()} ^ {*found.items()})[0]
+    check_trained(parts.trainable, trained, where)
+    nnx.update(model, nnx.state(parts.merge(trained, parts.frozen)))
+
+
+def check_trained(expected: dict[str, Any], trained: dict[str, Any], where: str) -> None:
+    """Refuse trained arrays of other paths or shapes than the expected ones, which may be abstract."""
+    shapes, found = ({path: leaf.shape for path, leaf in flatten(tree).items()} for tree in (expected, trained))
+    if shapes != found:
+        odd = sorted({*shapes.items()} ^ {*found.items()})[0]
         raise UserError(
             f"{where}: does not fit its config.yaml at {odd[0]} {list(odd[1])}; expected the run's own file"
         )
-    nnx.update(model, nnx.state(parts.merge(trained, parts.frozen)))
 
 
 def thaw(model: T5, wanted: Callable[[str], bool] = lambda path: True) -> list[str]:

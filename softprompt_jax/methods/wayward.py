@@ -12,7 +12,7 @@ from pydantic import Field
 
 from softprompt_jax.config import UserError
 from softprompt_jax.data import prompt_layout
-from softprompt_jax.data.prompt_layout import Placement
+from softprompt_jax.data.prompt_layout import PromptLayout
 from softprompt_jax.methods.base import Context, MethodSettings
 from softprompt_jax.methods.prompt import Prompt, PromptMethod, SoftPrompt, Text, Uniform, embedding_scale
 from softprompt_jax.models.t5 import T5
@@ -34,12 +34,12 @@ class Wayward(PromptMethod):
 
     def attach(self, model: T5, key: jax.Array, context: Context) -> None:
         """Give the model a trainable prompt and the words that it is held near."""
-        placement = self.find_placement(model, context)
+        layout = self.find_placement(model, context)
         if context.words_by_task:
             raise UserError("methods: wayward has one text for all tasks; expected prompts: shared")
         words = Text(text=self.text).rows(prompt_layout.rows(self.place, self.length), model, key, context)
         rows = words if self.init is None else self.first_rows(model, key, context)
-        model.prompt = WaywardPrompt(rows, words, embedding_scale(model), self.place, placement)
+        model.prompt = WaywardPrompt(rows, words, embedding_scale(model), self.place, layout)
 
     def penalty(self, model: T5, batch: dict[str, Array], hidden: Array, logits: Array) -> Array:
         """Return `weight` times the distance, for every real target token."""
@@ -54,9 +54,9 @@ class WaywardPrompt(SoftPrompt):
     """P trainable rows and the frozen words [P, D] that they are held near."""
 
     def __init__(
-        self, rows: Float[Array, "P D"], words: Float[Array, "P D"], scale: float, place: str, placement: Placement
+        self, rows: Float[Array, "P D"], words: Float[Array, "P D"], scale: float, place: str, layout: PromptLayout
     ):
-        super().__init__(rows, scale, place, placement)
+        super().__init__(rows, scale, place, layout)
         self.words = nnx.Param(jnp.asarray(words, jnp.float32), axes=("prompt", "embed"))
 
     def distance(self) -> Float[Array, ""]:

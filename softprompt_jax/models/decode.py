@@ -16,6 +16,7 @@ from softprompt_jax.models.attention import PrefixKeyValues, sees_prefix, with_p
 from softprompt_jax.models.t5 import T5
 
 EOS = 1
+MAX_TOKENS = 64  # of an answer, where no other limit is given
 NEVER = -1e9  # score of what is impossible
 
 Caches = tuple[Array, ...]  # keys and values [L, B, H, S, K]

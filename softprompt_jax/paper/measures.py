@@ -18,7 +18,7 @@ from softprompt_jax.checkpoints import artifact
 from softprompt_jax.data.task import Example, Task
 from softprompt_jax.inference.bank import PromptBank
 from softprompt_jax.inference.ensemble import ensemble
-from softprompt_jax.inference.evaluate import headline, mean_score, score
+from softprompt_jax.inference.evaluate import mean_score, run_score, score
 from softprompt_jax.inference.predictor import load_predictor
 from softprompt_jax.tasks import load, resolve, splits
 from softprompt_jax.training.sweep import Member
@@ -61,7 +61,7 @@ def scores(grid: Grid, members: Sequence[Member], runs: Path) -> tuple[Values, d
             result = result_of(member, runs) or {}
             baselines = result["baselines"]
             trained = grid.lines[line].read == "trained"
-            found.append(headline(member.run, result[baselines["split"]] if trained else baselines["untrained"]))
+            found.append(run_score(member.run, result[baselines["split"]] if trained else baselines["untrained"]))
         values.setdefault(line, {}).setdefault(point or "score", []).append(statistics.fmean(found))
     return values, {}
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from softprompt_jax.config import UserError
 from softprompt_jax.inference.bank import PromptBank
-from softprompt_jax.inference.prompt_cache import Stored
+from softprompt_jax.inference.prompt_cache import HostPrompt
 from softprompt_jax.serve.engine import Engine, Job
 from softprompt_jax.serve.limits import RequestError
 from softprompt_jax.serve.metrics import ServerMetrics
@@ -251,7 +251,7 @@ def _event(kind: str, values: Any) -> str:
     return f"event: {kind}\ndata: {json.dumps(values)}\n\n"
 
 
-def _read_prompt(bank: PromptBank, name: str, data: bytes) -> Stored:
+def _read_prompt(bank: PromptBank, name: str, data: bytes) -> HostPrompt:
     """Read the bytes of a prompt file. Errors: RequestError, without the name of the folder that they lay in."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / (f"{name}.npy" if data.startswith(_NPY) else f"{name}.safetensors")

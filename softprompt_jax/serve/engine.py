@@ -24,7 +24,7 @@ import numpy as np
 
 from softprompt_jax.config import UserError
 from softprompt_jax.inference.bank import PromptBank
-from softprompt_jax.inference.prompt_cache import Stored, Structure
+from softprompt_jax.inference.prompt_cache import HostPrompt, Structure
 from softprompt_jax.models import continuous_batching, decode, per_example
 from softprompt_jax.serve.limits import Limits, RequestError
 
@@ -84,7 +84,7 @@ class Engine:
     def __init__(self, bank: PromptBank, limits: Limits):
         self.bank, self.limits = bank, limits
         stored = [bank.prompt(name) for name in bank.names]
-        self.decoder_rows = max([limits.max_decoder_rows, *(len(one.placed.decoder) for one in stored)])
+        self.decoder_rows = max([limits.max_decoder_rows, *(one.layout.lengths[1] for one in stored)])
         for name in bank.names:
             self.check_prompt(name, bank.prompt(name))
         for name in [name for name in bank.names if bank.prompt(name).extras][:1]:
@@ -176,11 +176,11 @@ class Engine:
         """How many slots are in use."""
         return len(self._working)
 
-    def check_prompt(self, name: str, stored: Stored) -> None:
+    def check_prompt(self, name: str, stored: HostPrompt) -> None:
         """Refuse a prompt that is too long for the compiled shapes, or has extras that they have no place for."""
         for side, found, limit, setting in (
-            ("ids around a text", stored.encoder_length, self.limits.max_prompt_rows, "max_prompt_rows"),
-            ("rows before the decoder's input", len(stored.placed.decoder), self.decoder_rows, "max_decoder_rows"),
+            ("ids around a text", stored.layout.lengths[0], self.limits.max_prompt_rows, "max_prompt_rows"),
+            ("rows before the decoder's input", stored.layout.lengths[1], self.decoder_rows, "max_decoder_rows"),
         ):
             if found > limit:
                 raise RequestError(
@@ -255,7 +255,7 @@ class Engine:
     def _next_group(self) -> list[Job]:
         """Take requests from the queue as long as there are free slots, and room on the device for their prompts."""
         group: list[Job] = []
-        wanted: dict[str, Stored] = {}
+        wanted: dict[str, HostPrompt] = {}
         free = len(self._free)
         with self._wake:
             while self._waiting and len(group) < JOINED:

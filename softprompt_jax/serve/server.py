@@ -102,13 +102,11 @@ def serve_folder(
     token = read_token(token_file)
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: no such folder; expected one with prompt files and finished runs")
-    serve(
-        PromptBank.open(folder, backbone, dtype=dtype, quantize=quantize, any_backbone=any_backbone),
-        chosen,
-        host,
-        port,
-        token,
-    )
+    bank = PromptBank.open(folder, backbone, dtype=dtype, quantize=quantize, any_backbone=any_backbone)
+    for name in bank.names:
+        if (step := bank.prompt(name).step) is not None:
+            print(f"softprompt: {name} has not finished; step {step} is used", file=sys.stderr, flush=True)
+    serve(bank, chosen, host, port, token)
 
 
 def is_loopback(host: str) -> bool:

@@ -65,7 +65,7 @@ class RunData:
             draw = draw_mixture(counts, self.rates, run.seed, at_least=run.batch_size)
             train = [concatenate(train)]
         index, count = mesh.process_share()
-        around: dict[str, Any] = {"prompt_ids": assembly.prompt_ids, "max_shapes": run.most_shapes}
+        around: dict[str, Any] = {"layout": assembly.layout, "max_shapes": run.most_shapes}
         shares: dict[str, Any] = {"process_index": index, "process_count": count}
         if any(task.endless for task in self.tasks):
             if len(self.tasks) > 1 or run.packing is not None:
@@ -216,8 +216,7 @@ class TaskSplits:
                 examples = list(itertools.islice(self.read(0), WINDOW * run.batch_size))
             key = examples.key() if isinstance(examples, Reread) else None
             self.tokens[split] = self.tokenize(examples, split, cache_folder() / "tokens", key)
-        around = assembly.prompt_ids
-        self._prompt_ids = around if around is None else around.of_task(number if run.own_prompts else 0)
+        self._layout = assembly.layout.of_task(number) if run.own_prompts else assembly.layout
 
     def read(self, first: int) -> Iterator[Example]:
         """Yield the train examples of a split without end from a number on."""
@@ -258,10 +257,10 @@ class TaskSplits:
     ) -> dict[str, float]:
         """Return the metrics of a split, of its first examples or of all, and if asked the `loss` per target token."""
         batch_size, tokens = self._run.evaluation_batch_size, self.tokens[split].first(first)
-        answers = decoder.answers(trainable, frozen, tokens, batch_size, longest, self._prompt_ids, task=self.task)
+        answers = decoder.answers(trainable, frozen, tokens, batch_size, longest, self._layout, task=self.task)
         likelihoods = None
         if loss or wants_likelihoods(self.task):
-            likelihoods = decoder.likelihoods(trainable, frozen, tokens, batch_size, self._prompt_ids)
+            likelihoods = decoder.likelihoods(trainable, frozen, tokens, batch_size, self._layout)
         best = [each[0] for each in answers]
         outputs = Outputs([answer.ids for answer in best], [answer.score for answer in best], likelihoods)
         found = score(self.task, [answer.text for answer in best], self.examples[split][:first], outputs)
@@ -305,7 +304,7 @@ class PretrainingRunData:
         settings = run.pretraining
         assert settings is not None
         folder = assembly.tokenizer_folder
-        if assembly.prompt_ids is not None:
+        if assembly.model.prompt is not None:
             kinds = ", ".join(method.kind for method in run.methods)
             raise UserError(
                 f"methods: {kinds} with pre-training, whose texts have no place for a prompt; expected methods that "

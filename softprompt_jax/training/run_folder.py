@@ -20,7 +20,7 @@ from softprompt_jax.checkpoints.training_state import Checkpoints
 from softprompt_jax.config import UserError, differences, settings_hash, to_yaml
 from softprompt_jax.distributed import mesh as sharding
 from softprompt_jax.distributed.multihost import is_first, run_on_process_0
-from softprompt_jax.inference.evaluate import headline
+from softprompt_jax.inference.evaluate import run_score
 from softprompt_jax.methods import Split, finish
 from softprompt_jax.run import UNHASHED_SETTINGS, Run
 
@@ -77,7 +77,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def scores_in(folder: Path, run: Run) -> dict[int, tuple[float, float | None]]:
     """Return the score and the loss of each validation in a run's `metrics.jsonl`, by step. Older runs have no loss."""
     lines = (line for line in read_metrics(folder / "metrics.jsonl") if "validation" in line)
-    return {line["step"]: (headline(run, line["validation"]), line["validation"].get("loss")) for line in lines}
+    return {line["step"]: (run_score(run, line["validation"]), line["validation"].get("loss")) for line in lines}
 
 
 class Log:

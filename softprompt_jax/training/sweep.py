@@ -22,7 +22,7 @@ from softprompt_jax.checkpoints.training_state import GROUPS, MEMBERS
 from softprompt_jax.config import Diverged, UserError
 from softprompt_jax.distributed.cloud_files import is_remote
 from softprompt_jax.distributed.folder_lock import lock_folder
-from softprompt_jax.inference.evaluate import headline, shown, unit
+from softprompt_jax.inference.evaluate import run_score, score_factor, score_text
 from softprompt_jax.optim.gradient_free import GradientFree
 from softprompt_jax.progress import Reporter
 from softprompt_jax.run import Run, Scratch
@@ -246,12 +246,12 @@ def summary(found: Sequence[Member], folder: Path) -> dict[str, Any]:
             line["failed"] = json.loads((folder / member.name / FAILED_FILE).read_text())
             continue
         result = json.loads((folder / member.name / "result.json").read_text())
-        scores = {s: headline(member.run, result[s]) for s in ("validation", "test") if result[s] is not None}
+        scores = {s: run_score(member.run, result[s]) for s in ("validation", "test") if result[s] is not None}
         line |= {"score": scores, **{name: result[name] for name in ("validation", "test", "best_step")}}
         key = {name: value for name, value in member.varied.items() if name != "seed"}
         row = json.dumps([member.run.task_name, key])
         table.setdefault(row, []).append(scores)
-        units[row] = unit(member.run)
+        units[row] = score_factor(member.run)
         if scores["validation"] > best.get(member.run.task_name, ("", -float("inf")))[1]:
             best[member.run.task_name] = member.name, scores["validation"]
     rows = []
@@ -279,4 +279,4 @@ def describe(result: dict[str, Any]) -> Iterator[str]:
 
 
 def _cell(found: dict[str, Any], times: float) -> str:
-    return mean_sd_text(found, lambda value: shown(value, times), best=True)
+    return mean_sd_text(found, lambda value: score_text(value, times), best=True)
