@@ -222,7 +222,7 @@ def with_generations(objects, monkeypatch):
 
     Without it TensorStore, which changes a manifest only as it read it, fails once two of its writers meet.
     """
-    download, upload = objects.download, objects._media_upload
+    download = objects.download
 
     def telling(request, response, storage, *args, **kwargs):
         download(request, response, storage, *args, **kwargs)
@@ -230,18 +230,22 @@ def with_generations(objects, monkeypatch):
             found = storage.get_file_obj(request.params["bucket_name"], request.params["object_id"])
             response["x-goog-generation"] = found["generation"]
 
-    def heeding(request, response, storage):
-        expected = request.query.get("ifGenerationMatch")
-        bucket, name = request.params["bucket_name"], request.query["name"][0]
-        present = storage.objects.get(bucket, {}).get(name, {"generation": "0"})["generation"]
-        if expected and expected[0] != present:
-            response.status = objects.HTTPStatus.PRECONDITION_FAILED
-            response.json({"error": {"code": 412, "message": "conditionNotMet"}})
-        else:
-            upload(request, response, storage)
+    def heeding(upload, name_of):
+        def call(request, response, storage):
+            expected, bucket = request.query.get("ifGenerationMatch"), request.params["bucket_name"]
+            present = storage.objects.get(bucket, {}).get(name_of(request), {"generation": "0"})["generation"]
+            if expected and expected[0] != present:
+                response.status = objects.HTTPStatus.PRECONDITION_FAILED
+                response.json({"error": {"code": 412, "message": "conditionNotMet"}})
+            else:
+                upload(request, response, storage)
+
+        return call
 
     monkeypatch.setattr(objects, "download", telling)
-    monkeypatch.setattr(objects, "_media_upload", heeding)
+    media, multipart = objects._media_upload, objects._multipart_upload
+    monkeypatch.setattr(objects, "_media_upload", heeding(media, lambda request: request.query["name"][0]))
+    monkeypatch.setattr(objects, "_multipart_upload", heeding(multipart, lambda request: request.data["meta"]["name"]))
 
 
 @pytest.fixture
@@ -319,6 +323,25 @@ def test_a_run_on_gs_that_is_told_to_go_goes_on_from_there_to_the_same_bits(goog
         assert google.cat(f"bucket/runs/told/{name}") == (prompt_run / name).read_bytes()
     steps = [json.loads(line)["step"] for line in google.cat("bucket/runs/told/metrics.jsonl").splitlines()]
     assert steps == sorted(steps)
+
+
+@pytest.mark.cloud
+@pytest.mark.filterwarnings("default")
+def test_one_command_at_a_time_holds_a_folder_on_gs(google, monkeypatch):
+    monkeypatch.setattr(folder_lock, "RENEW_S", 0.1)
+    with (
+        folder_lock.lock_folder("gs://bucket/runs/held") as check,
+        pytest.raises(UserError, match=r"a command on .* trains in it"),
+        folder_lock.lock_folder("gs://bucket/runs/held", wait_s=1.0),
+    ):
+        pass
+    check()
+    google.invalidate_cache()
+    assert google.find("bucket/runs/held") == []
+    assert cloud_files.create_object("gs://bucket/runs/held/lock.json", b'{"id": "killed", "host": "gone"}')
+    assert not cloud_files.create_object("gs://bucket/runs/held/lock.json", b"{}")
+    with folder_lock.lock_folder("gs://bucket/runs/held", wait_s=0.5) as check:
+        check()
 
 
 @pytest.mark.cloud

@@ -24,7 +24,7 @@ from small_runs import write_config
 
 from softprompt_jax.checkpoints.artifact import load_prompt
 from softprompt_jax.checkpoints.training_state import Checkpoints
-from softprompt_jax.cli.signals import PREEMPTED
+from softprompt_jax.cli.signals import INTERRUPTED, PREEMPTED
 from softprompt_jax.config import UserError
 from softprompt_jax.distributed import multihost
 from softprompt_jax.training.run_data import RunData
@@ -170,13 +170,16 @@ def test_a_tuned_model_that_is_cut_goes_on_cut_another_way(small, tmp_path, monk
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 2])
-def test_a_run_told_to_stop_saves_and_says_so_by_its_exit_code(config, whole, tmp_path, count):
+@pytest.mark.parametrize(("count", "number"), [(1, signal.SIGTERM), (2, signal.SIGTERM), (2, signal.SIGINT)])
+def test_a_run_told_to_stop_saves_and_says_so_by_its_exit_code(config, whole, tmp_path, count, number):
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell, and in what it starts
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     started = start(config, tmp_path / "told", count, "steps=40")
     wait_for_step(tmp_path / "told", 4)
-    started[0].send_signal(signal.SIGTERM)  # among several processes one is told, and all go
-    for code, _, err in finish(started):
-        assert code == PREEMPTED, err[-2000:]
+    started[0].send_signal(number)  # among several processes one is told, and all go
+    codes = [INTERRUPTED if number == signal.SIGINT else PREEMPTED, PREEMPTED]
+    for expected, (code, _, err) in zip(codes, finish(started), strict=False):
+        assert code == expected, err[-2000:]
         assert "the same command goes on" in err
     succeed(config, tmp_path / "told", count)
     told, expected = (folder / "prompt.safetensors" for folder in (tmp_path / "told", whole(count)))
