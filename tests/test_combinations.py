@@ -113,7 +113,7 @@ def test_a_prefix_and_adapters_train_together(small, tmp_path):
             "packing.length: found 64, an example has 99 positions (its prompt counts); expected at least as many;",
         ),
         (
-            {"methods": [{"kind": "prompt", "length": 2}, {"kind": "hard"}]},
+            {"methods": [{"kind": "prompt", "length": 2}, {"kind": "wayward", "text": "say"}]},
             "two methods want the prompt; expected one; remove the other",
         ),
         (
