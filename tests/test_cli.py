@@ -414,9 +414,8 @@ def test_source_that_is_no_run_or_prompt(refused, prompt_run, full_run, tmp_path
     np.save(tmp_path / "p.npy", load_prompt(prompt))
     for arguments, expected in [
         ([tmp_path / "none"], "no such file; expected prompt rows as .npy, .safetensors or a run folder"),
-        ([tmp_path / "other"], "no run; expected the folder of a finished run"),
+        ([tmp_path / "other"], "it is not a run folder); expected the folder of a run"),
         ([tmp_path / "broken.safetensors"], "not a complete safetensors file"),
-        ([full_run / "trained.safetensors"], "expected a tensor named 'prompt'"),
         ([tmp_path / "p.npy"], "says no backbone; expected one; add --backbone"),
         ([tmp_path / "p.npy", "--backbone", wider], "prompt: found shape [3, 16]; expected [P, 24]"),
         ([prompt, "--backbone", other], "; expected the same backbone; give the one it was trained on"),
@@ -425,11 +424,16 @@ def test_source_that_is_no_run_or_prompt(refused, prompt_run, full_run, tmp_path
         assert expected in refused("eval", *arguments)
 
 
-def test_unfinished_run(refused, config, tmp_path, prompt_run):
-    (tmp_path / "run").mkdir()
-    shutil.copy(prompt_run / "config.yaml", tmp_path / "run")
-    error = refused("predict", tmp_path / "run")
-    assert "an unfinished run; expected the folder of a finished run; finish it with the same command" in error
+def test_an_unfinished_run_answers_from_its_best_checkpoint_and_without_one_is_refused(
+    refused, softprompt, tmp_path, prompt_run
+):
+    run = tmp_path / "run"
+    shutil.copytree(prompt_run / "checkpoints", run / "checkpoints")
+    shutil.copy(prompt_run / "config.yaml", run)
+    code, out, err = softprompt("eval", run)
+    assert (code, json.loads(out)) == (0, json.loads(softprompt("eval", prompt_run)[1])), err
+    shutil.rmtree(run / "checkpoints")
+    assert "run: has no checkpoint yet; expected one; wait for the run's first" in refused("predict", run)
 
 
 def test_broken_checkpoint(softprompt, small, prompt_run, tmp_path):

@@ -214,7 +214,7 @@ def test_a_stopped_sweep_is_completed_by_the_same_command(softprompt):
     """It had two prompts finished, and two together at step 5."""
     assert [Path("sweep_stopped", name, "result.json").exists() for name in MEMBERS] == [True, True, False, False]
     code, out, err = softprompt(
-        "sweep", "sweep.yaml", "--over", OVER[0], "--over", OVER[1], "--out", "sweep_stopped", "--together", 2
+        "sweep", "sweep.yaml", "--over", OVER[0], "--over", OVER[1], "--out", "sweep_stopped", "--together", 2, "--json"
     )
     assert code == 0, err
     assert "resumed at step 5" in err

@@ -174,9 +174,9 @@ def test_validation_loss_is_the_mean_cross_entropy_of_the_targets(small, prompt_
     assembly = assemble(run)
     parts = methods.split(assembly.model)
     data = RunData(run, assembly, parts)
-    trained, _ = load_trained(prompt_run / "trained.safetensors")
+    trained = load_artifact(prompt_run / "trained.safetensors").tree
     scores, score = data.validate(trained, parts.frozen)
-    batches = [batch for batch, _ in evaluation_batches(data.tasks[0].tokens["validation"], 5, assembly.prompt_ids)]
+    batches = [batch for batch, _ in evaluation_batches(data.tasks[0].tokens["validation"], 5, assembly.layout)]
     assert scores["loss"] == pytest.approx(mean_loss(parts, batches)(trained, parts.frozen), rel=1e-5)
     assert score == scores["accuracy"]  # of which the loss is no part
 
