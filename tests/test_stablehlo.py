@@ -6,12 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_runs import rows
 
+import softprompt_jax
 from softprompt_jax import UserError, load_predictor, load_prompt
 from softprompt_jax.data.prompt_layout import PromptLayout
 from softprompt_jax.data.tokenizer import load_tokenizer
@@ -82,6 +85,10 @@ def test_a_program_with_its_prompt_answers_in_another_process(prompt_run, tmp_pa
     np.testing.assert_allclose(scores, expected, atol=1e-4)
     about = json.loads((tmp_path / "out" / "program.json").read_text())
     assert about["platforms"] == ["cpu", "cuda", "tpu"]
+    program = (tmp_path / "out" / "program.stablehlo").read_bytes()
+    assert b"decode.py" in program  # where each operation comes from
+    for folder in (Path(softprompt_jax.__file__).parent, Path(jax.__file__).parent):
+        assert str(folder).encode() not in program
 
 
 @pytest.mark.slow

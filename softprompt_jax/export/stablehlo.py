@@ -6,8 +6,10 @@ tokenizer, `example.py` that runs it, and `program.json`, which says what goes i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,18 @@ print(*[int(token) for token in tokens[0] if token > 1])
 '''
 
 
+@contextlib.contextmanager
+def _file_names_only() -> Iterator[None]:
+    """Let JAX write the names of source files without their folders, which would publish paths of this machine."""
+    setting = "jax_hlo_source_file_canonicalization_regex"
+    before = getattr(jax.config, setting)
+    jax.config.update(setting, ".*/")
+    try:
+        yield
+    finally:
+        jax.config.update(setting, before)
+
+
 def write_program(model: T5, tokenizer_folder: Path, to: Path, max_tokens: int, prompt_input: bool) -> None:
     """Write a model that decodes greedily as a program for CPU, GPU and TPU, whatever the batch and its length.
 
@@ -76,7 +90,8 @@ def write_program(model: T5, tokenizer_folder: Path, to: Path, max_tokens: int, 
     arguments.append(jax.ShapeDtypeStruct((batch, length), jnp.int32))
     if rows is not None:
         arguments.append(jax.ShapeDtypeStruct(rows.shape, rows.dtype))
-    exported = jax.export.export(jax.jit(answer), platforms=PLATFORMS)(*arguments)
+    with _file_names_only():
+        exported = jax.export.export(jax.jit(answer), platforms=PLATFORMS)(*arguments)
     to.mkdir(parents=True, exist_ok=True)
     (to / "program.stablehlo").write_bytes(exported.serialize())
     save_file({name: np.asarray(leaf) for name, leaf in weights.items()}, to / "weights.safetensors")
