@@ -185,3 +185,29 @@ def test_speed_is_that_of_the_latest_quiet_run_beside_pefts_best(tmp_path):
         (f"{what}, 2 cores", 1.0, 1.5, "sdpa", 2, True, "1/2"),
         (f"{what}, unrolled", 2.0, 8.0, "sdpa", 2, False, "1/2"),
     ]
+
+
+@pytest.mark.slow
+def test_the_readme_trains_and_answers_as_printed(tmp_path):
+    """Its YAML, commands and Python, on files such as it describes."""
+    kinds = {"negative": "a boring film , worse than number {}", "positive": "a lovely film , better than number {}"}
+    for split, numbers in (("train", range(40)), ("validation", range(40, 50))):
+        lines = [{"text": text.format(n), "label": label} for n in numbers for label, text in kinds.items()]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    softprompt = tmp_path / "bin" / "softprompt"
+    softprompt.parent.mkdir()
+    softprompt.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m softprompt_jax "$@"\n')
+    softprompt.chmod(0o755)
+    environment = os.environ | {"PATH": f"{softprompt.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = dict(re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL))
+    said = {}
+    for language, command in (("bash", ["bash", "-euo", "pipefail", "-c"]), ("python", [sys.executable, "-c"])):
+        done = subprocess.run(
+            [*command, blocks[language]], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        said[language] = done.stdout.splitlines()
+    assert json.loads(said["bash"][-1])["text"] == "what a lovely film"
+    assert json.loads(said["bash"][-1])["prediction"] == "positive"
+    assert said["python"][1] == "['positive']"

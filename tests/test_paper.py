@@ -15,7 +15,7 @@ from small_runs import write_rows
 
 from softprompt_jax.analysis import plan
 from softprompt_jax.cli.signals import PREEMPTED
-from softprompt_jax.config import Preempted, UserError, parse
+from softprompt_jax.config import Preempted, UserError, parse, to_yaml
 from softprompt_jax.paper import experiments, measures, results
 from softprompt_jax.run import Run
 from softprompt_jax.training import sweep
@@ -149,7 +149,13 @@ def train_group(monkeypatch):
     """Replace the training of a group of runs by a function of the group and the folder of their folders."""
 
     def replace(function) -> None:
-        monkeypatch.setattr(sweep, "_train_group", lambda group, folder, *rest: function(group, folder))
+        def train(group: Sequence[Member], folder: Path, *rest) -> None:
+            for member in group:  # as every run does before its first step
+                (folder / member.name).mkdir(exist_ok=True)
+                (folder / member.name / "config.yaml").write_text(to_yaml(member.run))
+            function(group, folder)
+
+        monkeypatch.setattr(sweep, "_train_group", train)
 
     return replace
 

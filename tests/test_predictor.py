@@ -442,7 +442,7 @@ def test_a_run_can_be_asked_by_beams(small, prompt_run):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("bean", "'bean' found.*expected tags: 'greedy'"),
+        ("bean", "kind 'bean' is unknown; expected one of 'greedy'.*did you mean beam"),
         ("{kind: beam, beans: 2}", "did you mean beams"),
         ("{", "not YAML"),
     ],

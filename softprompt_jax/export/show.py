@@ -42,8 +42,9 @@ def _parts(source: str) -> Iterator[tuple[str, dict[str, Any], _Tensors]]:
     elif path.is_file():
         yield _file(path)
     elif quantized_folder.is_quantized_folder(path):
-        numbers, tensors = quantized_folder.read_about(path).settings.parameters(), quantized_folder.open_tensors(path)
-        yield f"{path}: a quantised T5, {numbers:,} parameters", {"checksums": _checksums(tensors)}, tensors
+        about, tensors = quantized_folder.read_about(path), quantized_folder.open_tensors(path)
+        facts = about.model_dump(mode="json") | {"checksums": _checksums(tensors)}
+        yield f"{path}: a quantised T5, {about.settings.parameters():,} parameters", facts, tensors
     elif (path / "config.yaml").exists():
         title, _, _ = _file(path / "config.yaml")
         if not (path / "result.json").exists():
@@ -55,11 +56,11 @@ def _parts(source: str) -> Iterator[tuple[str, dict[str, Any], _Tensors]]:
         yield from (_file(file) for file in trained if file.exists())
     elif (path / peft.CONFIG_FILE).exists():
         settings = peft.read_config(path)
-        about = f"{peft.read_kind(settings, path)}, for {settings.get('base_model_name_or_path')}"
+        kind = f"{peft.read_kind(settings, path)}, for {settings.get('base_model_name_or_path')}"
         file = next((path / name for name in (peft.TENSOR_FILE, peft.OLD_TENSOR_FILE) if (path / name).exists()), None)
         if file is None:
             raise UserError(f"{path}: no {peft.TENSOR_FILE}; expected a complete adapter")
-        yield f"{path}: an adapter of PEFT, {about}", {}, {}
+        yield f"{path}: an adapter of PEFT, {kind}", {}, {}
         yield _file(file)
     elif (path / "config.json").exists() or t5x.find_checkpoint(path) is not None:
         yield _backbone(source)
