@@ -14,10 +14,10 @@ from flax import nnx
 from softprompt_jax.models import decode
 
 
-def greedy(model, tokens, max_tokens: int, segments=None, decoder_prompt=None) -> tuple[np.ndarray, np.ndarray]:
+def greedy(model, tokens, max_tokens: int, decoder_prompt=None) -> tuple[np.ndarray, np.ndarray]:
     graphdef, state = nnx.split(model)
     run = jax.jit(lambda state, tokens, *rest: decode.greedy(nnx.merge(graphdef, state), tokens, max_tokens, *rest))
-    output, score = run(state, tokens, segments, decoder_prompt)
+    output, score = run(state, tokens, decoder_prompt)
     return np.asarray(output), np.asarray(score)
 
 
@@ -44,15 +44,16 @@ def test_tokens_equal_transformers_and_peft(shared_fixtures, name):
     np.testing.assert_array_equal(tokens, expected[:, 1:])
 
 
-def by_whole_passes(model, tokens, max_tokens: int, segments=None, before=None) -> tuple[np.ndarray, np.ndarray]:
+def by_whole_passes(model, tokens, max_tokens: int, before=None) -> tuple[np.ndarray, np.ndarray]:
     """Decode greedily without a cache: the whole decoder again for every token; `before` stands in front."""
     rows = len(tokens)
     before = np.zeros((rows, 0), np.int32) if before is None else np.asarray(before)
     inputs, score, ended = np.zeros((rows, max_tokens + 1), np.int32), np.zeros(rows), np.zeros(rows, bool)
-    batch = {"encoder_tokens": tokens} | ({} if segments is None else {"encoder_segments": segments})
     for position in range(max_tokens):
         decoder_inputs = jnp.asarray(np.concatenate([before, inputs[:, :-1]], 1))
-        logits = tiny.forward(model, batch | {"decoder_inputs": decoder_inputs})[:, before.shape[1] + position]
+        logits = tiny.forward(model, {"encoder_tokens": tokens, "decoder_inputs": decoder_inputs})[
+            :, before.shape[1] + position
+        ]
         log_p = np.asarray(jax.nn.log_softmax(logits))
         best = log_p.argmax(-1)
         score += np.where(ended, 0, log_p[np.arange(rows), best])
