@@ -275,13 +275,6 @@ def _hashed(settings: T5Settings, sample: np.ndarray) -> str:
     return hashlib.sha256(json.dumps(what_it_is).encode() + sample.tobytes()).hexdigest()[:16]
 
 
-def load_settings(source: str | Path) -> T5Settings:
-    """Read what a source is, without its weights."""
-    if quantized_folder.is_quantized_folder(source):
-        return quantized_folder.read_about(source).settings
-    return open_source(source)[0]
-
-
 def open_source(source: str | Path) -> tuple[T5Settings, dict[str, Tensor], Path]:
     """Return a source's settings, its tensors under Hugging Face names, and the folder of its tokenizer."""
     if quantized_folder.is_quantized_folder(source):

@@ -213,17 +213,6 @@ def run_score(run: Run, scores: dict[str, Any]) -> float:
     return scores["mean"] if isinstance(run.task, Mixture) else mean_score(run.tasks[0], scores)
 
 
-def score_name(run: Run, scores: dict[str, Any]) -> str:
-    """Say what `run_score` of these scores is, and its unit."""
-    if run.pretraining is not None:
-        return "negative loss in nats"
-    if isinstance(run.task, Mixture):
-        return "mean over tasks of their metrics" + ", in %" * (score_factor(run) == 100)
-    names = _metrics_of(run.tasks[0], scores)
-    name = names[0] if len(names) == 1 else f"mean of {', '.join(names[:-1])} and {names[-1]}"
-    return name + ", in %" * (score_factor(run) == 100)
-
-
 def score_factor(run: Run) -> float:
     """Return what a run's scores are multiplied by for readers: 100 (percent), 1 for losses and seqio's metrics."""
     return 1.0 if run.pretraining or any(task.scored_by_source for task in run.tasks) else 100.0
