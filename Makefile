@@ -7,6 +7,7 @@ VENV ?= .venv
 EXTRAS ?= dev
 PYTEST_ARGS ?=
 BENCHMARK_ARGS ?=
+FAULTS_ARGS ?=
 NAME ?=
 LADDER_ARGS ?=
 TWO := --numprocesses 2 --dist worksteal  # pytest in two processes: each needs gigabytes
@@ -24,7 +25,7 @@ STAMP = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo paper ladder docs site test test-slow test-torch test-libtpu test-network test-seqio test-cloud benchmark lint format clean
+.PHONY: help install demo demo-lm paper ladder docs site test test-slow test-torch test-libtpu test-network test-seqio test-cloud test-http test-wheel test-faults benchmark lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -48,12 +49,23 @@ demo: install  ## prompt-tune the embedded T5 on movie sentences, then answer th
 		'{"inputs": "the jokes fall flat and the plot makes no sense ."}' \
 		| $(VENV)/bin/softprompt predict runs/demo --input - --output -
 
-test: install  ## run the default tests (no torch, no network, under 5 minutes)
+demo-lm: install  ## prompt-tune SmolLM2 (a 93 MB package) on movie sentences and on six intents, then answer both at once
+	$(VENV)/bin/softprompt train configs/smollm2.yaml --out runs/lm/movies
+	$(VENV)/bin/softprompt train configs/intents/run.yaml --out runs/lm/intents
+	@printf '%s\n' \
+		'{"prompt": "movies", "inputs": "a warm , funny and quietly moving film ."}' \
+		'{"prompt": "intents", "inputs": "Message: my parcel should have been here on tuesday\nIntent:"}' \
+		'{"prompt": "movies", "inputs": "two hours of my life that i will never get back ."}' \
+		'{"prompt": "intents", "inputs": "Message: pls send it to 4 Mill Lane instead\nIntent:"}' \
+		| $(VENV)/bin/softprompt predict runs/lm --input - --output -
+	@echo 'to serve both over HTTP: $(VENV)/bin/softprompt serve runs/lm   (inputs as above)'
+
+test: install  ## run the default tests (no torch, no network, under 8 minutes)
 	$(VENV)/bin/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal $(PYTEST_ARGS)
 
 test-slow: install  ## run the long tests
 	$(VENV)/bin/python -m pytest $(TWO) $(PYTEST_ARGS) \
-		-m "slow and not network and not torch and not seqio and not cloud and not tpu and not libtpu and not gpu"
+		-m "slow and not network and not torch and not seqio and not cloud and not http and not tpu and not libtpu and not gpu"
 
 test-torch:  ## compare with PyTorch and PEFT, in an environment of its own (.venv-torch)
 	$(MAKE) install VENV=.venv-torch EXTRAS=dev,torch
@@ -75,6 +87,17 @@ test-cloud:  ## run on gs:// and s3:// against stand-ins, in the environment of 
 	$(MAKE) install VENV=.venv-tpu EXTRAS=dev,tpu,cloud
 	.venv-tpu/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt gcp-storage-emulator 'moto[server]'
 	.venv-tpu/bin/python -m pytest -m cloud $(PYTEST_ARGS)
+
+test-http:  ## other programs against the server, in an environment of its own (.venv-http)
+	$(MAKE) install VENV=.venv-http EXTRAS=dev
+	.venv-http/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt schemathesis openai
+	.venv-http/bin/python -m pytest -m http $(PYTEST_ARGS)
+
+test-wheel: install  ## build sdist and wheel, install them into clean environments, train from there
+	$(VENV)/bin/python tests/from_wheel.py
+
+test-faults: install  ## kill, damage, attack, mistype, ask: 900 cases in 3 minutes, 5,760 with LONG=1
+	PYTHONPATH=tests $(VENV)/bin/python -m faults $(FAULTS_ARGS)
 
 benchmark:  ## time a training step beside PEFT's (in .venv-torch), see benchmarks/README.md
 	$(MAKE) install VENV=.venv-torch EXTRAS=dev,torch
@@ -103,4 +126,4 @@ format: install  ## format and mend what ruff can mend
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove environments and caches, keep runs
-	rm -rf .venv .venv-torch .venv-seqio .venv-tpu .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-torch .venv-seqio .venv-http .venv-tpu .pytest_cache .ruff_cache build dist *.egg-info

@@ -40,7 +40,7 @@ class Ours:
 
     def __init__(self, folder: str, tokens: int):
         import softprompt_jax
-        from softprompt_jax.cli.allocator import keep_freed_memory
+        from softprompt_jax.cli.process import keep_freed_memory
 
         keep_freed_memory()
         self.backbone = softprompt_jax.load_backbone(folder)

@@ -6,6 +6,13 @@ Trains `configs/methods/*.yaml` on the task that they name with the embedded bac
 (so that its memory is its own), all of a seed before the next. What is done is kept, a killed run goes on. Then writes
 `results/methods.json`, the plot `results/methods.svg` and the table in `methods.md`. Needs the extra `report`.
 A row is of runs of as many steps as asked for; others in the same folder are left out.
+
+    python benchmarks/methods.py --backbone smollm2 [--seeds 3] [--only lora ia3] [--runs runs/methods]
+
+The same on a real language model: every line of `methods_smollm2.yaml` on movie sentences and on intents, 200 steps.
+Each run leaves one file, `results/methods/smollm2/TASK-METHOD-SEED.json`, and its folder is deleted. A run whose file
+exists is done; a killed run goes on from its last checkpoint, three minutes back at most. `docs/build.py` writes the
+table.
 """
 
 from __future__ import annotations
@@ -13,9 +20,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import signal
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +36,7 @@ ROOT = machine.ROOT
 CONFIGS = ROOT / "configs" / "methods"
 HERE = Path(__file__).resolve().parent
 RESULTS, PLOT, PAGE = HERE / "results" / "methods.json", HERE / "results" / "methods.svg", HERE / "methods.md"
+SMOLLM2 = HERE / "methods_smollm2.yaml"
 BETWEEN = "<!-- made by methods.py -->"
 TASK = "sentiment_movie"
 INTERVAL = 10  # steps, over which time is measured
@@ -34,15 +45,25 @@ INTERVAL = 10  # steps, over which time is measured
 def main() -> None:
     """Run what is missing, then write table and plot."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", choices=["embedded", "smollm2"], default="embedded")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, help="default: 500; with smollm2 what its file says")
     parser.add_argument("--only", nargs="+", help="names of configs; the table then has what is done")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "methods")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
+    parser.add_argument("--cells", type=Path, default=SMOLLM2, help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=Path, default=HERE / "results" / "methods", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         work(*arguments.worker)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a worker ends with this process
+    if arguments.backbone == "smollm2":
+        unknown = set(arguments.only or ()) - set(yaml.safe_load(arguments.cells.read_text())["methods"])
+        if unknown:
+            parser.error(f"no method {', '.join(sorted(unknown))} in {arguments.cells}; expected names from there")
+        sys.exit(measure_cells(arguments))
+    arguments.steps = arguments.steps or 500
     names = in_order(path.stem for path in CONFIGS.glob("*.yaml"))
     unknown = set(arguments.only or ()) - set(names)
     if unknown:
@@ -67,8 +88,10 @@ def in_order(names: Any) -> list[str]:
 
 
 def load(name: str) -> dict[str, Any]:
-    """Read a config as it stands."""
-    return yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    """Read a config, with what it is based on."""
+    from softprompt_jax import config
+
+    return config.read(CONFIGS / f"{name}.yaml")
 
 
 def sources(name: str) -> dict[str, str]:
@@ -98,18 +121,71 @@ def measure(name: str, seed: int, steps: int, runs: Path) -> None:
     if "warmup_steps" in load(name).get("schedule", {}):
         changes += [f"schedule.warmup_steps={steps // 10}"]
     changes += [f"{setting}={place(runs, source, steps, seed)}" for setting, source in sources(name).items()]
-    command = [sys.executable, __file__, "--worker", str(CONFIGS / f"{name}.yaml"), str(folder), *changes]
-    done = subprocess.run(command, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str((runs / "compiled").absolute())})
-    print(
-        f"{name} seed {seed}: " + ("failed" if done.returncode else (folder / "measured.json").read_text()), flush=True
-    )
+    done = run_apart(CONFIGS / f"{name}.yaml", folder, changes, runs)
+    print(f"{name} seed {seed}: " + ((folder / "measured.json").read_text() if done else "failed"), flush=True)
+
+
+def run_apart(config: Path, folder: Path, changes: list[str], runs: Path) -> bool:
+    """Train and measure in a process of its own; tell whether it has ended well."""
+    command = [sys.executable, __file__, "--worker", str(config), str(folder), *changes]
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str((runs / "compiled").absolute())
+    return subprocess.run(command, env=os.environ | {"JAX_COMPILATION_CACHE_DIR": cache}).returncode == 0
+
+
+def measure_cells(arguments: argparse.Namespace) -> int:
+    """Train every cell that has no file yet; one that fails stays empty until the next command. Return an exit code."""
+    results, failed = arguments.results / arguments.backbone, []
+
+    def missing() -> Iterator[tuple[str, Path, dict[str, Any]]]:
+        done = {path.stem for path in results.glob("*.json")} | {*failed}
+        return (cell for cell in cells(arguments) if cell[0] not in done)
+
+    while cell := next(missing(), None):
+        name, config, settings = cell
+        folder = arguments.runs / arguments.backbone / name
+        if (folder / "measured.json").exists() or run_apart(
+            config, folder, [f"{key}={json.dumps(value)}" for key, value in settings.items()], arguments.runs
+        ):
+            line = {"cell": name, **json.loads((folder / "measured.json").read_text()), "settings": settings}
+            results.mkdir(parents=True, exist_ok=True)
+            part = results / f"{name}.part"  # renamed, so that a killed command leaves no half file
+            part.write_text(json.dumps(line | machine.describe(), indent=1) + "\n")
+            part.rename(results / f"{name}.json")
+            shutil.rmtree(folder)
+            print(f"{name}: {line['accuracy']:.1f}, {line['run_cpu_s'] / 60:.1f} CPU minutes", flush=True)
+        else:
+            failed.append(name)
+            print(f"{name}: failed", flush=True)
+    return int(bool(failed))
+
+
+def cells(arguments: argparse.Namespace) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """Yield the name, config and changed settings of each run, as the file lists them now; all of a seed first."""
+    stated = yaml.safe_load(arguments.cells.read_text())
+    for seed in range(arguments.seeds):
+        for method, own in stated["methods"].items():
+            only, own = own.get("only", {}), {key: value for key, value in own.items() if key != "only"}
+            for task, config in stated["tasks"].items():
+                wanted = arguments.only is None or method in arguments.only
+                if wanted and task in only.get("tasks", [task]) and seed in only.get("seeds", [seed]):
+                    limits = {} if arguments.steps is None else {"steps": arguments.steps}
+                    yield f"{task}-{method}-{seed}", ROOT / config, stated["settings"] | own | limits | {"seed": seed}
+
+
+def spent_file(folder: Path) -> Path:
+    """Return where a run that may be killed notes the CPU seconds of its processes."""
+    return folder.parent / f"{folder.name}.spent.json"
 
 
 def work(config: str, folder: str, *changes: str) -> None:
-    """Train one run and write what it took beside it."""
+    """Train one run and write what it took into its folder."""
     from softprompt_jax import load_run, train
-    from softprompt_jax.cli.allocator import keep_freed_memory
+    from softprompt_jax.assembly import abstract_backbone_of, assemble
+    from softprompt_jax.cli.process import keep_freed_memory
     from softprompt_jax.progress import Reporter
+
+    spent = spent_file(Path(folder))
+    killed: dict[str, Any] = json.loads(spent.read_text()) if spent.exists() else {"cpu_s": 0.0, "intervals_s": []}
 
     class Clock(Reporter):
         """Notes the CPU seconds at every line of progress."""
@@ -118,23 +194,36 @@ def work(config: str, folder: str, *changes: str) -> None:
 
         def update(self, step: int, steps: int, note: str) -> None:
             self.seconds.append(machine.cpu_seconds())
+            spent.write_text(json.dumps({"cpu_s": killed["cpu_s"] + self.seconds[-1], "intervals_s": intervals()}))
+
+    def intervals() -> list[float]:
+        own = [after - before for before, after in zip(Clock.seconds, Clock.seconds[1:], strict=False)]
+        return killed["intervals_s"] + own
 
     keep_freed_memory()
-    result = train(load_run(config, changes), folder, Clock(quiet=True))
-    spent = [after - before for before, after in zip(Clock.seconds, Clock.seconds[1:], strict=False)]
+    run = load_run(config, changes)
+    spent.parent.mkdir(parents=True, exist_ok=True)
+    result = train(run, folder, Clock(quiet=True), wait=True)  # the worker of a killed command may still be at work
+    if (Path(folder) / "measured.json").exists():  # it was, and has measured
+        return
+    model = assemble(run, abstract_backbone_of(run)).model
+    prefixes = [stack.prefix.unpositioned + stack.prefix.positioned for stack in model.stacks.values() if stack.prefix]
+    rows = 0 if model.prompt is None else model.prompt.layout.row_count(model.settings.vocabulary_rows)
     before = result["baselines"]["untrained"]
     measured = {
         "accuracy": 100 * result["test"].get("accuracy", result["test"].get("mean")),
         "untrained": 100 * before.get("accuracy", before.get("mean")),
         "majority": result["baselines"]["majority"],
         "trainable": result["trainable_parameters"],
-        "step_cpu_s": statistics.median(spent) / INTERVAL if spent else None,
-        "run_cpu_s": machine.cpu_seconds(),
+        "rows": rows + max(prefixes, default=0),
+        "step_cpu_s": statistics.median(intervals()) / INTERVAL if intervals() else None,
+        "run_cpu_s": killed["cpu_s"] + machine.cpu_seconds(),
         "peak_gib": machine.peak_memory_gib(),
         "bytes": (Path(folder) / "trained.safetensors").stat().st_size,
         "steps": result["steps"],
     }
     (Path(folder) / "measured.json").write_text(json.dumps(measured))
+    spent.unlink(missing_ok=True)
 
 
 def summary(name: str, runs: Path, seeds: int, steps: int) -> dict[str, Any] | None:

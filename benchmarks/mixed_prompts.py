@@ -26,24 +26,23 @@ import machine
 import numpy as np
 
 RESULTS = machine.ROOT / "benchmarks" / "results" / "mixed_prompts.jsonl"
-EOS = 1
 
 
 def peft(folder: Path, tokens: int) -> None:
     """Obey words on stdin: `answers`, or a way of batching, which is timed."""
     import torch
     from peft import PromptTuningConfig, get_peft_model
-    from transformers import T5ForConditionalGeneration
+    from transformers import AutoModelForCausalLM, T5ForConditionalGeneration
 
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     torch.set_num_threads(1)
     about = json.loads((folder / "about.json").read_text())
     prompts, texts = np.load(folder / "prompts.npy"), torch.from_numpy(np.load(folder / "texts.npy").astype(np.int64))
-    backbone = T5ForConditionalGeneration.from_pretrained(about["backbone"], dtype=torch.float32)
-    config = PromptTuningConfig(
-        task_type="SEQ_2_SEQ_LM", num_virtual_tokens=prompts.shape[1], num_transformer_submodules=1
-    )
+    kind = AutoModelForCausalLM if about["causal"] else T5ForConditionalGeneration
+    task = "CAUSAL_LM" if about["causal"] else "SEQ_2_SEQ_LM"
+    backbone = kind.from_pretrained(about["backbone"], dtype=torch.float32)
+    config = PromptTuningConfig(task_type=task, num_virtual_tokens=prompts.shape[1], num_transformer_submodules=1)
     model = get_peft_model(backbone, config, adapter_name="p0").eval()
     for number, rows in enumerate(prompts):
         if number:
@@ -56,7 +55,9 @@ def peft(folder: Path, tokens: int) -> None:
             found = model.generate(
                 input_ids=rows, attention_mask=torch.ones_like(rows), max_new_tokens=tokens, do_sample=False, **least
             )
-        return found[:, 1:].tolist()  # it begins with the decoder's start
+        return found[
+            :, rows.shape[1] if about["causal"] else 1 :
+        ].tolist()  # behind the context, or the decoder's start
 
     for word in map(str.strip, sys.stdin):
         told: dict[str, Any] = {}
@@ -92,16 +93,16 @@ class Peft:
         return json.loads(line)
 
 
-def answer(row: list[int]) -> list[int]:
+def answer(row: list[int], eos: int, padding: int) -> list[int]:
     """Return an answer's tokens before its EOS."""
-    row = [token for token in row if token]
-    return row[: row.index(EOS)] if EOS in row else row
+    row = [token for token in row if token > padding]
+    return row[: row.index(eos)] if eos in row else row
 
 
 def main() -> None:
     """Let all take turns, print and append what they took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="embedded", help="embedded, or a Hugging Face folder")
+    parser.add_argument("--backbone", default="embedded", help="embedded, smollm2, or a Hugging Face folder")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--prompt-length", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=64, help="of a text")
@@ -119,14 +120,14 @@ def main() -> None:
     from flax import nnx
 
     from softprompt_jax import PromptBank, load_backbone
-    from softprompt_jax.cli.allocator import keep_freed_memory
-    from softprompt_jax.inference.prompt_cache import Structure
+    from softprompt_jax.cli.process import keep_freed_memory
+    from softprompt_jax.inference.programs import DeviceModel
     from softprompt_jax.methods.prompt import attach_rows
     from softprompt_jax.models import decode
 
-    @functools.partial(jax.jit, static_argnums=(0, 5))
-    def decoded(structure: Structure, first: Any, rest: Any, tokens: Any, forced: Any, most: int) -> Any:
-        return decode.greedy(structure.merge(first, rest), tokens, most, forced=forced)[0]
+    @functools.partial(jax.jit, static_argnums=3)
+    def decoded(model: DeviceModel, tokens: Any, forced: Any, most: int) -> Any:
+        return decode.greedy(model.merge(), tokens, most, forced=forced)[0]
 
     keep_freed_memory()
     backbone = load_backbone(chosen.backbone)
@@ -139,21 +140,25 @@ def main() -> None:
     bank.load(set(bank.names))
     texts = draw.integers(100, settings.vocabulary_rows - 200, (chosen.batch, chosen.tokens)).astype(np.int32)
     forced = draw.integers(100, settings.vocabulary_rows - 200, (chosen.batch, chosen.answer)).astype(np.int32)
-    ends = np.full((chosen.batch, 1), EOS, np.int32)
+    causal, eos, padding = backbone.text_format.causal, settings.eos, settings.padding
+    end = [] if causal else [eos]
+    ends = np.full((chosen.batch, len(end)), eos, np.int32)
     alone = nnx.merge(*nnx.split(backbone.model))
     attach_rows(alone, prompts[0])
-    graphdef, rows, rest = nnx.split(alone, lambda path, _: path[0] == "prompt", ...)
     before = np.broadcast_to(np.asarray(alone.prompt.layout.before, np.int32), (chosen.batch, chosen.prompt_length))
 
     def in_bank(names: list[str]) -> tuple[Any, ...]:
-        sides = [bank.sides(name, row.tolist())[0] for name, row in zip(names, texts, strict=True)]
-        return (*bank.device.parts, np.asarray(sides, np.int32))
+        sides = [bank.sides(name, [*row.tolist(), *end])[0] for name, row in zip(names, texts, strict=True)]
+        return (bank.device.model, np.asarray(sides, np.int32))
 
     each = in_bank([str(number) for number in range(chosen.batch)])
     calls = {
         "bank, a prompt each": each,
         "bank, one prompt": in_bank(["0"] * chosen.batch),
-        "attached, one prompt": (Structure(graphdef), rows, rest, np.concatenate([before, texts, ends], 1)),
+        "attached, one prompt": (
+            DeviceModel.of(alone, lambda path, _: path[0] == "prompt"),
+            np.concatenate([before, texts, ends], 1),
+        ),
     }
     seconds: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -161,11 +166,13 @@ def main() -> None:
         if not chosen.no_peft:
             np.save(folder / "prompts.npy", prompts)
             np.save(folder / "texts.npy", np.concatenate([texts, ends], 1))
-            (folder / "about.json").write_text(json.dumps({"backbone": str(backbone.folder)}))
+            (folder / "about.json").write_text(json.dumps({"backbone": str(backbone.folder), "causal": causal}))
             other = Peft(folder, chosen.answer)
             free = np.asarray(decoded(*each, forced[:, :0], chosen.answer))
             pairs = zip(free.tolist(), other("answers")["tokens"], strict=True)
-            agree = statistics.mean(float(answer(ours) == answer(theirs)) for ours, theirs in pairs)
+            agree = statistics.mean(
+                float(answer(ours, eos, padding) == answer(theirs, eos, padding)) for ours, theirs in pairs
+            )
             if agree < 0.9:
                 raise SystemExit(f"{agree:.0%} of the answers agree; expected at least 90%")
         busy, own, started = machine.busy_seconds(), machine.cpu_seconds(), time.monotonic()

@@ -12,13 +12,14 @@ from workload import LEARNING_RATE, PROMPT_LENGTH, WEIGHT_DECAY, Workload, syste
 
 from softprompt_jax import load_backbone
 from softprompt_jax.assembly import layout_of, with_settings
-from softprompt_jax.cli.allocator import keep_freed_memory
+from softprompt_jax.cli.process import keep_freed_memory
 from softprompt_jax.data.batches import TrainBatches, collate
 from softprompt_jax.data.packing import Packing
 from softprompt_jax.data.tokenized import TokenizedSet
+from softprompt_jax.data.tokenizer import T5_FORMAT, TextFormat
 from softprompt_jax.methods import leaves, split
 from softprompt_jax.methods.prompt import attach_rows
-from softprompt_jax.models.t5 import T5
+from softprompt_jax.models.language_model import LanguageModel
 from softprompt_jax.optim import optimizers
 from softprompt_jax.run import Run
 from softprompt_jax.training.step import make_step
@@ -26,16 +27,17 @@ from softprompt_jax.training.step import make_step
 
 def of_folder(folder: str, dtype: str, variant: str, threads: int) -> Ours:
     """Load a side; `variant`: scan (the default settings), unroll, halves or quarters: unrolled, in parts."""
-    model = with_settings(load_backbone(folder, dtype).model, unroll=variant != "scan")
+    backbone = load_backbone(folder, dtype)
+    model = with_settings(backbone.model, unroll=variant != "scan")
     accumulate = {"halves": 2, "quarters": 4}.get(variant, 1)
-    return Ours(model, Workload.read(folder), dtype=dtype, accumulate=accumulate)
+    return Ours(model, Workload.read(folder), backbone.text_format, dtype=dtype, accumulate=accumulate)
 
 
 class Ours:
     """A training step of a model, with these settings of a run."""
 
-    def __init__(self, model: T5, workload: Workload, **settings: Any):
-        self.workload = workload
+    def __init__(self, model: LanguageModel, workload: Workload, form: TextFormat = T5_FORMAT, **settings: Any):
+        self.workload, self.form = workload, form
         attach_rows(model, workload.prompt(model.settings.d_model))
         self.layout = layout_of(model)
         optimizer = optimizers.AdamW(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
@@ -68,9 +70,9 @@ class Ours:
         """Return `count` batches and the share of padding in a whole epoch."""
         size = self.workload.batch_size
         if case == "fixed":
-            tokenized = _tokenized([pair for batch in self.workload.fixed(count) for pair in batch], self.workload)
+            tokenized = self._tokenized([pair for batch in self.workload.fixed(count) for pair in batch])
             return [self._padded(tokenized, np.arange(size) + i * size) for i in range(count)], 0.0
-        tokenized = _tokenized(self.workload.uneven, self.workload)
+        tokenized = self._tokenized(self.workload.uneven)
         if case == "check":
             return [self._padded(tokenized, np.arange(size))], 0.0
         # bucketed: 12 shapes, as runs from 3,000 steps have; bucketed-4: short ones; packed-512: rows of 512 positions
@@ -81,7 +83,9 @@ class Ours:
         epoch = [plan.batch(step) for step in range(plan.batches_per_epoch)]
         if case == "padded":
             epoch = [self._padded(tokenized, np.concatenate(plan.row_ids(step))) for step in range(len(epoch))]
-        real = sum(np.count_nonzero(b["encoder_tokens"]) + np.count_nonzero(b["decoder_targets"]) for b in epoch)
+        real = sum(
+            (b[side] != self.form.padding).sum() for b in epoch for side in ("encoder_tokens", "decoder_targets")
+        )
         sizes = np.array([b["encoder_tokens"].size + b["decoder_targets"].size for b in epoch])
         return [epoch[i] for i in systematic_sample(sizes, count)], float(1 - real / sizes.sum())
 
@@ -89,13 +93,12 @@ class Ours:
         shape = PROMPT_LENGTH + self.workload.input_tokens, self.workload.target_tokens
         return collate(tokenized, ids[:, None], shape, self.layout)
 
-
-def _tokenized(pairs: list[tuple[np.ndarray, np.ndarray]], workload: Workload) -> TokenizedSet:
-    inputs, targets = zip(*pairs, strict=True)
-    sides = []
-    for rows in (inputs, targets):
-        sides += [np.concatenate(rows), np.concatenate([[0], np.cumsum([len(row) for row in rows])])]
-    return TokenizedSet(*sides, workload.vocabulary_rows)
+    def _tokenized(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> TokenizedSet:
+        inputs, targets = zip(*pairs, strict=True)
+        sides = []
+        for rows in (inputs, targets):
+            sides += [np.concatenate(rows), np.concatenate([[0], np.cumsum([len(row) for row in rows])])]
+        return TokenizedSet(*sides, self.workload.vocabulary_rows, form=self.form)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""PEFT's side: PROMPT_TUNING around transformers' T5, fed by transformers' own sampler and padding."""
+"""PEFT's side: PROMPT_TUNING around transformers' model, fed by transformers' own sampler and padding."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import torch
 from peft import PromptTuningConfig, get_peft_model
-from transformers import T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, PreTrainedModel, T5ForConditionalGeneration
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from worker import serve
 from workload import LEARNING_RATE, PROMPT_LENGTH, WEIGHT_DECAY, Workload, systematic_sample
@@ -17,24 +17,24 @@ from workload import LEARNING_RATE, PROMPT_LENGTH, WEIGHT_DECAY, Workload, syste
 def of_folder(folder: str, dtype: str, variant: str, threads: int) -> Peft:
     """Load a side; `variant`: eager or sdpa (transformers' attention), or compile (torch.compile, over sdpa)."""
     torch.set_num_threads(threads)
-    backbone = T5ForConditionalGeneration.from_pretrained(
+    workload = Workload.read(folder)
+    backbone = (AutoModelForCausalLM if workload.causal else T5ForConditionalGeneration).from_pretrained(
         folder, dtype=getattr(torch, dtype), attn_implementation="eager" if variant == "eager" else "sdpa"
     )
-    return Peft(backbone, Workload.read(folder), compiled=variant == "compile")
+    return Peft(backbone, workload, compiled=variant == "compile")
 
 
 class Peft:
     """A training step of a model, on whatever device it is."""
 
-    def __init__(self, backbone: T5ForConditionalGeneration, workload: Workload, compiled: bool):
+    def __init__(self, backbone: PreTrainedModel, workload: Workload, compiled: bool):
         self.workload, self.device = workload, backbone.device
         backbone.config.use_cache = False  # only generation needs it
-        config = PromptTuningConfig(
-            task_type="SEQ_2_SEQ_LM", num_virtual_tokens=PROMPT_LENGTH, num_transformer_submodules=1
-        )
+        kind = "CAUSAL_LM" if workload.causal else "SEQ_2_SEQ_LM"
+        config = PromptTuningConfig(task_type=kind, num_virtual_tokens=PROMPT_LENGTH, num_transformer_submodules=1)
         self.model = get_peft_model(backbone, config)
         embedding = self.model.prompt_encoder["default"].embedding.weight
-        embedding.data.copy_(torch.from_numpy(self.workload.prompt(backbone.config.d_model)))
+        embedding.data.copy_(torch.from_numpy(self.workload.prompt(embedding.shape[1])))
         self.model.eval()  # no dropout; gradients are unaffected
         for name, weight in self.model.named_parameters():
             assert weight.requires_grad == ("prompt_encoder" in name), name
@@ -66,10 +66,10 @@ class Peft:
     def batches(self, case: str, count: int) -> tuple[list[dict[str, torch.Tensor]], float]:
         """Return `count` batches and the share of padding in a whole epoch."""
         if case == "fixed":
-            return [_pad(pairs) for pairs in self.workload.fixed(count)], 0.0
+            return [self._pad(pairs) for pairs in self.workload.fixed(count)], 0.0
         pairs = self.workload.uneven
         if case == "check":
-            return [_pad(pairs[: self.workload.batch_size])], 0.0
+            return [self._pad(pairs[: self.workload.batch_size])], 0.0
         lengths, size = [len(text) for text, _ in pairs], self.workload.batch_size
         generator = torch.Generator().manual_seed(0)
         if case == "grouped":
@@ -81,22 +81,26 @@ class Peft:
         real = sum(PROMPT_LENGTH + len(text) + len(target) for batch in epoch for text, target in batch)
         sizes = np.array(
             [len(b) * (PROMPT_LENGTH + max(len(x) for x, _ in b) + max(len(y) for _, y in b)) for b in epoch]
+            if not self.workload.causal
+            else [len(b) * (PROMPT_LENGTH + max(len(x) + len(y) for x, y in b)) for b in epoch]
         )
-        return [_pad(epoch[i]) for i in systematic_sample(sizes, count)], float(1 - real / sizes.sum())
+        return [self._pad(epoch[i]) for i in systematic_sample(sizes, count)], float(1 - real / sizes.sum())
+
+    def _pad(self, pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
+        """Pad to the longest of the batch, as transformers' collators do by default; the loss is that of targets."""
+        inputs, labels = zip(*pairs, strict=True)
+        if self.workload.causal:
+            labels = [np.concatenate([np.full(len(text), -100), target]) for text, target in pairs]
+            inputs = [np.concatenate(pair) for pair in pairs]
+        ids = _stacked(inputs, -1)
+        return {"input_ids": ids.clamp(min=0), "attention_mask": (ids >= 0).long(), "labels": _stacked(labels, -100)}
 
 
-def _pad(pairs: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, torch.Tensor]:
-    """Pad to the longest of the batch, as `DataCollatorForSeq2Seq` does by default."""
-
-    def stack(rows, filler: int) -> torch.Tensor:
-        out = np.full((len(rows), max(map(len, rows))), filler, np.int64)
-        for row, ids in enumerate(rows):
-            out[row, : len(ids)] = ids
-        return torch.from_numpy(out)
-
-    inputs, targets = zip(*pairs, strict=True)
-    ids = stack(inputs, 0)
-    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": stack(targets, -100)}
+def _stacked(rows, filler: int) -> torch.Tensor:
+    out = np.full((len(rows), max(map(len, rows))), filler, np.int64)
+    for row, ids in enumerate(rows):
+        out[row, : len(ids)] = ids
+    return torch.from_numpy(out)
 
 
 if __name__ == "__main__":

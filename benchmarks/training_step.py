@@ -196,7 +196,11 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--size", default="small", help="tiny (to try this file), small, base, ...")
+    parser.add_argument(
+        "--size",
+        default="small",
+        help="small, base, ... of T5 1.1; llama, smollm2; tiny or tiny-llama, to try this file",
+    )
     parser.add_argument(
         "--dtypes",
         default="float32",

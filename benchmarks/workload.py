@@ -27,6 +27,8 @@ class Workload:
     sigma: float = 0.7
     shortest: int = 8
     batch_size: int = BATCH_SIZE
+    causal: bool = False  # whether the backbone is a decoder-only model, for which text and target are one row
+    prompt_scale: float = 1.0  # factor of the prompt's first rows
 
     @classmethod
     def read(cls, folder: str | Path) -> Workload:
@@ -63,7 +65,8 @@ class Workload:
 
     def prompt(self, width: int) -> np.ndarray:
         """The prompt's first rows [P, D]."""
-        return np.random.default_rng(2).uniform(-0.5, 0.5, (PROMPT_LENGTH, width)).astype(np.float32)
+        rows = np.random.default_rng(2).uniform(-0.5, 0.5, (PROMPT_LENGTH, width))
+        return (self.prompt_scale * rows).astype(np.float32)
 
 
 def systematic_sample(costs: np.ndarray, count: int) -> np.ndarray:

@@ -13,6 +13,7 @@ import collections
 import itertools
 import json
 import re
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,10 +91,15 @@ def all_pages() -> Iterator[tuple[Path, str]]:
             yield ROOT / "docs" / f"ladder_{form}.svg", curves(title, every)
             shown.append(f"![{title}](ladder_{form}.svg)")
     yield _filled(ROOT / "docs" / "pretraining.md", {"ladder": "\n\n".join(shown), "embedded": embedded_table()})
+    cells, stated = RESULTS / "methods" / "smollm2", ROOT / "benchmarks" / "methods_smollm2.yaml"
+    yield _filled(ROOT / "benchmarks" / "methods.md", {"smollm2": smollm2_table(stated, cells)})
     compared = speed.speeds(RESULTS)
     yield ROOT / "docs" / "speed.svg", speed.picture("Times as fast as PEFT's best", compared)
     yield _filled(ROOT / "benchmarks" / "README.md", {"speed": speed.table(compared)})
+    yield _filled(ROOT / "docs" / "reliability.md", {"faults": faults_table()})
     yield _filled(ROOT / "docs" / "experiments" / "README.md", {"paper": paper_table(experiments)})
+    yield _filled(ROOT / "docs" / "tune.md", {"tune": tune_table(_rows("tune"))})
+    yield _filled(ROOT / "docs" / "compress.md", {"compress": compress_table(_rows("compress"))})
 
 
 def _filled(path: Path, tables: dict[str, str]) -> tuple[Path, str]:
@@ -108,6 +114,69 @@ def _filled(path: Path, tables: dict[str, str]) -> tuple[Path, str]:
         )
         assert times == 1, f"{path}: {times} marks {name}; expected one"
     return path, text
+
+
+def _rows(name: str) -> list[dict[str, Any]]:
+    """Return the rows of a committed result; none where nothing has been measured."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text("utf-8"))["rows"] if path.exists() else []
+
+
+def _mean(found: dict[str, Any]) -> str:
+    return f"{found['mean']:.1f}" + ("" if found["sd"] is None else f" ± {found['sd']:.1f}")
+
+
+def tune_table(rows: list[dict[str, Any]]) -> str:
+    """Return what a race finds beside the default and the whole grid."""
+    if not rows:
+        return "Not measured yet."
+    lines = ["| task | candidates, steps | default | best of the grid | winner of the race | its place in the grid |"
+             " CPU s: one run, grid, race and winner |", "|---" * 7 + "|"]  # fmt: skip
+    for row in rows:
+        cells = [f"{row['candidates']}, {row['steps']}", *(_mean(row[side]) for side in ("default", "grid", "tune"))]
+        cells[2] += f" ({row['grid']['settings']})"
+        cells[3] += f" ({row['tune']['settings']})"
+        cells += [f"{row['place_of_the_winner_in_the_grid']} of {row['candidates']}"]
+        cpu = ", ".join(f"{row[side]['cpu_s']:,}" for side in ("default", "grid", "tune"))
+        lines.append(f"| {' | '.join([row['task'], *cells, cpu])} ({row['share_of_the_grids_cpu']:.0%}) |")
+    said = "Test score in percent, mean ± sd of three seeds; grid and race choose by validation loss."
+    return "\n".join([*lines, "", said])
+
+
+def compress_table(rows: list[dict[str, Any]]) -> str:
+    """Return what a compressed context gives and costs beside none and the whole."""
+    if not rows:
+        return "Not measured yet."
+    lines = ["| task | student | accuracy: zero-shot | with the context | compressed | agreement | tokens a request:"
+             " context, compressed | ms a request: zero-shot, context, compressed | training, CPU s |"]  # fmt: skip
+    lines.append("|---" * 9 + "|")
+    for row in rows:
+        tokens, times = row["tokens_a_request"], row["ms_a_request"]
+        cells = [
+            f"{row[name]:.1f}"
+            for name in ("zero_shot_accuracy", "context_accuracy", "compressed_accuracy", "agreement")
+        ]
+        cells.append(f"{tokens['context']:.0f}, {tokens['compressed']:.0f}")
+        cells.append(", ".join(f"{times[side]:.0f}" for side in ("zero_shot", "context", "compressed")))
+        task = f"{row['task']}, {row['shots']} examples in {row['context_tokens']} tokens"
+        form = f"{row['form']}, {row['steps']} steps"
+        lines.append(f"| {' | '.join([task, form, *cells])} | {row['training_cpu_s']:,} |")
+    said = "SmolLM2-135M-Instruct, percent of 200 test rows, one request at a time on two CPU cores."
+    return "\n".join([*lines, "", said])
+
+
+def faults_table() -> str:
+    """Return the counts of the latest committed `LONG=1 make test-faults`."""
+    found = json.loads((RESULTS / "faults.json").read_text("utf-8"))
+    lines = ["| what | cases | as expected | seconds |", "|---|--:|--:|--:|"]
+    lines += [
+        f"| {row['kind']} | {row['cases']:,} | {row['as_expected']:,} | {row['seconds']} |" for row in found["rows"]
+    ]
+    ends = next(row["ends"] for row in found["rows"] if "ends" in row)
+    memory = next(row["memory_mib"] for row in found["rows"] if "memory_mib" in row)
+    said = ", ".join(f"{count} {name}" for name, count in sorted(ends.items(), key=lambda item: -item[1]))
+    facts = f"Damaged files: {said}. The server's memory: {memory['after_500']} MiB after 500 requests, "
+    return "\n".join([*lines, "", f"{facts}{memory['at_the_end']} MiB at the end. Seed {found['seed']}, two cores."])
 
 
 def notebook(text: str) -> str:
@@ -313,10 +382,51 @@ def method_result(row: dict[str, Any]) -> str:
     )
 
 
+def smollm2_table(stated: Path, cells: Path) -> str:
+    """Return what `benchmarks/methods.py --backbone smollm2` has measured so far: a row for each method it knows."""
+    known = yaml.safe_load(stated.read_text("utf-8"))
+    found = collections.defaultdict(list)
+    for path in sorted(cells.glob("*.json")):
+        task, _, method = path.stem.rpartition("-")[0].partition("-")
+        found[task, method].append(json.loads(path.read_text("utf-8")))
+
+    def level(task: str, key: str) -> str:
+        """Say what the plain model comes to, which is what `norms` starts from."""
+        runs = [run for (of, method), runs in found.items() if of == task and method == "norms" for run in runs]
+        return f"{runs[0][key] * (100 if key == 'majority' else 1):.1f}" if runs else ""
+
+    def accuracy(runs: list[dict[str, Any]]) -> str:
+        scores = [run["accuracy"] for run in runs]
+        if len(scores) < 2:
+            return "".join(f"{score:.1f} (one seed)" for score in scores)
+        return f"{statistics.mean(scores):.1f} ± {statistics.stdev(scores):.1f} ({len(scores)})"
+
+    def median(runs: list[dict[str, Any]], key: str, unit: float = 1.0) -> str:
+        values = [run[key] / unit for run in runs if run[key] is not None]
+        return f"{statistics.median(values):,.1f}" if values else ""
+
+    tasks = list(known["tasks"])
+    times = [f"CPU {what}, {task}" for what in ("s a step", "min a run") for task in tasks]
+    lines = [["method", *tasks, "trained", "rows", *times, "KB on disk"]]
+    lines.append(["---"] * len(lines[0]))
+    empty = [""] * (3 + len(times))
+    lines.append(["*majority class*", *(level(task, "majority") for task in tasks), *empty])
+    lines.append(["*without training*", *(level(task, "untrained") for task in tasks), *empty])
+    for method in known["methods"]:
+        each = [found[task, method] for task in tasks]
+        first = next((runs[0] for runs in each if runs), None)
+        facts = ["", ""] if first is None else [f"{first['trainable']:,}", str(first["rows"])]
+        clocks = [median(runs, "step_cpu_s") for runs in each] + [median(runs, "run_cpu_s", 60) for runs in each]
+        size = "" if first is None else f"{first['bytes'] / 1000:,.1f}"
+        lines.append([method, *map(accuracy, each), *facts, *clocks, size])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def method_pages() -> Iterator[tuple[str, str]]:
-    """Yield the page of each kind of method."""
-    from softprompt_jax.methods import METHODS
+    """Yield the page of each kind of method, and of each reparameterisation of a prompt."""
+    from softprompt_jax.methods import METHODS, Prompt
     from softprompt_jax.methods.listing import optimizer_of, parameters
+    from softprompt_jax.methods.reparameterization import REPARAMETERIZATIONS
     from softprompt_jax.models.presets import preset
 
     headings, sizes = settings.titles(Run), preset("t5-v1_1-base")
@@ -324,10 +434,14 @@ def method_pages() -> Iterator[tuple[str, str]]:
     configs |= {path: path.read_text("utf-8") for path in sorted((ROOT / "configs" / "methods").glob("*.yaml"))}
     measured = {row["method"]: method_result(row) for row in json.loads((RESULTS / "methods.json").read_text())["rows"]}
     configs = dict(sorted(configs.items(), key=lambda item: "First:" in item[1]))  # after what they need
-    for kind, method in METHODS.items():
-        defaults = method()
-        trained = parameters(sizes, defaults)
-        parts = [f"# {kind}", settings.prose(method), f"Paper: {method.paper}."]
+    pages: list[tuple[str, Any, Any]] = [(kind, method, method()) for kind, method in METHODS.items()]
+    made = [each() for each in REPARAMETERIZATIONS]
+    pages[1:1] = [(each.kind, type(each), Prompt(reparameterization=each)) for each in made]
+    for kind, about, defaults in pages:
+        method, trained = type(defaults), parameters(sizes, defaults)
+        parts = [f"# {kind}", settings.prose(about), f"Paper: {about.paper}."]
+        if about is not method:
+            parts[1] = f"A prompt with `reparameterization: {kind}`.\n\n{parts[1]}"
         share = trained / sizes.parameters()
         facts = [f"trains {trained:,} numbers of a T5 1.1 base with default settings ({share:.3%})"]
         facts.append(f"default optimizer and learning rate: {optimizer_of(method)}")
@@ -337,15 +451,21 @@ def method_pages() -> Iterator[tuple[str, str]]:
         )
         facts.append(f"no packing: {defaults.refuses_packing}" if defaults.refuses_packing else "may be packed")
         parts.append("\n".join(f"- {fact}" for fact in facts))
-        parts.append(settings.table(method, headings, "../settings.md"))
+        parts.append(settings.table(about, headings, "../settings.md"))
         for path, text in configs.items():
-            if any(each.get("kind") == kind for each in yaml.safe_load(text).get("methods", [])):
+            if kind in map(_kind_of, yaml.safe_load(text).get("methods", [])):
                 where = path.relative_to(ROOT)
                 command = f"    softprompt train {where} --out runs/{path.stem}"
                 parts.append(f"[{where}](../../{where}): {said_above(text)}\n\n{command}")
                 if path.parent.name == "methods" and path.stem in measured:
                     parts.append(measured[path.stem])
         yield kind, "\n\n".join(parts) + "\n"
+
+
+def _kind_of(method: dict[str, Any]) -> str:
+    """Return on whose page a method of a config stands."""
+    made_of = method.get("reparameterization")
+    return made_of["kind"] if isinstance(made_of, dict) else made_of or str(method.get("kind"))
 
 
 def said_above(text: str) -> str:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
-import io
 import json
-import textwrap
-import tokenize
 import types
 import typing
 from typing import Any
@@ -15,6 +11,7 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from softprompt_jax.config import Settings
+from softprompt_jax.field_comments import comments
 
 _SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤", "min_length": "at least"}
 
@@ -54,10 +51,10 @@ def anchor(title: str) -> str:
 
 def prose(cls: type[Settings]) -> str:
     """Return a class's docstring, and what those it inherits fields from say of them; a line for each paragraph."""
-    paragraphs = inspect.cleandoc(cls.__doc__ or "").split("\n\n")
+    paragraphs = inspect.cleandoc(vars(cls).get("__doc__") or "").split("\n\n")
     for each in cls.__mro__[1:]:
         if issubclass(each, Settings) and each.model_fields:
-            paragraphs += inspect.cleandoc(each.__doc__ or "").split("\n\n")[1:]
+            paragraphs += inspect.cleandoc(vars(each).get("__doc__") or "").split("\n\n")[1:]
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
@@ -82,40 +79,6 @@ def table(cls: type[Settings], headings: dict[type[Settings], str], page: str = 
 def _depth(cls: type[Settings], name: str) -> int:
     """Return how far up a field is declared, so that a class's own come first."""
     return next(depth for depth, each in enumerate(cls.__mro__) if name in inspect.get_annotations(each))
-
-
-def comments(cls: type[Settings]) -> dict[str, str]:
-    """Return the comment on each field: behind it (and on the lines below that go on), or on the lines above."""
-    found: dict[str, str] = {}
-    for each in reversed(cls.__mro__):
-        if not (issubclass(each, Settings) and each.model_fields):
-            continue
-        source = textwrap.dedent(inspect.getsource(each))
-        at: dict[int, str] = {}
-        alone = set()
-        for token in tokenize.generate_tokens(io.StringIO(source).readline):
-            if token.type == tokenize.COMMENT:
-                at[token.start[0]] = token.string.lstrip("# ")
-                if token.line.strip().startswith("#"):
-                    alone.add(token.start[0])
-        (body,) = ast.parse(source).body
-        assert isinstance(body, ast.ClassDef)
-        for node in body.body:
-            if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
-                continue
-            lines = [line for line in range(node.lineno, (node.end_lineno or 0) + 1) if line in at]
-            if lines:
-                while lines[-1] + 1 in alone:
-                    lines.append(lines[-1] + 1)
-            else:
-                above = node.lineno
-                while above - 1 in alone:
-                    above -= 1
-                lines = list(range(above, node.lineno))
-            if lines:
-                found[node.target.id] = " ".join(at.pop(line) for line in lines)
-                alone.difference_update(lines)
-    return found
 
 
 def _collect(cls: type[Settings], path: str, found: dict[type[Settings], str], later: set[type[Settings]]) -> None:

@@ -8,11 +8,11 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from plot import COLOURS, DASHES, LEFT, RIGHT, TOP, WIDTH, frame
+from plot import COLOURS, GRID, INK, TOP, WIDTH, frame
 
 QUIET = 0.1  # the share of the machine that others may use at most
 TICKS = (0.5, 1, 2, 5, 10, 20)
-ROW, NAMES = 26, 380  # the height of a bar, the width of what stands before it
+ROW = 44  # the height of a name and its bar
 VARIANTS = {"scan": "", "unroll": ", unrolled", "halves": ", unrolled, 2 parts", "quarters": ", unrolled, 4 parts"}
 CASES = {"fixed": "fixed lengths", "bucketed": "real lengths, 12 shapes", "bucketed-4": "real lengths, 4 shapes"}
 RENAMED = "2026-11-21T11:28"  # before, these two cases had other names
@@ -116,31 +116,32 @@ def table(found: list[Speed]) -> str:
 
 
 def picture(title: str, found: list[Speed]) -> str:
-    """Return an SVG: how many times as fast as PEFT's best, on a logarithmic scale."""
-    left, right = LEFT + NAMES, WIDTH - RIGHT - 40
+    """Return an SVG: how many times as fast as PEFT's best, on a logarithmic scale; each name above its bar."""
+    left, right = 12, WIDTH - 64
     low, high = math.log(TICKS[0]), math.log(max(TICKS[-1], *(speed.peft / speed.ours for speed in found)) * 1.1)
     foot = TOP + ROW * len(found)
 
     def at(times: float) -> float:
         return left + (right - left) * (math.log(times) - low) / (high - low)
 
-    parts = frame(title, foot + 66, left=8)
+    parts = frame(title, foot + 68, "time of PEFT's best / time here, logarithmic scale")
     for tick in TICKS:
-        parts.append(f'<path d="M{at(tick):.1f} {TOP}V{foot}" stroke="#d0d7de"/>')
+        parts.append(f'<path d="M{at(tick):.1f} {TOP}V{foot}" stroke="{GRID}"/>')
         parts.append(f'<text class="mid" x="{at(tick):.1f}" y="{foot + 18}">{tick:g}</text>')
     for number, speed in enumerate(found):
         times, y = speed.peft / speed.ours, TOP + ROW * number
         said = speed.what if speed.quiet else f"{speed.what} *"
         begin, end = sorted((at(1), at(times)))
         colour = COLOURS[0] if times >= 1 else COLOURS[1]
-        parts.append(f'<text class="end" x="{left - 8}" y="{y + 17}">{escape(said)}</text>')
+        parts.append(f'<text x="{left}" y="{y + 16}">{escape(said)}</text>')
         parts.append(
-            f'<rect x="{begin:.1f}" y="{y + 4}" width="{max(end - begin, 1):.1f}" height="{ROW - 8}" fill="{colour}"/>'
-            f'<text x="{end + 6:.1f}" y="{y + 17}">{times:.2f}</text>'
+            f'<rect x="{begin:.1f}" y="{y + 22}" width="{max(end - begin, 1):.1f}" height="14" fill="{colour}"/>'
+            f'<text x="{end + 6:.1f}" y="{y + 34}">{times:.2f}</text>'
         )
-    parts.append(f'<path d="M{at(1):.1f} {TOP}V{foot}" {DASHES}/>')
-    scale = "time of PEFT's best / time here, logarithmic; right of 1: faster here"
-    parts.append(f'<text class="end" x="{WIDTH - RIGHT}" y="{foot + 38}">{escape(scale)}</text>')
+        parts.append(f'<path d="M{at(1):.1f} {y + 20}V{y + 38}" stroke="{INK}" stroke-width="1.5"/>')
+    for x, colour, text in ((left, COLOURS[0], "faster here"), (left + 130, COLOURS[1], "PEFT is faster")):
+        parts.append(f'<rect x="{x}" y="{foot + 30}" width="14" height="14" fill="{colour}"/>')
+        parts.append(f'<text x="{x + 22}" y="{foot + 42}">{text}</text>')
     if not all(one.quiet for one in found):
-        parts.append(f'<text x="8" y="{foot + 58}">* on a machine that others used too</text>')
+        parts.append(f'<text x="{left}" y="{foot + 62}">* on a machine that others used too</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+import stat
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_origin
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 import pydantic
 import yaml
 
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(pydantic.BaseModel)
+
 S = TypeVar("S", bound=pydantic.BaseModel)
+
+# Limits of a file of settings; lists of label words are the largest that we know.
+_MOST_CHARACTERS, _MOST_VALUES, _DEEPEST = 1 << 20, 100_000, 64
 
 # What other libraries call a setting, and its name here.
 OTHER_NAMES = {"lr": "learning_rate", "r": "rank", "lora_alpha": "alpha", "num_virtual_tokens": "length"}
@@ -39,12 +49,24 @@ class UserError(Exception):
     """
 
 
+class SettingsError(UserError, ValueError):
+    """Values that a class of settings refuses when it is made in Python; inside a validator a ValueError as any."""
+
+
 class WrongSetting(ValueError):
     """What a validator of several settings says of one of them: its key and value."""
 
     def __init__(self, key: str, found: Any, message: str):
         super().__init__(message)
         self.key, self.found = key, found
+
+
+class UnknownSetting(ValueError):
+    """A key that a class of settings does not have."""
+
+    def __init__(self, key: str, settings: type[pydantic.BaseModel]):
+        super().__init__(f"{key}: unknown setting")
+        self.key, self.settings = key, settings
 
 
 class Diverged(UserError):
@@ -60,10 +82,53 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SOFTPROMPT_CACHE") or Path.home() / ".cache" / "softprompt_jax")
 
 
-class Settings(pydantic.BaseModel):
-    """Immutable, validated settings; an unknown key is an error."""
+class _WithFieldComments(ModelMetaclass):
+    """The class of classes of settings, whose documentation has a line for each field (see below)."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+def _documentation(cls: Any) -> str:
+    from softprompt_jax.field_comments import described
+
+    return described(cls)
+
+
+_WithFieldComments.__doc__ = property(_documentation)  # type: ignore[assignment]
+
+
+class Settings(pydantic.BaseModel, metaclass=_WithFieldComments):
+    """Immutable, validated settings; an unknown key is an error, and so is a number without end."""
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    if not TYPE_CHECKING:  # type checkers see the fields as arguments
+
+        def __init__(self, **values: Any):
+            """Make settings. Errors: SettingsError, a UserError, for the first value that is refused."""
+            try:
+                super().__init__(**values)
+            except pydantic.ValidationError as error:
+                raise SettingsError(f"{type(self).__name__}: {_first_problem(error, values)}") from None
+
+        __init__.__pydantic_base_init__ = True  # settings inside settings are validated without it, as ever
+
+    def __repr_args__(self) -> Any:
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name != "kind" and (field.is_required() or value != field.get_default(call_default_factory=True)):
+                yield name, value
+
+    @pydantic.model_validator(mode="before")  # runs last, behind those that complete short forms
+    @classmethod
+    def _refuse_unknown(cls, values: Any) -> Any:
+        for key, value in values.items() if isinstance(values, dict) else ():
+            if key not in cls.model_fields:
+                raise UnknownSetting(str(key), cls)
+            kinds = get_args(annotation := cls.model_fields[key].annotation) or (annotation,)
+            if isinstance(value, bool) and bool not in kinds and (int in kinds or float in kinds):
+                raise WrongSetting(key, value, "input should be a number")  # pydantic takes true for 1
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise WrongSetting(key, value, "input should fit into 64 bits")
+        return values
 
 
 def by_kind(value: Any) -> Any:
@@ -73,7 +138,7 @@ def by_kind(value: Any) -> Any:
 
 def nearest(name: str, known) -> str:
     """Return "; did you mean X or Y?" for a misspelt name, or the empty string."""
-    close = difflib.get_close_matches(name, [str(word) for word in known], n=3, cutoff=0.6)
+    close = difflib.get_close_matches(name, [str(word) for word in known], n=3, cutoff=0.6) if len(name) < 200 else ()
     return f"; did you mean {' or '.join(close)}?" if close else ""
 
 
@@ -83,44 +148,64 @@ def first_line(error: BaseException) -> str:
     return lines[0].strip() if lines else type(error).__name__
 
 
-def parse(schema: type[S], values: Any, where: str) -> S:
-    """Validate `values` as `schema`; the first problem becomes a UserError that names the key."""
+def parse(schema: type[S], values: Any, where: str, strict: bool = False) -> S:
+    """Validate `values` as `schema`; the first problem becomes a UserError that names the key.
+
+    `strict`: a number that is written as text is none.
+    """
     try:
-        return schema.model_validate(values)
+        return schema.model_validate(values, strict=strict or None)
     except pydantic.ValidationError as error:
-        raise UserError(f"{where}: {_first_problem(schema, error, values)}") from None
+        raise UserError(f"{where}: {_first_problem(error, values)}") from None
 
 
-def read(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> dict[str, Any]:
-    """Read a YAML mapping and apply dotted `key=value` overrides (`task.name=x`, `methods.0.length=5`).
+def read(path: str | Path | Settings | dict[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Read a YAML mapping, or settings, and apply dotted `key=value` overrides (`task.name=x`, `methods.0.length=5`).
 
     `base: FILE` in it, relative to the file, is read first; then the file's other settings are applied to it as
     overrides are, so that `optimizer.learning_rate: 0.1` changes a part and `optimizer: {...}` the whole.
     Values of overrides are YAML too (`[1, 2]`, `null`, `1e-3`). `${}` is refused: nothing interpolates.
     """
-    values = _read_with_base(Path(path), ())
+    if isinstance(path, Settings):
+        values = path.model_dump(mode="json")
+    else:
+        values = copy.deepcopy(path) if isinstance(path, dict) else _read_with_base(Path(path), ())
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals or not key:
             raise UserError(f"{override!r}: not an override; expected key=value, e.g. steps=100")
-        _set(values, key, _plain(_yaml(value, override), override), override)
+        _set(values, key, read_text(value, override), override)
     return values
+
+
+def shipped(path: Path) -> Path:
+    """Return a path; where the working directory has no such `configs/...`, that of the package or its checkout."""
+    package = Path(__file__).parent
+    if path.parts[:1] == ("configs",) and not path.exists():
+        return next((found for root in (package, package.parent) if (found := root / path).exists()), path)
+    return path
 
 
 def _read_with_base(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     """Read a mapping and those it is based on; `above` are the files that led here."""
-    if path.resolve() in above:
+    path = shipped(path)
+    if len(above) > _DEEPEST:
+        raise UserError(f"{above[0]}: base: more than {_DEEPEST} files; expected a shorter chain")
+    own = Path(os.path.realpath(path))  # a loop of links is left to the reader, which refuses it
+    if own in above:
         raise UserError(f"{above[-1]}: base: {path} is based on this file; expected no circle; leave one base out")
     source = f"base of {above[-1]}; expected" if above else "expected"
     try:
-        text = path.read_text(encoding="utf-8")
+        if not stat.S_ISREG(mode := path.stat().st_mode) and not stat.S_ISDIR(mode):
+            raise OSError("no regular file")  # a pipe or a device may never end
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MOST_CHARACTERS + 1)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; {source} a YAML settings file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); {source} a YAML settings file") from None
-    values = _plain(_yaml(text, str(path)), str(path))
-    if values is None:
-        values = {}
+    values = read_text(text, str(path))
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise UserError(f"{path}: found {type(values).__name__}; expected a mapping of settings")
     if "base" not in values:
@@ -128,7 +213,7 @@ def _read_with_base(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
     base = values.pop("base")
     if not isinstance(base, str):
         raise UserError(f"{path}: base: found {base!r}; expected a YAML file, relative to this one")
-    whole = _read_with_base(path.parent / base, (*above, path.resolve()))
+    whole = _read_with_base(path.parent / base, (*above, own))
     for key, value in values.items():
         _set(whole, str(key), value, f"{path}: {key}")
     return whole
@@ -151,17 +236,56 @@ def _own_key(place: dict[Any, Any] | list[Any], part: str, where: str) -> Any:
     """Return the key of a mapping that is written as `part`, or the index of a list."""
     if isinstance(place, dict):
         return next((key for key in place if str(key) == part), part)
-    if part.isdecimal() and int(part) < len(place):
+    if part in map(str, range(len(place))):
         return int(part)
     raise UserError(
-        f"{where}: no such place in the settings ({part!r} of a list of {len(place)}); "
+        f"{where}: no such place in the settings ({part[:80]!r} of a list of {len(place)}); "
         "expected a dotted path as in the YAML file"
     )
 
 
 def read_text(text: str, where: str) -> Any:
-    """Read YAML that was given as text."""
-    return _plain(_yaml(text, where), where)
+    """Read YAML that was given as text, and hold it to what settings can hold."""
+    if len(text) > _MOST_CHARACTERS:
+        raise UserError(
+            f"{where[:80]}: more than {_MOST_CHARACTERS} characters; expected settings; put data into files"
+        )
+    loader = _Loader(text)
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=_Loader):  # first, since the composer recurses in C
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > _DEEPEST:
+                raise ValueError(f"brackets or lists {depth} deep")
+            if getattr(event, "tag", None) is not None:
+                raise ValueError(f"line {event.start_mark.line + 1}: the tag {event.tag}")
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _count(node, {}) >= _MOST_VALUES:
+            raise ValueError(f"{_MOST_VALUES} values or more, with aliases written out")
+        return _plain(loader.construct_document(node), where)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 5,000 digits, 2024-13-45
+        where, reason = where[:200], " ".join(str(error).split())[:400]
+        raise UserError(f"{where}: not YAML for settings ({reason}); expected valid YAML") from None
+    finally:
+        loader.dispose()
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """Count the values below a node with aliases written out, up to the limit; a repeated key is a ValueError."""
+    if id(node) in known:
+        return known[id(node)]
+    known[id(node)] = _MOST_VALUES  # what holds itself has no end
+    below = node.value if isinstance(node, yaml.CollectionNode) else ()
+    if isinstance(node, yaml.MappingNode):
+        keys = [key.value for key, _ in below if isinstance(key, yaml.ScalarNode)]
+        if len(set(keys)) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"line {node.start_mark.line + 1}: the key {twice[:80]!r} stands twice")
+        below = [child for pair in below for child in pair]
+    known[id(node)] = min(_MOST_VALUES, 1 + sum(_count(child, known) for child in below))
+    return known[id(node)]
 
 
 def to_yaml(settings: pydantic.BaseModel | dict[str, Any]) -> str:
@@ -170,23 +294,22 @@ def to_yaml(settings: pydantic.BaseModel | dict[str, Any]) -> str:
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
-def settings_hash(settings: pydantic.BaseModel, length: int = 12, without: frozenset[str] = frozenset()) -> str:
+def settings_hash(settings: pydantic.BaseModel, without: frozenset[str] = frozenset()) -> str:
     """Return a stable short hash of complete settings, some of them left out."""
-    return values_hash(settings.model_dump(mode="json", exclude=set(without)), length)
+    return values_hash(settings.model_dump(mode="json", exclude=set(without)))
 
 
-def values_hash(values: dict[str, Any], length: int = 12) -> str:
+def values_hash(values: dict[str, Any]) -> str:
     """Return the hash of settings as they were saved, whatever settings there are by now."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:length]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     """List "key: old -> new" for every leaf in which two nested settings differ."""
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = [*old, *(key for key in new if key not in old)]
         return [
             line
-            for key in keys
+            for key in old | new
             for line in differences(old.get(key, "(absent)"), new.get(key, "(absent)"), f"{prefix}.{key}".lstrip("."))
         ]
     return [] if old == new else [f"{prefix}: {old!r} -> {new!r}"]
@@ -196,36 +319,38 @@ _SafeLoader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the one in C
 
 
 class _Loader(_SafeLoader):
-    """YAML 1.1 that also reads 1e-3 as a number, which the specification's grammar calls a text."""
+    """YAML with the scalars of version 1.2: `yes` and `on` are texts, 1:30 and 010 no numbers, 1e-3 is one."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Puts quotes around a text such as 1e5, which `_Loader` would read as a number."""
+    """Puts quotes around whatever version 1.1 or 1.2 would read as something else than a text."""
 
 
-for _each in (_Loader, _Dumper):
-    _each.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
-        list("-+0123456789."),
-    )
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - derived from SafeLoader
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not YAML ({' '.join(str(error).split())}); expected valid YAML") from None
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, form) for tag, form in forms if tag.rpartition(":")[2] not in ("bool", "int", "float")]
+    for first, forms in _Loader.yaml_implicit_resolvers.items()
+}
+_EXPONENT = r"[-+]?(?:\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+"
+for _kind, _form, _first in (
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(?:0|[1-9]\d*(?:_\d+)*)", "-+0123456789"),
+    ("float", rf"{_EXPONENT}|[-+]?(?:\d[\d_]*\.[\d_]*|\.\d[\d_]*|\.inf)|\.nan", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_form})$", re.A), list(_first))
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^{_EXPONENT}$"), list("-+0123456789."))
 
 
 def _plain(value: Any, where: str) -> Any:
     """Return a YAML value as it is, if it is one that settings can hold."""
+    if isinstance(value, str) and (
+        "\0" in value or (not value.isascii() and value != value.encode("utf-8", "replace").decode())
+    ):
+        raise UserError(f"{where}: found {value[:80]!r}; expected text without NUL and halves of surrogate pairs")
     if isinstance(value, str) and "${" in value:
         raise UserError(f"{where}: found {value!r}; settings do not interpolate; write the value itself")
     if isinstance(value, dict):
-        for key in value:
-            if not isinstance(key, str | int | float | bool):
-                raise UserError(f"{where}: found the key {key!r}; expected text or a number; put it in quotes")
+        if odd := [key for key in value if not isinstance(key, str | int | float | bool)]:
+            raise UserError(f"{where}: found the key {odd[0]!r}; expected text or a number; put it in quotes")
         return {key: _plain(item, f"{where}: {key}") for key, item in value.items()}
     if isinstance(value, list):
         return [_plain(item, where) for item in value]
@@ -234,17 +359,16 @@ def _plain(value: Any, where: str) -> Any:
     return value
 
 
-def _first_problem(schema: type[pydantic.BaseModel], error: pydantic.ValidationError, values: Any) -> str:
+def _first_problem(error: pydantic.ValidationError, values: Any) -> str:
     problem = error.errors()[0]
     path = _written_path(problem["loc"], values, problem["type"] == "missing")
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(schema, problem["loc"][:-1])
-        expected = f"expected one of {', '.join(known)}" if known else "expected a known setting"
-        return f"{'.'.join(path)}: unknown setting; {expected}{_meant(schema, path, known)}"
     if problem["type"] == "missing":
         return f"{'.'.join(path)}: missing; expected a value; add it to the settings"
     context = problem.get("ctx", {})
     found, cause = problem.get("input"), context.get("error")
+    if isinstance(cause, UnknownSetting):
+        path, known = [*path, cause.key], ", ".join(cause.settings.model_fields)
+        return f"{'.'.join(path)}: unknown setting; expected one of {known}{_meant(cause.settings, path)}"
     if isinstance(cause, WrongSetting):
         path, found = [*path, cause.key], cause.found
     message = problem["msg"].removeprefix("Value error, ")
@@ -254,25 +378,19 @@ def _first_problem(schema: type[pydantic.BaseModel], error: pydantic.ValidationE
         message += nearest(tag, known.replace("'", "").split(", "))
     shown = repr(found)
     shown = shown if len(shown) <= 80 else shown[:77] + "..."
-    return f"{'.'.join(path) or schema.__name__}: found {shown}; {message[0].lower() + message[1:]}"
+    return f"{'.'.join(path) or error.title}: found {shown}; {message[0].lower() + message[1:]}"
 
 
-def _meant(schema: Any, path: list[str], known: list[str]) -> str:
+def _meant(settings: type[pydantic.BaseModel], path: list[str]) -> str:
     """Return a hint at the setting that an unknown name may stand for: a nested or a similar one."""
-    name = OTHER_NAMES.get(path[-1], path[-1])
+    name, known = OTHER_NAMES.get(path[-1], path[-1]), settings.model_fields
     if name in known:
         return f"; did you mean {'.'.join([*path[:-1], name])}?"
-    nested = list(dict.fromkeys(_paths_to(name, schema, ()))) if len(path) == 1 else []
-    return f"; did you mean {' or '.join(nested[:3])}?" if nested else nearest(name, known)
-
-
-def _paths_to(name: str, annotation: Any, path: tuple[str, ...]) -> Iterator[str]:
-    """Yield the dotted paths, one level down, at which a setting is called `name`."""
-    for key, field in annotation.model_fields.items():
-        index = ("0",) if get_origin(field.annotation) is list else ()
-        for model in _models_in(field.annotation):
-            if name in model.model_fields:
-                yield ".".join((*path, key, *index, name))
+    holders = {key: f for key, f in known.items() if any(name in m.model_fields for m in _models_in(f.annotation))}
+    if not holders or len(path) > 1:
+        return nearest(name, known)
+    nested = [f"{key}.0.{name}" if get_origin(f.annotation) is list else f"{key}.{name}" for key, f in holders.items()]
+    return f"; did you mean {' or '.join(nested[:3])}?"
 
 
 def _written_path(location: tuple, values: Any, missing: bool) -> list[str]:
@@ -289,34 +407,7 @@ def _written_path(location: tuple, values: Any, missing: bool) -> list[str]:
     return path
 
 
-def _known_keys(schema: Any, location: tuple) -> list[str]:
-    """Follow an error location through nested models, lists and tagged unions to its model's keys."""
-    candidates = [schema]
-    for part in location:
-        following = []
-        for candidate in candidates:
-            if isinstance(candidate, type) and issubclass(candidate, pydantic.BaseModel):
-                field = candidate.model_fields.get(str(part))
-                if field is not None:
-                    following += _models_in(field.annotation)
-        candidates = (
-            following
-            or [c for c in candidates if isinstance(c, type) and _tag(c) == part]
-            or [c for c in candidates if isinstance(c, type) and _tag(c) is None]
-            or candidates
-        )
-    keys: dict[str, None] = {}
-    for candidate in candidates:
-        keys.update(dict.fromkeys(candidate.model_fields))
-    return list(keys)
-
-
-def _models_in(annotation: Any) -> list[type]:
+def _models_in(annotation: Any) -> list[type[pydantic.BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
         return [annotation]
     return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
-
-
-def _tag(schema: type[pydantic.BaseModel]) -> str | None:
-    field = schema.model_fields.get("kind")
-    return field.default if field is not None else None

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import html
+import importlib
 import sys
 import time
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
+def in_notebook() -> bool:
+    """Tell whether this is the kernel of a notebook."""
+    module = sys.modules.get("IPython")
+    return module is not None and type(module.get_ipython()).__name__ == "ZMQInteractiveShell"
+
+
 class Reporter:
-    """Says what happens on standard error; `quiet` says nothing."""
+    """Says what happens on standard error, in a notebook with a bar below the cell; `quiet` says nothing."""
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._bar: Progress | None = None
-        self._start, self._first = time.monotonic(), 0
-        self._skipped_s, self._skipped = 0.0, 0
+        self._shown: Any = None  # the bar of a notebook
         self._said: set[str] = set()
 
     def line(self, text: str) -> None:
@@ -35,7 +43,10 @@ class Reporter:
         """Begin work that goes from `step` to `steps`."""
         self._start, self._first = time.monotonic(), step
         self._skipped_s, self._skipped = 0.0, 0
-        if not self.quiet and sys.stderr.isatty():
+        if not self.quiet and in_notebook():
+            display = importlib.import_module("IPython.display")  # which a kernel has
+            self._shown = display.display(_NotebookBar(f"{what} {step}/{steps}", step, steps), display_id=True)
+        elif not self.quiet and sys.stderr.isatty():
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
             texts = (TextColumn("elapsed"), TextColumn("{task.fields[left]}"), TextColumn("{task.fields[note]}"))
             self._bar = Progress(*columns, *texts, console=self._console)
@@ -52,7 +63,9 @@ class Reporter:
         if done > self._skipped:
             seconds, done = seconds - self._skipped_s, done - self._skipped
         left = f"{duration(seconds / max(1, done) * (steps - step))} left"
-        if self._bar is not None:
+        if self._shown is not None:
+            self._shown.update(_NotebookBar(f"step {step}/{steps}  {note}  {left}", step, steps))
+        elif self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=step, note=note, left=left)
         elif not self.quiet:
             self.line(f"step {step}/{steps}  {note}  {left}")
@@ -61,7 +74,20 @@ class Reporter:
         """End the bar."""
         if self._bar is not None:
             self._bar.stop()
-            self._bar = None
+        self._bar = self._shown = None
+
+
+class _NotebookBar:
+    """A bar and a line of text, as HTML or as text."""
+
+    def __init__(self, text: str, step: int, steps: int):
+        self._text, self._step, self._steps = text, step, steps
+
+    def __repr__(self) -> str:
+        return self._text
+
+    def _repr_html_(self) -> str:
+        return f'<progress value="{self._step}" max="{self._steps}"></progress> {html.escape(self._text)}'
 
 
 def duration(seconds: float) -> str:

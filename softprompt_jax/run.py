@@ -11,12 +11,14 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag,
 from softprompt_jax import config
 from softprompt_jax.config import Settings, by_kind, nearest
 from softprompt_jax.data.packing import Packing
-from softprompt_jax.data.task import Task
+from softprompt_jax.data.task import Distill, Task
+from softprompt_jax.data.tokenizer import TextSettings
 from softprompt_jax.distributed.mesh import Mesh
 from softprompt_jax.methods import METHODS, Method, Prompt
 from softprompt_jax.models.decode import Decoding, Greedy
 from softprompt_jax.models.flash import Implementation
 from softprompt_jax.models.quantized import Quantization
+from softprompt_jax.models.settings import ModelSettings
 from softprompt_jax.models.t5 import T5Settings
 from softprompt_jax.optim.gradient_free import GradientFree
 from softprompt_jax.optim.optimizers import Adafactor, Optimizer, Schedule
@@ -25,7 +27,9 @@ from softprompt_jax.tasks import complete, get, names
 from softprompt_jax.tasks.mixture import Mixture, at_revisions_of, expand, pinned
 
 DEFAULT_METHOD = Prompt()
-UNHASHED_SETTINGS = frozenset({"mesh"})  # settings that say where a run computes, not what: it may go on with others
+T5_DROPOUT = 0.1  # with which T5s are fine-tuned and prompted
+# settings that say where a run computes and is watched, not what it computes: it may go on with others
+UNHASHED_SETTINGS = frozenset({"mesh", "wandb"})
 
 
 class Scratch(Settings):
@@ -39,7 +43,7 @@ def _task_kind(value: Any) -> str:
     if isinstance(value, str):
         return "name"
     kind = value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-    return kind if kind in ("pretraining", "mixture") else "task"
+    return kind if kind in ("pretraining", "mixture", "distill") else "task"
 
 
 def _named(name: str) -> Any:
@@ -52,6 +56,7 @@ def _named(name: str) -> Any:
 AnyTask = Annotated[
     Annotated[Annotated[str, AfterValidator(_named)], Tag("name")]
     | Annotated[Annotated[Task, BeforeValidator(complete)], Tag("task")]
+    | Annotated[Annotated[Distill, BeforeValidator(complete)], Tag("distill")]
     | Annotated[Mixture, Tag("mixture")]
     | Annotated[Pretraining, Tag("pretraining")],
     Discriminator(_task_kind),
@@ -98,8 +103,8 @@ class Run(Settings):
 
     # ---- what is trained, and on what
 
-    task: AnyTask  # name that `softprompt tasks` lists, or the settings of a task, a mixture or pre-training
-    backbone: str | Scratch = "embedded"  # folder in Hugging Face's layout, hub name, or "embedded"; it stays frozen
+    task: AnyTask  # name that `softprompt tasks` lists, or the settings of a task, a mixture, distill or pre-training
+    backbone: str | Scratch = "embedded"  # model folder, hub name, "embedded" or "smollm2"; it stays frozen
     dtype: Literal["float32", "bfloat16"] = "float32"  # number format of frozen weights and activations
     quantize: Quantization | None = None  # storage of the frozen layers, in 8 or 4 bits
     methods: list[Method] = Field([DEFAULT_METHOD], min_length=1)  # methods whose weights train together
@@ -109,18 +114,20 @@ class Run(Settings):
     # optimizer of the first method, and with a `kind` of all methods that state none; else each has its own default
     optimizer: Optimizer = Adafactor()
     schedule: Schedule = Schedule()  # factor of all learning rates over the run; constant
-    steps: int = Field(30_000, gt=0)  # number of training steps
+    steps: int = Field(30_000, gt=0, lt=2**31)  # number of training steps
     batch_size: int = Field(32, gt=0)  # examples per step, over all devices and accumulated parts
     accumulate: int = Field(1, gt=0)  # parts of a batch that are computed one after the other, which saves memory
     clip_norm: float | None = Field(None, gt=0)  # largest norm of the gradient of all trainable weights together
     loss: Literal["sum", "mean"] = "sum"  # sum or mean over the real target tokens of a batch
     z_loss: float = Field(1e-4, ge=0)  # weight of the square of log Z, where Z is the sum in the softmax
     label_smoothing: float = Field(0.0, ge=0, lt=1)  # probability of a target that goes to all tokens alike
-    dropout: float = Field(0.1, ge=0, lt=1)  # dropout rate of the backbone in training
+    # dropout rate of the backbone in training; null: 0.1 in a T5, as in the paper, 0 in models trained without
+    dropout: float | None = Field(None, ge=0, lt=1)
     seed: int = Field(0, ge=0)  # seed of the order of examples, of dropout and of what starts at random
 
     # ---- how text becomes batches
 
+    text: TextSettings = TextSettings()  # text around inputs and targets: chat template, side that is cut, stop
     max_input_tokens: int = Field(512, gt=0)  # limit of an input's tokens, EOS included; prompt rows come on top
     max_target_tokens: int = Field(64, gt=0)  # limit of a target's tokens, EOS included
     truncate_targets: bool = False  # whether targets over the limit are cut; otherwise they are an error
@@ -142,21 +149,38 @@ class Run(Settings):
 
     decoding: Decoding = Greedy()  # kind of decoding of predictions: greedy, beam or sampling
     evaluate_every: int = Field(1000, gt=0)  # steps between validations, among which the best checkpoint is chosen
+    best_by: str | None = (
+        None  # number that chooses the best: `loss`, or a metric; null: the mean of the task's metrics
+    )
+    patience: int | None = Field(
+        None, gt=0
+    )  # validations without a better score after which training stops; null: none
     evaluation_batch_size: int = Field(64, gt=0)  # examples that are evaluated at once
     evaluation_examples: int | None = Field(None, gt=0)  # first examples of the validation split that training looks at
+    result_examples: int | None = Field(None, gt=0)  # first examples of each split that the result is measured on
     checkpoint_every: int = Field(1000, gt=0)  # steps between checkpoints
     log_every: int = Field(50, gt=0)  # steps between lines of the log
+    wandb: str | None = None  # project of Weights & Biases that the numbers go to, where the package wandb is installed
+    metric_functions: list[str] = Field(
+        []
+    )  # names of functions that `train` was given as `metrics`; no config holds them
 
     @model_validator(mode="before")
     @classmethod
     def _complete_methods(cls, values: Any) -> Any:
-        """Let `methods.0.length=20` change the default method, and give each method its optimizer."""
+        """Give each method its optimizer, and let short forms stand for settings of methods.
+
+        `methods: [lora]` and `methods.0=lora` are `[{kind: lora}]`; `methods.0.length=20` changes the default method.
+        """
         if not isinstance(values, dict):
             return values
         methods, shared = values.get("methods", [DEFAULT_METHOD]), _plain(values.get("optimizer"))
-        if isinstance(methods, dict) and list(methods) == ["0"] and isinstance(methods["0"], dict):
-            methods = [{"kind": DEFAULT_METHOD.kind} | methods["0"]]
-        if not isinstance(methods, list | tuple) or not all(map(_is_method, methods)) or not methods:
+        if isinstance(methods, dict) and list(methods) == ["0"]:
+            first = by_kind(methods["0"])
+            methods = [{"kind": DEFAULT_METHOD.kind} | first if isinstance(first, dict) else first]
+        if isinstance(methods, str | list | tuple):
+            methods = [*map(by_kind, [methods] if isinstance(methods, str) else methods)]
+        if not isinstance(methods, list) or not all(map(_is_method, methods)) or not methods:
             return values | {"methods": methods}  # what is wrong with it is said when it is validated
         if not isinstance(shared, dict | None):
             return values
@@ -173,21 +197,10 @@ class Run(Settings):
     def _first_has_the_runs_optimizer(cls, methods: list[Method]) -> list[Method]:
         return [methods[0].model_copy(update={"optimizer": None}), *methods[1:]]
 
-    @model_validator(mode="before")  # the last one of this mode is the first to run
-    @classmethod
-    def _methods_by_name(cls, values: Any) -> Any:
-        """Let `methods: [lora]` stand for `methods: [{kind: lora}]`, and `methods.0=lora` likewise."""
-        methods = values.get("methods") if isinstance(values, dict) else None
-        if isinstance(methods, str):
-            methods = [methods]
-        if isinstance(methods, dict):
-            return values | {"methods": {key: by_kind(method) for key, method in methods.items()}}
-        return values | {"methods": [*map(by_kind, methods)]} if isinstance(methods, list) else values
-
     @model_validator(mode="after")
     def _consistent(self) -> Run:
-        if self.attention == "flash" and self.dropout > 0:
-            raise ValueError("attention flash: cannot drop attention weights; expected dropout 0, or attention auto")
+        if self.attention == "flash" and self.dropout != 0:
+            raise ValueError("attention flash: cannot drop attention weights; expected dropout: 0, or attention: auto")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
         if isinstance(self.backbone, Scratch) and getattr(self.optimizer, "restore", False):
@@ -227,16 +240,17 @@ class Run(Settings):
         """How many shapes may be compiled: each pads less and takes seconds, which a long run earns back."""
         return self.shapes or min(max(self.steps // 250, 4), 12)
 
-    @property
-    def backbone_overrides(self) -> dict[str, Any]:
-        """The settings of T5Settings that a run has for its backbone; a step chooses `remat: auto` by its shapes."""
+    def backbone_overrides(self, settings: ModelSettings) -> dict[str, Any]:
+        """Return the settings that a run has for a backbone with these; a step chooses `remat: auto` by its shapes."""
         remat = "none" if self.remat == "auto" else self.remat
-        return {"dropout": self.dropout, "attention": self.attention, "remat": remat, "unroll": self.unroll}
+        usual = T5_DROPOUT if isinstance(settings, T5Settings) else 0.0
+        rate = usual if self.dropout is None else self.dropout
+        return {"dropout": rate, "attention": self.attention, "remat": remat, "unroll": self.unroll}
 
     @property
     def draws_dropout(self) -> bool:
         """Whether a step needs a random key: for dropout of the backbone's or a method's own."""
-        return self.dropout > 0 or any(getattr(method, "dropout", 0) > 0 for method in self.methods)
+        return self.dropout != 0 or any(getattr(method, "dropout", 0) > 0 for method in self.methods)
 
     @property
     def optimizers(self) -> list[Optimizer]:
@@ -281,19 +295,14 @@ class Run(Settings):
     @property
     def tasks(self) -> list[Task]:
         """The settings of the run's task, of each task of a mixture; none in pre-training."""
-        if isinstance(self.task, Pretraining):
-            return []
-        if isinstance(self.task, Mixture):
-            return self.task.tasks
-        assert isinstance(self.task, Task)  # validation has put the settings in the place of a name
-        return [self.task]
+        if isinstance(self.task, Task):
+            return [self.task]
+        return self.task.tasks if isinstance(self.task, Mixture) else []
 
     @property
     def task_name(self) -> str:
         """What the run's task, mixture or pre-training is called."""
-        if isinstance(self.task, Pretraining):
-            return "pretraining"
-        return self.task.name if isinstance(self.task, Mixture) else self.tasks[0].name
+        return self.task.name if isinstance(self.task, Task | Mixture) else "pretraining"
 
     @property
     def own_prompts(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import itertools
 import os
 import sys
 import threading
@@ -28,6 +29,7 @@ def pytest_configure() -> None:
     # A setting from outside wins: JAX_PLATFORMS=cuda pytest -m gpu.
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ["XDG_STATE_HOME"] = str(ROOT / ".pytest_cache" / "state")  # what tests have trained with
     # Each checkout has its own cache: programs compiled for one machine's CPU may not run on another's.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
@@ -36,6 +38,21 @@ def pytest_configure() -> None:
     quick += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
     os.environ.setdefault("XLA_FLAGS", quick)
     gc.set_threshold(50_000, 20, 50)  # thousands of programs stay alive: going through them was a tenth of the time
+
+
+_MOST_MAPPINGS = 25_000  # of memory; Linux allows a process 65,530, and with no more XLA crashes in compiling
+_tests_done = itertools.count(1)
+
+
+def pytest_runtest_teardown() -> None:
+    """Forget compiled programs, of which each takes several mappings of memory, before there are too many."""
+    maps = Path("/proc/self/maps")
+    if next(_tests_done) % 20 == 0 and "jax" in sys.modules and maps.exists():
+        with maps.open("rb") as lines:
+            count = sum(1 for _ in lines)
+        if count > _MOST_MAPPINGS:
+            sys.modules["jax"].clear_caches()
+            gc.collect()
 
 
 @pytest.fixture(scope="session")
@@ -52,7 +69,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> small_runs.Files:
     """Return a folder with a small backbone and a task that it can learn."""
     import small_runs
 
-    return small_runs.write_files(tmp_path_factory.mktemp("small"))
+    from softprompt_jax.config import parse
+    from softprompt_jax.run import Run
+    from softprompt_jax.trust import remember
+
+    made = small_runs.write_files(tmp_path_factory.mktemp("small"))
+    remember(parse(Run, made.short, "small"))
+    return made
 
 
 @pytest.fixture
@@ -101,7 +124,8 @@ def softprompt(monkeypatch, capsys):
     from softprompt_jax.cli.main import main
 
     def run(*arguments, stdin: bytes = b"") -> tuple[int, str, str]:
-        monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # main changes it
+        monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # main changes these
+        monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
         monkeypatch.setattr(sys, "argv", ["softprompt", *map(str, arguments)])
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
         capsys.readouterr()

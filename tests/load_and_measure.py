@@ -62,9 +62,8 @@ def main(folder: str, dtype: str, processes: str = "1", process: str = "0", port
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    where = None if mesh is None else lambda variable: sharding.variable_sharding(mesh, variable)
     dtype, _, quantize = dtype.partition("+")
-    model = backbone.load_backbone(folder, dtype, sharding=where, quantize=quantize or None).model
+    model = backbone.load_backbone(folder, dtype, mesh=mesh, quantize=quantize or None).model
     leaves = jax.tree.leaves(nnx.state(model))
     jax.block_until_ready(leaves)
     done.set()

@@ -1,9 +1,10 @@
 """Run by test_mesh.py in a process of its own, since the number of devices is fixed when JAX starts.
 
-    on_eight_devices.py prompt,full 10 DATA,FSDP,TENSOR ...
+    on_eight_devices.py FAMILY prompt,full 10 DATA,FSDP,TENSOR ...
 
-A kind may also be int8 or nf4: a prompt over such a backbone. Prints JSON: for every method and mesh how far loss,
-gradient and so many steps (0: none) of Adafactor are from one device, and how a kernel lies.
+A kind may also be int8 or nf4, a prompt over such a backbone, or "packed KIND", two texts in each row. Prints JSON: for
+every method and mesh how far loss, gradient and so many steps (0: none) of Adafactor are from one device, and how a
+kernel lies.
 """
 
 from __future__ import annotations
@@ -37,24 +38,43 @@ TASK = {"name": "none", "source": {"kind": "files", "train": "none.jsonl"}}
 SMALL = {"length": 3, "rank": 2, "width": 3, "hidden": 4, "layers": 1}  # where a method has such a setting
 
 
-def steps(sizes: tuple[int, ...] | None, kind: str, count: int):
+def packed(batch: dict[str, np.ndarray], padding: int) -> dict[str, np.ndarray]:
+    """Return the same rows, each twice: beside each other in one row."""
+    found = {name: np.concatenate([rows, rows], 1) for name, rows in batch.items()}
+    for name, of in (("encoder", "encoder_tokens"), ("decoder", "decoder_targets")):
+        real = batch[of] > padding
+        found[f"{name}_segments"] = np.concatenate([real, 2 * real], 1).astype(np.int32)
+    return found
+
+
+def steps(of: str, sizes: tuple[int, ...] | None, kind: str, count: int):
     """Return the first loss and gradient, what has been trained after `count` steps, and a kernel's sharding."""
-    model, full = tiny.model(prompt=3 if kind == "prompt" else 0, num_heads=8, d_ff=32), kind == "full"
+    twice, kind = kind.startswith("packed "), kind.removeprefix("packed ")
+    # All families have 8 heads, and keys that the mesh divides.
+    wide = {"num_heads": 8, "d_ff": 32} | ({} if of == "t5" else {"num_key_heads": 8 if of.startswith("gpt") else 4})
+    model, full = tiny.model(of=of, prompt=3 if kind == "prompt" else 0, **wide), kind == "full"
     if kind in ("int8", "nf4"):  # a prompt over a quantised backbone
-        model = quantized(tiny.model(prompt=3, num_heads=8, d_ff=32), kind)
+        model = quantized(tiny.model(of=of, prompt=3, **wide), kind)
     elif kind != "prompt":
-        small = {name: value for name, value in SMALL.items() if name in METHODS[kind].model_fields}
+        of_kind, _, made_of = kind.partition("+")
+        small = {name: value for name, value in SMALL.items() if name in METHODS[of_kind].model_fields}
+        small |= {"reparameterization": made_of} if made_of else {}
         context = Context(lambda text: [5 + len(word) for word in text.split()], frozenset({0, 1}))
-        METHODS[kind](**small).attach(model, jax.random.key(0), context)
+        METHODS[of_kind](**small).attach(model, jax.random.key(0), context)
     # Where there is time, dropout is on: its masks must not depend on the mesh either.
     run = Run(**{"task": TASK, "dropout": 0.1 if count else 0.0, "z_loss": 1e-4, "batch_size": 16, "accumulate": 1})
     rows = 0 if model.prompt is None else len(model.prompt.table())
     batch = jax.tree.map(np.asarray, tiny.batch(rows=16, prompt=rows))
+    if model.encoder is None:  # whose padding is -1, and whose answers begin with the context's last token
+        batch = {name: np.where(part == 0, -1, part) for name, part in batch.items()}
+        batch["decoder_inputs"][:, 0] = model.first_input(batch["encoder_tokens"])
+    if twice:
+        batch = packed(batch, model.settings.padding)
     with contextlib.ExitStack() as opened:
         if sizes is not None:
             mesh = sharding.Mesh(**dict(zip(sharding.AXES, sizes, strict=True))).build()
             opened.enter_context(jax.set_mesh(mesh))
-        sharding.check_divisible(16, 8, 16, 32)
+        sharding.check_divisible(16, model.settings.num_key_heads, 16, 32)
         model = sharding.shard_model(model)
         parts, about = split(model), leaves(model)
         rate = 0.01 if full else 0.3
@@ -74,7 +94,7 @@ def steps(sizes: tuple[int, ...] | None, kind: str, count: int):
             if not found:
                 found = [float(measured["loss"]), jax.tree.map(sharding.gather, state["optimizer"][0])]
         trained = jax.tree.map(sharding.gather, state["trainable"])
-        query = linear_of(model.encoder.layers.attention.query)
+        query = linear_of(model.context_stack.layers.attention.query)
         return *found, trained, list(getattr(query.kernel[...].sharding, "spec", []))
 
 
@@ -87,11 +107,11 @@ def apart(one, other, together: bool = False) -> float:
 
 def main() -> None:
     answer = {}
-    for kind in sys.argv[1].split(","):
-        count = int(sys.argv[2])
-        single = steps(None, kind, count)
-        for text in sys.argv[3:]:
-            loss, gradient, trained, cut = steps(tuple(map(int, text.split(","))), kind, count)
+    for kind in sys.argv[2].split(","):
+        of, count = sys.argv[1], int(sys.argv[3])
+        single = steps(of, None, kind, count)
+        for text in sys.argv[4:]:
+            loss, gradient, trained, cut = steps(of, tuple(map(int, text.split(","))), kind, count)
             answer[f"{kind} {text}"] = {
                 "loss": abs(loss - single[0]) / single[0],
                 "gradient": apart(single[1], gradient, together=count == 0),

@@ -18,6 +18,7 @@ from softprompt_jax import PromptBank, load_backbone
 from softprompt_jax.serve.engine import Engine
 from softprompt_jax.serve.limits import Limits
 from softprompt_jax.serve.server import make_server
+from softprompt_jax.serve.uploads import Store
 
 for _package in ("fastapi", "uvicorn", "prometheus_client"):  # whoever imports this is skipped where one is missing
     pytest.importorskip(_package, reason="needs the extra `serve`, which `dev` has")
@@ -31,23 +32,23 @@ LIMITS = {
 }
 
 
-def rows(length: int, seed: int) -> np.ndarray:
-    return 3 * np.random.default_rng(seed).normal(size=(length, WIDTH)).astype(np.float32)
+def rows(length: int, seed: int, width: int = WIDTH) -> np.ndarray:
+    return 3 * np.random.default_rng(seed).normal(size=(length, width)).astype(np.float32)
 
 
-def engine_of(backbone: Path, **limits: Any) -> Engine:
+def engine_of(backbone: Path, width: int = WIDTH, **limits: Any) -> Engine:
     """Return an engine over eight prompts of unlike lengths."""
     bank = PromptBank(load_backbone(str(backbone)), device_rows=64)
     for number in range(8):
-        bank.add(f"p{number}", rows(1 + number % 3, number))
+        bank.add(f"p{number}", rows(1 + number % 3, number, width))
     return Engine(bank, Limits(**LIMITS | limits))
 
 
 @contextlib.contextmanager
-def serving(engine: Engine, token: str | None = None) -> Iterator[int]:
+def serving(engine: Engine, token: str | None = None, store: Store | None = None) -> Iterator[int]:
     """Serve in a thread of this process; yield the port."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
-    server = make_server(engine, token, loopback=True)
+    server = make_server(engine, token, loopback=True, store=store)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:

@@ -12,7 +12,8 @@ import numpy as np
 from flax import nnx, serialization
 
 from softprompt_jax.methods.prompt import attach_rows
-from softprompt_jax.models.t5 import T5, T5Settings, abstract
+from softprompt_jax.models.build import abstract
+from softprompt_jax.models.t5 import T5, T5Settings
 from softprompt_jax.trees import flatten, unflatten
 
 SETTINGS = T5Settings(

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from softprompt_jax.checkpoints.artifact import (
-    check_fingerprint,
+    Artifact,
     dump,
     load_artifact,
     load_prompt,
@@ -111,7 +111,7 @@ def test_files_that_hold_no_prompt_are_refused_in_a_line(tmp_path):
         "text.npy": "not a .npy array",
         "nothing.npy": "not a .npy array",
         "object.npy": "not a .npy array",
-        "several.npz": "not an array of finite numbers",
+        "several.npz": "not a .npy array",
         "words.npy": "not an array of finite numbers",
         "nan.npy": "not an array of finite numbers",
         "other.safetensors": "holds lora; expected a tensor named 'prompt'",
@@ -168,10 +168,10 @@ def test_a_fingerprint_outlives_dtype_prompt_and_dropout_but_not_another_backbon
 def test_a_prompt_is_refused_on_another_backbone():
     model = tiny.model()
     metadata = {"fingerprint": fingerprint(model), "backbone": "first"}
-    check_fingerprint(metadata, fingerprint(model), "prompt.safetensors", "first")
-    check_fingerprint({}, fingerprint(model), "rows.npy", "first")  # a .npy does not say
+    Artifact("prompt.safetensors", metadata).check_backbone(fingerprint(model), "first")
+    Artifact("rows.npy", {}).check_backbone(fingerprint(model), "first")  # a .npy does not say
     with pytest.raises(UserError, match=r"prompt.safetensors: trained on backbone first .*, used on second") as caught:
-        check_fingerprint(metadata, fingerprint(tiny.model(seed=1)), "prompt.safetensors", "second")
+        Artifact("prompt.safetensors", metadata).check_backbone(fingerprint(tiny.model(seed=1)), "second")
     assert "\n" not in str(caught.value)
 
 

@@ -202,7 +202,7 @@ def test_the_platform_is_in_no_file_and_no_hash():
 
 def test_flash_with_dropout_is_refused():
     settings = {"task": "boolq", "attention": "flash"}
-    with pytest.raises(UserError, match="cannot drop attention weights; expected dropout 0, or attention auto"):
+    with pytest.raises(UserError, match="cannot drop attention weights; expected dropout: 0, or attention: auto"):
         parse(Run, settings, "run")
     assert parse(Run, settings | {"dropout": 0}, "run").attention == "flash"
 

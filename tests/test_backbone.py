@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -15,8 +18,10 @@ from safetensors.numpy import load_file, save_file
 
 from softprompt_jax.checkpoints import tensors
 from softprompt_jax.checkpoints.backbone import EMBEDDED, find_folder, load_backbone, save_backbone
+from softprompt_jax.checkpoints.tensors import open_safetensors
 from softprompt_jax.config import UserError
-from softprompt_jax.models.families.t5 import names
+from softprompt_jax.data.tokenizer import load_tokenizer
+from softprompt_jax.models.families import names
 from softprompt_jax.trees import flatten
 
 SHAPES = {
@@ -161,7 +166,7 @@ def test_configs_of_old_files_have_defaults(folder):
 
 def test_every_tensor_name_is_used_once():
     for changes in SHAPES.values():
-        used = [name for tensor_names, _ in names(tiny.settings(**changes)).values() for name in tensor_names]
+        used = [name for weight in names(tiny.settings(**changes)).values() for name in weight.tensors]
         assert len(used) == len(set(used))
 
 
@@ -177,7 +182,7 @@ def refused(folder: Path, problem: str) -> None:
 def test_folders_that_are_no_t5_are_refused(folder, tmp_path):
     refused(tmp_path / "nowhere", "no such folder")
     configure(folder, model_type="bert")
-    refused(folder, "model_type is 'bert'; expected t5, mt5 or umt5")
+    refused(folder, "model_type is 'bert'; expected one of gemma")
     configure(folder, model_type="t5", feed_forward_proj="gated-tanh")
     refused(folder, "feed_forward_proj is 'gated-tanh'")
     configure(folder, feed_forward_proj="gated-gelu", d_model=None)
@@ -219,7 +224,7 @@ def test_a_truncated_file_is_refused(folder, size):
 
 
 def test_a_hub_name_that_cannot_be_reached_is_refused_and_the_embedded_one_is_a_folder():
-    refused(Path("nobody/no-such-t5"), "nobody/no-such-t5: neither a folder nor reachable on the hub")
+    refused(Path("nobody/no-such-t5"), "nobody/no-such-t5: neither a file nor a folder nor reachable on the hub")
     assert find_folder("embedded") == EMBEDDED
 
 
@@ -231,7 +236,63 @@ def test_saving_leaves_no_half_file(folder, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(tensors, "save_file", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match="no space"):
         save_backbone(tiny.model(seed=1), folder)
     assert (folder / "model.safetensors").read_bytes() == before
     assert jax.tree.leaves(weights(load_backbone(folder).model))
+
+
+# ------------------------------------------------------------------------------- numbers and bytes that were changed
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("layer_norm_epsilon", value) for value in (math.nan, -1, 0, math.inf)),
+        *(("relative_attention_max_distance", value) for value in (0, -5, 8, 16, 10**9)),
+        *(("relative_attention_num_buckets", value) for value in (0, -1, 10**9)),
+        *(("d_model", value) for value in (0, -4, 10**9)),
+        *(("num_layers", value) for value in (-1, 10**9)),
+        *(("num_heads", 0), ("d_ff", 0), ("d_kv", -1), ("vocab_size", 10**12)),
+    ],
+)
+def test_senseless_numbers_of_a_config_are_refused_before_anything_is_built(tmp_path, key, value):
+    save_backbone(tiny.model(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    start = time.monotonic()
+    with pytest.raises(UserError, match=r"config.json: .*: found") as caught:
+        load_backbone(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert time.monotonic() - start < 5
+
+
+def test_a_model_type_that_is_no_text_is_refused_in_a_line(tmp_path):
+    save_backbone(tiny.model(), tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": ["t5"]}')
+    with pytest.raises(UserError, match=r"config.json: model_type is \['t5'\]; expected one of"):
+        load_backbone(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_nested_json_is_refused_in_a_line(tmp_path, name):
+    save_backbone(tiny.model(), tmp_path)
+    for text in ("[" * 100_000, '{"a": ' * 70 + "1" + "}" * 70):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UserError, match=f"{name}: .*nested too deeply"):
+            load_backbone(tmp_path)
+
+
+def test_a_changed_byte_of_the_embedded_backbone_is_seen(tmp_path):
+    folder = tmp_path / "embedded"
+    shutil.copytree(EMBEDDED, folder)
+    assert all(tensor.checked for tensor in open_safetensors(folder / "model.safetensors").values())
+    for name, place in (("model.safetensors", -999), ("spiece.model", 5000), ("config.json", 30)):
+        content = bytearray((folder / name).read_bytes())
+        content[place] ^= 1
+        (folder / name).write_bytes(content)
+        read = load_backbone if name == "model.safetensors" else load_tokenizer
+        with pytest.raises(UserError, match=rf"{name}: (tensor .*its checksum does not fit|is not as it was written)"):
+            read(folder)
+        (folder / name).write_bytes((EMBEDDED / name).read_bytes())
+    load_tokenizer(folder)

@@ -15,7 +15,7 @@ from small_runs import write_backbone
 from softprompt_jax import PromptBank, generate, load_backbone
 from softprompt_jax.checkpoints.artifact import load_prompt, save_prompt, write_tensors
 from softprompt_jax.config import UserError, parse
-from softprompt_jax.inference.bank import _answer
+from softprompt_jax.inference import programs
 from softprompt_jax.models.decode import Beam, Greedy, Sampling
 from softprompt_jax.run import Run
 
@@ -279,7 +279,7 @@ def test_an_uploaded_run_is_judged_before_anything_is_attached(backbone, full_ru
             {"kind": "prompt", "length": 1_000_000_000},
             "holds 96 numbers, and its settings say prompt of length 1000000000",
         ),
-        ({"kind": "prefix", "network": None, "length": 96}, r"does not fit its config.yaml at decoder.*\[1, 96, 16\]"),
+        ({"kind": "prefix", "network": None, "length": 96}, r"does not fit its settings .* for decoder.*\[1, 96, 16\]"),
     ],
 )
 def test_settings_that_ask_for_more_than_the_file_holds_are_refused(backbone, small, tmp_path, method, message):
@@ -301,10 +301,9 @@ def test_words_are_scored_as_forced_answers_are(backbone, prompts, tmp_path):
     scores = bank.score_words(TEXTS, names, words)
     assert [len(row) for row in scores] == [2, 1, 3, 2]
     for text, name, of_text, row in zip(TEXTS, names, words, scores, strict=True):
-        tokens, before = bank._tokens(np.array([0]), [[*bank.tokenizer.encode(text), 1]], [name])
-        tables, entries = bank.device.entries([name])
+        _, model, tokens, before = bank._on_device(np.array([0]), [[*bank.tokenizer.encode(text), 1]], [name])
         for word, score in zip(of_text, row, strict=True):
             forced = np.asarray([bank.word_ids(name, word)], np.int32)
-            rest = tables, entries, np.zeros(1, np.int32), forced
-            _, expected = _answer(*bank.device.parts, Greedy(), forced.shape[1], tokens, before, *rest)
+            rest = tokens, before, np.zeros(1, np.int32), forced
+            _, expected = programs.answers(model, Greedy(), forced.shape[1], *rest)
             assert score == pytest.approx(float(expected[0, 0]), abs=1e-4)

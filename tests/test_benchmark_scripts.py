@@ -8,6 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
+from test_docs import build
+
+from softprompt_jax import load_run
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 PARTS = {"machine", "make_backbone", "side_ours", "side_peft", "worker", "workload"}  # of the scripts
@@ -74,3 +78,44 @@ def test_mixed_prompts_are_timed_beside_peft(tmp_path):
     (line,) = lines(tmp_path / "lines")
     assert line["answers_that_agree"] == 1
     assert line["times_peft"]["peft, a prompt each"] > 0
+
+
+def test_every_cell_of_the_table_of_methods_is_a_run():
+    stated = yaml.safe_load((BENCHMARKS / "methods_smollm2.yaml").read_text())
+    for method, own in stated["methods"].items():
+        for config in stated["tasks"].values():
+            changes = stated["settings"] | {key: value for key, value in own.items() if key != "only"}
+            given = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+            assert load_run(BENCHMARKS.parent / config, given).backbone == "smollm2", method
+
+
+@pytest.mark.slow
+def test_each_cell_of_the_table_of_methods_is_a_file_and_what_is_done_is_not_done_again(small, tmp_path):
+    config, cells, results = (tmp_path / name for name in ("task.json", "cells.yaml", "results"))
+    config.write_text(json.dumps(small.short))
+    norms = {"methods": ["norms"], "optimizer": {"kind": "adamw"}, "only": {"seeds": [0]}}
+    stated = {"tasks": {"moods": str(config)}, "settings": {"log_every": 5}, "methods": {"norms": norms}}
+    stated["methods"]["prompt"] = {"methods": [{"kind": "prompt", "length": 3}]}
+
+    def measured() -> list[str]:
+        cells.write_text(yaml.safe_dump(stated, sort_keys=False))
+        given = ["--backbone", "smollm2", "--seeds", 2, "--steps", 20, "--cells", cells, "--results", results]
+        said = run("methods", *given, "--runs", tmp_path / "runs").splitlines()
+        assert not any((tmp_path / "runs" / "smollm2").iterdir())  # nothing is left but the files
+        return [line.partition(":")[0] for line in said]
+
+    assert measured() == ["moods-norms-0", "moods-prompt-0", "moods-prompt-1"]
+    assert measured() == []
+    stated["methods"]["prefix"] = {"methods": [{"kind": "prefix", "length": 2}], "only": {"tasks": ["moods"]}}
+    assert measured() == ["moods-prefix-0", "moods-prefix-1"]
+    found = json.loads((results / "smollm2" / "moods-prefix-1.json").read_text())
+    assert (found["steps"], found["rows"], found["settings"]["seed"]) == (20, 2, 1)
+    assert found["run_cpu_s"] > 20 * found["step_cpu_s"] > 0
+    stated["methods"]["lora"] = {"methods": ["lora"]}
+    cells.write_text(yaml.safe_dump(stated, sort_keys=False))
+    rows = {line.split("|")[1].strip(): line for line in build.smollm2_table(cells, results / "smollm2").splitlines()}
+    assert rows["norms"].split("|")[2].endswith(" (one seed) ")
+    assert rows["prompt"].split("|")[2].endswith(" (2) ")
+    assert rows["prompt"].split("|")[3:5] == [" 48 ", " 3 "]
+    assert set(rows["lora"].split("|")[2:]) == {"  ", ""}  # not done yet
+    assert rows["*majority class*"].split("|")[2] == " 50.0 "

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from softprompt_jax.checkpoints import training_state
 from softprompt_jax.checkpoints.training_state import GROUPS, MEMBERS, Checkpoints, best_or_latest
 from softprompt_jax.config import UserError
 
@@ -214,3 +215,120 @@ def test_a_run_without_a_checkpoint_is_one_line_and_stays_as_it_is(tmp_path):
     with pytest.raises(UserError, match="run: has no checkpoint yet; expected one; wait for the run's first"):
         best_or_latest(tmp_path / "run")
     assert list((tmp_path / "run").iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------ damaged, exchanged, renamed
+
+
+def exchange(folder, one, other):
+    for source, to in ((one, "aside"), (other, one), ("aside", other)):
+        (folder / source).rename(folder / to)
+
+
+def flip(folder):
+    """Change a bit of the array that is saved last in a step, where Orbax does not notice it: in its metadata."""
+    path = folder / "metrics" / "metrics"
+    path.write_text(path.read_text().replace('"score": 0.1', '"score": 0.3'))
+
+
+DAMAGES = {
+    "exchanged contents": lambda folder: exchange(folder, "1/default", "2/default"),
+    "metadata of another step": lambda folder: shutil.copy(folder / "1/metrics/metrics", folder / "2/metrics/metrics"),
+    "another score": lambda folder: flip(folder / "2"),
+    "empty metadata": lambda folder: (folder / "2/metrics/metrics").write_text(""),
+    "half of the metadata": lambda folder: (folder / "2/metrics/metrics").write_text('{"score": 0.1, "st'),
+    "binary metadata": lambda folder: (folder / "2/metrics/metrics").write_bytes(b"\xff\xfe\x00\x80"),
+    "a list": lambda folder: (folder / "2/metrics/metrics").write_text("[]"),
+    "nothing in it": lambda folder: (folder / "2/metrics/metrics").write_text("{}"),
+    "nesting": lambda folder: (folder / "2/metrics/metrics").write_text("[" * 100_000),
+    "no metadata": lambda folder: (folder / "2/metrics/metrics").unlink(),
+    "renamed": lambda folder: (folder / "2").rename(folder / "7"),
+}
+
+
+def test_deeply_nested_metadata_of_the_arrays_are_damage_too(tmp_path):
+    saved(tmp_path, {1: 0.5, 2: 0.1}).close()
+    (tmp_path / "2" / "default" / "_METADATA").write_text("[" * 100_000)
+    said: list[str] = []
+    with contextlib.closing(Checkpoints(tmp_path, report=said.append)) as checkpoints:
+        restored, step = checkpoints.restore_newest(state(0))
+    assert (step, restored["step"]) == (1, 1)
+    assert "/2: cannot be read (RecursionError" in said[0]
+    assert "going on from step 1" in said[0]
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_refused_by_name_and_the_one_before_is_used(tmp_path, damage):
+    saved(tmp_path, {1: 0.5, 2: 0.1}).close()
+    damage(tmp_path)
+    name = "7" if (tmp_path / "7").exists() else "2"
+    if damage is not DAMAGES["exchanged contents"]:  # of which neither is good, and arrays are read later
+        with pytest.raises(UserError, match=rf"/{name}: .*delete this folder") as error:
+            Checkpoints(tmp_path, read_only=True)
+        assert "\n" not in str(error.value)
+        said: list[str] = []
+        with contextlib.closing(Checkpoints(tmp_path, report=said.append)) as checkpoints:
+            assert checkpoints.latest() == 1
+            restored, step = checkpoints.restore_newest(state(0))
+            assert (step, restored["step"]) == (1, 1)
+            checkpoints.save(2, state(2), 0.7)
+        assert len(said) == 1
+        assert said[0].startswith(f"{tmp_path}/{name}: ")
+        assert said[0].endswith(f"; renamed to {name}.damaged, going on from step 1")
+        assert steps(tmp_path) == {"2", f"{name}.damaged"}  # what was damaged is still there
+    else:
+        with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+            with pytest.raises(UserError, match=r"/2: .* is not what was saved \(its checksum differs\)"):
+                checkpoints.restore_newest(state(0))
+            for like in (None, state(0)):
+                with pytest.raises(UserError, match=r"/1: .* is not what was saved"):
+                    checkpoints.restore(1, like)
+        assert steps(tmp_path) == {"1", "2"}
+
+
+def test_two_exchanged_checkpoints_are_refused_and_stay(tmp_path):
+    saved(tmp_path, {1: 0.5, 2: 0.1}).close()
+    exchange(tmp_path, "1", "2")
+    with pytest.raises(UserError, match=r"/2: is that of step 1 \(exchanged or renamed\)"):
+        Checkpoints(tmp_path)
+    assert steps(tmp_path) == {"1", "2"}
+
+
+def test_arrays_of_the_newest_that_cannot_be_read_are_set_aside(tmp_path):
+    saved(tmp_path, {1: 0.5, 2: 0.1}).close()
+    shutil.rmtree(tmp_path / "2" / "default" / "d")
+    said: list[str] = []
+    with contextlib.closing(Checkpoints(tmp_path, report=said.append)) as checkpoints:
+        restored, step = checkpoints.restore_newest(state(0))
+        assert (step, restored["step"], checkpoints.latest(), len(said)) == (1, 1, 1, 1)
+        checkpoints.save(2, state(2), 0.1)
+        assert checkpoints.restore(2)["step"] == 2
+
+
+def test_a_checkpoint_without_checksums_is_that_of_an_older_version(tmp_path):
+    saved(tmp_path, {1: 0.5}).close()
+    path = tmp_path / "1" / "metrics" / "metrics"
+    path.write_text('{"score": 0.5, "loss": null, "step": 1}')
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        restored, step = checkpoints.restore_newest(state(0))
+        assert (step, restored["step"], checkpoints.pending(1)) == (1, 1, None)
+
+
+def test_what_the_next_line_says_comes_back(tmp_path):
+    pending = {"loss": [0.1, float("inf")], "steps": 3}
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        checkpoints.save(1, state(1), pending=pending)
+    with contextlib.closing(Checkpoints(tmp_path)) as checkpoints:
+        assert checkpoints.pending(1) == pending
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "bool", "uint32"])
+def test_checksums_are_the_same_here_and_on_devices_and_tell_bits_and_places(dtype):
+    values = jnp.arange(60).reshape(3, 4, 5).astype(dtype)
+    here = training_state._sum(np.asarray(values), np)
+    assert here == training_state._sum_on_device(values)
+    flat = np.asarray(values).ravel()
+    for changed in (flat[::-1], np.roll(flat, 1), np.where(np.arange(60) == 33, flat[0], flat)):
+        assert training_state._sum(changed.reshape(3, 4, 5), np) != here
+    assert training_state._sum(np.arange(3), np) != training_state._sum(np.arange(3)[::-1], np)  # 64 bits
+    assert training_state._sum(np.float32(2), np) == training_state._sum_on_device(jnp.float32(2))

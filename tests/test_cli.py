@@ -124,7 +124,7 @@ def test_module_is_the_command_and_its_help_waits_for_no_jax():
         (["train"], "Missing argument 'CONFIG'; see softprompt train --help"),
         (["train", "a.yaml", "--otu", "x"], "No such option: --otu"),
         (["train", "a.yaml", "--out"], "--out"),
-        (["export", "x", "--to", "y", "--format", "z"], "'z' is not one of 'hf', 'npy', 'peft', 'safetensors'"),
+        (["export", "x", "--to", "y", "--format", "z"], "'z' is not one of 'embeds', 'hf', 'npy', 'peft'"),
         (["tokenizer", "a.yaml", "--to", "x", "--size", "many"], "--size"),
     ],
 )
@@ -264,7 +264,7 @@ def damaged(name: str):
     [
         (lambda model: (model / "model.safetensors").unlink(), "expected weights: model.safetensors, pytorch_model"),
         (damaged("model.safetensors"), "not a complete safetensors file"),
-        (lambda model: (model / "config.json").unlink(), "no config.json; expected a T5 in Hugging Face layout"),
+        (lambda model: (model / "config.json").unlink(), "no config.json; expected a model in Hugging Face layout"),
         (damaged("config.json"), "cannot be read as JSON"),
         (lambda model: (model / "spiece.model").unlink(), "no tokenizer in the folder"),
         (lambda model: (model / "spiece.model").write_text("nonsense"), "not a SentencePiece model"),
@@ -288,8 +288,8 @@ def test_tokenizer_that_does_not_fit_the_model(refused, config, model, tmp_path,
 @pytest.mark.parametrize(
     ("ids", "expected"),
     [
-        ({"pad_id": 3}, "padding has id 3; expected 0 as in every T5"),
-        ({"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}, "EOS has id 2; expected 1 as in every T5"),
+        ({"pad_id": 3}, "padding has id 3; expected 0 as in the backbone"),
+        ({"pad_id": 0, "bos_id": 1, "eos_id": 2, "unk_id": 3}, "EOS has id 2; expected 1 as in the backbone"),
     ],
 )
 def test_tokenizer_whose_ids_are_not_those_of_a_t5(refused, config, model, tmp_path, ids, expected):
@@ -460,7 +460,7 @@ def test_one_line_in_a_real_process(small, tmp_path):
         command, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"COLUMNS": "40"}
     )
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert ran.stderr == f"softprompt: {tmp_path}: no config.json; expected a T5 in Hugging Face layout\n"
+    assert ran.stderr == f"softprompt: {tmp_path}: no config.json; expected a model in Hugging Face layout\n"
 
 
 def test_pipe_that_closes_early_is_quiet(full_run, tmp_path):

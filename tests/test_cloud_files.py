@@ -21,6 +21,7 @@ from softprompt_jax.checkpoints.artifact import load_prompt
 from softprompt_jax.config import UserError
 from softprompt_jax.data.sources import Files, Folder
 from softprompt_jax.distributed import cloud_files, folder_lock
+from softprompt_jax.inference.shares import Share, join, part_name
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -72,6 +73,27 @@ def test_what_is_written_goes_to_the_remote_place_when_it_is_whole(memory):
     failing.__enter__().write_bytes(b"half")
     assert not failing.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
     assert not memory.exists("bucket/never")
+
+
+def test_predictions_go_to_a_remote_file_and_parts_of_several_processes_are_joined_there(
+    memory, prompt_run, softprompt, tmp_path
+):
+    asked = tmp_path / "in.jsonl"
+    asked.write_text("".join(json.dumps({"text": f"the tea room is {word} today"}) + "\n" for word in "abcde"))
+    command = ["predict", prompt_run, "--trust", "--input", asked, "--output"]
+    assert softprompt(*command, "gs://bucket/out.jsonl")[0] == 0
+    assert softprompt(*command, tmp_path / "out.jsonl")[0] == 0
+    lines = (tmp_path / "out.jsonl").read_bytes()
+    assert memory.cat("bucket/out.jsonl") == lines
+    share, each = Share.of_lines(5, 0, 2), lines.splitlines(keepends=True)
+    for index, own in enumerate((each[:3], each[3:])):
+        with cloud_files.writing(part_name("gs://bucket/joined.jsonl", share._replace(index=index))) as part:
+            part.write_bytes(b"".join(own))
+    join("gs://bucket/joined.jsonl", share)
+    assert memory.cat("bucket/joined.jsonl") == lines
+    assert sorted(memory.find("bucket")) == ["/bucket/joined.jsonl", "/bucket/out.jsonl"]
+    with pytest.raises(UserError, match=r"gs://bucket/joined.jsonl.part-001-of-002: not there; expected"):
+        join("gs://bucket/joined.jsonl", share)
 
 
 def test_an_export_and_a_prediction_need_no_local_folder(memory, prompt_run, softprompt):

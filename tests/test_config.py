@@ -82,7 +82,7 @@ def test_overrides_are_yaml_at_a_dotted_path(tmp_path, override, expected):
 
 
 def test_an_override_of_a_mapping_with_numbers_as_keys_replaces_the_value(tmp_path):
-    assert read(written(tmp_path, "words: {0: no, 1: yes}\n"), ["words.0=never"]) == {"words": {0: "never", 1: True}}
+    assert read(written(tmp_path, "words: {0: no, 1: yes}\n"), ["words.0=never"]) == {"words": {0: "never", 1: "yes"}}
 
 
 def test_an_override_makes_the_mappings_that_it_needs(tmp_path):

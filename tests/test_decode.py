@@ -11,6 +11,7 @@ import t5x_fixture
 import tiny
 from flax import nnx
 
+from softprompt_jax.data.prompt_layout import EOS
 from softprompt_jax.models import decode
 
 
@@ -58,13 +59,13 @@ def by_whole_passes(model, tokens, max_tokens: int, before=None) -> tuple[np.nda
         best = log_p.argmax(-1)
         score += np.where(ended, 0, log_p[np.arange(rows), best])
         inputs[:, position + 1] = np.where(ended, 0, best)
-        ended |= best == decode.EOS
+        ended |= best == EOS
     return inputs[:, 1:], score
 
 
 def eager_to_end(model):
     """Raise the EOS's logit, so that rows end at unlike places."""
-    model.head.kernel[...] = model.head.kernel[...].at[:, decode.EOS].multiply(1.5)
+    model.head.kernel[...] = model.head.kernel[...].at[:, EOS].multiply(1.5)
     return model
 
 
@@ -80,8 +81,8 @@ def test_the_cache_gives_the_tokens_of_whole_passes(changes):
     expected, expected_score = by_whole_passes(model, tokens, 12)
     np.testing.assert_array_equal(output, expected)
     np.testing.assert_allclose(score, expected_score, atol=1e-4)
-    ended = (output == decode.EOS).any(1)
-    ends = [list(row).index(decode.EOS) for row in output[ended]]
+    ended = (output == EOS).any(1)
+    ends = [list(row).index(EOS) for row in output[ended]]
     assert len(set(ends)) > 1 or not ended.all()  # rows end at unlike places or run to the limit,
     for row, end in zip(output[ended], ends, strict=True):
         assert not row[end + 1 :].any()  # and after the end stands nothing
@@ -101,7 +102,7 @@ def test_decoding_stops_when_every_row_has_ended(monkeypatch):
     # Only the EOS has a logit that is not 0, and the final norm makes it positive.
     model.decoder.norm.scale[...] = jnp.abs(model.decoder.norm.scale[...])
     kernel = jnp.zeros_like(model.head.kernel[...])
-    model.head.kernel[...] = kernel.at[:, decode.EOS].set(1.0)
+    model.head.kernel[...] = kernel.at[:, EOS].set(1.0)
     model.embedding[...] = jnp.abs(model.embedding[...]) * 100  # outweighs every layer
     steps = []
     project = type(model).project
@@ -113,7 +114,7 @@ def test_decoding_stops_when_every_row_has_ended(monkeypatch):
     monkeypatch.setattr(type(model), "project", spy)
     output, _ = greedy(model, tiny.batch()["encoder_tokens"], 50)
     jax.effects_barrier()
-    np.testing.assert_array_equal(output[:, 0], decode.EOS)
+    np.testing.assert_array_equal(output[:, 0], EOS)
     assert not output[:, 1:].any()
     assert len(steps) == 1
 
@@ -143,7 +144,7 @@ def test_hypotheses_and_scores_equal_transformers(shared_fixtures, name, search)
     expected, scores = golden[f"{search}/sequences"], golden[f"{search}/sequences_scores"]
     tokens, found = beam(model, batch["encoder_tokens"], expected.shape[-1] - 1, SEARCHES[search])
     expected = expected[..., 1:]
-    ended = np.cumsum(expected == decode.EOS, -1) - (expected == decode.EOS) > 0  # transformers fills up with EOS
+    ended = np.cumsum(expected == EOS, -1) - (expected == EOS) > 0  # transformers fills up with EOS
     np.testing.assert_array_equal(tokens.reshape(expected.shape), np.where(ended, 0, expected))
     np.testing.assert_allclose(found.reshape(scores.shape), scores, atol=1e-4)
 
@@ -172,8 +173,8 @@ def test_a_wide_search_finds_the_best_of_all_answers():
         batch = {"encoder_tokens": jnp.tile(tokens[row], (tiny.ROWS, 1)), "decoder_inputs": jnp.asarray(inputs)}
         log_p = np.asarray(jax.nn.log_softmax(tiny.forward(model, batch)))
         both = log_p[:, 0].diagonal()[:, None] + log_p[:, 1]
-        both[decode.EOS] = -np.inf
-        best = max(both.max(), log_p[0, 0, decode.EOS])
+        both[EOS] = -np.inf
+        best = max(both.max(), log_p[0, 0, EOS])
         assert scores[row, 0] == pytest.approx(best, abs=1e-4)
 
 
@@ -196,8 +197,8 @@ def test_a_forced_search_finds_the_best_of_all_answers_that_begin_so():
             total = (log_p[0, 0, 8] + log_p[0, 1, 9] + log_p[0, 2]) / 3
         else:
             total = (log_p[0, 0, 7] + log_p[0, 1][:, None] + log_p[:, 2]) / 3
-            total[decode.EOS] = -np.inf  # an answer that has ended goes on no more
-            total = np.append(total, (log_p[0, 0, 7] + log_p[0, 1, decode.EOS]) / 2)
+            total[EOS] = -np.inf  # an answer that has ended goes on no more
+            total = np.append(total, (log_p[0, 0, 7] + log_p[0, 1, EOS]) / 2)
         best = np.sort(total.ravel())[::-1][:50]
         np.testing.assert_allclose(scores[row], best, atol=1e-4)
     free, free_scores = beam(model, tokens[2:], 3, how)

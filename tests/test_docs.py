@@ -72,6 +72,20 @@ def test_a_plot_shows_every_mean():
         assert picture.count('stroke-width="1.4"') == 2  # of those that have a deviation
 
 
+def test_a_plot_has_numbers_to_scale_and_colours_that_mean_the_same_everywhere():
+    value = {"mean": 70.0, "sd": None, "values": [70.0]}
+    lines = {"model tuning": dict.fromkeys(("0", "10%", "100%", "1000%"), value)}
+    picture = build.plot("t", lines, "lines", "accuracy, %", None, "steps")
+    places = [float(place) for place in re.findall(r'cx="([\d.]+)"', picture)]
+    distances = [b - a for a, b in itertools.pairwise(places)]
+    assert distances[1] == pytest.approx(distances[2], abs=0.2)  # equal factors are equal distances; 0 stands apart
+    assert "steps (logarithmic scale)" in picture
+    two = build.plot("t", lines | {"model tuning, with spam": {"0": value}}, "bars", "accuracy, %")
+    (colour,) = set(re.findall(r'stroke="(#\w+)" stroke-width="2.5"', picture))
+    assert two.count(f'fill="{colour}" fill-opacity="1"') == 5  # its bars and the legend's area
+    assert two.count(f'fill="{colour}" fill-opacity="0.4"') == 2  # of a variant, paler
+
+
 def test_a_plan_is_a_row_for_each_step_and_topology():
     fits = {"fits": True, "peak_bytes": 3 << 30, "limit_bytes": 16 << 30, "flops": 2.5e12, "examples_per_s": 1234.5}
     other = fits | {"fits": False, "peak_bytes": None, "examples_per_s": None}
@@ -187,7 +201,7 @@ def test_speed_is_that_of_the_latest_quiet_run_beside_pefts_best(tmp_path):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.network
 def test_the_readme_trains_and_answers_as_printed(tmp_path):
     """Its YAML, commands and Python, on files such as it describes."""
     kinds = {"negative": "a boring film , worse than number {}", "positive": "a lovely film , better than number {}"}
@@ -199,6 +213,7 @@ def test_the_readme_trains_and_answers_as_printed(tmp_path):
     softprompt.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m softprompt_jax "$@"\n')
     softprompt.chmod(0o755)
     environment = os.environ | {"PATH": f"{softprompt.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    environment |= {"XLA_FLAGS": ""}  # programs that are quick to compile take three times as long to run
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = dict(re.findall(r"```(bash|python)\n(.*?)```", text, re.DOTALL))
     said = {}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -17,6 +20,23 @@ from softprompt_jax.checkpoints.backbone import EMBEDDED, save_backbone
 from softprompt_jax.data.tokenizer import load_tokenizer
 from softprompt_jax.export.import_source import import_source
 
+# Finders of modules that do not know what a fresh environment with transformers lacks.
+FRESH = """
+import sys
+
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+    def find_spec(self, name, *rest):
+        lacking = name.startswith(("sentencepiece", "tiktoken", "google.protobuf"))
+        return None if lacking else self.finder.find_spec(name, *rest)
+
+sys.meta_path[:] = map(Without, sys.meta_path)
+from transformers import AutoTokenizer
+print(AutoTokenizer.from_pretrained(sys.argv[1])("the garden is warm").input_ids)
+"""
 SPIECE = str(EMBEDDED / "spiece.model")
 
 
@@ -44,6 +64,14 @@ def test_a_t5x_run_becomes_a_backbone_and_a_prompt_that_know_each_other(shared_f
     assert load_tokenizer(tmp_path / "t5").encode("a") == load_tokenizer("embedded" and EMBEDDED).encode("a")
     import_source(str(run), tmp_path / "new" / "p.safetensors")  # the prompt alone
     np.testing.assert_array_equal(load_prompt(tmp_path / "new" / "p.safetensors"), rows)
+
+
+def test_transformers_reads_the_tokenizer_of_what_is_imported_in_a_fresh_environment(tmp_path):
+    import_source("embedded", tmp_path / "t5")
+    command = [sys.executable, "-c", FRESH, str(tmp_path / "t5")]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    ours = load_tokenizer(tmp_path / "t5")
+    assert json.loads(found) == [*ours.encode("the garden is warm"), ours.eos_id]
 
 
 @pytest.mark.parametrize("files", ["one", "several"])
@@ -82,7 +110,7 @@ def test_what_cannot_be_imported_is_refused_in_a_line(shared_fixtures, tmp_path)
         ((run, new, "nobody/nothing"), "nobody/nothing: neither a file nor a folder nor reachable on the hub"),
         ((run, tmp_path / "full", SPIECE), "holds weights already"),
         ((run, tmp_path / "p.npy", SPIECE), "holds weights already, or is a file"),
-        ((adapter, new, SPIECE), "an adapter of PEFT; expected a T5"),
+        ((adapter, new, SPIECE), "an adapter of PEFT; expected a language model"),
         ((str(tmp_path / "p.npy"), new), "expected a file name ending in .safetensors"),
         ((str(tmp_path / "none"), new), "no such folder"),
         ((run, tmp_path / "p.npy" / "sub", SPIECE), "cannot be written"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -335,6 +336,43 @@ def test_the_jobset_restarts_the_preempted_for_ever_and_failures_five_times_and_
         assert place.run("gpu/kubernetes.sh", command).returncode == 0
 
 
+PREDICT = "(--input gs://bucket/in.jsonl --output 'gs://bucket/my out.jsonl')"
+ASKED = {
+    "eval": ["eval", "gs://bucket/runs/mine", "--split", "test"],
+    "predict": ["predict", "gs://bucket/runs/mine", *("--input", "gs://bucket/in.jsonl", "--output")],
+}
+
+
+@pytest.mark.parametrize("script", ["tpu.sh", "gke.sh", "gpu/slurm.sh", "gpu/kubernetes.sh"])
+@pytest.mark.parametrize("command", ["eval", "predict"])
+def test_every_script_evaluates_and_predicts_as_it_trains(place, script, command):
+    place.settings(COMMAND=command, EVAL="(--split test)", PREDICT=PREDICT)
+    done = place.run(script, "run")
+    assert done.returncode == 0, done.stderr
+    wanted = [*ASKED[command], *(["gs://bucket/my out.jsonl"] if command == "predict" else [])]
+    (call,) = place.calls()
+    if script == "gpu/slurm.sh":
+        assert call[call.index("job") + 1 :] == wanted
+    elif script == "gpu/kubernetes.sh":
+        jobset = yaml.safe_load((place.folder / "stdin").read_text())
+        (container,) = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
+        assert [*container["command"], *container["args"]][1 : 1 + len(wanted)] == wanted
+        assert "--coordinator" in container["args"]
+    else:
+        (told,) = (word.partition("=")[2] for word in call if word.startswith("--command="))
+        assert shlex.split(told)[-len(wanted) - 1 :] in (["softprompt", *wanted], [".venv/bin/softprompt", *wanted])
+
+
+def test_the_command_may_come_from_the_environment_and_another_is_refused(place):
+    settings = (ROOT / "tpu" / "settings.sh").read_text()
+    (place.folder / "settings.sh").write_text(f"{settings}OUT=gs://bucket/x PROJECT=project\n")
+    shown = place.run("tpu.sh", "--dry-run", "run", COMMAND="eval").stdout
+    assert "softprompt eval gs://bucket/x --split test" in shown.replace("\\", "")
+    done = place.run("tpu.sh", "run", COMMAND="serve")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "COMMAND is serve; expected train, eval or predict" in done.stderr
+
+
 @pytest.mark.parametrize(("code", "queued_again"), [(0, False), (75, True), (2, False), (1, False)])
 def test_slurm_queues_a_preempted_job_again(place, code, queued_again):
     place.settings(out="/shared/mine")
@@ -373,7 +411,7 @@ def test_slurm_queues_a_job_again_whose_first_task_has_saved_whatever_becomes_of
     stand_in(place, "srun", f'shift; "$@" || exit 9; exit {others}')  # one task; then the highest code of the others
     (place.folder / "answers.json").write_text("[]")
     for _ in range(2):  # the mark of the first time is gone by the second
-        job = slurm(place, "tpu/gpu/slurm.sh", "job", "mine.yaml", "--out", "/shared/mine")
+        job = slurm(place, "tpu/gpu/slurm.sh", "job", "train", "mine.yaml", "--out", "/shared/mine")
         assert job.returncode == 75, job.stderr
         assert place.calls() == [["scontrol", "requeue", "7"]]
         assert not list((place.folder / "runs").iterdir())
@@ -383,13 +421,13 @@ def test_slurm_queues_a_job_again_whose_first_task_has_saved_whatever_becomes_of
 @pytest.mark.parametrize("code", [0, 1, 2, 134])
 def test_a_task_under_slurm_ends_as_its_run_did_and_leaves_no_mark(place, code):
     stand_in(place, "softprompt", f'[ "$*" = "train mine.yaml a=\'b c\'" ] && exit {code}; exit 99')
-    assert slurm(place, "tpu/gpu/slurm.sh", "task", "mine.yaml", "a='b c'").returncode == code
+    assert slurm(place, "tpu/gpu/slurm.sh", "task", "train", "mine.yaml", "a='b c'").returncode == code
     assert not (place.folder / "runs").exists()
 
 
 def test_a_task_under_slurm_waits_for_a_run_that_saves(place):
     stand_in(place, "softprompt", "trap 'sleep 0.3; exit 75' TERM; kill -TERM $PPID $$; sleep 5")
-    assert slurm(place, "tpu/gpu/slurm.sh", "task", "mine.yaml").returncode == 0
+    assert slurm(place, "tpu/gpu/slurm.sh", "task", "train", "mine.yaml").returncode == 0
     assert (place.folder / "runs" / "saved-7").exists()
 
 
@@ -409,7 +447,8 @@ def test_skypilots_file_restarts_what_was_preempted_and_its_command_is_whole(tmp
     stand_in = tmp_path / ".venv" / "bin" / "softprompt"
     stand_in.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     stand_in.chmod(0o755)
-    environment = os.environ | {"TRAIN": "mine.yaml steps=5", "OUT": "gs://bucket/run", "SKYPILOT_NODE_RANK": "1"}
+    environment = os.environ | {name: value for name, value in job["envs"].items() if value is not None}
+    environment |= {"TRAIN": "mine.yaml steps=5", "OUT": "gs://bucket/run", "SKYPILOT_NODE_RANK": "1"}
     for nodes, expected in (
         ("10.0.0.1", []),
         ("10.0.0.1\n10.0.0.2", ["--coordinator", "10.0.0.1:8476", "--processes", "2", "--process", "1"]),
@@ -419,6 +458,11 @@ def test_skypilots_file_restarts_what_was_preempted_and_its_command_is_whole(tmp
             ["bash", "-c", job["run"]], cwd=tmp_path, env=environment | told, capture_output=True, text=True
         )
         assert done.stdout.split() == ["train", "mine.yaml", "steps=5", "--out", "gs://bucket/run", *expected]
+        told |= {"COMMAND": "predict", "ARGUMENTS": "--input a --output b"}
+        done = subprocess.run(
+            ["bash", "-c", job["run"]], cwd=tmp_path, env=environment | told, capture_output=True, text=True
+        )
+        assert done.stdout.split() == ["predict", "gs://bucket/run", "--input", "a", "--output", "b", *expected]
 
 
 @pytest.mark.parametrize(

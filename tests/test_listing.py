@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from softprompt_jax.cli.main import app
 from softprompt_jax.methods import METHODS, Context, split
-from softprompt_jax.methods.listing import listed
+from softprompt_jax.methods.listing import parameters
 from softprompt_jax.models.presets import preset
 from softprompt_jax.run import load_run
 
@@ -18,18 +18,20 @@ from softprompt_jax.run import load_run
 @pytest.mark.slow
 def test_every_method_trains_as_much_as_it_says():
     settings = tiny.settings()
-    for one in listed(settings):
+    for kind, method in METHODS.items():
         model = tiny.model()
-        METHODS[one.kind]().attach(model, tiny.key(0), Context(lambda text: [7] * len(text.split())))
-        assert one.parameters == sum(leaf.size for leaf in jax.tree.leaves(split(model).trainable)), one.kind
+        method().attach(model, tiny.key(0), Context(lambda text: [7] * len(text.split())))
+        trained = sum(leaf.size for leaf in jax.tree.leaves(split(model).trainable))
+        assert parameters(settings, method()) == trained, kind
 
 
 @pytest.mark.slow
 def test_a_published_size_needs_no_weights_and_has_the_known_counts():
-    found = {one.kind: one for one in listed(preset("t5-v1_1-xxl"))}
-    assert found["prompt"].parameters == 100 * 4096
-    assert found["full"].parameters == preset("t5-v1_1-xxl").parameters()
-    assert found["lora"].parameters == 2 * 8 * 4096 * (2 * 24 + 4 * 24)  # query and value; rank 8
+    settings = preset("t5-v1_1-xxl")
+    found = {kind: parameters(settings, METHODS[kind]()) for kind in ("prompt", "full", "lora")}
+    assert found["prompt"] == 100 * 4096
+    assert found["full"] == settings.parameters()
+    assert found["lora"] == 2 * 8 * 4096 * (2 * 24 + 4 * 24)  # query and value; rank 8
 
 
 @pytest.mark.slow

@@ -25,9 +25,9 @@ HERE = Path(__file__).parent
 EVERY = ["8,1,1", "1,8,1", "1,1,8", "2,2,2", "4,2,1", "4,1,2", "1,2,4", "1,4,2", "2,4,1", "2,1,4"]
 
 
-def on_eight_devices(methods: list[str], meshes: list[str], steps: int = 10) -> dict:
+def on_eight_devices(methods: list[str], meshes: list[str], steps: int = 10, of: str = "t5") -> dict:
     environment = os.environ | {"PYTHONPATH": f"{HERE.parent}{os.pathsep}{HERE}"}
-    command = [sys.executable, str(HERE / "on_eight_devices.py"), ",".join(methods), str(steps), *meshes]
+    command = [sys.executable, str(HERE / "on_eight_devices.py"), of, ",".join(methods), str(steps), *meshes]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -43,6 +43,18 @@ def test_every_mesh_gives_the_numbers_of_one_device(kind, meshes):
         assert found["gradient"] < 1e-5, (name, found)
         assert found["trained"] < 1e-3, (name, found)
     assert answers[f"{kind} 2,2,2"]["cut"] == [None, "fsdp", "tensor"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("of", ["gemma2", "gpt2", "t5gemma"])
+def test_other_families_give_the_numbers_of_one_device_packed_and_not(of):
+    meshes = ["2,2,2", "1,2,4"]
+    answers = on_eight_devices(["prompt", "lora", "packed prompt", "packed lora"], meshes, steps=1, of=of)
+    assert len(answers) == 4 * len(meshes)
+    for name, found in answers.items():
+        assert max(found["loss"], found["gradient"]) < 1e-5, (name, found)
+        assert found["trained"] < 1e-3, (name, found)
+        assert found["cut"] == [None, "fsdp", "tensor"]
 
 
 @pytest.mark.slow
@@ -147,7 +159,7 @@ def test_devices_that_no_arrangement_fits_are_told_and_not_taken_in_their_order(
 
 def test_the_state_of_a_weight_lies_as_the_weight_of_its_whole_path(monkeypatch):
     mesh = Mesh().build(jax.devices()[:1])
-    monkeypatch.setattr(sharding, "_mesh", lambda: mesh)
+    monkeypatch.setattr(sharding, "current_mesh", lambda: mesh)
     inner, outer = (NamedSharding(mesh, PartitionSpec(axis)) for axis in ("fsdp", "tensor"))
 
     def array(sharding=None, shape=(4, 4)):
@@ -206,7 +218,15 @@ def test_a_mesh_that_does_not_fit_is_told_in_one_line(settings, message):
 )
 def test_a_mesh_that_does_not_divide_rows_or_weights_is_told_in_one_line(monkeypatch, sizes, message):
     mesh = types.SimpleNamespace(shape=sizes, empty=False)
-    monkeypatch.setattr(sharding, "_mesh", lambda: mesh)
+    monkeypatch.setattr(sharding, "current_mesh", lambda: mesh)
     monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
     with pytest.raises(UserError, match=message):
         sharding.check_divisible(16, 8, 20, 28)
+
+
+def test_key_heads_that_a_mesh_does_not_divide_are_told_in_one_line(monkeypatch):
+    mesh = types.SimpleNamespace(shape={"data": 1, "fsdp": 1, "tensor": 4}, empty=False)
+    monkeypatch.setattr(sharding, "current_mesh", lambda: mesh)
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
+    with pytest.raises(UserError, match="tensor is 4; expected a divisor of the backbone's 2 key heads, which 8 heads"):
+        sharding.check_divisible(16, 2, 20, 28, 8)

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from softprompt_jax.config import UserError
-from softprompt_jax.data.metrics import METRICS, Answers, compute, majority
+from softprompt_jax.data import metrics
+from softprompt_jax.data.metrics import METRICS, Answers, majority
 from softprompt_jax.data.task import Task
 
 WORDS = ["ham", "spam", "other"]
@@ -14,6 +15,10 @@ WORDS = ["ham", "spam", "other"]
 
 def task(*names, **settings) -> Task:
     return Task(name="mine", source={"kind": "files"}, metrics=list(names), **settings)
+
+
+def compute(task, predictions, targets, groups=None):
+    return metrics.compute(task.metrics, Answers(predictions, targets, task.words, task.positive, groups), "task mine")
 
 
 def random_answers(seed: int, illegal: bool = False, count: int = 200):

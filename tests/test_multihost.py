@@ -237,7 +237,7 @@ def lines_of(out: Path) -> list[tuple]:
         ("validate", 1, "while step 10 was validated"),  # the best, to be known as such to the end
         pytest.param("validate", 0, "while step 0 was validated", marks=pytest.mark.slow),
         pytest.param("validate", 4, "while step 40 was validated", marks=pytest.mark.slow),
-        pytest.param("result", 0, "while its result was measured", marks=pytest.mark.slow),
+        pytest.param("result", 0, "while the result was measured", marks=pytest.mark.slow),
     ],
 )
 def test_a_validation_is_cut_short_and_made_up_for(

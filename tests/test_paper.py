@@ -115,7 +115,7 @@ def test_each_distinct_step_is_planned_once(softprompt, tmp_path, monkeypatch):
             "topology": topologies[0], "devices": 4, "fits": fits, "peak_bytes": 2**30, "limit_bytes": 2**34,
             "weights_bytes": 5, "state_bytes": 5, "temporary_bytes": 5, "flops": 1e12, "rows_per_device": 8,
             "collectives": {}, "estimated": False, "examples_per_s": 7.0, "utilisation": 0.4, "advice": [],
-            "packed": False,
+            "packed": False, "plain_attention": False, "purpose": "train", "batch": 32, "largest_batch": 64,
         }]  # fmt: skip
 
     monkeypatch.setattr(plan, "plan", fake)
@@ -140,7 +140,8 @@ def write_result(folder: Path, accuracy: float, untrained: float = 0.1) -> None:
     """Write the files of a finished run that scored so on the test split."""
     folder.mkdir(parents=True, exist_ok=True)
     baselines = {"split": "test", "majority": 0.5, "untrained": {"accuracy": untrained}}
-    result = {"test": {"accuracy": accuracy}, "baselines": baselines, "seconds": 2.0}
+    scores = {"validation": {"accuracy": accuracy}, "test": {"accuracy": accuracy}, "best_step": 1}
+    result = scores | {"baselines": baselines, "seconds": 2.0}
     (folder / "result.json").write_text(json.dumps(result))
 
 
@@ -292,7 +293,8 @@ def test_the_majority_class_is_scored_as_the_table_is(grid, tmp_path, small):
     (member, *_) = members
     (tmp_path / member.name).mkdir()
     scores = {"accuracy": 1.0, "f1_macro": 0.5}
-    found = {"validation": scores, "baselines": {"split": "validation", "untrained": scores}, "seconds": 1.0}
+    baselines = {"split": "validation", "untrained": scores}
+    found = {"validation": scores, "test": None, "best_step": 1, "baselines": baselines, "seconds": 1.0}
     (tmp_path / member.name / "result.json").write_text(json.dumps(found))
     result = results.collect(experiment.miniature, members, tmp_path)
     assert result["metric"] == "mean of accuracy and f1_macro"

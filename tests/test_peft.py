@@ -130,7 +130,7 @@ def test_an_adapter_that_asks_for_more_is_refused_in_a_line(shared_fixtures, tmp
 
 def test_an_adapter_of_another_width_or_without_its_files_is_refused_in_a_line(shared_fixtures, tmp_path):
     folder = edited(shared_fixtures, tmp_path)
-    with pytest.raises(UserError, match=r"found \[5, 32\] for prompt.rows; expected \[5, 16\] on this backbone"):
+    with pytest.raises(UserError, match=r"found \[5, 32\] for prompt.rows; expected \[5, 16\]; give"):
         attach_adapter(tiny.model(), folder)
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
     with pytest.raises(UserError, match=r"adapter_model.bin: not a complete file of torch"):
@@ -138,11 +138,11 @@ def test_an_adapter_of_another_width_or_without_its_files_is_refused_in_a_line(s
     save_file({"other": np.zeros((5, 32), np.float32)}, folder / "adapter_model.safetensors")
     with pytest.raises(UserError, match=r"no 'prompt_embeddings'; expected it in an adapter of kind PROMPT_TUNING"):
         attach_adapter(tiny.model(), folder)
-    for text, expected in {"[]": "found list; expected a JSON object", "{": "cannot be read as JSON"}.items():
+    for text, expected in {"[]": "found list; expected .*, a JSON object", "{": "cannot be read as JSON"}.items():
         (folder / "adapter_config.json").write_text(text)
         with pytest.raises(UserError, match=expected):
             attach_adapter(tiny.model(), folder)
-    with pytest.raises(UserError, match=r"no adapter_config.json; expected a folder that PEFT has written"):
+    with pytest.raises(UserError, match=r"no adapter_config.json; expected what PEFT has written"):
         attach_adapter(tiny.model(), tmp_path)
 
 
@@ -186,8 +186,7 @@ OURS = {
 @pytest.mark.parametrize("name", list(OURS))
 def test_our_adapter_gives_our_logits_in_peft(name, gated, tmp_path):
     import torch
-    from peft import PeftModel
-    from transformers import T5ForConditionalGeneration
+    from peft import AutoPeftModelForSeq2SeqLM
 
     method = OURS[name]
     if not gated and "up" in {*getattr(method, "targets", ()), *getattr(method, "outputs", ())}:
@@ -201,10 +200,9 @@ def test_our_adapter_gives_our_logits_in_peft(name, gated, tmp_path):
     if name == "prefix":  # which PEFT's layers share on a T5 of even depth
         change = jax.tree.map(lambda x: jnp.broadcast_to(x[:1], x.shape), change)
     put_trained(model, change, "test")
-    save_adapter(model, [method], tmp_path / "adapter", None, {})
+    save_adapter(model, [method], tmp_path / "adapter", str(tmp_path / "backbone"), {})
 
-    theirs = T5ForConditionalGeneration.from_pretrained(tmp_path / "backbone", dtype=torch.float32)
-    theirs = PeftModel.from_pretrained(theirs, tmp_path / "adapter").eval()
+    theirs = AutoPeftModelForSeq2SeqLM.from_pretrained(tmp_path / "adapter").eval()
     text, whole = tiny.batch(), tiny.batch(prompt=3 if model.prompt is not None else 0)
     of_task = {}
     if name == "multitask":  # the odd rows are the second task's

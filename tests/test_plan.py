@@ -18,7 +18,9 @@ from softprompt_jax.analysis import plan
 from softprompt_jax.assembly import abstract_backbone_of, assemble, check_devices
 from softprompt_jax.config import UserError
 from softprompt_jax.distributed import mesh
-from softprompt_jax.methods import split
+from softprompt_jax.inference import memory, programs
+from softprompt_jax.inference.programs import DeviceModel
+from softprompt_jax.methods import Trainable, split
 from softprompt_jax.models.presets import preset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,6 +122,50 @@ def test_pre_training_is_planned_with_its_own_lengths():
     assert shapes == {"encoder_tokens": 96, "decoder_inputs": 48, "decoder_targets": 48}
 
 
+GPU = plan.Topology("test:1", plan.Chip(memory_gib=1, tflops=1), (1,))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("purpose", ["predict", "serve", "train"])
+def test_the_largest_batch_fits_by_the_compilers_own_figures(small, tmp_path, purpose):
+    run = load_run(write(tmp_path / "run.yaml", backbone=str(small.backbone), max_target_tokens=16))
+    answer = plan.measure(run, GPU, 0.4, purpose)
+    assert answer["fits"]
+    assert answer["batch"] < answer["largest_batch"]
+    work = plan._work(run, purpose, plan.GIB, "gpu", answer["largest_batch"])
+    _, peak, _ = plan._compile(work, GPU)
+    assert plan.GIB / 4 < peak <= plan.GIB or answer["largest_batch"] == plan._MOST_ROWS
+    assert (answer["cache_bytes"] is None) is (purpose == "train")
+
+
+@pytest.mark.slow
+def test_a_batch_that_does_not_fit_is_told_with_one_that_does(small, tmp_path):
+    run = load_run(write(tmp_path / "run.yaml", backbone=str(small.backbone), evaluation_batch_size=2**17))
+    answer = plan.measure(run, GPU, 0.4, "predict")
+    assert not answer["fits"]
+    assert 0 < answer["largest_batch"] < 2**17
+    again = run.model_copy(update={"evaluation_batch_size": answer["largest_batch"]})
+    assert plan.measure(again, GPU, 0.4, "predict")["fits"]
+    assert "texts at once: 131,072; " in plan.describe(answer)
+
+
+@pytest.mark.parametrize("of", ["t5", "llama", "t5gemma"])
+def test_caches_are_counted_as_the_server_allocates_them(of):
+    model = tiny.model(of=of)
+    batch = DeviceModel.of(model, Trainable)
+    slots = jax.eval_shape(lambda: programs.empty_slots(batch, 6, 7, 11))
+    allocated = sum(leaf.size * leaf.dtype.itemsize for leaf in (*slots.caches, *slots.cross))
+    assert memory.cache_bytes(model.settings, "float32", 6, 11, 7) == allocated
+    one = memory.cache_bytes(model.settings, "float32", 1, 11, 7)
+    for room, found in ((0.5, 1), (1, 1), (3, 2), (7.9, 4), (1000, 32)):
+        assert memory.slots_that_fit(model.settings, "float32", 11, 7, int(2 * room * one), 32) == found
+
+
+def test_pre_training_is_neither_predicted_with_nor_served():
+    with pytest.raises(UserError, match="pre-training has nothing to predict or serve; expected a run on a task"):
+        plan.measure(load_run(ROOT / "configs" / "pretrain" / "embedded.yaml"), GPU, 0.4, "serve")
+
+
 def test_advice_starts_with_what_costs_least(tmp_path):
     answer = {"weights_bytes": 20 * plan.GIB, "limit_bytes": 16 * plan.GIB, "rows_per_device": 4, "quantized": False}
     run = load_run(write(tmp_path / "run.yaml", remat="none"))
@@ -144,7 +190,9 @@ def assembled(run) -> None:
 
 
 def is_run(path: Path) -> bool:
-    return path.parent.name in ("configs", "methods") or path == ROOT / "configs" / "pretrain" / "embedded.yaml"
+    return (
+        path.parent.name in ("configs", "intents", "methods") or path == ROOT / "configs" / "pretrain" / "embedded.yaml"
+    )
 
 
 CONFIGS = [path for path in sorted((ROOT / "configs").rglob("*.yaml")) if is_run(path)]
@@ -228,7 +276,8 @@ def test_packed_rows_are_planned_with_their_segments(tmp_path):
 
 @pytest.mark.slow
 def test_a_gpu_is_estimated_and_says_so(tmp_path):
-    config = write(tmp_path / "run.yaml", batch_size=4, max_input_tokens=12)
+    lengths = {"batch_size": 4, "max_input_tokens": 12}
+    config = write(tmp_path / "run.yaml", **lengths)
     alone, shared = plan.plan(config, ["dtype=bfloat16"], ["h200:1", "h100:2"])
     assert alone["fits"]
     assert alone["estimated"]
@@ -236,6 +285,9 @@ def test_a_gpu_is_estimated_and_says_so(tmp_path):
     assert shared["collectives"]["all-reduce"] >= 4 * 100 * 512  # the prompt's gradient
     assert shared["flops"] == alone["flops"]
     assert "estimated" in plan.describe(alone)
+    assert "attention is plain on the GPU" not in plan.describe(alone)
+    (other,) = plan.plan(write(tmp_path / "other.yaml", backbone="pythia-70m", **lengths), [], ["h200:1"])
+    assert "attention is plain on the GPU" in plan.describe(other)
 
 
 def test_bad_settings_are_told_before_anything_is_compiled(tmp_path):

@@ -7,8 +7,8 @@ import pytest
 from flax import nnx
 
 from softprompt_jax.config import UserError
-from softprompt_jax.models.presets import PRESETS, SOURCES, hub_name, preset, published
-from softprompt_jax.models.t5 import abstract
+from softprompt_jax.models.build import abstract
+from softprompt_jax.models.presets import PRESETS, SOURCES, hub_name, other_presets, preset, published, published_size
 
 PARAMETERS = {
     "t5-v1_1-small": 76_961_152,  # Lester et al., 2021, table 4
@@ -59,3 +59,27 @@ def test_every_size_names_where_it_is_published_and_a_t5x_checkpoint_knows_its_t
     assert SOURCES["google-t5/t5-3b"][1].endswith("/t5_3B/checkpoint_1000000")
     assert hub_name(f"{lm_adapted}/") == "google/t5-base-lm-adapt"
     assert hub_name("gs://some-bucket/checkpoint_1") is None
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("smollm2-135m", 134_515_008),
+        ("llama-3-8b", 8_030_261_248),
+        ("llama-3.2-1b", 1_235_814_400),
+        ("qwen2.5-0.5b", 494_032_768),
+        ("gemma-2-2b", 2_614_341_888),
+        ("gemma-3-1b", 999_885_952),
+        ("gpt2", 124_439_808),
+        ("pythia-70m", 70_426_624),
+    ],
+)
+def test_a_published_decoder_only_model_has_its_number_of_parameters(name, count):
+    assert preset(name).parameters() == count
+
+
+def test_presets_of_all_families_are_what_they_build_and_are_found_by_either_name():
+    for name, (hub, settings) in other_presets().items():
+        assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(abstract(settings)))) == settings.parameters()
+        assert published(settings) == name
+        assert published_size(hub) == published_size(name) == settings

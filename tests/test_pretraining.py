@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import hashlib
 import lzma
 from pathlib import Path
 from random import Random
@@ -12,6 +13,7 @@ import pytest
 
 import softprompt_jax
 from softprompt_jax.config import UserError, parse
+from softprompt_jax.pretraining import phrases
 from softprompt_jax.pretraining.corpus import TextFile, read_documents, split_sentences, tokenize_file
 from softprompt_jax.pretraining.data import OBJECTIVES, Pretraining, PretrainingData
 from softprompt_jax.pretraining.instructions import TASKS
@@ -164,13 +166,57 @@ def test_copy_answers_stand_in_the_input(texts):
 @pytest.mark.parametrize("name", sorted(TASKS))
 def test_instruction_tasks_answer_both_ways_and_fit(texts, name):
     books, draw = library(texts), Random(2)
-    task, weight = TASKS[name]
-    made = [example for example in (task(draw, books) for _ in range(300)) if example is not None]
-    assert weight > 0
+    made = [example for example in (TASKS[name](draw, books) for _ in range(300)) if example is not None]
+    assert phrases.WEIGHTS[name] > 0
     assert len(made) >= 20
     assert all(inputs and targets and max(inputs + targets) < 8100 for inputs, targets in made)
     assert len({tuple(targets) for _, targets in made}) >= 2
     assert max(len(inputs) for inputs, _ in made) < 150
+
+
+# Digests of the examples that a seed draws. If one changes, every pre-training run sees other examples than before.
+DRAWN = {
+    "span_corruption": "a92bacf76d870381",
+    "short_spans": "80160bb226733c83",
+    "copy": "92e8cf1e63747f51",
+    "word_order": "09af9ecf39efcf45",
+    "prefix_lm": "0e6460939a2aebe6",
+    "instructions": "38e33972c8ef4919",
+    "which_word": "e07ad2ca6aa86f53",
+    "neighbour": "50da3e0d4fb1e69f",
+    "contains": "8dad4ba029accfe5",
+    "count": "fc539106dae5206a",
+    "length": "e5be107a130e30a6",
+    "question_or_statement": "61a88acc5a8f8407",
+    "surface": "ca415868e2098a18",
+    "kind_of_text": "8ff4db6eff3af136",
+    "same_meaning": "1077e0a39078ca68",
+    "right_order": "abee8124d007c91b",
+    "follows": "40ac2771687e0d17",
+    "broken": "903eaef0e3625677",
+    "define": "619c772a8e7d2a7d",
+    "is_definition": "18e78ee1b35cc98d",
+    "synonym": "6d46fd80eed75e35",
+    "sentiment_sentence": "c150c6d85e850b95",
+    "sentiment_composed": "7c387e5dc5951e00",
+    "sentiment_word": "526a55ffb1c8229b",
+    "sentiment_gloss": "c6c6d4c7e60a926f",
+    "better": "b4521ca1c5064a6c",
+    "same_sentiment": "0033794c3b374457",
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_a_seed_draws_the_same_examples_as_ever(texts, name):
+    books, draw = library(texts), Random(f"digest {name}")
+    drawn = [OBJECTIVES[name](draw, books) for _ in range(2000)]
+    assert hashlib.sha256(repr(drawn).encode()).hexdigest()[:16] == DRAWN[name]
+
+
+def test_every_list_of_phrases_is_drawn_from():
+    source = "".join(path.read_text() for path in Path(phrases.__file__).parent.glob("*.py")).replace("'", '"')
+    for name in [*phrases.WORDS, *phrases.QUESTIONS]:
+        assert f'"{name.removeprefix("good ").removeprefix("bad ")}"' in source
 
 
 def test_ids_joined_are_the_ids_of_the_joined_text(texts):
@@ -262,7 +308,7 @@ def test_tokens_are_computed_once(texts):
     [
         ({"stages": [{"until": 1, "objectives": {"span_corupton": 1}}]}, "span_corruption"),
         ({"stages": [{"until": 0.5, "objectives": {"copy": 1}}]}, "ascending"),
-        ({"stages": [{"until": 1, "objectives": {"copy": 0}}]}, "more than 0"),
+        ({"stages": [{"until": 1, "objectives": {"copy": 0}}]}, "greater than 0"),
         ({"texts": [{"path": "none.txt"}]}, "none.txt"),
     ],
 )

@@ -49,7 +49,7 @@ def test_task_is_shown_with_lengths_truncations_and_label_counts(softprompt, con
     assert lines[5].endswith("; 0 over 64 (too long: a run refuses them)")
     assert lines[6] == "  targets: 'True' 3 (75.0%), 'False' 1 (25.0%)"
     assert lines[7:9] == ["example 1", "  input   passage: The mill opens at six. question: is the mill open"]
-    assert lines[9].startswith("  tokens  ▁")
+    assert lines[9].startswith("  tokens  <100 prompt rows> ▁")
     assert "</s>  (" in lines[9]
     assert lines[10] == "  target  True"
     assert len(lines) == 12
@@ -60,7 +60,7 @@ def test_a_config_is_shown_with_its_own_limits_and_tokenizer(softprompt, refused
     assert "; 1 over 20 (truncated)" in softprompt("task", own, "--show", 0)[1]
     assert "; 0 over 200 (truncated)" in softprompt("task", own, "--show", 0, "--max-input-tokens", 200)[1]
     other = write_config(tmp_path / "c.yaml", yaml.safe_load(config.read_text()) | {"backbone": "/none"})
-    assert "/none: no such folder; expected a folder with a tokenizer" in refused("task", other)
+    assert "/none: no such folder; expected a Hugging Face folder" in refused("task", other)
     assert softprompt("task", other, "--tokenizer", "embedded")[0] == 0
 
 

@@ -17,8 +17,9 @@ from softprompt_jax.checkpoints.artifact import load_prompt
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.methods import Context, Prompt, attach, leaves, split
 from softprompt_jax.methods.prompt import T5_EMBEDDING_RMS, Labels, attach_rows, embedding_scale
+from softprompt_jax.models.build import abstract
 from softprompt_jax.models.presets import preset
-from softprompt_jax.models.t5 import T5, abstract
+from softprompt_jax.models.t5 import T5
 
 # --------------------------------------------------------------------------- other implementations
 
@@ -165,6 +166,15 @@ def test_published_sizes_keep_the_papers_numbers_whatever_their_exact_size(measu
 @pytest.mark.parametrize("measured", [1.0, 0.02, 200.0])  # 1: as a T5 is before its training
 def test_published_shapes_with_other_weights_have_their_own_scale(measured):
     assert embedding_scale(small_t5(measured)) == pytest.approx(measured / T5_EMBEDDING_RMS, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "t5gemma"])  # Gemma's texts are the embeddings times 4
+def test_other_families_count_in_their_embeddings_own_size(family):
+    model = tiny.model(of=family)
+    size = float(jnp.sqrt(jnp.mean(jnp.square(model.embedding[...])))) * model.word_factor
+    assert embedding_scale(model) == pytest.approx(size)
+    assert started("vocabulary", 50, model=model).std() == pytest.approx(size, rel=0.2)
+    assert leaves(model)["prompt.rows"].learning_rate_scale == pytest.approx(size)
 
 
 def test_without_weights_the_scale_is_the_papers():

@@ -32,13 +32,15 @@ def more(tmp_path_factory):
 def bank_of(many: many_methods.Many, names=None, **settings) -> PromptBank:
     bank = PromptBank(many.backbone, **settings)
     for name in names or many.models:
-        bank.add(name, np.zeros((0, 16), np.float32) if name == "nothing" else many.folder / name)
+        none = np.zeros((0, many.backbone.settings.d_model), np.float32)
+        bank.add(name, none if name == "nothing" else many.folder / name)
     return bank
 
 
 def expected(many: many_methods.Many, bank: PromptBank, text: str, name: str, how: Decoding, number: int):
     tokens, scores = many_methods.answered(many.models[name], bank.tokenizer.encode(text), TOKENS, how, number)
-    return [bank.tokenizer.decode([int(token) for token in row if token]) for row in tokens], scores
+    padding = many.backbone.settings.padding
+    return [bank.tokenizer.decode([int(token) for token in row if token > padding]) for row in tokens], scores
 
 
 def check(many: many_methods.Many, bank: PromptBank, pairs: list[tuple[str, str]], how: Decoding) -> None:
@@ -142,7 +144,7 @@ def test_a_folder_of_runs_and_their_files_is_a_bank(many, tmp_path):
             "lora changes the model for every text, so that it cannot be in a bank; expected a prompt",
         ),
         ([{"kind": "p_tuning_v2", "length": 2}], "methods: p_tuning_v2 changes the model for every text"),
-        ([{"kind": "ia3"}, {"kind": "prefix", "network": None}], "does not fit its config.yaml"),
+        ([{"kind": "ia3"}, {"kind": "prefix", "network": None}], "does not fit its settings"),
         (None, "holds neither a prompt nor a run's settings"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import numpy as np
@@ -37,7 +38,7 @@ def test_a_dry_run_writes_a_folder_that_loads_here_and_in_peft(run):
     result = json.loads((run / "result.json").read_text())
     assert f"| test | accuracy | {result['test']['accuracy']:.4f} |" in text
     assert 'PeftModel.from_pretrained(model, "me/moods")' in text
-    assert "load_predictor(folder" in text
+    assert 'load_predictor("me/moods", backbone="backbone")' in text
     assert "kind: prompt" in text
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     assert settings["methods"] == yaml.safe_load((run / "config.yaml").read_text())["methods"]
@@ -58,8 +59,19 @@ def test_a_published_backbone_is_named_and_what_peft_lacks_is_said():
     text = card(run, {"test": {"accuracy": 0.5}, "steps": 3, "best_step": 2}, "me/x", {"prompt.safetensors"}, "m: why")
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "google/t5-base-lm-adapt"
     assert "No form for PEFT: why" in text
-    assert 'load_predictor(folder, backbone="google/t5-base-lm-adapt")' in text
+    assert 'load_predictor("me/x").texts' in text
     assert "step 2 of 3" in text
+
+
+def test_a_card_of_a_decoder_only_model_names_its_class_and_its_kind():
+    run = parse(Run, {"task": "rte", "backbone": "HuggingFaceTB/SmolLM2-135M"}, "test")
+    text = card(run, {}, "me/x", {"prompt.safetensors", "adapter_config.json"}, None)
+    front = yaml.safe_load(text.split("---")[1])
+    assert (front["pipeline_tag"], front["base_model"]) == ("text-generation", "HuggingFaceTB/SmolLM2-135M")
+    assert "llama" in front["tags"]
+    assert 'AutoPeftModelForCausalLM.from_pretrained("me/x")' in text
+    assert "T5" not in text
+    assert "Seq2Seq" not in text
 
 
 def test_the_hub_is_asked_for_the_repository_and_given_the_folder(run, monkeypatch):
@@ -113,6 +125,57 @@ def test_a_card_of_the_embedded_backbone_says_where_to_get_it(small):
     assert text.index("softprompt import embedded --to embedded") < text.index('from_pretrained("embedded")')
 
 
+def test_a_card_on_a_copy_names_the_original_and_says_so(small):
+    run = parse(Run, small.short | {"backbone": "smollm2"}, "test")
+    text = card(run, {}, "me/x", {"prompt.safetensors", "adapter_config.json"}, None)
+    assert yaml.safe_load(text.split("---")[1])["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert "was `smollm2` of softprompt_jax, the Q4_1 copy of HuggingFaceTB/SmolLM2-135M-Instruct." in text
+    assert 'load_predictor("me/x").texts' in text  # the settings name the copy
+    assert 'AutoPeftModelForCausalLM.from_pretrained("me/x")' in text
+
+
+def code_of(text: str) -> list[str]:
+    """Return the blocks of Python in a card."""
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def test_the_cards_code_answers_as_printed_from_the_hub(small, run, tmp_path, monkeypatch):
+    folder = push(run, "me/moods", dry_run=True)
+    expected = load_predictor(run).texts(["..."])
+    asked = []
+
+    def download(name, allow_patterns):
+        asked.append(name)
+        return str(shutil.copytree(folder, tmp_path / "cached", dirs_exist_ok=True))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "backbone").symlink_to(small.backbone)  # a reader's copy
+    monkeypatch.chdir(tmp_path / "here")
+    ours, _ = code_of((folder / "README.md").read_text())
+    *before, last = ours.strip().splitlines()
+    known: dict = {}
+    exec("\n".join(before), known)
+    assert eval(last, known) == expected
+    np.testing.assert_array_equal(load_prompt("me/moods"), load_prompt(run))
+    assert set(asked) == {"me/moods"}
+    (tmp_path / "here" / "me").mkdir()  # a path, of which the hub is not asked
+    with pytest.raises(UserError, match="me/moods: no such file"):
+        load_prompt("me/moods")
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore")  # torch's and transformers' own
+def test_the_cards_code_for_peft_loads_as_printed(small, run, tmp_path, monkeypatch):
+    shutil.copytree(push(run, "me/moods", dry_run=True), tmp_path / "here" / "me" / "moods")
+    (tmp_path / "here" / "backbone").symlink_to(small.backbone)
+    monkeypatch.chdir(tmp_path / "here")
+    known: dict = {}
+    exec(code_of((tmp_path / "here/me/moods/README.md").read_text())[1], known)
+    rows = known["model"].get_prompt_embedding_to_save("default").detach().numpy()
+    np.testing.assert_array_equal(rows, load_prompt(run))
+
+
 def test_what_cannot_be_pushed_is_refused_in_a_line(run, tmp_path, monkeypatch):
     def refused(*arguments, match):
         with pytest.raises(UserError, match=match) as caught:
@@ -153,7 +216,7 @@ def test_a_card_of_a_name_that_only_begins_alike_is_written_anew(run):
 def test_a_card_survives_a_push_that_fails(run, monkeypatch):
     card = push(run, "me/moods", dry_run=True) / "README.md"
     card.write_text(card.read_text() + "\nMine.\n")
-    monkeypatch.setattr("softprompt_jax.export.push.export", lambda *arguments: 1 / 0)
+    monkeypatch.setattr("softprompt_jax.export.push.export", lambda *arguments, **settings: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         push(run, "me/moods", dry_run=True)
     assert card.read_text().endswith("\nMine.\n")

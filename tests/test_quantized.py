@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import tiny_lm
 from flax import nnx
 
 from softprompt_jax.assembly import abstract_backbone_of
@@ -15,9 +16,9 @@ from softprompt_jax.checkpoints.backbone import load_backbone
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.export.import_source import import_source
 from softprompt_jax.inference.predictor import load_predictor
-from softprompt_jax.methods import Context, Full, LoRA, put_trained, split
+from softprompt_jax.methods import Context, Full, LoRA, Prompt, attach, put_trained, split
 from softprompt_jax.methods.prompt import attach_rows
-from softprompt_jax.methods.wrap import merged
+from softprompt_jax.methods.wrap import merged, standing
 from softprompt_jax.models.quantized import NF4_LEVELS, QuantizedLinear, pack, quantization_of, quantized, unpack
 from softprompt_jax.models.t5 import T5
 from softprompt_jax.run import Run
@@ -226,3 +227,30 @@ def test_what_was_trained_over_a_quantised_backbone_is_scored_over_it(small, tmp
     predictor = load_predictor(tmp_path / "run")
     assert isinstance(predictor.model.encoder.layers.attention.query, QuantizedLinear)
     assert predictor.evaluate(resolve(small.short["task"]), "test") == result["test"]
+
+
+@pytest.mark.parametrize("of", ["gpt2", *(pytest.param(of, marks=pytest.mark.slow) for of in ("gemma2", "t5gemma"))])
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_other_families_are_quantised_stored_and_trained_beside(of, kind, tmp_path):
+    folder = tiny_lm.folder(tmp_path / "floats", tiny.settings(of, vocabulary_rows=416, eos=2))
+    import_source(str(folder), tmp_path / "q", dtype="float32", quantize=kind)
+    again, stored = load_backbone(folder, quantize=kind), load_backbone(tmp_path / "q")
+    for one, other in zip(*(jax.tree.leaves(nnx.state(each.model)) for each in (again, stored)), strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+    assert nnx.graphdef(stored.model) == nnx.graphdef(again.model)
+    assert stored.settings == load_backbone(folder).settings
+    assert stored.fingerprint() == load_backbone(folder).fingerprint()
+    model = stored.model
+    assert quantization_of(model) == kind
+    for linear in standing(model).values():
+        assert isinstance(linear, QuantizedLinear)
+    attach([Prompt(length=3), LoRA(rank=2)], model, tiny.key(0), Context(list))
+    batch = tiny.batch(prompt=3)
+    ids = batch["encoder_tokens"]  # of `tiny`, whose vocabulary is smaller
+    batch["encoder_tokens"] = jnp.where(ids >= tiny.ROWS, ids + 416 - tiny.ROWS, ids)
+    found = tiny.loss_logits_gradient(split(model), batch)[2]
+    assert {"prompt", "decoder"} <= set(found)
+    assert all(np.isfinite(slope).all() for slope in jax.tree.leaves(found))
+    assert np.abs(found["prompt"]["rows"]).max() > 0
+    assert np.abs(found["decoder"]["layers"]["attention"]["query"]["up"]).max() > 0

@@ -22,6 +22,7 @@ from softprompt_jax.analysis.report import (
     table,
 )
 from softprompt_jax.config import UserError
+from softprompt_jax.inference.mistakes import Mistake
 from softprompt_jax.training.sweep import Member, describe, summary
 
 
@@ -29,9 +30,11 @@ def write_run(folder, settings, scores, losses=(2.0, 1.0), finished=True):
     """Write the files of a run that scored so on validation and test."""
     folder.mkdir(parents=True)
     write_config(folder / "config.yaml", settings)
-    lines = [{"step": 0, "validation": {"accuracy": 0.5, "illegal": 0.0, "count": 16, "loss": 4.0}}]
+    lines = [{"step": 0, "validation": {"accuracy": 0.5, "mean": 0.5, "illegal": 0.0, "count": 16, "loss": 4.0}}]
     lines += [{"step": 10 * number, "loss": loss} for number, loss in enumerate(losses, start=1)]
-    lines += [{"step": 20, "validation": {"accuracy": scores[0], "illegal": 0.0, "count": 16, "loss": 2.0}}]
+    lines += [
+        {"step": 20, "validation": {"accuracy": scores[0], "mean": scores[0], "illegal": 0.0, "count": 16, "loss": 2.0}}
+    ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "metrics.jsonl").write_text(text + ("" if finished else '{"step": 3'))
     each = [{"accuracy": score, "illegal": 0.0, "count": 16} for score in scores]
@@ -115,7 +118,7 @@ def test_curves_and_breakdown(runs, small, tmp_path):
     mixture = small.short | {"task": {"kind": "mixture", "tasks": [small.task, other]}}
     write_run(tmp_path / "mixed", mixture, (0.5, 0.5))
     scores = {"moods": {"accuracy": 0.75}, "others": {"accuracy": 0.25}}
-    result = {"validation": {"mean": 0.5, "tasks": scores}, "test": None, "baselines": None}
+    result = {"validation": {"mean": 0.5, "tasks": scores}, "test": None, "baselines": None, "best_step": 20}
     (tmp_path / "mixed" / "result.json").write_text(json.dumps(result))
     write_run(tmp_path / "other", small.short | {"task": other}, (0.5, 0.5))
     groups = group_runs(read_runs([tmp_path, runs / "low"]))
@@ -183,6 +186,42 @@ def test_page_has_scores_curves_and_settings_and_needs_nothing_else(softprompt, 
     for name in ("loss", "validation_loss", "score", "scores"):
         assert (tmp_path / "page" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "page" / "report.json").read_text())["table"][0]["test"]["mean"] == pytest.approx(0.7)
+
+
+def mistakes(labels, surest):
+    counts = [[3 if row == column else 1 for column in range(len(labels) + 1)] for row in range(len(labels))]
+    about = {"split": "test", "labels": labels, "answers": [*labels, "(no label)"], "counts": counts}
+    return json.dumps(
+        {"moods": about | {"surest": [dict(zip(Mistake.model_fields, one, strict=True)) for one in surest]}}
+    )
+
+
+def test_the_page_has_the_confusions_and_the_most_confident_mistakes_of_the_best_setting(small, tmp_path):
+    wrong = ("the <tea> room is dull", "no", "yes")
+    for seed, probability in enumerate((0.75, 0.9)):
+        write_run(tmp_path / "runs" / str(seed), small.short | {"seed": seed}, (0.5, 0.5))
+        made = mistakes(["yes", "no"], [(*wrong, probability), (f"other {seed}", "yes", "maybe", 0.5)])
+        (tmp_path / "runs" / str(seed) / "mistakes.json").write_text(made)
+    (page, *files) = write_report([tmp_path / "runs"], tmp_path / "page")
+    parsed = Cells()
+    parsed.feed(page.read_text(encoding="utf-8"))
+    assert ["text", "right", "answer", "probability", "runs"] in parsed.rows
+    rows = [[text.replace("\N{NO-BREAK SPACE}", " ") for text in row] for row in parsed.rows]
+    first = rows.index([*wrong, "90%", "2 of 2"])
+    assert rows[first + 1 : first + 3] == [[f"other {n}", "yes", "maybe", "50%", "1 of 2"] for n in range(2)]
+    assert "confusion4" in {file.stem for file in files}
+    # Of many labels the confusions are listed.
+    many = mistakes([f"l{number}" for number in range(11)], [])
+    for seed in range(2):
+        (tmp_path / "runs" / str(seed) / "mistakes.json").write_text(many)
+    (page, *files) = write_report([tmp_path / "runs"], tmp_path / "page")
+    parsed = Cells()
+    parsed.feed(page.read_text(encoding="utf-8"))
+    assert ["l0", "l1", "2"] in parsed.rows
+    assert "No wrong answer." in page.read_text(encoding="utf-8")
+    (tmp_path / "runs" / "0" / "mistakes.json").write_text('{"moods": {"split": 3}}')
+    with pytest.raises(UserError, match=r"mistakes.json: moods: "):
+        write_report([tmp_path / "runs"], tmp_path / "page")
 
 
 def test_the_terminal_and_the_page_state_the_same_spread(runs, small, tmp_path):

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+import tiny
+import tiny_lm
 from small_runs import CONFIGS, write_config
 
 from softprompt_jax import Run, load_run
@@ -28,7 +30,14 @@ def test_defaults_are_the_papers():
     run = Run(task="sentiment_movie")
     assert (run.steps, run.batch_size, run.methods[0].length) == (30_000, 32, 100)
     assert (run.optimizer.kind, run.optimizer.learning_rate) == ("adafactor", 0.3)
-    assert (run.loss, run.z_loss, run.dropout, run.dtype) == ("sum", 1e-4, 0.1, "float32")
+    assert (run.loss, run.z_loss, run.dtype) == ("sum", 1e-4, "float32")
+
+
+def test_a_t5_has_the_papers_dropout_and_a_decoder_only_model_none():
+    models = [tiny.settings(), tiny_lm.settings()]
+    for stated, expected in ((None, [0.1, 0.0]), (0.2, [0.2, 0.2])):
+        run = Run(task="sentiment_movie", dropout=stated)
+        assert [run.backbone_overrides(settings)["dropout"] for settings in models] == expected
 
 
 def test_run_as_yaml_is_the_same_run(small, tmp_path):
@@ -126,7 +135,8 @@ def test_prompt_start_has_a_short_form(small, tmp_path):
         ("methods=[]", "A: methods: found []; list should have at least 1 item"),
         (
             "methods.0.lenght=3",
-            "A: methods.0.lenght: unknown setting; expected one of optimizer, length, place, init, kind; did you mean",
+            "A: methods.0.lenght: unknown setting; "
+            "expected one of optimizer, length, place, init, kind, reparameterization; did you mean",
         ),
         ("methods.0.kind=promt", "A: methods.0: found {'kind': 'promt', 'length': 3}; "),
         ("methods.0.init=words", "A: methods.0.init: found {'kind': 'words'}"),

@@ -60,14 +60,14 @@ def test_a_run_on_a_named_task_keeps_its_settings_and_sees_a_later_edit(small, m
 def test_a_folder_that_has_the_name_of_its_task_only_goes_on(small, moods, tmp_path, monkeypatch):
     run, runs = run_of(small, task="moods"), tmp_path / "runs"
     monkeypatch.chdir(tmp_path)
-    whole = train(run)
+    whole = train(run, default_folder(run))
     assert default_folder(run) == (runs / settings_hash(run, without=UNHASHED_SETTINGS)).relative_to(tmp_path)
     older = runs / "0123456789ab"  # the hash that another version gave to these settings
     default_folder(run).rename(older)
     rewrite(older, task="moods")
     assert default_folder(run) == older.relative_to(tmp_path)
-    again = train(run)
-    assert again | {"seconds": 0} == whole | {"seconds": 0}
+    again = train(run, default_folder(run))
+    assert again.result | {"seconds": 0} == whole.result | {"seconds": 0}
     assert [path.name for path in runs.iterdir()] == [older.name]
     assert default_folder(run_of(small, task="moods", seed=1)).name != older.name
 

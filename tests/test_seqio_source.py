@@ -19,7 +19,7 @@ from softprompt_jax.data.preview import describe
 from softprompt_jax.data.seqio_source import Seqio
 from softprompt_jax.data.task import Task, iterate
 from softprompt_jax.data.tokenizer import load_tokenizer
-from softprompt_jax.inference.evaluate import score
+from softprompt_jax.inference.evaluate import Batching, score
 from softprompt_jax.inference.predictor import load_predictor
 from softprompt_jax.models.decode import score_words
 
@@ -215,7 +215,7 @@ def test_metrics_are_what_seqios_own_evaluator_makes_of_the_same_answers(prompt_
         examples = tasks.load(mine, split)
         answers = [each[0] for each in predictor._answers(examples, mine)]
         tokens = predictor._tokenized(examples)
-        likelihoods = predictor._decoder.likelihoods(weights.trainable, weights.frozen, tokens, 7, ids)
+        likelihoods = predictor._decoder.likelihoods(weights.trainable, weights.frozen, tokens, Batching(7, 9, ids))
         numbered = [(number, np.asarray([*answer.ids, *[0] * 9][:9])) for number, answer in enumerate(answers)]
         evaluator = seqio.Evaluator(name, Converter(pack=False), split)
         expected = evaluator.evaluate(

@@ -22,10 +22,12 @@ import served
 from safetensors.numpy import save
 from served import PATIENCE_S, ask, events, rows
 
-from softprompt_jax import UserError
+from softprompt_jax import PromptBank, Run, UserError
+from softprompt_jax.config import parse
 from softprompt_jax.models.quantized import quantization_of
 from softprompt_jax.serve import server
 from softprompt_jax.serve.app import make_app
+from softprompt_jax.serve.uploads import Store
 
 TEXT = "the garden is warm"
 
@@ -99,6 +101,36 @@ def test_prompts_are_listed_added_replaced_and_removed(port):
     assert ask(port, "DELETE", "/v1/prompts/new-1")[0] == 204
     assert ask(port, "POST", "/v1/generate", body)[0] == 404
     assert ask(port, "DELETE", "/v1/prompts/new-1")[0] == 404
+
+
+def test_the_number_of_uploaded_prompts_is_bounded(engine, monkeypatch):
+    monkeypatch.setattr(engine, "limits", engine.limits.model_copy(update={"max_prompts": 1}))
+    with served.serving(engine) as port:
+        file = save({"prompt": rows(2, 7)})
+        assert ask(port, "PUT", "/v1/prompts/one", file)[0] == 201
+        status, answer, _ = ask(port, "PUT", "/v1/prompts/two", file)
+        assert (status, answer["error"]["param"]) == (429, "name")
+        assert "server: 1 prompts were added already; expected fewer" in answer["error"]["message"]
+        assert ask(port, "PUT", "/v1/prompts/one", file)[0] == 201  # replaced
+        assert ask(port, "PUT", "/v1/prompts/p1", save({"prompt": rows(2, 1)}))[0] == 201  # as it was
+        assert ask(port, "DELETE", "/v1/prompts/one")[0] == 204
+        assert ask(port, "PUT", "/v1/prompts/two", file)[0] == 201
+        assert ask(port, "DELETE", "/v1/prompts/two")[0] == 204
+
+
+@pytest.mark.usefixtures("alive")
+def test_an_uploaded_run_of_full_tuning_is_refused_by_its_settings_alone(port, engine, small, monkeypatch):
+    for place in ("checkpoints.artifact.read_tensors", "methods.attach", "methods.put_trained"):
+        monkeypatch.setattr(f"softprompt_jax.{place}", lambda *_: pytest.fail("weights were read or attached"))
+    run = parse(Run, small.short | {"methods": [{"kind": "full"}]}, "test").model_dump(mode="json")
+    weights = {"encoder.norm.scale": np.ones(16, np.float32)}
+    status, answer, _ = ask(port, "PUT", "/v1/prompts/whole", save(weights, {"settings": json.dumps(run)}))
+    assert status == 422
+    assert answer["error"]["message"].startswith(
+        "prompt whole: full changes the model for every text, so that it cannot be in"
+    )
+    assert "expected a prompt, a prefix or ia3" in answer["error"]["message"]
+    assert "whole" not in engine.bank
 
 
 def test_measures_count_what_happened(port):
@@ -180,9 +212,9 @@ GOOD = {"inputs": TEXT, "prompt": "p1"}
 )
 def test_bad_requests_get_a_status_and_one_line(port, method, path, body, headers, status, message):
     found, told, _ = ask(port, method, path, body, **headers)
-    assert (found, list(told)) == (status, ["error"])
-    assert re.search(message, told["error"]), told
-    assert "\n" not in told["error"]
+    assert (found, list(told), list(told["error"])) == (status, ["error"], ["message", "type", "param", "code"])
+    assert re.search(message, told["error"]["message"]), told
+    assert "\n" not in told["error"]["message"]
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -244,7 +276,7 @@ def test_a_server_whose_engine_has_died_says_so(small, monkeypatch, capfd):
         assert (status, about) == (503, {"status": "failed", "waiting": 0, "working": 0})
         for request in (("POST", "/v1/generate", GOOD), ("PUT", "/v1/prompts/new", npy(rows(2, 7)))):
             status, told, _ = ask(port, *request)
-            assert (status, "its engine has failed" in told["error"]) == (503, True)
+            assert (status, "its engine has failed" in told["error"]["message"]) == (503, True)
     assert "MemoryError" in capfd.readouterr().err
 
 
@@ -283,7 +315,7 @@ def test_requests_beyond_the_queue_are_told_to_come_again(port, engine, monkeypa
             status, answer, headers = ask(port, "POST", "/v1/generate", GOOD)
             found[status] += 1
             if status == 429:
-                assert "requests wait already; expected fewer; try again" in answer["error"]
+                assert "requests wait already; expected fewer; try again" in answer["error"]["message"]
                 assert headers["retry-after"] == "1"
 
     clients = [threading.Thread(target=client) for _ in range(40)]
@@ -412,3 +444,64 @@ def test_sigterm_lets_requests_finish_and_takes_no_more(small, tmp_path):
     finally:
         process.kill()
         process.communicate()
+
+
+def test_uploaded_prompts_are_kept_in_the_store(engine, small, tmp_path):
+    store = Store(tmp_path / "store")
+    bank = engine.bank
+    with served.serving(engine, store=store) as port:
+        whole = save({"prompt": rows(3, 8)}, {"place": "after"})
+        assert ask(port, "PUT", "/v1/prompts/kept", whole)[0] == 201
+        assert ask(port, "PUT", "/v1/prompts/array.1", npy(rows(2, 7).astype(np.float64)))[0] == 201
+        assert ask(port, "PUT", "/v1/prompts/p1", save({"prompt": rows(2, 1)}))[0] == 201  # as it was
+        assert ask(port, "PUT", "/v1/prompts/long", save({"prompt": rows(13, 0)}))[0] == 422
+        assert ask(port, "PUT", "/v1/prompts/wrong", b"nonsense")[0] == 422
+        assert ask(port, "DELETE", "/v1/prompts/wrong")[0] == 404
+        assert ask(port, "DELETE", f"/v1/prompts/{bank.bare}")[0] == 404  # the backbone itself is no prompt
+        assert {path.name for path in store.folder.iterdir()} == {f"{name}.safetensors" for name in store.names}
+        assert store.names == {"kept", "array.1", "p1"}
+        assert (store.folder / "kept.safetensors").read_bytes() == whole
+        (store.folder / "left.upload").touch()  # of a killed server
+        again = PromptBank(bank.backbone)
+        again.add("p1", rows(1, 0))
+        Store(store.folder).load(again)
+        assert not (store.folder / "left.upload").exists()
+        assert again.names == ["array.1", "kept", "p1"]
+        for name in again.names:
+            np.testing.assert_array_equal(again.prompt(name).rows, bank.prompt(name).rows)
+        assert again.prompt("kept").place == "after"
+        assert ask(port, "DELETE", "/v1/prompts/kept")[0] == 204
+        assert ask(port, "DELETE", "/v1/prompts/array.1")[0] == 204
+        assert store.names == {"p1"}
+        (store.folder / "p1.safetensors").unlink()
+        store.folder.rmdir()  # as a disk that is full
+        status, told, _ = ask(port, "PUT", "/v1/prompts/late", whole)
+        assert (status, told["error"]["code"]) == (507, "insufficient_storage")
+        assert str(tmp_path) not in told["error"]["message"]
+        assert "late" not in bank
+
+
+def test_prompts_of_the_store_count_as_uploaded(engine, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "limits", engine.limits.model_copy(update={"max_prompts": 1}))
+    store, file = Store(tmp_path), save({"prompt": rows(2, 7)})
+    (tmp_path / "old.safetensors").write_bytes(file)
+    engine.call(lambda: store.load(engine.bank)).result(PATIENCE_S)
+    try:
+        with served.serving(engine, store=store) as port:
+            assert ask(port, "PUT", "/v1/prompts/new", file)[0] == 429
+            assert store.names == {"old"}
+            assert not [*tmp_path.glob("*.upload")]
+            assert ask(port, "DELETE", "/v1/prompts/old")[0] == 204
+            assert ask(port, "PUT", "/v1/prompts/new", file)[0] == 201
+            assert ask(port, "DELETE", "/v1/prompts/new")[0] == 204
+    finally:
+        engine.call(lambda: engine.bank.remove("old", missing_ok=True)).result(PATIENCE_S)
+
+
+def test_a_store_with_a_file_that_is_no_prompt_is_one_line(small, refused, tmp_path):
+    np.save(tmp_path / "p.npy", rows(2, 0))
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "bad.safetensors").write_bytes(b"nonsense")
+    told = refused("serve", tmp_path, "--backbone", small.backbone, "--store", tmp_path / "store")
+    assert "bad.safetensors: " in told
+    assert "move the file away to start without it" in told

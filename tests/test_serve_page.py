@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import browser
 import pytest
 import served
@@ -51,6 +53,40 @@ def test_a_text_under_several_prompts_by_keyboard_alone(page, engine):
             assert card["text"] == text or (not text and card["text"] == "(nothing)")
             assert [word for word, _ in card["words"]] == ["yes", "no"]
             assert sum(float(share.rstrip("%")) for _, share in card["words"]) == pytest.approx(100, abs=0.2)
+
+
+def test_on_a_phone_all_of_a_long_name_is_read_and_bars_are_aligned(page, engine, monkeypatch):
+    """A name of 100 letters without a break, long label words, and nothing to be scrolled to the side."""
+    bank, long = engine.bank, "a" * 100
+    words = ("yes", "a_complaint_about_a_parcel_that_has_not_come_at_all", "no")
+    monkeypatch.setitem(bank._prompts, long, dataclasses.replace(bank.prompt("p0"), label_words=words, task="b" * 80))
+    monkeypatch.setitem(bank._prompts, "p1", dataclasses.replace(bank.prompt("p1"), label_words=("yes", "no")))
+    page.size(390, 844)
+    try:
+        with served.serving(engine) as port:
+            page.go(f"http://127.0.0.1:{port}/")
+            page.wait("return document.querySelectorAll('#prompts input').length", lambda count: count == 9)
+            page.run("document.getElementById('inputs').focus()")
+            page.press(*"warm", CONTROL + ENTER)
+            page.wait("return document.querySelectorAll('article').length", lambda count: count == 4)
+            answered(page)
+            wide, inner = page.run(
+                "return [document.documentElement.scrollWidth, document.documentElement.clientWidth]"
+            )
+            assert wide <= inner
+            cut = """return [...document.querySelectorAll("label, label span, h2, th, td, .text, .score")].filter(
+              (box) => box.scrollWidth > box.clientWidth + 1 && getComputedStyle(box).display !== "inline"
+            ).map((box) => box.textContent)"""
+            assert page.run(cut) == []
+            edges = """return [...document.querySelectorAll("meter")].map((meter) => {
+              const { left, right } = meter.getBoundingClientRect(); return `${left} ${right}`; })"""
+            found = page.run(edges)
+            assert (len(found), len(set(found))) == (5, 1)
+            assert page.run("return document.querySelector('caption').textContent").endswith("(together 100%)")
+    finally:
+        page.size(1200, 900)
+        for name in (long, "p1"):
+            engine.call(lambda name=name: bank.device.forget(name)).result(served.PATIENCE_S)
 
 
 def test_what_is_refused_is_shown(page, engine):

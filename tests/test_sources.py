@@ -101,7 +101,7 @@ def test_jsonl_row_without_a_field_is_told_by_name_and_line(tmp_path):
 
 def test_split_that_the_source_lacks_names_those_it_has():
     source = Files(train="a.jsonl", validation="b.jsonl")
-    assert "no split 'test'; found train, validation" in error_of(source.rows, "test", "here")
+    assert "no split 'test'; found train, validation" in error_of(source.check_split, "test", "here")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -221,7 +221,7 @@ def test_folder_has_a_file_or_a_folder_of_files_per_split(tmp_path):
     assert source.split_names() == ["train", "test"]
     assert [row["text"] for _, row in source.rows("train", "here")] == ["one", "two"]
     assert list(source.rows("test", "here")) == [(f"{tmp_path}/test.csv:2", {"text": "three", "label": "x"})]
-    assert "here: no split 'validation'; found train, test" in error_of(source.rows, "validation", "here")
+    assert "here: no split 'validation'; found train, test" in error_of(source.check_split, "validation", "here")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from small_runs import rows
 
 import softprompt_jax
 from softprompt_jax import UserError, load_predictor, load_prompt
-from softprompt_jax.data.prompt_layout import PromptLayout
+from softprompt_jax.data.prompt_layout import EOS, PromptLayout
 from softprompt_jax.data.tokenizer import load_tokenizer
 from softprompt_jax.export.export import export
 from softprompt_jax.models import decode
@@ -60,7 +60,7 @@ def in_a_child(folder, batches, prompts=()) -> list:
 
 
 def padded(tokenizer, texts, eos: bool) -> np.ndarray:
-    ids = [[*tokenizer.encode(text), *([decode.EOS] if eos else [])] for text in texts]
+    ids = [[*tokenizer.encode(text), *([EOS] if eos else [])] for text in texts]
     made = np.zeros((len(ids), max(map(len, ids)) + 1), np.int32)
     for row, text in zip(made, ids, strict=True):
         row[: len(text)] = text

@@ -16,15 +16,18 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
-from softprompt_jax.checkpoints import tensors
+from softprompt_jax.checkpoints import backbone, tensors
 from softprompt_jax.checkpoints.backbone import load_backbone, save_backbone
 from softprompt_jax.checkpoints.tensors import checksum, checksums, open_safetensors, read_stacked
 from softprompt_jax.config import UserError
-from softprompt_jax.models.families.t5 import names
+from softprompt_jax.distributed.mesh import Mesh
+from softprompt_jax.models.build import abstract
+from softprompt_jax.models.families import names
 from softprompt_jax.models.presets import preset
-from softprompt_jax.models.t5 import T5Settings, abstract
+from softprompt_jax.models.t5 import T5Settings
 from softprompt_jax.trees import flatten
 
 HERE = Path(__file__).parent
@@ -53,7 +56,7 @@ def write_sparse(folder: Path, settings: T5Settings, shard_bytes: int) -> int:
     (folder / "config.json").write_text(json.dumps(config))
     leaves = flatten(nnx.to_pure_dict(nnx.state(abstract(settings))))
     shapes = {}
-    for path, (tensor_names, transposed) in names(settings).items():
+    for path, (tensor_names, transposed, _) in names(settings).items():
         shape = leaves[path].shape[1:] if ".layers." in path else leaves[path].shape
         shapes |= dict.fromkeys(tensor_names, shape[::-1] if transposed else shape)
     shards: list[dict] = [{}]
@@ -95,7 +98,7 @@ def test_a_slice_of_a_weight_asks_for_its_bytes_only(tmp_path):
 
     opened = {name: counted(tensor) for name, tensor in open_safetensors(tmp_path / "model.safetensors").items()}
     kernel = model.encoder.layers.feed_forward.gate.kernel[...]  # [L, D, F]; the files have [F, D]
-    tensor_names, _ = names(model.settings)["encoder.layers.feed_forward.gate.kernel"]
+    tensor_names, *_ = names(model.settings)["encoder.layers.feed_forward.gate.kernel"]
     parts = [opened[name].transposed() for name in tensor_names]
     quarter = kernel.shape[2] // 4
     for device in range(4):
@@ -147,21 +150,23 @@ def test_weights_over_the_size_of_a_file_are_written_to_several_and_read_as_one(
     assert load_backbone(tmp_path).settings == smaller.settings
 
 
-def test_a_sharding_is_asked_for_every_weight_and_kept(tmp_path):
+def test_weights_lie_as_the_mesh_that_has_been_entered_says(tmp_path, monkeypatch):
     model = tiny.model()
     save_backbone(model, tmp_path, "float32")
-    asked = []
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    mesh, asked = Mesh().build(jax.devices()[:1]), []
 
-    def where(variable):
+    def where(mesh, variable):
         asked.append((variable.get_metadata()["axes"], variable.shape))
-        return one
+        return NamedSharding(mesh, PartitionSpec())
 
-    loaded = load_backbone(tmp_path, "bfloat16", sharding=where).model
-    leaves = flatten(nnx.to_pure_dict(nnx.state(loaded)))
+    monkeypatch.setattr(backbone, "current_mesh", lambda: mesh)
+    monkeypatch.setattr(backbone, "variable_sharding", where)
+    loaded = load_backbone(tmp_path, "bfloat16")
+    leaves = flatten(nnx.to_pure_dict(nnx.state(loaded.model)))
+    assert loaded.mesh is mesh
     assert len(asked) == len(leaves)
     assert (("embed", "heads"), (2, 16, 16)) in asked
-    assert {leaf.sharding for leaf in leaves.values()} == {one}
+    assert {leaf.sharding for leaf in leaves.values()} == {NamedSharding(mesh, PartitionSpec())}
     assert {leaf.dtype.name for leaf in leaves.values()} == {"bfloat16"}
 
 

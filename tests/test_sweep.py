@@ -108,7 +108,7 @@ def test_finished_sweep_returns_its_result_and_more_runs_are_added(swept, config
     assert sweep(config, ["seed=0..1", "learning_rate=0.1,0.3"], folder) == result
     monkeypatch.setattr(SWEEP, "_train_group", lambda group, *_: asked.append([m.name for m in group]))
     asked: list[list[str]] = []
-    with pytest.raises(FileNotFoundError):  # no result: nothing was trained
+    with pytest.raises(UserError, match="has no result"):  # nothing was trained
         sweep(config, ["seed=0..2", "learning_rate=0.1"], folder)
     assert asked == [["seed=2,learning_rate=0.1"]]
 
@@ -157,21 +157,21 @@ class Killed(BaseException):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("point", ["evaluate", "leave"])
+@pytest.mark.parametrize("point", ["evaluate", "leave_files"])
 def test_killed_sweep_goes_on_and_ends_the_same(swept, config, tmp_path, monkeypatch, point):
-    calls = 0
-    real = getattr(vmapped._VmappedGroup, point)
+    calls, owner = 0, vmapped.VmappedGroup if point == "evaluate" else vmapped
+    real = getattr(owner, point)
 
-    def dying(self, *arguments):
+    def dying(*arguments):
         nonlocal calls
         calls += 1
         if calls == 3:  # in mid-training, or when two of four runs have left their files
             raise Killed
-        return real(self, *arguments)
+        return real(*arguments)
 
     over = ["seed=0..1", "learning_rate=0.1,0.3"]
     with monkeypatch.context() as patch:
-        patch.setattr(vmapped._VmappedGroup, point, dying)
+        patch.setattr(owner, point, dying)
         with pytest.raises(Killed):
             sweep(config, over, tmp_path / "out")
     assert len(list((tmp_path / "out").glob("*/result.json"))) == (0 if point == "evaluate" else 2)
@@ -208,10 +208,8 @@ def test_run_that_diverges_or_stops_early_leaves_the_others_alone(small, tmp_pat
 @pytest.mark.slow
 def test_lengths_train_in_groups_and_other_methods_one_after_another(config, tmp_path, monkeypatch):
     trained: list[int] = []
-    real = vmapped.VmappedSweep.train
-    monkeypatch.setattr(
-        vmapped.VmappedSweep, "train", lambda self, runs, *rest: (trained.append(len(runs)), real(self, runs, *rest))[1]
-    )
+    real = vmapped.VmappedGroup.fit
+    monkeypatch.setattr(vmapped.VmappedGroup, "fit", lambda self: (trained.append(len(self.runs)), real(self))[1])
     sweep(config, ["length=2,4", "seed=0,1"], tmp_path / "lengths", ["steps=2"])
     assert trained == [2, 2]
     result = sweep(config, ["seed=0,1"], tmp_path / "lora", ["steps=2", "methods=[{kind: lora, rank: 2}]"])
@@ -263,10 +261,14 @@ def test_of_equal_scores_in_a_sweep_the_lowest_loss_wins_and_waiting_counts_scor
         return {"accuracy": 0.5, "loss": next(left[self.run.seed])}, 0.5
 
     monkeypatch.setattr(vmapped.RunData, "validate", validate)
-    for stop_after, steps in ((None, 40), (2, 30)):
+    for name, changes, stop_after, steps in (
+        ("all", [], None, 40),
+        ("few", [], 2, 30),
+        ("own", ["patience=2"], None, 30),
+    ):
         left = {seed: iter(each) for seed, each in losses.items()}
-        out = tmp_path / str(stop_after)
-        sweep(config, ["seed=0,1"], out, stop_after=stop_after)
+        out = tmp_path / name
+        sweep(config, ["seed=0,1"], out, changes, stop_after=stop_after)
         results = [json.loads((out / f"seed={seed}" / "result.json").read_text()) for seed in losses]
         assert [(result["best_step"], result["steps"]) for result in results] == [(30, steps), (20, steps)]
 

@@ -14,8 +14,10 @@ from scipy import special, stats
 
 from softprompt_jax.assembly import with_settings
 from softprompt_jax.methods import split
-from softprompt_jax.models import t5
-from softprompt_jax.models.t5 import T5, dropout
+from softprompt_jax.models import layers, t5
+from softprompt_jax.models.build import abstract
+from softprompt_jax.models.layers import dropout
+from softprompt_jax.models.t5 import T5
 from softprompt_jax.optim.losses import cross_entropy
 from softprompt_jax.trees import flatten
 
@@ -169,7 +171,7 @@ def test_logits_of_every_shape_equal_a_plain_t5(changes):
 def test_a_new_model_has_the_weights_of_its_abstract_twin_and_they_differ_by_layer():
     settings = tiny.settings(num_layers=2)
     made = jax.jit(lambda key: nnx.state(T5(settings, key)))(tiny.key(0))
-    shapes = nnx.state(t5.abstract(settings))
+    shapes = nnx.state(abstract(settings))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), made) == jax.tree.map(lambda x: (x.shape, x.dtype), shapes)
     kernel = np.asarray(made["encoder"]["layers"]["attention"]["query"]["kernel"])
     assert np.abs(kernel[0] - kernel[1]).max() > 0.01
@@ -265,12 +267,12 @@ def test_changing_settings_shares_the_weights():
 
 
 def test_abstract_models_of_one_shape_share_nothing():
-    first = t5.abstract(tiny.settings())
+    first = abstract(tiny.settings())
     first.embedding.set_metadata("axes", ("changed",))
     nnx.update(first, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1,), leaf.dtype), nnx.state(first)))
     first.decoder.layers.cross = None
     second, fresh = (
-        t5.abstract(tiny.settings()),
+        abstract(tiny.settings()),
         nnx.eval_shape(lambda: T5(tiny.settings(), jax.random.key(0), "float32")),
     )
     assert nnx.split(second)[0] == nnx.split(fresh)[0]
@@ -332,7 +334,8 @@ def test_every_dropout_in_every_layer_has_a_key_of_its_own(monkeypatch):
             jax.debug.callback(record, jax.random.key_data(arguments[position]))
             return original(*arguments)
 
-        monkeypatch.setattr(t5, name, call)
+        for module in (t5, layers):
+            monkeypatch.setattr(module, name, call, raising=False)
 
     spy("dropout", 2)
     spy("attend", 6)

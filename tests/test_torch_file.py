@@ -195,6 +195,21 @@ def test_tensors_that_do_not_fit_their_storage_are_refused(tmp_path, changes, pr
     refused(of_values(tmp_path / "w.bin", **changes), problem)
 
 
+def test_keys_that_take_years_to_hash_and_endless_shapes_are_refused(tmp_path):
+    doubled = b"}" + b")" + b"q\x00h\x00\x86" * 45  # 45 times (x, x) of itself: as a key 2^45 hashes
+    path = tmp_path / "w.bin"
+    refused(save(path, doubled + b"Ns", {}), "a key that is no text")
+    refused(save(path, b"}(" + doubled[1:] + b"Nu", {}), "a key that is no text")
+    deep = b"}" + b")" + b"\x85" * 1_000_000
+    refused(save(path, deep + b"Ns", {}), "a key that is no text")
+    refused(save(path, b"(" + doubled[1:] + b"Nd", {}), "a key that is no text")
+    for odd in (b"\x8f(" + doubled[1:] + b"\x90", b"\x96" + struct.pack("<Q", 1 << 40)):
+        refused(save(path, odd, {}), "its pickle cannot be read")
+    endless = b"(\x8a\x09" + (1 << 70).to_bytes(9, "little") + number(0) + b"t"
+    pickled = b"}" + text("w") + tensor("0", "float32", 0, 0, (), ()).replace(b"(t(t", endless * 2) + b"s"
+    refused(save(path, pickled, {"0": VALUES[:0]}), "its shape is no list of numbers")
+
+
 def test_files_of_other_kinds_and_damaged_ones_are_refused(tmp_path):
     path = tmp_path / "w.bin"
     good = of_values(path).read_bytes()
@@ -205,7 +220,7 @@ def test_files_of_other_kinds_and_damaged_ones_are_refused(tmp_path):
         refused(path, "w.bin: not a complete file of torch")
     place = good.index(VALUES.tobytes())
     path.write_bytes(good[: place + 50] + bytes([good[place + 50] ^ 1]) + good[place + 51 :])  # one bit
-    refused(path, "tensor w: cannot be read .its checksum does not fit")
+    refused(path, "w.bin: tensor w: cannot be read .its checksum does not fit")
     place = good.index(b"data.pkl") + 20
     path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
     refused(path, "w.bin: not a complete file of torch")
@@ -213,8 +228,9 @@ def test_files_of_other_kinds_and_damaged_ones_are_refused(tmp_path):
     refused(path, "no storage archive/data/0")
     save(path, b"}" + text("w") + tensor("0", "float32", 24, 0, (6, 4), (4, 1)) + b"s", {"0": VALUES * 0}, 8)
     refused(path, "its storage archive/data/0 is compressed")
-    for odd in (b"}" + text("w") + number(3) + b"s", b"](" + number(1) + b"e", text("hello"), b"}" + number(1) + b")s"):
+    for odd in (b"}" + text("w") + number(3) + b"s", b"](" + number(1) + b"e", text("hello")):
         refused(save(path, odd, {}), "holds other things than tensors by name")
+    refused(save(path, b"}" + number(1) + b")s", {}), "its pickle cannot be read")
     refused(save(path, b"}" + text("w") + b")s", {}), "tensor w cannot be read")
     refused(save(path, b"}0R", {}), "its pickle cannot be read")
     with zipfile.ZipFile(path, "w") as archive:

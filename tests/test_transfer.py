@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import small_runs
+import tiny_lm
 
 from softprompt_jax.analysis.transfer import rank_sources, recycle, recycle_prompt, shared_pieces, similarity
 from softprompt_jax.checkpoints import artifact
@@ -60,6 +61,17 @@ def test_pieces_in_common_are_pieces_and_no_special_ones(small, wide):
     assert set(pairs[:, 0]) == set(range(tokenizer.size)) - tokenizer.special_ids
 
 
+def test_a_prompt_goes_from_a_t5_to_a_decoder_only_model(tmp_path):
+    """SentencePiece and byte-level vocabularies meet: "▁the" is "Ġthe"."""
+    t5, lm = load_backbone("embedded"), load_backbone(tiny_lm.folder(tmp_path / "lm"))
+    pairs = shared_pieces(t5, lm)
+    ours, theirs = (load_tokenizer(each.folder, each.text_format).pieces for each in (t5, lm))
+    words = {(ours[i], theirs[j]) for i, j in pairs}
+    assert {("▁the", "Ġthe"), ("▁film", "Ġfilm"), ("s", "s")} <= words
+    recycled = recycle(rows(0, 160), t5, lm)
+    assert (recycled.rows.shape, recycled.pieces) == ((5, 32), len(pairs))
+
+
 @pytest.mark.slow
 def test_a_prompt_follows_the_map_between_the_vocabularies(small, wide):
     source = load_backbone(small.backbone)
@@ -100,7 +112,7 @@ def test_what_cannot_be_carried_over_is_refused_in_a_line(small, wide, tmp_path,
         recycle_prompt(tmp_path / "rows.npy", str(wide.folder), tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=r"expected a file name ending in .safetensors"):
         recycle_prompt(tmp_path / "rows.npy", str(wide.folder), tmp_path / "a.npy")
-    with pytest.raises(UserError, match=r"rows.npy: cannot be made \(.*\); expected a folder"):
+    with pytest.raises(UserError, match=r"cannot be written \(.*\); expected a file in a writable folder"):
         recycle_prompt(tmp_path / "rows.npy", "x", tmp_path / "rows.npy" / "a.safetensors", backbone="y")
     monkeypatch.setattr("softprompt_jax.analysis.transfer.shared_pieces", lambda *_: np.zeros((3, 2), np.int64))
     with pytest.raises(UserError, match="have 3 pieces in common; expected 16 or more"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,10 @@ import numpy as np
 from flax import nnx
 
 from softprompt_jax.methods.prompt import attach_rows
-from softprompt_jax.models.t5 import T5, T5Settings, abstract
+from softprompt_jax.models.build import abstract, settings_class
+from softprompt_jax.models.causal import LayerKind, Rope
+from softprompt_jax.models.settings import ModelSettings
+from softprompt_jax.models.t5 import T5, T5Settings
 from softprompt_jax.optim.losses import cross_entropy
 from softprompt_jax.trees import flatten, unflatten
 
@@ -31,20 +35,47 @@ SHAPES = {
 }
 
 
-def settings(**changes) -> T5Settings:
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 2, "num_decoder_layers": 2}
-    return T5Settings(**{"vocabulary_rows": ROWS, **sizes, **changes})
+# Models of other families, each setting of theirs at least once.
+_ROPE, _WINDOW = Rope(), LayerKind(window=4, rope=Rope())
+_LLAMA = {"activation": "silu", "num_heads": 4, "num_key_heads": 2, "score_scale": 8**-0.5}
+_GPT = {
+    **{"num_heads": 2, "num_key_heads": 2, "score_scale": 8**-0.5, "gated": False, "norm": "layer"},
+    **{"attention_bias": True, "output_bias": True, "feed_forward_bias": True, "epsilon": 1e-5},
+}
+_GEMMA = _LLAMA | {
+    **{"activation": "gelu_tanh", "norm": "rms_offset", "post_norms": True, "embedding_scale": 4.0, "tied": True},
+    **{"score_cap": 50.0, "logit_cap": 30.0, "kinds": (_WINDOW, LayerKind(rope=_ROPE)), "pattern": (0, 1)},
+}
+_AHEAD = {"encoder_kinds": (LayerKind(window=5, ahead=4, rope=_ROPE), LayerKind(rope=_ROPE)), "encoder_pattern": (0, 1)}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": _LLAMA | {"kinds": (LayerKind(rope=_ROPE),), "pattern": (0, 0)},
+    "qwen2": _LLAMA | {"kinds": (LayerKind(rope=_ROPE),), "pattern": (0, 0), "attention_bias": True},
+    "qwen3": _LLAMA | {"kinds": (LayerKind(rope=_ROPE),), "pattern": (0, 0), "query_key_norm": True},
+    "gemma2": _GEMMA,
+    "gpt2": _GPT | {"kinds": (LayerKind(),), "pattern": (0, 0), "learned_positions": 64, "tied": True},
+    "gpt_neox": _GPT | {"kinds": (LayerKind(rope=Rope(share=0.5)),), "pattern": (0, 0), "parallel": True},
+    "t5gemma": _GEMMA | _AHEAD | {"own_embeddings": True, "scales_prompt": True},
+    "t5gemma2": _GEMMA | _AHEAD | {"merged": True, "query_key_norm": True, "score_cap": None, "logit_cap": None},
+}
 
 
-def model(seed: int = 0, dtype: str = "float32", prompt: int = 0, **changes) -> T5:
-    """Return a T5 whose every weight, norms and biases too, is far from its initial value (no compilation)."""
+def settings(of: str = "t5", **changes) -> ModelSettings:
+    sizes = {"vocabulary_rows": ROWS, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2}
+    if of == "t5":
+        return T5Settings(**{**sizes, "num_heads": 2, "num_decoder_layers": 2, **changes})
+    return settings_class(of)(**{**sizes, "family": of, **FAMILIES[of], **changes})
+
+
+def model(seed: int = 0, dtype: str = "float32", prompt: int = 0, of: str = "t5", **changes) -> Any:
+    """Return a model whose every weight, norms and biases too, is far from its initial value (no compilation)."""
     draw = np.random.default_rng(seed)
-    graphdef, state = nnx.split(abstract(settings(**changes), dtype))
+    made_for = settings(of, **changes)
+    graphdef, state = nnx.split(abstract(made_for, dtype))
     leaves = {}
     for path, leaf in flatten(nnx.to_pure_dict(state)).items():
         values = draw.normal(size=leaf.shape)
         if path.endswith("scale"):
-            values = 1 + 0.3 * values
+            values = 0.3 * values + (getattr(made_for, "norm", None) != "rms_offset")  # whose factor is 1 + scale
         elif path.endswith("kernel"):
             values = values / np.sqrt(leaf.shape[-2])
         leaves[path] = jnp.asarray(values, jnp.dtype(dtype))
@@ -99,8 +130,10 @@ def encode(model: T5, tokens) -> np.ndarray:
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
 def _gradient(graphdef, trainable, frozen, batch, z_loss, label_smoothing):
     def loss(trainable):
-        logits = nnx.merge(graphdef, trainable, jax.lax.stop_gradient(frozen))(batch)
-        return cross_entropy(logits, batch["decoder_targets"], z_loss, label_smoothing)[0], logits
+        model = nnx.merge(graphdef, trainable, jax.lax.stop_gradient(frozen))
+        logits = model(batch)
+        padding = model.settings.padding
+        return cross_entropy(logits, batch["decoder_targets"], z_loss, label_smoothing, padding)[0], logits
 
     return jax.value_and_grad(loss, has_aux=True)(trainable)
 

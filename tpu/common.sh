@@ -60,3 +60,13 @@ quoted() { printf '%q ' "$@" | sed 's/ $//'; }
 source "$settings"
 need NAME "a name" TRAIN "what follows \`softprompt train\`" OUT "gs://BUCKET/FOLDER, or a folder that all machines see"
 [[ "$NAME" =~ ^[a-z][a-z0-9-]{0,38}$ ]] || refuse "$settings: NAME is $NAME; expected a-z, 0-9 and -, 39 at most"
+COMMAND="${COMMAND:-train}"
+case "$COMMAND" in # what follows `softprompt`
+  train) command=(train "${TRAIN[@]}" --out "$OUT") ;;
+  eval) command=(eval "$OUT" ${EVAL[@]+"${EVAL[@]}"}) ;;
+  predict)
+    need PREDICT "--input and --output, which all machines see"
+    command=(predict "$OUT" "${PREDICT[@]}")
+    ;;
+  *) refuse "$settings: COMMAND is $COMMAND; expected train, eval or predict" ;;
+esac

@@ -35,7 +35,7 @@ create() {
 start() {
   cluster workload create "--workload=$NAME" "--tpu-type=$ACCELERATOR" "--num-slices=$SLICES" \
     "--docker-image=$IMAGE" --max-restarts=10 --restart-on-exit-codes=1,75 \
-    "--command=$(quoted softprompt train "${TRAIN[@]}" --out "$OUT")"
+    "--command=$(quoted softprompt "${command[@]}")"
 }
 
 case "${1-}" in

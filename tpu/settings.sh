@@ -2,8 +2,11 @@
 # Everything that the scripts in this folder ask of you. Edit it, or copy it and add --settings MINE.sh.
 
 NAME=softprompt                          # of the TPU, the cluster's workload or the job: a-z, 0-9, -
+COMMAND="${COMMAND:-train}"              # train; after that eval or predict, of what was trained
 TRAIN=(configs/paper/xxl_int8.yaml)      # what follows `softprompt train`: the config, then KEY=VALUE ...
 OUT=                                     # where the run is kept: gs://BUCKET/runs/NAME, or a folder that all machines see
+EVAL=(--split test)                      # what follows `softprompt eval OUT`
+PREDICT=(--input gs://BUCKET/texts.jsonl --output gs://BUCKET/predictions.jsonl) # what follows `softprompt predict OUT`
 
 # Google Cloud: TPU VMs (tpu.sh) and GKE (gke.sh)
 PROJECT=                                 # `gcloud projects list`

@@ -100,7 +100,7 @@ install() {
   patiently on all "mkdir -p softprompt && tar -xzf softprompt.tar.gz -C softprompt && $here install"
 }
 
-start() { patiently on all "$here start $(quoted .venv/bin/softprompt train "${TRAIN[@]}" --out "$OUT")"; }
+start() { patiently on all "$here start $(quoted .venv/bin/softprompt "${command[@]}")"; }
 
 # The run's exit code, "running", or "unreachable".
 outcome() {

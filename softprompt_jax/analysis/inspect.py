@@ -14,14 +14,18 @@ from jaxtyping import Float, Int
 
 from softprompt_jax.analysis.page import COLOURS, GREY, Page, plot_text
 from softprompt_jax.analysis.transfer import similarity, unit_rows
-from softprompt_jax.assembly import assemble, run_of
+from softprompt_jax.assembly import assemble, own_mesh, run_of
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.checkpoints.backbone import Backbone, load_backbone
 from softprompt_jax.config import UserError, values_hash
 from softprompt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from softprompt_jax.distributed.mesh import AnyMesh, entered, gather, make_mesh
 from softprompt_jax.run import UNHASHED_SETTINGS, Run
+from softprompt_jax.training.run_folder import read_result
+from softprompt_jax.trust import named_backbone, reader
 
 _ALIKE = 0.5  # cosine from which two rows belong to a cluster
+_LETTER_WIDE, _LABEL_HIGH = 0.0165, 0.042  # of a label in the plot of rows, as shares of the plot
 _RANDOM = 200  # random vectors that the prompt's rows are compared with
 
 
@@ -36,7 +40,7 @@ class TextPieces:
     @classmethod
     def of(cls, backbone: Backbone, tokenizer: Tokenizer) -> TextPieces:
         """Leave out special tokens, sentinels and rows that no piece has."""
-        table = np.asarray(backbone.model.embedding[...]).astype(np.float32)
+        table = gather(backbone.model.embedding[...]).astype(np.float32)
         ids = np.array([i for i in range(min(tokenizer.size, len(table))) if i not in tokenizer.special_ids])
         return cls(ids, table[ids], [tokenizer.pieces[i] for i in ids])
 
@@ -44,14 +48,12 @@ class TextPieces:
         self, rows: Float[np.ndarray, "P D"], count: int, cosine: bool
     ) -> tuple[Int[np.ndarray, "P n"], Float[np.ndarray, "P n"]]:
         """Return places in the vocabulary of the nearest rows, and their cosines or distances, the nearest first."""
-        if cosine:
-            values = unit_rows(rows) @ unit_rows(self.rows).T
-            order = np.argsort(-values, axis=1, kind="stable")[:, :count]
-        else:
-            squares = (rows**2).sum(1)[:, None] - 2 * rows @ self.rows.T + (self.rows**2).sum(1)
-            values = np.sqrt(np.maximum(squares, 0))
-            order = np.argsort(values, axis=1, kind="stable")[:, :count]
-        return order, np.take_along_axis(values, order, 1)
+        from scipy.spatial.distance import cdist  # in float64: squares in float32 would cancel out for close rows
+
+        far = -unit_rows(rows) @ unit_rows(self.rows).T if cosine else cdist(rows, self.rows)
+        order = np.argsort(far, axis=1, kind="stable")[:, :count]
+        found = np.take_along_axis(far, order, 1)
+        return order, -found if cosine else found
 
     def tightness(self, neighbours: Int[np.ndarray, "P n"]) -> Float[np.ndarray, " P"]:
         """Return the mean cosine between the neighbours of each row: near 1 if they mean nearly the same."""
@@ -61,7 +63,12 @@ class TextPieces:
 
 
 def inspect(
-    sources: Sequence[str | Path], backbone: str | None = None, neighbours: int = 5, any_backbone: bool = False
+    sources: Sequence[str | Path],
+    backbone: str | None = None,
+    neighbours: int = 5,
+    any_backbone: bool = False,
+    trust: bool = False,
+    mesh: AnyMesh | None = None,
 ) -> dict[str, Any]:
     """Describe prompts (run folders or files) of one backbone, and the distances between them.
 
@@ -73,11 +80,13 @@ def inspect(
     """
     if neighbours < 2:
         raise UserError(f"inspect: found {neighbours} neighbours; expected 2 or more, which can form a cluster")
+    devices = make_mesh(mesh)  # before anything is read
     artifacts = [artifact.load_artifact(source) for source in sources]
     runs = [run_of(one) for one in artifacts]
-    named = artifact.named_backbone(artifacts, backbone)
-    loaded = load_backbone(named, next((run.dtype for run in runs if run is not None), "float32"))
-    tokenizer = load_tokenizer(loaded.folder)
+    devices = make_mesh(None, own_mesh(artifacts)) if mesh is None else devices
+    named = named_backbone(artifacts, backbone, trust)
+    loaded = load_backbone(named, next((run.dtype for run in runs if run is not None), "float32"), mesh=devices)
+    tokenizer = load_tokenizer(loaded.folder, loaded.text_format)
     words, described = TextPieces.of(loaded, tokenizer), []
     for one, run in zip(artifacts, runs, strict=True):
         source, rows = one.source, one.prompt
@@ -87,8 +96,7 @@ def inspect(
             )
         if not any_backbone:
             one.check_backbone(loaded.fingerprint(), named)
-        start = _start(run, one, loaded) if rows.shape[0] else None
-        start = start if start is not None and start.shape == rows.shape else None
+        start = _start(run, one, loaded, trust)
         about = {"source": source, "above_majority": _above_majority(Path(source))}
         described.append(about | _prompt(rows, words, tokenizer, run, start, neighbours))
     norms = np.linalg.norm(words.rows, axis=1)
@@ -171,11 +179,8 @@ def _above_majority(source: Path) -> bool | None:
 
     None where the run's folder does not say so.
     """
-    path = (source if source.is_dir() else source.parent) / "result.json"
-    if not path.exists() or not (source.is_dir() or source.name == artifact.PROMPT_FILE):
-        return None
-    result = json.loads(path.read_text(encoding="utf-8"))
-    if (baselines := result.get("baselines")) is None:
+    folder = source.parent if source.name == artifact.PROMPT_FILE else source
+    if (result := read_result(folder)) is None or (baselines := result.get("baselines")) is None:
         return None
     scores, majority = result[baselines["split"]], baselines["majority"]
     of_tasks, majorities = (scores["tasks"], majority) if "tasks" in scores else ({"": scores}, {"": majority})
@@ -217,20 +222,24 @@ def _spread(values: Float[np.ndarray, " n"]) -> dict[str, float]:
     return {"mean": float(values.mean()), "least": float(values.min()), "most": float(values.max())}
 
 
-def _start(run: Run | None, found: artifact.Artifact, backbone: Backbone) -> Float[np.ndarray, "P D"] | None:
+def _start(
+    run: Run | None, found: artifact.Artifact, backbone: Backbone, trust: bool
+) -> Float[np.ndarray, "P D"] | None:
     """Return the rows that training began with, made again from the settings; None where that cannot be."""
-    if run is None or "settings" not in found.metadata:
+    if run is None or not len(found.prompt) or "settings" not in found.metadata:
         return None
-    saved = {
-        name: value for name, value in json.loads(found.metadata["settings"]).items() if name not in UNHASHED_SETTINGS
-    }
-    if found.metadata.get("settings_hash") != values_hash(saved):
+    saved = json.loads(found.metadata["settings"])
+    hashed = {name: saved[name] for name in saved.keys() - UNHASHED_SETTINGS}
+    if found.metadata.get("settings_hash") != values_hash(hashed):
         return None  # not all of its run's prompt, such as that of one of a mixture's tasks
     try:
-        prompt = assemble(run.model_copy(update={"quantize": None}), backbone).model.prompt
-    except UserError:  # a file that it began with is gone
+        read = reader(found.source, trust)
+        with entered(backbone.mesh):
+            prompt = assemble(run.model_copy(update={"quantize": None}), backbone, read=read).model.prompt
+            rows = gather(prompt.table())
+    except UserError:  # a file that it began with is gone, or needs the user's word
         return None
-    return np.asarray(prompt.table())
+    return rows if rows.shape == found.prompt.shape else None
 
 
 # ------------------------------------------------------------------------------------------------ as text and a page
@@ -244,8 +253,7 @@ def describe(result: dict[str, Any]) -> Iterator[str]:
         yield f"{prompt['source']}: {prompt['length']} rows, norm {_range(prompt['norm'])}"
         yield from (f"  {line}" for line in findings(prompt, words))
         for number, line in enumerate(prompt["rows"]):
-            near = ", ".join(f"{piece} {value:.2f}" for piece, value in line["cosine"])
-            close = ", ".join(f"{piece} {value:.3g}" for piece, value in line["euclid"])
+            near, close = _pieces(line["cosine"], ".2f"), _pieces(line["euclid"], ".3g")
             yield f"  row {number:3}  norm {line['norm']:.4g}  by cosine: {near}  by distance: {close}"
     for pair in result["between"]:
         distance = "" if pair["distance"] is None else f", mean distance of rows {pair['distance']:.4g}"
@@ -276,6 +284,10 @@ def findings(prompt: dict[str, Any], words: dict[str, Any]) -> Iterator[str]:
         yield f"distance from the row before training: mean {start['distance']:.4g}, mean cosine {start['cosine']:.3f}"
 
 
+def _pieces(found: list[list[Any]], form: str) -> str:
+    return ", ".join(f"{piece} {value:{form}}" for piece, value in found)
+
+
 def _range(spread: dict[str, float]) -> str:
     return f"{spread['mean']:.4g} ({spread['least']:.4g} to {spread['most']:.4g})"
 
@@ -289,19 +301,22 @@ def write_page(result: dict[str, Any], to: str | Path) -> list[Path]:
         f"{words['norm']['mean']:.4g}. The neighbours of a prompt's row are the pieces whose embeddings are nearest."
     )
     page.table(
-        ["prompt", "rows", "mean norm", "cosine among neighbours", "different nearest pieces", "label words found",
-         "distance from start", "cosine to start"],
-        [
-            [
-                prompt["source"], prompt["length"], prompt["norm"]["mean"], prompt["tightness"],
-                prompt["nearest_pieces"],
-                None if prompt["labels"] is None or prompt["above_majority"] is False
-                else f"{prompt['labels']['survive']} of {prompt['labels']['of']}",
-                prompt["start"] and prompt["start"]["distance"], prompt["start"] and prompt["start"]["cosine"],
-            ]
-            for prompt in prompts
-        ],
-    )  # fmt: skip
+        {
+            "prompt": [prompt["source"] for prompt in prompts],
+            "rows": [prompt["length"] for prompt in prompts],
+            "mean norm": [prompt["norm"]["mean"] for prompt in prompts],
+            "cosine among neighbours": [prompt["tightness"] for prompt in prompts],
+            "different nearest pieces": [prompt["nearest_pieces"] for prompt in prompts],
+            "label words found": [
+                f"{labels['survive']} of {labels['of']}"
+                if (labels := prompt["labels"]) is not None and prompt["above_majority"] is not False
+                else None
+                for prompt in prompts
+            ],
+            "distance from start": [prompt["start"] and prompt["start"]["distance"] for prompt in prompts],
+            "cosine to start": [prompt["start"] and prompt["start"]["cosine"] for prompt in prompts],
+        }
+    )
     page.text("Start: the prompt before training. Label words are found where all pieces are neighbours of one row.")
     axes = page.figure("norms", f"Norm of each row of {', '.join(prompt['source'] for prompt in prompts)}")
     for prompt, colour in zip(prompts, itertools.cycle(COLOURS), strict=False):
@@ -314,15 +329,16 @@ def write_page(result: dict[str, Any], to: str | Path) -> list[Path]:
         _section(page, prompt, words, f"prompt{number}")
     if result["between"]:
         page.heading("Between prompts")
+        pairs = result["between"]
         page.table(
-            ["prompts", "cosine of mean rows", "mean cosine of rows", "mean distance of rows",
-             "nearest pieces in common"],
-            [
-                [" and ".join(pair["prompts"]), pair["cosine_of_means"], pair["mean_cosine_of_rows"], pair["distance"],
-                 f"{pair['pieces_in_common']:.0%}"]
-                for pair in result["between"]
-            ],
-        )  # fmt: skip
+            {
+                "prompts": [" and ".join(pair["prompts"]) for pair in pairs],
+                "cosine of mean rows": [pair["cosine_of_means"] for pair in pairs],
+                "mean cosine of rows": [pair["mean_cosine_of_rows"] for pair in pairs],
+                "mean distance of rows": [pair["distance"] for pair in pairs],
+                "nearest pieces in common": [f"{pair['pieces_in_common']:.0%}" for pair in pairs],
+            }
+        )
     written = page.write()
     artifact.dump(result, folder / "inspect.json")
     return [*written, folder / "inspect.json"]
@@ -333,7 +349,8 @@ def _section(page: Page, prompt: dict[str, Any], words: dict[str, Any], name: st
     page.heading(prompt["source"])
     for line in findings(prompt, words):
         page.text(f"{line[0].upper()}{line[1:]}.")
-    axes = page.figure(f"{name}_rows", f"The rows of {prompt['source']} on their two principal components", 4.2)
+    page.text("Its rows on the plane in which they differ most, with number and nearest piece where there is room:")
+    axes = page.figure(f"{name}_rows", f"The rows of {prompt['source']} on their two principal components", 4.0)
     grouped = {row for rows in prompt["clusters"] for row in rows}
     groups = [(f"cluster of {len(rows)} rows", rows) for rows in prompt["clusters"]]
     groups.append(("rows in no cluster", [row for row in range(prompt["length"]) if row not in grouped]))
@@ -342,40 +359,48 @@ def _section(page: Page, prompt: dict[str, Any], words: dict[str, Any], name: st
         colour = GREY if index == len(groups) - 1 else COLOURS[index % len(COLOURS)]
         if rows:
             axes.plot(at[rows, 0], at[rows, 1], "o", color=colour, markersize=4, label=title)
-    for row, text in _labels_apart(at, [line["cosine"][0][0] for line in prompt["rows"]]):
-        axes.annotate(text, at[row], xytext=(4, 2), textcoords="offset points", fontsize=7)
-    axes.set(xlabel="first principal component", ylabel="second", title="rows, each with its number and nearest piece")
+    for row, text, side in _labels_apart(at, [line["cosine"][0][0] for line in prompt["rows"]]):
+        away = (5 if side == "left" else -5, 0)
+        axes.annotate(text, at[row], xytext=away, textcoords="offset points", fontsize=8.5, ha=side, va="center")
+    axes.margins(0.08)
+    axes.set(xlabel="first principal component", ylabel="second principal component")
     page.legend(axes)
     if prompt["shared_neighbours"]:
-        shared = sorted(prompt["shared_neighbours"].items(), key=lambda item: -len(item[1]))
-        page.table(
-            ["piece nearest to several rows", "rows"], [[piece, ", ".join(map(str, rows))] for piece, rows in shared]
-        )
-    started = prompt["start"] is not None
-    page.table(
-        ["row", "norm", "nearest by cosine", "nearest by distance", "cosine among these",
-         *(["distance from start"] * started)],
-        [
-            [
-                number,
-                line["norm"],
-                ", ".join(f"{piece} {value:.2f}" for piece, value in line["cosine"]),
-                ", ".join(f"{piece} {value:.3g}" for piece, value in line["euclid"]),
-                line["tightness"],
-                *([line["from_start"]] if started else []),
-            ]
-            for number, line in enumerate(prompt["rows"])
-        ],
-    )  # fmt: skip
+        shared = dict(sorted(prompt["shared_neighbours"].items(), key=lambda item: -len(item[1])))
+        rows = [", ".join(map(str, rows)) for rows in shared.values()]
+        page.table({"piece nearest to several rows": shared, "rows": rows})
+    lines = prompt["rows"]
+    columns = {
+        "row": range(len(lines)),
+        "norm": [line["norm"] for line in lines],
+        "nearest by cosine": [_pieces(line["cosine"], ".2f") for line in lines],
+        "nearest by distance": [_pieces(line["euclid"], ".3g") for line in lines],
+        "cosine among these": [line["tightness"] for line in lines],
+    }
+    if prompt["start"] is not None:
+        columns["distance from start"] = [line["from_start"] for line in lines]
+    page.table(columns)
 
 
-def _labels_apart(at: Float[np.ndarray, "P 2"], pieces: list[str]) -> Iterator[tuple[int, str]]:
-    """Yield the label of each row that no other label covers: number and piece; of close rows the first has one."""
-    width, height = np.maximum(np.ptp(at, axis=0), 1e-12) * (0.13, 0.035)  # of a label, in units of the plot
-    used: list[int] = []
+def _labels_apart(at: Float[np.ndarray, "P 2"], pieces: list[str]) -> Iterator[tuple[int, str, str]]:
+    """Yield number, text and side of the label of each row that covers neither a point nor another label.
+
+    Tried right of the point, then left. A row between close ones has none; the table names them all.
+    """
+    least, spread = at.min(axis=0), np.maximum(np.ptp(at, axis=0), 1e-12)
+    points = (at - least) / spread  # in shares of the plot
+    taken: list[tuple[float, float, float, float]] = []  # left, right, bottom, top
     for row, piece in enumerate(pieces):
-        apart = [bool(np.any(np.abs(at[row] - at[other]) > (width, height))) for other in used]
-        if all(apart):
-            used.append(row)
-            text = piece.replace("▁", "_")  # the plot's font has few other scripts
-            yield row, plot_text(f"{row} {text}") if text.isascii() else str(row)
+        text = f"{row} {piece.replace('▁', '_')}"  # the plot's font has few other scripts
+        text = plot_text(text if text.isascii() else str(row))
+        x, y = points[row]
+        wide = _LETTER_WIDE * len(text)
+        for side, left in (("left", x + 0.015), ("right", x - 0.015 - wide)):
+            box = left, left + wide, y - _LABEL_HIGH / 2, y + _LABEL_HIGH / 2
+            inside = box[0] >= -0.06 and box[1] <= 1.06
+            on_point = (points[:, 0] > box[0]) & (points[:, 0] < box[1]) & (np.abs(points[:, 1] - y) < _LABEL_HIGH / 2)
+            apart = all(box[0] > b[1] or box[1] < b[0] or box[2] > b[3] or box[3] < b[2] for b in taken)
+            if inside and apart and not on_point.any():
+                taken.append(box)
+                yield row, text, side
+                break

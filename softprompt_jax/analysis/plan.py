@@ -1,4 +1,4 @@
-"""Predict what a run takes on other machines: its real step is compiled ahead of time for them.
+"""Predict what a run takes on other machines: its real step, or what answers, is compiled ahead of time for them.
 
 TPU slices are compiled by libtpu (extra `tpu`), which needs no TPU; its memory figures and refusals are the machine's.
 For GPUs XLA's CPU backend compiles for simulated devices: an estimate, and marked as one.
@@ -15,15 +15,28 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-from softprompt_jax.config import UserError, nearest
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
 
-if TYPE_CHECKING:
-    from softprompt_jax.run import Run
+from softprompt_jax.analysis.plan_answers import Purpose, predicting, serving
+from softprompt_jax.assembly import Assembly, abstract_backbone_of, assemble, check_devices, check_memory
+from softprompt_jax.checkpoints.backbone import EMBEDDED
+from softprompt_jax.config import UserError, nearest, read
+from softprompt_jax.data.tokenizer import T5_FORMAT, load_tokenizer
+from softprompt_jax.distributed import mesh
+from softprompt_jax.methods import leaves, split
+from softprompt_jax.models.t5 import T5Settings
+from softprompt_jax.run import Run, load_run
+from softprompt_jax.training.step import build_optimizer, first_state, make_step
 
 GIB = 2**30
+_MOST_DEVICES = 2**16
+_MOST_ROWS = 2**16  # a device, in the search for the largest batch
 DOES_NOT_FIT = 3  # exit code
 # Stack of the threads that compile: with the default of 64 KiB libtpu 0.0.42 overflows it on wide layers.
 _LARGER_STACK = "--fibers_default_thread_stack_size=4194304"
@@ -38,21 +51,7 @@ class Chip:
     accelerator_type: str | None = None  # libtpu's name of a slice; None: not a TPU
 
 
-CHIPS = {
-    "v2": Chip(8, 22.5, "v2-8"),  # two devices a chip, as v3 and tpu7x
-    "v3": Chip(16, 61.5, "v3-8"),
-    "v4": Chip(32, 275, "v4-8"),
-    "v5e": Chip(16, 197, "v5litepod-4"),
-    "v5p": Chip(95, 459, "v5p-8"),
-    "v6e": Chip(32, 918, "v6e-4"),
-    "tpu7x": Chip(96, 1153.5, "tpu7x-8"),
-    "l4": Chip(24, 121),
-    "a100-40": Chip(40, 312),
-    "a100": Chip(80, 312),
-    "h100": Chip(80, 989),
-    "h200": Chip(141, 989),
-    "b200": Chip(192, 2250),
-}
+CHIPS = {name: Chip(**about) for name, about in read(Path(__file__).with_name("chips.yaml")).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,28 +73,38 @@ def parse_topology(text: str) -> Topology:
     name, _, shape = text.partition(":")
     if name not in CHIPS:
         raise UserError(f"topology {text!r}: unknown chip; expected one of {', '.join(CHIPS)}{nearest(name, CHIPS)}")
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+    sizes = [int(size) for size in shape.split("x")] if re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5}){0,2}", shape) else []
+    if not 1 <= math.prod(sizes) * bool(sizes) <= _MOST_DEVICES:
         raise UserError(f"topology {text!r}: expected CHIP:SHAPE, such as v5e:2x4, v5p:2x2x1 or h100:8")
-    return Topology(text, CHIPS[name], tuple(int(size) for size in shape.split("x")))
+    return Topology(text, CHIPS[name], tuple(sizes))
 
 
-def plan(config: str, overrides: Sequence[str], topologies: Sequence[str], utilisation: float = 0.4) -> list[dict]:
-    """Compile a run's step for each topology and return a dictionary for each.
+def plan(
+    config: str,
+    overrides: Sequence[str],
+    topologies: Sequence[str],
+    utilisation: float = 0.4,
+    purpose: Purpose = "train",
+) -> list[dict]:
+    """Compile what a run does for each topology and return a dictionary for each.
 
-    Keys: `topology`, `fits`, `peak_bytes` (of a device; None if it does not fit and the compiler does not say),
-    `limit_bytes`, `weights_bytes`, `state_bytes`, `temporary_bytes` (activations and copies), `flops` (matrix products
-    of a step on all devices), `collectives` (bytes that a device sends or receives in a step, by kind),
-    `examples_per_s` (if the chips reach the share `utilisation` of their peak), `advice`, `packed` (as if no two
-    examples shared a row), `quantized` (the frozen layers), `estimated`, `compile_s`.
+    `purpose`: its training step, the decoding of one batch (predict), or the server's slots (serve).
+    Keys: `purpose`, `topology`, `devices`, `fits`, `peak_bytes` (of a device; None if it does not fit and the compiler
+    does not say), `limit_bytes`, `weights_bytes`, `state_bytes`, `cache_bytes` (of answers: keys and values; None in
+    training), `temporary_bytes` (activations and copies), `rows_per_device`, `batch` (examples of a step, texts at
+    once, or slots), `largest_batch` (the most that were found to fit; None if not even one a device does), `advice`,
+    `quantized` (the frozen layers), `estimated`, `compile_s`. Of training alone: `flops` (matrix products of a step on
+    all devices), `collectives` (bytes that a device sends or receives in a step, by kind), `examples_per_s` (if the
+    chips reach the share `utilisation` of their peak), `packed` (as if no two examples shared a row).
     """
-    from softprompt_jax.run import load_run
-
     load_run(config, list(overrides))  # so that bad settings are found before anything is compiled
     parsed = [parse_topology(text) for text in topologies]
-    return [_in_a_child(config, list(overrides), topology, utilisation) for topology in parsed]
+    return [_in_a_child(config, list(overrides), topology, utilisation, purpose) for topology in parsed]
 
 
-def _in_a_child(config: str, overrides: list[str], topology: Topology, utilisation: float) -> dict[str, Any]:
+def _in_a_child(
+    config: str, overrides: list[str], topology: Topology, utilisation: float, purpose: Purpose
+) -> dict[str, Any]:
     """Compile in a process of its own: libtpu reads its environment when JAX starts, and takes a lock."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
     flags = os.environ.get("LIBTPU_INIT_ARGS", "")
@@ -110,7 +119,7 @@ def _in_a_child(config: str, overrides: list[str], topology: Topology, utilisati
     else:
         count = math.prod(topology.shape)
         environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
-    request = json.dumps([config, overrides, topology.name, utilisation])
+    request = json.dumps([config, overrides, topology.name, utilisation, purpose])
     command = [sys.executable, "-c", f"from {__name__} import _child; _child()"]
     done = subprocess.run(command, input=request, capture_output=True, text=True, env=environment)
     if "Unknown command line flag" in done.stderr and flags != environment.get("LIBTPU_INIT_ARGS"):
@@ -132,12 +141,10 @@ def _in_a_child(config: str, overrides: list[str], topology: Topology, utilisati
 
 def _child() -> None:
     """Answer the request on standard input with a line of JSON."""
-    from softprompt_jax.run import load_run
-
-    config, overrides, name, utilisation = json.loads(sys.stdin.read())
+    config, overrides, name, utilisation, purpose = json.loads(sys.stdin.read())
     topology = parse_topology(name)
     try:
-        answer = measure(load_run(config, overrides), topology, utilisation)
+        answer = measure(load_run(config, overrides), topology, utilisation, purpose)
     except UserError as error:
         answer = {"error": f"{name}: {error}"}
     print(json.dumps(answer))
@@ -148,12 +155,8 @@ def _child() -> None:
 
 def devices_of(topology: Topology) -> Sequence[Any]:
     """Return descriptions of the devices, which cannot run anything."""
-    import jax
-
     if not topology.is_tpu:
         return jax.devices()
-    from jax.experimental import topologies
-
     single = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(topology.shape) == 1 else {}
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **single).devices
@@ -164,54 +167,131 @@ def devices_of(topology: Topology) -> Sequence[Any]:
         ) from None
 
 
-def measure(run: Run, topology: Topology, utilisation: float) -> dict[str, Any]:
-    """Compile the step of a run for a topology and describe what it takes."""
-    import jax
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is compiled, and what of a device's memory it finds there."""
 
-    from softprompt_jax.distributed import mesh
+    traced: list[Any]  # programs, one of which runs at a time
+    frozen: Any
+    state_bytes: int  # of what changes, such as prompts and the optimizer's state
+    rows: int  # that are computed at once, on all devices
+    batch: int
+    cache_bytes: int | None = None
 
+    @property
+    def fixed_bytes(self) -> int:
+        """Bytes that a device holds, however few rows there are."""
+        return mesh.local_bytes(self.frozen) + self.state_bytes
+
+
+def measure(run: Run, topology: Topology, utilisation: float, purpose: Purpose = "train") -> dict[str, Any]:
+    """Compile what a run does for a topology and describe what it takes."""
     devices = devices_of(topology)
     began, limit = time.monotonic(), int(topology.chip.memory_gib * GIB)
-    with jax.set_mesh(run.mesh.build(devices)):
-        step, arguments, parts = abstract_step(run, limit, "tpu" if topology.is_tpu else "gpu")
-        traced = step.trace(*arguments)
-        answer: dict[str, Any] = {
+    with mesh.entered(run.mesh.build(devices)):
+        make = functools.partial(_work, run, purpose, limit, "tpu" if topology.is_tpu else "gpu")
+        work, training = make(None), purpose == "train"
+        compiled, peak, temporary = _compile(work, topology)
+        fits = compiled is not None and peak is not None and peak <= limit
+        flops = product_flops(work.traced[0].jaxpr.jaxpr) if training else 0
+        seconds = flops / (len(devices) * topology.chip.tflops * 1e12 * utilisation)
+        answer = {
+            "purpose": purpose,
             "topology": topology.name,
             "devices": len(devices),
-            "fits": True,
-            "peak_bytes": None,
+            "fits": fits,
+            "peak_bytes": peak,
             "limit_bytes": limit,
-            "weights_bytes": mesh.local_bytes(parts.frozen),
-            "state_bytes": mesh.local_bytes(arguments[0]),
-            "temporary_bytes": None,
-            "flops": product_flops(traced.jaxpr.jaxpr),
-            "collectives": {},
-            "rows_per_device": len(arguments[2]["encoder_tokens"]) // run.accumulate // mesh.row_shards(),
-            "quantized": any(leaf.dtype.kind in "iu" for leaf in jax.tree.leaves(parts.frozen)),
-            "packed": run.packing is not None,
+            "weights_bytes": mesh.local_bytes(work.frozen),
+            "state_bytes": work.state_bytes,
+            "cache_bytes": work.cache_bytes,
+            "temporary_bytes": temporary,
+            "flops": flops,
+            "collectives": collective_bytes(compiled.as_text()) if training and compiled is not None else {},
+            "rows_per_device": work.rows // mesh.row_shards(),
+            "batch": work.batch,
+            "largest_batch": _largest(work, make, topology, limit, peak, fits),
+            "quantized": any(leaf.dtype.kind in "iu" for leaf in jax.tree.leaves(work.frozen)),
+            "packed": training and run.packing is not None,
             "estimated": not topology.is_tpu,
+            "plain_attention": not (topology.is_tpu or isinstance(abstract_backbone_of(run).settings, T5Settings)),
+            "utilisation": utilisation,
+            "examples_per_s": round(run.batch_size / seconds, 2) if fits and training else None,
+            "compile_s": round(time.monotonic() - began, 1),
         }
+    return answer | {"advice": [] if fits else advice(run, answer, len(devices))}
+
+
+def _compile(work: Work, topology: Topology) -> tuple[Any, int | None, int | None]:
+    """Compile what works; return the last program (None: refused), and the peak and temporary bytes of a device."""
+    compiled, peaks, temporary = None, [], []
+    for traced in work.traced:
         try:
             compiled = traced.lower().compile()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            answer |= {"fits": False, "peak_bytes": _used(str(error))}
-        else:
-            memory = compiled.memory_analysis()
-            held = memory.argument_size_in_bytes + memory.temp_size_in_bytes  # XLA's CPU backend tells no peak
-            answer["peak_bytes"] = peak = memory.peak_memory_in_bytes if topology.is_tpu else held
-            answer["temporary_bytes"] = max(0, peak - memory.argument_size_in_bytes)
-            answer["collectives"] = collective_bytes(compiled.as_text())
-            answer["fits"] = peak <= answer["limit_bytes"]
-    seconds = answer["flops"] / (len(devices) * topology.chip.tflops * 1e12 * utilisation)
-    answer |= {
-        "utilisation": utilisation,
-        "examples_per_s": round(run.batch_size / seconds, 2) if answer["fits"] else None,
-        "advice": [] if answer["fits"] else advice(run, answer, len(devices)),
-        "compile_s": round(time.monotonic() - began, 1),
-    }
-    return answer
+            return None, _used(str(error)), None
+        memory = compiled.memory_analysis()
+        held = memory.argument_size_in_bytes + memory.temp_size_in_bytes  # XLA's CPU backend tells no peak
+        peaks.append(memory.peak_memory_in_bytes if topology.is_tpu else held)
+        temporary.append(max(0, peaks[-1] - memory.argument_size_in_bytes))
+    return compiled, max(peaks), max(temporary)
+
+
+def _largest(
+    work: Work, make: Callable[[int], Work], topology: Topology, limit: int, peak: int | None, fits: bool
+) -> int | None:
+    """Return the largest batch that was found to fit; None: not even one row a device.
+
+    The first guess takes memory for proportional to the rows; it is compiled too, and if it does not fit a smaller one.
+    """
+    shards, fixed = mesh.row_shards(), work.fixed_bytes
+    rows, known = work.rows // shards, work.rows // shards if fits else 0
+    if fixed < limit:
+        guess = rows // 2 if peak is None or peak <= fixed else int(rows * (limit - fixed) / (peak - fixed))
+        for _ in range(2 if fits else 4):
+            guess = min(guess, _MOST_ROWS)
+            if guess <= known:
+                break
+            compiled, peak, _ = _compile(make(guess * shards), topology)
+            if compiled is not None and peak is not None and peak <= limit:
+                known = guess
+                break
+            guess = known + (guess - known) // 2
+    return known * shards * max(1, work.batch // work.rows) or None
+
+
+def _assembled(run: Run, memory: int | None, platform: str | None) -> Assembly:
+    """Return a run's abstract model; what training would refuse is refused."""
+    backbone = abstract_backbone_of(run)
+    if memory is not None:
+        check_memory(run, backbone.model.settings, 0, memory * jax.sharding.get_mesh().size)
+    # Where the tokenizer's files are not here another one will do: only numbers of ids are asked for.
+    here = backbone.folder.is_dir()
+    tokenizer = load_tokenizer(backbone.folder if here else EMBEDDED, backbone.text_format if here else T5_FORMAT)
+    # XLA's CPU compiler, which stands in for a GPU's, does not have its attention.
+    computed = run.model_copy(update={"attention": "plain"}) if platform == "gpu" else run
+    return assemble(computed, backbone, platform, tokenizer)
+
+
+def _work(run: Run, purpose: Purpose, memory: int, platform: str, rows: int | None) -> Work:
+    """Trace what a run does with so many rows at once (default: as its settings say)."""
+    if purpose == "train":
+        run = run if rows is None else run.model_copy(update={"batch_size": rows * run.accumulate})
+        step, arguments, parts = abstract_step(run, memory, platform)
+        rows = len(arguments[2]["encoder_tokens"]) // run.accumulate
+        return Work([step.trace(*arguments)], parts.frozen, mesh.local_bytes(arguments[0]), rows, run.batch_size)
+    if run.pretraining is not None:
+        raise UserError("plan: pre-training has nothing to predict or serve; expected a run on a task; leave --for out")
+    run = run.finished()
+    assembly = _assembled(run, None, platform)
+    if purpose == "predict":
+        found = predicting(run, assembly, rows)
+    else:
+        found = serving(run, assembly, rows, lambda arrays: memory - mesh.local_bytes(arrays))
+    changing = mesh.local_bytes(found.model.changing)
+    return Work(found.traced, found.model.frozen, changing, found.rows, found.rows, found.cache_bytes)
 
 
 def abstract_step(run: Run, memory: int | None = None, platform: str | None = None) -> tuple[Callable, tuple, Any]:
@@ -219,29 +299,7 @@ def abstract_step(run: Run, memory: int | None = None, platform: str | None = No
 
     What training would refuse is refused. `platform`: of the devices that the step is for (default: of the mesh).
     """
-    import jax
-    import jax.numpy as jnp
-
-    from softprompt_jax.assembly import abstract_backbone_of, assemble, check_devices
-    from softprompt_jax.data.tokenizer import Tokenizer, load_tokenizer
-    from softprompt_jax.distributed import mesh
-    from softprompt_jax.methods import leaves, split
-    from softprompt_jax.training.step import build_optimizer, first_state, make_step
-
-    class WordCounter(Tokenizer):
-        """A piece for each word, where the tokenizer's files are not here: only numbers of ids are asked for."""
-
-        def __init__(self) -> None:
-            super().__init__("words", [], 0, 1, 2, "")
-
-        def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
-            return [[2] * len(text.split()) for text in texts]
-
-    backbone = abstract_backbone_of(run)
-    tokenizer = load_tokenizer(backbone.folder) if backbone.folder.is_dir() else WordCounter()
-    # XLA's CPU compiler, which stands in for a GPU's, does not have its attention.
-    computed = run.model_copy(update={"attention": "plain"}) if platform == "gpu" else run
-    assembly = assemble(computed, backbone, platform, tokenizer)
+    assembly = _assembled(run, memory, platform)
     check_devices(run, assembly, platform)
     model = mesh.shard_model(assembly.model)
     parts = split(model)
@@ -363,21 +421,30 @@ def describe(answer: dict[str, Any]) -> str:
             return "?"
         return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.3g} MiB"
 
-    verdict = "fits" if answer["fits"] else "does not fit"
+    verdict, training = "fits" if answer["fits"] else "does not fit", answer["purpose"] == "train"
     estimate = " (estimated with XLA's CPU compiler and plain attention)" if answer["estimated"] else ""
     lines = [
         f"{answer['topology']}: {verdict}; peak {gib(answer['peak_bytes'])} of {gib(answer['limit_bytes'])} "
         f"on each of {answer['devices']} device(s){estimate}",
         f"  weights {gib(answer['weights_bytes'])}, state {gib(answer['state_bytes'])}, "
-        f"activations and buffers {gib(answer['temporary_bytes'])}; "
+        + ("" if training else f"caches {gib(answer['cache_bytes'])}, ")
+        + f"activations and buffers {gib(answer['temporary_bytes'])}; "
         f"{answer['rows_per_device']} row(s) a device at a time"
         + (" at most, as if no two examples shared one" if answer["packed"] else ""),
-        f"  {answer['flops'] / 1e12:.3g} TFLOP a step; "
-        + (", ".join(f"{kind} {gib(size)}" for kind, size in answer["collectives"].items()) or "no collectives"),
     ]
+    what = {"train": "batch_size", "predict": "texts at once", "serve": "slots"}[answer["purpose"]]
+    most = "none fits" if answer["largest_batch"] is None else f"{answer['largest_batch']:,} fit"
+    lines.append(f"  {what}: {answer['batch']:,}; {most}")
+    if training:
+        lines.append(
+            f"  {answer['flops'] / 1e12:.3g} TFLOP a step; "
+            + (", ".join(f"{kind} {gib(size)}" for kind, size in answer["collectives"].items()) or "no collectives")
+        )
     if answer["examples_per_s"] is not None:
         share = f"{answer['utilisation']:.0%} of its peak"
         lines.append(f"  {answer['examples_per_s']:,.5g} examples/s, if it reaches {share}")
+    if answer["plain_attention"]:
+        lines.append("  attention is plain on the GPU, too: cuDNN's is for T5 (heads of 128 at most, no soft cap)")
     if answer["advice"]:
         lines.append(f"  try {', or '.join(answer['advice'])}")
     return "\n".join(lines)

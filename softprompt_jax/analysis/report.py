@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import statistics
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,22 @@ import jax
 import numpy as np
 
 from softprompt_jax import config
-from softprompt_jax.analysis.page import COLOURS, GREY, Page, plot_text
+from softprompt_jax.analysis.page import COLOURS, GREY, Page, gradient, plot_text
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.config import UserError
 from softprompt_jax.inference.evaluate import run_score, score_factor, score_text
-from softprompt_jax.run import UNHASHED_SETTINGS, Run
+from softprompt_jax.inference.mistakes import Mistakes, read_mistakes
+from softprompt_jax.run import UNHASHED_SETTINGS, Run, load_run
 from softprompt_jax.statistics import CELL, SCORE, mean_sd_text, score_statistics
+from softprompt_jax.training.run_folder import read_metrics, read_result
+from softprompt_jax.training.sweep import short_names
 
 _IGNORED = frozenset({"seed", *UNHASHED_SETTINGS})
-_NO_METRICS = ("count",)  # in a split's scores
 # Settings of how a run is watched or computed, not of what it learns.
 _BOOKKEEPING = {"log_every", "evaluate_every", "checkpoint_every", "evaluation_batch_size", "evaluation_examples"}
-_BOOKKEEPING |= {"shapes", "accumulate", "attention", "remat", "unroll"}
+_MOST_LABELS = 10  # of a confusion matrix; of more labels the ten most frequent confusions are listed
+_LETTERS = 20  # of a label in it
+_BOOKKEEPING |= {"result_examples", "shapes", "accumulate", "attention", "remat", "unroll"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +50,7 @@ class RunRecord:
     def tasks(self, split: str) -> dict[str, dict[str, float]]:
         """Return the metrics of each task on a split."""
         scores = (self.result or {}).get(split)
-        if scores is None:
-            return {}
-        return scores.get("tasks", {self.run.task_name: scores})
+        return {} if scores is None else scores.get("tasks", {self.run.task_name: scores})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,25 +88,10 @@ def read_runs(sources: Sequence[str | Path]) -> list[RunRecord]:
             raise UserError(f"{source}: no run; expected the folder of a run, or one that holds some")
         for folder in folders:
             if not set(folder.parents) & set(folders):  # what lies in a run is a copy for the hub
-                found.setdefault(folder.absolute(), _read(folder))
+                run = load_run(folder / "config.yaml")
+                lines = read_metrics(folder / "metrics.jsonl", run)
+                found.setdefault(folder.absolute(), RunRecord(folder, run, lines, read_result(folder, run)))
     return list(found.values())
-
-
-def _read(folder: Path) -> RunRecord:
-    path, measured, result = folder / "config.yaml", folder / "metrics.jsonl", folder / "result.json"
-    run = config.parse(Run, config.read(path), str(path))
-    lines = []
-    for text in measured.read_text(encoding="utf-8").splitlines() if measured.exists() else ():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:  # the last line of a run that was killed, or is being written
-            continue
-    try:
-        return RunRecord(
-            folder, run, lines, json.loads(result.read_text(encoding="utf-8")) if result.exists() else None
-        )
-    except ValueError as error:
-        raise UserError(f"{result}: not JSON ({error}); expected a run's result; run it again") from None
 
 
 def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
@@ -112,11 +100,8 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
     for run in runs:
         grouped.setdefault(run.run.model_dump_json(exclude=set(_IGNORED)), []).append(run)
     flat = [_settings_of(members[0].run) for members in grouped.values()]
-    keys = [
-        key
-        for key in dict.fromkeys(itertools.chain.from_iterable(flat))
-        if len({_shown(settings.get(key)) for settings in flat}) > 1
-    ]
+    every = dict.fromkeys(itertools.chain.from_iterable(flat))
+    keys = [key for key in every if len({_shown(settings.get(key)) for settings in flat}) > 1]
     # What only one kind of method or optimizer has is said by the kind.
     own = {key for key in keys if len({_shown(one[key]) for one in flat if key in one}) == 1 and not _is_kind(key)}
     naming: list[str] = []
@@ -126,7 +111,7 @@ def group_runs(runs: Sequence[RunRecord]) -> list[Group]:
         if count > told_apart:
             naming, told_apart = [*naming, key], count
     others = [key for key in keys if key not in naming and key not in own and not key.startswith("task.")]
-    short = _short_names(keys)
+    short = {key: key if name.isdigit() else name for key, name in short_names(keys).items()}
 
     def named(settings: dict[str, Any], chosen: Sequence[str]) -> dict[str, Any]:
         return {short[key]: settings.get(key) for key in keys if key in chosen}
@@ -158,15 +143,6 @@ def flatten(settings: Any) -> dict[str, Any]:
 
     leaves, _ = jax.tree.flatten_with_path(settings, is_leaf=is_value)
     return {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in leaves}
-
-
-def _short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Call a setting by the last part of its path, if no other ends so."""
-    lasts = [key.rpartition(".")[2] for key in keys]
-    return {
-        key: last if lasts.count(last) == 1 and not last.isdigit() else key
-        for key, last in zip(keys, lasts, strict=True)
-    }
 
 
 def _is_kind(key: str) -> bool:
@@ -202,7 +178,7 @@ def breakdown(groups: Sequence[Group]) -> list[dict[str, Any]]:
             split = "test" if run.tasks("test") else "validation"
             for task, scores in run.tasks(split).items():
                 for name, value in scores.items():
-                    if name not in _NO_METRICS:
+                    if name != "count":
                         found.setdefault((task, split), {}).setdefault(name, []).append(value)
         for (task, split), metrics in found.items():
             measured = {name: score_statistics(values) for name, values in metrics.items()}
@@ -249,16 +225,18 @@ def report(sources: Sequence[str | Path], to: str | Path) -> list[Path]:
     page.text(f"{len(runs)} runs with {len(groups)} different settings on {names}.")
     if unfinished := [str(run.folder) for run in runs if run.result is None]:
         page.text(f"Not finished, in no table of scores: {', '.join(unfinished)}.")
-    _scores(page, groups, rows)
+    best = _scores(page, groups, rows)
     _curves(page, groups)
     _tasks(page, groups)
+    _mistakes(page, [groups[number] for number in best])
     _settings(page, groups)
     written = page.write()
     artifact.dump({"table": rows, "tasks": breakdown(groups)}, folder / "report.json")
     return [*written, folder / "report.json"]
 
 
-def _scores(page: Page, groups: Sequence[Group], rows: Sequence[dict[str, Any]]) -> None:
+def _scores(page: Page, groups: Sequence[Group], rows: Sequence[dict[str, Any]]) -> list[int]:
+    """Add the scores, and return the numbers of the best groups, one a task."""
     page.heading("Scores")
     splits = [split for split in ("test", "validation") if any(row[split] for row in rows)]
     best: dict[str, int] = {}
@@ -266,38 +244,37 @@ def _scores(page: Page, groups: Sequence[Group], rows: Sequence[dict[str, Any]])
         task, found = group.runs[0].run.task_name, row["validation"]
         if found and (task not in best or found["mean"] > rows[best[task]]["validation"]["mean"]):
             best[task] = number
-    page.table(
-        ["setting", *splits, *(f"95% interval of the {split} mean" for split in splits[:1]), "before training",
-         "majority class", "runs"],
-        [
-            [
-                group.title,
-                *(_mean_sd(row[split], group.number, best=True) for split in splits),
-                *(_interval(row[split], group.number) for split in splits[:1]),
-                *_baseline(group),
-                row["finished"],
-            ]
-            for group, row in zip(groups, rows, strict=True)
-        ],
-        chosen=list(best.values()) if len(groups) > 1 else (),
-    )  # fmt: skip
+    both = list(zip(groups, rows, strict=True))
+    columns: dict[str, Sequence[Any]] = {"setting": [group.title for group in groups]}
+    for split in splits:
+        columns[split] = [_mean_sd(row[split], group.number, best=True) for group, row in both]
+    for split in splits[:1]:
+        columns[f"95% interval of the {split} mean"] = [_interval(row[split], group.number) for group, row in both]
+    columns["before training"], columns["majority class"] = zip(*map(_baseline, groups), strict=True)
+    columns["runs"] = [row["finished"] for row in rows]
+    page.table(columns, chosen=list(best.values()) if len(groups) > 1 else ())
     page.text(
         f"{SCORE} A cell: {CELL}. The interval is Student's. The majority class is scored by accuracy."
         + (" Green: the best setting of each task on validation." if len(groups) > 1 else "")
     )
     if not splits:
-        return
+        return []
     split = splits[0]
     drawn = [number for number, row in enumerate(rows) if row[split]]
-    axes = page.figure("scores", f"The {split} score of each setting, mean and sd", 1 + 0.35 * len(drawn))
+    axes = page.figure("scores", f"The {split} score of each setting, mean and sd", 0.3 + 0.5 * len(drawn))
     for place, number in enumerate(reversed(drawn)):
         times, found = groups[number].unit, rows[number][split]
         values = [times * value for run in groups[number].runs if (value := run.score(split)) is not None]
         axes.plot(values, [place] * len(values), ".", color=GREY)
         spread = times * (found["sd"] or 0)
         axes.errorbar(times * found["mean"], place, xerr=spread, fmt="o", color=_colour(number), capsize=3)
-    axes.set_yticks(range(len(drawn)), [plot_text(groups[number].title) for number in reversed(drawn)], fontsize=8)
-    axes.set(xlabel=f"{split} score{_percent(groups)}: mean ± sd; grey: each run", ylim=(-0.6, len(drawn) - 0.4))
+        title = textwrap.shorten(plot_text(groups[number].title), 70, placeholder=" ...")
+        axes.text(0.0, place + 0.34, title, fontsize=9.5, va="center", transform=axes.get_yaxis_transform())
+    axes.set_yticks([])
+    axes.grid(axis="x", color="#dde3ea", linewidth=0.8)
+    axes.set(xlabel=f"{split} score{_percent(groups)}: mean ± sd; grey: each run", ylim=(-0.5, len(drawn) - 0.2))
+
+    return list(best.values())
 
 
 def _baseline(group: Group) -> list[str | None]:
@@ -348,29 +325,97 @@ def _tasks(page: Page, groups: Sequence[Group]) -> None:
         times = 1.0 if name == "loss" or (task in own and name != "illegal") else 100.0
         return lambda value: score_text(value, times)
 
+    columns = {"task": [row["task"] for row in rows], "split": [row["split"] for row in rows]}
+    columns["setting"] = [row["title"] for row in rows]
+    for name in names:
+        title = "loss per token" if name == "loss" else name
+        columns[title] = [_mean_sd(row["metrics"].get(name), number(row["task"], name)) for row in rows]
+    page.table(columns)
+
+
+def _mistakes(page: Page, groups: Sequence[Group]) -> None:
+    """Add which label was taken for which, and the mistakes that the runs were surest of, all seeds together."""
+    found: dict[tuple[int, str], list[Mistakes]] = {}
+    for number, group in enumerate(groups):
+        for run in group.runs:
+            for task, mistakes in read_mistakes(run.folder).items() if run.result is not None else ():
+                found.setdefault((number, task), []).append(mistakes)
+    if not found:
+        return
+    page.heading("Mistakes")
+    for (number, task), runs in found.items():
+        first = runs[0]
+        said = dict.fromkeys([task, groups[number].title, first.split])  # a single setting has the task's name
+        page.text(f"{', '.join(said)}: " + (f"{len(runs)} runs together." if len(runs) > 1 else "one run."))
+        counts = np.sum([run.counts for run in runs if run.answers == first.answers], axis=0)
+        name = f"confusion{len(page.plots)}"
+        if len(first.labels) <= _MOST_LABELS:
+            _confusion(page.figure(name, f"Answers of {task} by right label", **_matrix_size(first)), first, counts)
+        else:
+            pairs = [(i, j) for i, j in np.argwhere(counts) if first.labels[i] != first.answers[j]]
+            pairs = sorted(pairs, key=lambda pair: -counts[pair])[:10]
+            page.table(
+                {
+                    "right label": [first.labels[i] for i, _ in pairs],
+                    "answer": [first.answers[j] for _, j in pairs],
+                    "times": [int(counts[pair]) for pair in pairs],
+                }
+            )
+        _surest(page, runs)
+
+
+def _matrix_size(found: Mistakes) -> dict[str, float]:
+    longest = min(_LETTERS, max(map(len, found.labels)))
+    return {"height": 0.4 * len(found.labels) + 0.3, "left": 0.75 + 0.085 * longest, "foot": 0.6 + 0.06 * longest}
+
+
+def _confusion(axes: Any, found: Mistakes, counts: np.ndarray) -> None:
+    """Draw a confusion matrix: the colour of a cell is its share of the row."""
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    columns = [number for number in range(len(found.answers)) if number < len(found.labels) or counts[:, number].any()]
+    axes.imshow(shares[:, columns] ** 0.7, cmap=gradient(), vmin=0, vmax=1, aspect="auto")
+    for row, place in itertools.product(range(len(counts)), range(len(columns))):
+        share, count = shares[row, columns[place]], counts[row, columns[place]]
+        text = f"{count}\n{share:.0%}" if len(columns) <= 4 else str(count)
+        axes.text(place, row, text, ha="center", va="center", fontsize=9, color="white" if share > 0.45 else "#1c2733")
+    cut = [plot_text(word if len(word) <= _LETTERS else f"{word[: _LETTERS - 3]}...") for word in found.answers]
+    axes.set_xticks(range(len(columns)), [cut[number] for number in columns], rotation=30, ha="right")
+    axes.set_yticks(range(len(counts)), cut[: len(counts)])
+    axes.set(ylabel="right", xlabel="answered: count, and share of the row")
+    axes.grid(visible=False)
+
+
+def _surest(page: Page, runs: Sequence[Mistakes]) -> None:
+    """Add the ten mistakes of all runs that were made with the highest probability."""
+    made: dict[tuple[str, str, str], list[float]] = {}
+    for mistake in itertools.chain.from_iterable(run.surest for run in runs):
+        made.setdefault((mistake.input, mistake.target, mistake.answer), []).append(mistake.probability)
+    surest = sorted(made.items(), key=lambda item: -max(item[1]))[:10]
+    if not surest:
+        page.text("No wrong answer.")
+        return
+    page.text(f"The {len(surest)} most confident mistakes, by the probability that the model gives its own answer:")
     page.table(
-        ["task", "split", "setting", *("loss per token" if name == "loss" else name for name in names)],
-        [
-            [row["task"], row["split"], row["title"]]
-            + [_mean_sd(row["metrics"].get(name), number(row["task"], name)) for name in names]
-            for row in rows
-        ],
+        {
+            "text": [text for (text, _, _), _ in surest],
+            "right": [target for (_, target, _), _ in surest],
+            "answer": [answer for (_, _, answer), _ in surest],
+            "probability": [f"{max(values):.0%}" for _, values in surest],
+            "runs": [f"{len(values)} of {len(runs)}".replace(" ", "\N{NO-BREAK SPACE}") for _, values in surest],
+        }
     )
 
 
 def _settings(page: Page, groups: Sequence[Group]) -> None:
     page.heading("Settings")
+    others = [", ".join(f"{key} {_shown(value)}" for key, value in group.others.items()) for group in groups]
     page.table(
-        ["setting", "differs also in", "seeds", "folders"],
-        [
-            [
-                group.title,
-                ", ".join(f"{key} {_shown(value)}" for key, value in group.others.items()) or None,
-                ", ".join(str(run.run.seed) for run in group.runs),
-                ", ".join(str(run.folder) for run in group.runs),
-            ]
-            for group in groups
-        ],
+        {
+            "setting": [group.title for group in groups],
+            "differs also in": [text or None for text in others],
+            "seeds": [", ".join(str(run.run.seed) for run in group.runs) for group in groups],
+            "folders": [", ".join(str(run.folder) for run in group.runs) for group in groups],
+        }
     )
     first = groups[0].runs[0].run.model_dump(mode="json", exclude=set(_IGNORED))
     page.details(f"All settings of {groups[0].title}", config.to_yaml(first).rstrip())

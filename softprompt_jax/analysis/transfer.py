@@ -1,4 +1,4 @@
-"""Prompts of other tasks and of other backbones: how alike they are, and how they are carried over."""
+"""Prompts of other tasks and of other backbones: how similar they are, and how to convert them."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from softprompt_jax.checkpoints.artifact import load_artifact, named_backbone, save_prompt
+from softprompt_jax.checkpoints.artifact import load_artifact, save_prompt
 from softprompt_jax.checkpoints.backbone import Backbone, load_backbone
+from softprompt_jax.checkpoints.tensors import finite_float32
 from softprompt_jax.config import UserError
 from softprompt_jax.data.tokenizer import load_tokenizer
+from softprompt_jax.files import writable
+from softprompt_jax.trust import named_backbone
 
 Measure = Literal["mean", "rows"]
 Map = Literal["linear", "network"]
@@ -27,7 +30,7 @@ HELD_OUT = 10  # every how manyth piece only measures the map
 
 
 def similarity(one: Float[np.ndarray, "P D"], other: Float[np.ndarray, "Q E"], measure: Measure = "mean") -> float:
-    """Return how alike two prompts of one backbone are, from -1 to 1.
+    """Return how similar two prompts of one backbone are, from -1 to 1.
 
     "mean": the cosine of the prompts' mean rows; "rows": the mean cosine of all pairs of rows. Prompts of equal tasks
     need not have their rows in the same order. Source: Vu et al., 2022, section 5.
@@ -42,9 +45,9 @@ def similarity(one: Float[np.ndarray, "P D"], other: Float[np.ndarray, "Q E"], m
 def rank_sources(
     target: str | Path, sources: Sequence[str | Path], measure: Measure = "mean"
 ) -> list[dict[str, str | float]]:
-    """Rank prompts of other tasks by how alike they are to a target's, the best to start from first.
+    """Rank prompts of other tasks by their similarity to a target's prompt, the most similar first.
 
-    Each is a run folder or a prompt file; train the target's own prompt for a few steps first. Start from the best with
+    Each is a run folder or a prompt file. Train the target's own prompt for a few steps first. Start from the best with
     `methods: [{kind: prompt, init: {kind: file, path: SOURCE}}]`. Errors: UserError for prompts of unlike backbones.
     Source: SPoT (Vu et al., 2022).
     """
@@ -77,7 +80,7 @@ def unit_rows(rows: Float[np.ndarray, "*P D"]) -> Float[np.ndarray, "*P D"]:
 
 @dataclasses.dataclass(frozen=True)
 class Recycled:
-    """A prompt that was carried over; `error` is the map's on pieces it has not seen, 1 for one that knows nothing."""
+    """A converted prompt. `error` is that of the map on pieces it was not fitted on; 1 means that it learnt nothing."""
 
     rows: Float[np.ndarray, "P E"]
     pieces: int
@@ -87,7 +90,7 @@ class Recycled:
 def recycle(
     rows: Float[np.ndarray, "P D"], source: Backbone, target: Backbone, kind: Map = "linear", seed: int = 0
 ) -> Recycled:
-    """Carry a prompt from one backbone to another, by a map fitted on the pieces that both vocabularies have.
+    """Convert a prompt of one backbone for another, by a map fitted on the pieces that both vocabularies have.
 
     "linear" is the least-squares solution; "network" has a hidden layer of four times the width. An error near 1 means
     that the map knows no more than the mean. Errors: UserError for a prompt of another width, and for vocabularies with
@@ -105,7 +108,7 @@ def recycle(
             "from which the map is fitted"
         )
     x, y = (
-        np.asarray(backbone.model.embedding[...][ids[:, side]], np.float32)
+        np.asarray(backbone.model.word_rows(jnp.asarray(ids[:, side])))
         for side, backbone in enumerate((source, target))
     )
     scales = [float(np.sqrt(np.mean(np.square(side)))) for side in (x, y)]
@@ -113,25 +116,31 @@ def recycle(
     seen = np.arange(len(ids)) % HELD_OUT != HELD_OUT - 1
     fitted = _fit_linear(x[seen], y[seen]) if kind == "linear" else _fit_network(x[seen], y[seen], seed)
     missed = np.mean(np.square(fitted(x[~seen]) - y[~seen])) / np.mean(np.square(y[~seen] - y.mean(0)))
-    return Recycled(fitted(rows / scales[0]) * scales[1], len(ids), float(missed))
+    with np.errstate(over="ignore", invalid="ignore"):
+        found = fitted(rows / scales[0]) * scales[1]
+    return Recycled(finite_float32(found, f"prompt for {target.identity}"), len(ids), float(missed))
 
 
 def recycle_prompt(
-    prompt: str | Path, onto: str, to: str | Path, kind: Map = "linear", backbone: str | None = None
+    prompt: str | Path,
+    onto: str,
+    to: str | Path,
+    kind: Map = "linear",
+    backbone: str | None = None,
+    trust: bool = False,
 ) -> dict[str, Any]:
-    """Carry a prompt file or a run's prompt over to the backbone `onto`, and write it to the file `to`.
+    """Convert a prompt file or a run's prompt for the backbone `onto`, and write it to the file `to`.
 
-    `backbone`: the one that it was trained on, if the file does not say. Returns the pieces and the error of the map.
+    `backbone`: the one that it was trained on, if the file does not say. Returns the number of common pieces and the
+    error of the map.
     """
     to = Path(to)
     if to.suffix != ".safetensors":
         raise UserError(f"{to}: ends in {to.suffix!r}; expected a file name ending in .safetensors")
     artifact = load_artifact(prompt)
-    known = named_backbone([artifact], backbone)
-    try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{to.parent}: cannot be made ({error.strerror}); expected a folder") from None
+    known = named_backbone([artifact], backbone, trust)
+    with writable(to):  # before the backbones are loaded
+        pass
     source, target = load_backbone(known), load_backbone(onto)
     artifact.check_backbone(source.fingerprint(), known)
     recycled = recycle(artifact.prompt, source, target, kind)
@@ -142,12 +151,16 @@ def recycle_prompt(
 
 
 def shared_pieces(source: Backbone, target: Backbone) -> Int[np.ndarray, "pieces 2"]:
-    """Return the ids, in either vocabulary, of the pieces that both have; special ones and sentinels are left out."""
-    tokenizers = [load_tokenizer(backbone.folder) for backbone in (source, target)]
+    """Return the ids, in either vocabulary, of the pieces that both have; special ones and sentinels are left out.
+
+    SentencePiece's "▁ferry" and a byte-level "Ġferry" are one piece.
+    """
     known = []
-    for tokenizer, backbone in zip(tokenizers, (source, target), strict=True):
+    for backbone in (source, target):
+        tokenizer = load_tokenizer(backbone.folder, backbone.text_format)
         limit = min(tokenizer.size, backbone.settings.vocabulary_rows)
-        known.append({tokenizer.pieces[i]: i for i in range(limit) if i not in tokenizer.special_ids})
+        texts = tokenizer.piece_texts()
+        known.append({texts[i]: i for i in range(limit) if i not in tokenizer.special_ids})
     pairs = [(i, known[1][piece]) for piece, i in known[0].items() if piece in known[1]]
     return np.asarray(pairs, np.int64).reshape(-1, 2)
 
@@ -159,8 +172,8 @@ def _fit_linear(x: np.ndarray, y: np.ndarray) -> Any:
     return lambda rows: np.asarray(rows @ weights, np.float32)
 
 
-def _fit_network(x: np.ndarray, y: np.ndarray, seed: int, steps: int = 3000, batch: int = 256) -> Any:
-    """Fit a network with one hidden layer of four times the width (ReLU) by Adam."""
+def _fit_network(x: np.ndarray, y: np.ndarray, seed: int) -> Any:
+    """Fit a network with one hidden layer of four times the width (ReLU) by 3,000 steps of Adam on 256 rows each."""
     width, hidden = x.shape[1], 4 * x.shape[1]
     keys = jax.random.split(jax.random.key(seed), 3)
     weights = {
@@ -168,23 +181,19 @@ def _fit_network(x: np.ndarray, y: np.ndarray, seed: int, steps: int = 3000, bat
         "bias": jnp.zeros((hidden,)),
         "second": hidden**-0.5 * jax.random.normal(keys[1], (hidden, y.shape[1])),
     }
-    optimizer = optax.adamw(optax.cosine_decay_schedule(1e-3, steps), weight_decay=1e-4)
+    optimizer = optax.adamw(optax.cosine_decay_schedule(1e-3, 3000), weight_decay=1e-4)
 
     def output(weights: dict[str, Array], rows: Array) -> Array:
         return jax.nn.relu(rows @ weights["first"] + weights["bias"]) @ weights["second"]
 
-    def loss(weights: dict[str, Array], rows: Array, wanted: Array) -> Array:
-        return jnp.mean(jnp.square(output(weights, rows) - wanted))
+    def loss(weights: dict[str, Array], chosen: Array) -> Array:
+        return jnp.mean(jnp.square(output(weights, jnp.asarray(x)[chosen]) - jnp.asarray(y)[chosen]))
 
-    @jax.jit
-    def train(weights: Any, x: Array, y: Array) -> Any:
-        def step(carry, key):
-            weights, state = carry
-            chosen = jax.random.choice(key, len(x), (min(batch, len(x)),))
-            updates, state = optimizer.update(jax.grad(loss)(weights, x[chosen], y[chosen]), state, weights)
-            return (optax.apply_updates(weights, updates), state), None
+    def step(carry: Any, key: Array) -> tuple[Any, None]:
+        weights, state = carry
+        chosen = jax.random.choice(key, len(x), (min(256, len(x)),))
+        updates, state = optimizer.update(jax.grad(loss)(weights, chosen), state, weights)
+        return (optax.apply_updates(weights, updates), state), None
 
-        return jax.lax.scan(step, (weights, optimizer.init(weights)), jax.random.split(keys[2], steps))[0][0]
-
-    trained = train(weights, jnp.asarray(x), jnp.asarray(y))
+    (trained, _), _ = jax.lax.scan(step, (weights, optimizer.init(weights)), jax.random.split(keys[2], 3000))
     return lambda rows: np.asarray(output(trained, jnp.asarray(rows)), np.float32)

@@ -1,6 +1,6 @@
 """What a run has trained, as files: how they are written, and the one way in which all of them are read.
 
-load_artifact(source)   anything: a run's folder, finished or not, a prompt file, a T5X prompt tuning run
+load_artifact(source)   anything: a run's folder, finished or not, a prompt file, a T5X prompt tuning run, a hub name
 load_prompt(source)     the rows [P, D] of what is a prompt
 """
 
@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Sequence
+import math
+import tokenize
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +24,30 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from softprompt_jax import config
-from softprompt_jax.checkpoints import t5x
+from softprompt_jax.checkpoints import hugging_face, t5x
 from softprompt_jax.checkpoints.backbone import fingerprint
-from softprompt_jax.checkpoints.tensors import CHECKSUMS, checksums, open_safetensors
+from softprompt_jax.checkpoints.tensors import CHECKSUMS, Tensor, checksums, finite_float32, open_safetensors
 from softprompt_jax.checkpoints.training_state import best_or_latest
-from softprompt_jax.config import UserError
+from softprompt_jax.config import UserError, first_line
 from softprompt_jax.distributed import cloud_files
+from softprompt_jax.distributed.mesh import put_sharded
+from softprompt_jax.files import parse_json, read_object, written_whole
 from softprompt_jax.methods import Trainable
-from softprompt_jax.models.t5 import T5
+from softprompt_jax.methods.reparameterization import expanded, is_compact
+from softprompt_jax.models.language_model import LanguageModel
 from softprompt_jax.trees import flatten, unflatten
 
 CONFIG_FILE, PROMPT_FILE, TRAINED_FILE = "config.yaml", "prompt.safetensors", "trained.safetensors"
+COMPACT_FILE = "prompt_compact.safetensors"  # of a prompt that follows from fewer numbers and a seed (ULPT)
+PEFT_CONFIG, PEFT_TENSORS = "adapter_config.json", "adapter_model.safetensors"
+# Of a repository on the hub: what a run leaves, and what PEFT writes.
+_HUB_FILES = (CONFIG_FILE, "result.json", PROMPT_FILE, COMPACT_FILE, TRAINED_FILE, PEFT_CONFIG, PEFT_TENSORS)
 ROWS = "prompt"
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+_DEEPEST = 64  # parts of a tensor's path
+# What NumPy raises for the header of a file that is none: it is read as a Python literal.
+_NO_ARRAY = (ValueError, OSError, EOFError, SyntaxError, TypeError, OverflowError, RecursionError, MemoryError)
+_NO_ARRAY += (tokenize.TokenError, KeyError)
 
 
 # ------------------------------------------------------------------------------------------------------- reading
@@ -52,12 +66,50 @@ class Artifact:
     rows: Float[np.ndarray, "P D"] | None = None
     step: int | None = None
     folder: Path | None = None  # of the run
-    read_tree: Callable[[], dict[str, Any]] | None = None  # None: the rows are all
+    tensors: Callable[[], dict[str, Tensor]] | None = None  # trained arrays by their paths; None: the rows are all
 
     @functools.cached_property
     def tree(self) -> dict[str, Any]:
         """All trained arrays, nested by their paths in the model; they are read when they are first asked for."""
-        return {"prompt": {"rows": jnp.asarray(self.rows)}} if self.read_tree is None else self.read_tree()
+        if self.tensors is None:
+            return {"prompt": {"rows": jnp.asarray(self.rows)}}
+        return self._nested(lambda path, tensor: jnp.asarray(self._float32(path, tensor.read())))
+
+    @property
+    def abstract_tree(self) -> dict[str, Any]:
+        """The shapes of all trained arrays, nested as in `tree`; nothing is read."""
+        if self.tensors is None:
+            return jax.eval_shape(lambda: self.tree)
+        return self._nested(lambda path, tensor: jax.ShapeDtypeStruct(tensor.shape, jnp.float32))
+
+    def sharded_tree(self, shardings: Mapping[str, jax.sharding.NamedSharding]) -> dict[str, Any]:
+        """Read all trained arrays, slices straight to where the sharding of each path says that they lie."""
+        if self.tensors is None:
+            return unflatten({path: put_sharded(rows, shardings[path]) for path, rows in flatten(self.tree).items()})
+
+        def placed(path: str, tensor: Tensor) -> jax.Array:
+            def part(index: Any) -> np.ndarray:
+                limits = zip(index, tensor.shape, strict=True)
+                return self._float32(path, tensor.read(tuple(slice(*cut.indices(size)[:2]) for cut, size in limits)))
+
+            return jax.make_array_from_callback(tensor.shape, shardings[path], part)
+
+        return self._nested(placed)
+
+    def _float32(self, path: str, values: np.ndarray) -> np.ndarray:
+        return finite_float32(values, f"{self.source}: {path}")
+
+    def _nested(self, made: Callable[[str, Tensor], Any]) -> dict[str, Any]:
+        assert self.tensors is not None
+        arrays = {path: made(path, tensor) for path, tensor in self.tensors().items()}
+        try:
+            if all(path.count(".") < _DEEPEST for path in arrays):
+                return unflatten(arrays)
+        except TypeError:  # `a` beside `a.b`
+            pass
+        raise UserError(
+            f"{self.source}: its tensors have no paths of a model; expected what a run trained; export it again"
+        )
 
     @property
     def prompt(self) -> Float[np.ndarray, "P D"]:
@@ -92,11 +144,14 @@ class Artifact:
         if self.folder is not None and (self.folder / CONFIG_FILE).exists():
             return config.read(self.folder / CONFIG_FILE)
         try:
-            return json.loads(self.metadata["settings"]) if "settings" in self.metadata else None
+            found = parse_json(self.metadata.get("settings", "null"))
+            if not isinstance(found, dict | None):
+                raise ValueError(f"found {type(found).__name__}")
         except ValueError as error:
             raise UserError(
                 f"{self.source}: its settings are not JSON ({error}); expected those of a run; export it again"
             ) from None
+        return found
 
     @property
     def backbone(self) -> str | None:
@@ -106,14 +161,21 @@ class Artifact:
 
     def check_backbone(self, found: str, backbone: str, hint: str = "", where: str | None = None) -> None:
         """Refuse a backbone with the fingerprint `found`, called `backbone`, if it is not the one of the training."""
-        check_fingerprint(self.metadata, found, where or self.source, backbone, hint)
+        known = self.metadata.get("fingerprint")
+        if known is not None and known != found:
+            raise UserError(
+                f"{where or self.source}: trained on backbone {self.metadata.get('backbone', '?')} ({known}), used on "
+                f"{backbone} ({found}); expected the same backbone; "
+                f"{hint or 'give the one it was trained on, or say --any-backbone'}"
+            )
 
 
 def load_artifact(source: str | Path) -> Artifact:
     """Read what a run has trained.
 
     `source`: a run's folder (of one that has not finished its best checkpoint, or else its latest), a prompt file
-    (`.npy`, `.safetensors`), a file of trained arrays (`.safetensors`), or a T5X prompt tuning run; here or on gs://.
+    (`.npy`, `.safetensors`), a file of trained arrays (`.safetensors`), or a T5X prompt tuning run; here or on gs://;
+    the folder of a prompt by PEFT; or OWNER/NAME on the hub, of a repository that holds one of these folders.
     Errors: UserError for what is none of these, or damaged; rows must be finite.
     """
     path, name = Path(source), str(source)
@@ -124,17 +186,24 @@ def load_artifact(source: str | Path) -> Artifact:
     if path.is_file():
         return _read_file(path, name)
     own, trained = path / PROMPT_FILE, path / TRAINED_FILE
-    read_trained = functools.partial(_read_tree, trained) if trained.exists() else None
+    open_trained = functools.partial(open_safetensors, trained) if trained.exists() else None
     if own.exists():
-        return dataclasses.replace(_read_file(own, name), folder=path, read_tree=read_trained)
-    if read_trained is not None:
-        return Artifact(name, read_metadata(trained), folder=path, read_tree=read_trained)
+        return dataclasses.replace(_read_file(own, name), folder=path, tensors=open_trained)
+    if open_trained is not None:
+        return Artifact(name, read_metadata(trained), folder=path, tensors=open_trained)
     if (path / CONFIG_FILE).exists():
         tree, step = best_or_latest(source if cloud_files.is_remote(source) else path)
-        return Artifact(name, {}, step=step, folder=path, read_tree=lambda: jax.tree.map(jnp.asarray, tree))
+        return Artifact(name, {}, step=step, folder=path, tensors=lambda: _in_memory(tree))
     if (checkpoint := t5x.find_checkpoint(source)) is not None:
         opened = t5x.Checkpoint(checkpoint)
         return Artifact(name, {"step": str(opened.step)}, opened.prompt())
+    if (path / PEFT_CONFIG).exists():
+        return _read_peft(path, name)
+    if not path.exists() and path.suffix not in (".npy", ".safetensors") and hugging_face.is_hub_name(source):
+        expected = "a prompt file, a run folder, or OWNER/NAME of a prompt on the hub"
+        return dataclasses.replace(
+            load_artifact(hugging_face.download(source, _HUB_FILES, name, expected)), source=name
+        )
     if path.is_dir():
         raise UserError(
             f"{source}: no {PROMPT_FILE} or {TRAINED_FILE} (it is not a run folder); expected the folder of a run"
@@ -143,54 +212,76 @@ def load_artifact(source: str | Path) -> Artifact:
 
 
 def load_prompt(source: str | Path) -> Float[np.ndarray, "P D"]:
-    """Return prompt rows, float32 [P, D], of a `.npy` or safetensors file, a run folder or a T5X prompt tuning run."""
+    """Return prompt rows, float32 [P, D].
+
+    `source`: a `.npy` or safetensors file, a run folder, a T5X prompt tuning run, the folder of a prompt by PEFT, or
+    OWNER/NAME of one that was pushed to the hub. Errors: UserError for what is no prompt.
+    """
     return load_artifact(source).prompt
-
-
-def named_backbone(artifacts: Sequence[Artifact], given: str | None = None) -> str:
-    """Return the backbone that is given, or the first that one of some artifacts says that it was trained on."""
-    found = given or next((name for one in artifacts if (name := one.backbone) is not None), None)
-    if found is None:
-        raise UserError(
-            f"{artifacts[0].source}: says no backbone; expected one; add --backbone with a folder or hub name"
-        )
-    return found
-
-
-def check_fingerprint(metadata: dict[str, str], found: str, where: str, backbone: str, hint: str = "") -> None:
-    """Refuse what says that it was trained on a backbone of another fingerprint."""
-    known = metadata.get("fingerprint")
-    if known is not None and known != found:
-        raise UserError(
-            f"{where}: trained on backbone {metadata.get('backbone', '?')} ({known}), used on {backbone} ({found}); "
-            f"expected the same backbone; {hint or 'give the one it was trained on, or say --any-backbone'}"
-        )
 
 
 def _read_file(path: Path, name: str) -> Artifact:
     if path.suffix == ".safetensors":
-        if ROWS not in open_safetensors(path):
-            return Artifact(name, read_metadata(path), read_tree=functools.partial(_read_tree, path))
-        arrays, metadata = read_tensors(path)
-        rows = arrays[ROWS]
+        if is_compact(opened := open_safetensors(path)):
+            arrays, metadata = read_tensors(path)
+            arrays = {part: finite_float32(value, f"{path}: {part}") for part, value in arrays.items()}
+            rows = expanded(arrays, metadata, str(path))
+        elif ROWS not in opened:
+            return Artifact(name, read_metadata(path), tensors=functools.partial(open_safetensors, path))
+        else:
+            arrays, metadata = read_tensors(path)
+            rows = arrays[ROWS]
     else:
         metadata = {}
         try:
-            rows = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise UserError(f"{path}: not a .npy array ({error}); expected prompt rows") from None
-        if not isinstance(rows, np.ndarray) or rows.dtype.kind not in "fiu":
+            rows = _read_npy(path)
+        except _NO_ARRAY as error:
+            raise UserError(f"{path}: not a .npy array ({first_line(error)[:200]}); expected prompt rows") from None
+        if rows.dtype.kind not in "fiu":
             raise UserError(f"{path}: not an array of finite numbers; expected prompt rows as .npy or .safetensors")
-    if rows.ndim != 2 or not len(rows):
+    if rows.ndim != 2 or not rows.size:
         raise UserError(f"{path}: found shape {list(rows.shape)}; expected prompt rows [P, D]")
-    rows = np.asarray(rows, np.float32)
-    if not np.isfinite(rows).all():
-        raise UserError(f"{path}: not an array of finite numbers; expected prompt rows [P, D]")
-    return Artifact(name, metadata, rows)
+    return Artifact(name, metadata, finite_float32(rows, str(path)))
 
 
-def _read_tree(path: Path) -> dict[str, Any]:
-    return unflatten({name: jnp.asarray(value) for name, value in read_tensors(path)[0].items()})
+def _read_peft(folder: Path, name: str) -> Artifact:
+    """Read the rows of PEFT's PROMPT_TUNING and P_TUNING; of a T5 the first half of what is saved is used."""
+    about = read_object(folder / PEFT_CONFIG, "what PEFT has written")
+    kind, length, backbone = (about.get(key) for key in ("peft_type", "num_virtual_tokens", "base_model_name_or_path"))
+    if kind not in ("PROMPT_TUNING", "P_TUNING") or not isinstance(length, int) or length < 1:
+        raise UserError(
+            f"{name}: an adapter of PEFT of kind {kind!r} with {length!r} rows; expected PROMPT_TUNING or P_TUNING, "
+            "which are prompts; load_backbone(BACKBONE, adapter=FOLDER) loads the others"
+        )
+    arrays, metadata = read_tensors(folder / PEFT_TENSORS)
+    rows = arrays.get("prompt_embeddings")
+    if rows is None or rows.ndim != 2 or len(rows) not in (length, 2 * length):
+        found = "none" if rows is None else list(rows.shape)
+        raise UserError(f"{name}: prompt_embeddings of shape {found}; expected [{length} or {2 * length}, its width]")
+    if isinstance(backbone, str):
+        metadata = {"backbone": backbone} | metadata
+    return Artifact(name, metadata, finite_float32(rows[:length], name))
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    """Read an array whose header states no more numbers than the file has. Errors: those of _NO_ARRAY."""
+    with path.open("rb") as file:
+        version = np.lib.format.read_magic(file)
+        if version not in _NPY_HEADERS:
+            raise ValueError(f"of format {version}")
+        stated = int.from_bytes(file.read(2 if version == (1, 0) else 4), "little")  # NumPy makes room for so many
+        if stated > path.stat().st_size:
+            raise ValueError(f"its header of {stated} bytes is not in its {path.stat().st_size}")
+        file.seek(np.lib.format.MAGIC_LEN)
+        shape, _, dtype = _NPY_HEADERS[version](file)
+        if max(math.prod(shape) * dtype.itemsize, *shape, 0) > path.stat().st_size:  # 0 x 2^64 is much, too
+            raise ValueError(f"its shape {list(shape)} is not in its {path.stat().st_size} bytes")
+    return np.load(path, allow_pickle=False)
+
+
+def _in_memory(tree: dict[str, Any]) -> dict[str, Tensor]:
+    """Return arrays of a checkpoint, which has been read, as what is read by slices."""
+    return {path: Tensor(path, values.shape, values.__getitem__) for path, values in flatten(tree).items()}
 
 
 def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -207,14 +298,17 @@ def read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """Read what a safetensors file says of itself, but for its checksums."""
-    with safe_open(path, framework="numpy") as opened:
-        return {name: value for name, value in (opened.metadata() or {}).items() if name != CHECKSUMS}
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            return {name: value for name, value in (opened.metadata() or {}).items() if name != CHECKSUMS}
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a complete safetensors file ({error}); download it again") from None
 
 
 # ------------------------------------------------------------------------------------------------------- writing
 
 
-def save_trained(model: T5, path: Path, metadata: dict[str, str]) -> None:
+def save_trained(model: LanguageModel, path: Path, metadata: dict[str, str]) -> None:
     """Write everything that trains as float32 under its path in the model, with `metadata`."""
     arrays = {name: np.asarray(leaf) for name, leaf in flatten(nnx.to_pure_dict(nnx.state(model, Trainable))).items()}
     if "fingerprint" not in metadata:
@@ -234,14 +328,10 @@ def own_prompt_file(folder: Path, task: str) -> Path:
 
 def write_tensors(arrays: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
     """Write tensors with metadata at once or not at all; equal content gives equal bits."""
-    temporary = path.with_suffix(".partial")
-    try:
-        arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    arrays = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    with written_whole(path) as temporary:
         save_file(arrays, temporary, metadata=metadata | checksums(arrays))
         _sort_metadata(temporary)
-        temporary.replace(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: cannot be written ({error}); expected a writable folder with space") from None
 
 
 def _sort_metadata(path: Path) -> None:
@@ -258,6 +348,5 @@ def _sort_metadata(path: Path) -> None:
 
 def dump(value: Any, path: Path) -> None:
     """Write JSON at once or not at all."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    temporary.replace(path)
+    with written_whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")

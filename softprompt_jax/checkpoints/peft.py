@@ -11,30 +11,43 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import nnx
 
-from softprompt_jax.checkpoints.artifact import check_fingerprint, read_tensors, write_tensors
+from softprompt_jax.checkpoints.artifact import PEFT_CONFIG, PEFT_TENSORS, Artifact, read_tensors, write_tensors
 from softprompt_jax.checkpoints.backbone import fingerprint
+from softprompt_jax.checkpoints.tensors import finite_float32
 from softprompt_jax.checkpoints.torch_file import open_torch
-from softprompt_jax.config import UserError, nearest
-from softprompt_jax.methods import METHODS, Context, MethodSettings, put_trained, split
-from softprompt_jax.models.t5 import T5
+from softprompt_jax.config import UserError, first_line, nearest
+from softprompt_jax.files import read_object, writable
+from softprompt_jax.methods import (
+    METHODS,
+    Context,
+    MethodSettings,
+    check_lengths,
+    check_trained,
+    put_trained,
+    split,
+)
+from softprompt_jax.models.language_model import LanguageModel
 from softprompt_jax.trees import flatten, unflatten
 
-CONFIG_FILE, TENSOR_FILE, OLD_TENSOR_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-TASK = "SEQ_2_SEQ_LM"
+CONFIG_FILE, TENSOR_FILE, OLD_TENSOR_FILE = PEFT_CONFIG, PEFT_TENSORS, "adapter_model.bin"
+SEQ_2_SEQ, CAUSAL = "SEQ_2_SEQ_LM", "CAUSAL_LM"  # task types: of encoder-decoders, of decoder-only models
+_KINDS = {method.peft_type: method for method in METHODS.values() if method.peft_type}
 
 
-def attach_adapter(model: T5, folder: str | Path) -> MethodSettings:
+def attach_adapter(model: LanguageModel, folder: str | Path) -> MethodSettings:
     """Attach what PEFT has trained, with its values, and return its settings.
 
     Errors: UserError for an unknown kind of adapter, one that needs what we cannot do, or of another backbone.
     """
     folder = Path(folder)
-    config = read_config(folder)
-    kind, kinds = read_kind(config, folder), _kinds()
-    if config.get("task_type") not in (None, TASK):
+    config = read_object(folder / CONFIG_FILE, "what PEFT has written")
+    kind = read_kind(config, folder)
+    task = _task_type(model)
+    if config.get("task_type") not in (None, task):
         raise UserError(
-            f"{folder / CONFIG_FILE}: task_type is {config['task_type']!r}; expected {TASK}, an adapter of a T5"
+            f"{folder / CONFIG_FILE}: task_type is {config['task_type']!r}; expected {task}, an adapter of such a model"
         )
     if config.get("modules_to_save"):
         raise UserError(
@@ -46,31 +59,38 @@ def attach_adapter(model: T5, folder: str | Path) -> MethodSettings:
         tensors, metadata = {name: tensor.read() for name, tensor in opened.items()}, {}
     else:
         tensors, metadata = read_tensors(folder / TENSOR_FILE)
-    check_fingerprint(metadata, fingerprint(model), str(folder), "this one")
+    Artifact(str(folder), metadata).check_backbone(fingerprint(model), "this one")
     try:
-        method, values = kinds[kind].from_peft(config, tensors, model.settings)
+        method, values = _KINDS[kind].from_peft(config | {"task_type": task}, tensors, model.settings)
     except KeyError as error:
         raise UserError(f"{folder}: no {error.args[0]!r}; expected it in an adapter of kind {kind}") from None
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    before = flatten(split(model).trainable)
-    method.attach(model, jax.random.key(0), Context())
-    shapes = {path: leaf.shape for path, leaf in flatten(split(model).trainable).items() if path not in before}
-    for path in sorted({*shapes, *values}):
-        found = list(values[path].shape) if path in values else "nothing"
-        if path not in shapes or found != list(shapes[path]):
-            expected = list(shapes[path]) if path in shapes else "nothing"
-            raise UserError(f"{folder}: found {found} for {path}; expected {expected} on this backbone; give its own")
-    put_trained(
-        model,
-        unflatten(before | {path: jax.numpy.float32(value) for path, value in values.items()}),
-        str(folder),
-    )
+    except (TypeError, ValueError, AttributeError, IndexError, ArithmeticError) as error:  # numbers that are none, ...
+        raise UserError(
+            f"{folder / CONFIG_FILE}: is not that of its tensors ({first_line(error)}); expected an adapter of kind "
+            f"{kind} as PEFT writes it"
+        ) from None
+
+    def attached(model: LanguageModel) -> LanguageModel:
+        method.attach(model, jax.random.key(0), Context())
+        return model
+
+    arrays = {path: jax.numpy.asarray(finite_float32(value, f"{folder}: {path}")) for path, value in values.items()}
+    trained = unflatten(flatten(split(model).trainable) | arrays)
+    check_lengths([method], trained, str(folder))
+    expected = nnx.eval_shape(attached, nnx.merge(*nnx.split(model)))  # before anything of a stated size is built
+    check_trained(split(expected).trainable, trained, str(folder))
+    put_trained(attached(model), trained, str(folder))
     return method
 
 
 def save_adapter(
-    model: T5, methods: Sequence[MethodSettings], folder: str | Path, backbone: str | None, metadata: dict[str, str]
+    model: LanguageModel,
+    methods: Sequence[MethodSettings],
+    folder: str | Path,
+    backbone: str | None,
+    metadata: dict[str, str],
 ) -> None:
     """Write what trains as an adapter that PEFT loads on the same backbone, in float32.
 
@@ -84,39 +104,22 @@ def save_adapter(
         "base_model_name_or_path": backbone,
         "inference_mode": True,
         "peft_type": methods[0].peft_type,
-        "task_type": TASK,  # without it PEFT ignores a prompt
+        "task_type": _task_type(model),  # without it PEFT ignores a prompt
     }
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(tensors, folder / TENSOR_FILE, metadata | {"format": "pt", "fingerprint": fingerprint(model)})
     text = json.dumps(common | settings, indent=2, sort_keys=True) + "\n"
-    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    with writable(folder, folder=True) as to:
+        write_tensors(tensors, to / TENSOR_FILE, metadata | {"format": "pt", "fingerprint": fingerprint(model)})
+        (to / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+
+def _task_type(model: LanguageModel) -> str:
+    return CAUSAL if model.encoder is None else SEQ_2_SEQ
 
 
 def read_kind(config: dict[str, Any], folder: Path) -> str:
     """Return an adapter's kind, if it is one that is known here."""
-    kind, kinds = str(config.get("peft_type")), _kinds()
-    if kind not in kinds:
-        raise UserError(
-            f"{folder / CONFIG_FILE}: peft_type is {kind!r}; expected one of {', '.join(sorted(kinds))}"
-            f"{nearest(kind, kinds)}"
-        )
+    kind = str(config.get("peft_type"))
+    if kind not in _KINDS:
+        expected = f"{', '.join(sorted(_KINDS))}{nearest(kind, _KINDS)}"
+        raise UserError(f"{folder / CONFIG_FILE}: peft_type is {kind!r}; expected one of {expected}")
     return kind
-
-
-def _kinds() -> dict[str, type[MethodSettings]]:
-    return {method.peft_type: method for method in METHODS.values() if method.peft_type}
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """Read an adapter's `adapter_config.json`."""
-    path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder}: no {CONFIG_FILE}; expected a folder that PEFT has written") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error}); expected PEFT's settings") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: found {type(config).__name__}; expected a JSON object, PEFT's settings")
-    return config

@@ -13,12 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import msgpack
 import numpy as np
 import tensorstore as ts
+from flax import serialization, traverse_util
 
-from softprompt_jax.checkpoints.tensors import Tensor, in_memory
+from softprompt_jax import config
+from softprompt_jax.checkpoints.tensors import Index, Tensor, finite_float32
 from softprompt_jax.config import UserError
 from softprompt_jax.models.presets import PRESETS
 from softprompt_jax.models.t5 import T5Settings
@@ -27,7 +27,7 @@ _STEP = re.compile(r"checkpoint_(\d+)")
 _UNFINISHED = re.compile(r"(\.|-)(orbax-checkpoint-)?tmp(-|$)")
 _LAYER = re.compile(r"(encoder|decoder)\.(?:layers_(\d+)|layers|encoder|decoder)\.(.+)")
 _SLOT = re.compile(r"state\.param_states\.(.+)\.(m|v|v_row|v_col)")
-_LETTERS = {"query": "q", "key": "k", "value": "v", "out": "o"}
+_NAMES = config.read_text((Path(__file__).parent / "t5x_names.yaml").read_text(encoding="utf-8"), "t5x_names.yaml")
 _CACHE_BYTES = 1 << 29  # a chunk of stacked layers is read once a layer
 
 
@@ -64,8 +64,7 @@ class Checkpoint:
         found = self._msgpack()
         arrays = self._orbax() if found is None else found
         targets = {name.removeprefix("target."): t for name, t in arrays.items() if name.startswith("target.")}
-        prompts = {n: t for n, t in targets.items() if n.startswith("encoder.") and n.endswith("prompt")}
-        self.prompts = prompts  # of the encoder
+        self.prompts = {n: t for n, t in targets.items() if n.startswith("encoder.") and n.endswith("prompt")}
         self._targets = targets
         self._slots = {name: tensor for name, tensor in arrays.items() if _SLOT.fullmatch(name)}
         self._step = arrays.get("state.step")
@@ -77,7 +76,7 @@ class Checkpoint:
         }
         self.tensors: dict[str, Tensor] = {}
         for name, tensor in targets.items():
-            if name not in prompts:
+            if name not in self.prompts:
                 self.tensors |= self._translated(name, tensor)
 
     @property
@@ -129,7 +128,7 @@ class Checkpoint:
             found = ", ".join(self.prompts) or "none"
             raise UserError(f"{self.root}: prompts of the encoder: {found}; expected one; use a prompt tuning run's")
         (tensor,) = self.prompts.values()
-        return tensor.read().astype(np.float32)
+        return finite_float32(tensor.read(), f"{self.root}: {tensor.name}")
 
     def adafactor(self) -> dict[str, dict[str, Tensor]]:
         """Return Adafactor's slots (v, or v_row and v_col, and m with momentum) by Hugging Face name of the weight.
@@ -144,7 +143,8 @@ class Checkpoint:
             weight, slot = found.groups()
             if tensor.shape == (1,):  # what Adafactor writes for a slot that it does not use
                 continue
-            if weight in self.prompts or (slot.startswith("v_") and not self._is_joint(weight)):
+            joint = weight in self._targets and len(self._targets[weight].shape) > 2  # layers, or heads and their width
+            if weight in self.prompts or (slot.startswith("v_") and not joint):
                 translated = {_their_name(weight)[0]: {slot: tensor}}
             elif slot in ("v", "m"):
                 translated = {theirs: {slot: part} for theirs, part in self._translated(weight, tensor).items()}
@@ -154,10 +154,6 @@ class Checkpoint:
                 slots.setdefault(theirs, {}).update(parts)
         return slots
 
-    def _is_joint(self, weight: str) -> bool:
-        """Tell whether an array has more than two axes: several layers, or heads and their width apart."""
-        return weight in self._targets and len(self._targets[weight].shape) > 2
-
     def _factored(self, weight: str) -> dict[str, dict[str, Tensor]]:
         """Return v_row and v_col of each matrix of an array of more axes. Skip this on first reading.
 
@@ -165,45 +161,39 @@ class Checkpoint:
         the row is the side of the model's width, which for `out` and `wo` is the output. Shapes that say otherwise are
         believed; the rules decide where input and output are equally large.
         """
-        row, column = (self._slots.get(f"state.param_states.{weight}.{slot}") for slot in ("v_row", "v_col"))
+        slots = (f"state.param_states.{weight}.{slot}" for slot in ("v_row", "v_col"))
+        means = [self._slots[slot] for slot in slots if slot in self._slots]
         shape, found = self._targets[weight].shape, _LAYER.fullmatch(weight)
         axis = self._axis if found is not None and found[2] is None else None
-        own = [length for number, length in enumerate(shape) if number != axis]
+        own = [number for number in range(len(shape)) if number != axis]
         inputs = 2 if len(own) == 3 and weight.endswith(".out.kernel") else 1
-        sides = [own[:inputs], own[inputs:]]
-        # Where the layers stand among what is kept of the input, and of the output.
-        places = [None, None] if axis is None else [min(axis, inputs), max(axis - inputs, 0)]
-        shapes = []
-        for side, place in zip(sides, places, strict=True):
-            kept = side if place is None else [*side[:place], shape[axis or 0], *side[place:]]
-            shapes.append(tuple(kept))
-        given = [tensor.shape for tensor in (row, column) if tensor is not None]
-        readings = [shapes, shapes[::-1]]
+        sides = own[:inputs], own[inputs:]
+        # The axes that are left where the mean is taken over the output, and where it is over the input.
+        left = [sorted([*side] if axis is None else [*side, axis]) for side in sides]
+        readings = [left, left[::-1]]
         if weight.endswith((".out.kernel", ".wo.kernel")):
             readings.reverse()
-        if given not in readings or not weight.endswith(".kernel"):
-            both = " or ".join(", ".join(str(list(each)) for each in reading) for reading in readings)
+        shapes = [[tuple(shape[number] for number in axes) for axes in reading] for reading in readings]
+        given = [tensor.shape for tensor in means]
+        if given not in shapes or not weight.endswith(".kernel"):
+            both = " or ".join(", ".join(str(list(each)) for each in reading) for reading in shapes)
             raise UserError(
                 f"{self.root}: slots v_row, v_col of {weight}: found {', '.join(str(list(s)) for s in given)}; "
                 f"expected {both}; start without slots"
             )
-        assert row is not None
-        assert column is not None
-        means = (
-            [row, column] if readings[readings.index(given)] is shapes else [column, row]
-        )  # of the input, the output
-        if math.prod(sides[0]) > math.prod(sides[1]):  # the means over the longer come first
-            means.reverse()
-            places.reverse()
+        pairs = list(zip(means, readings[shapes.index(given)], strict=True))
+        lengths = [math.prod(shape[number] for number in side) for side in sides]
+        if pairs[0][1] is not left[lengths[0] > lengths[1]]:  # the mean over the longer comes first
+            pairs.reverse()
 
-        def vector(tensor: Tensor, place: int | None, layer: int) -> Tensor:
-            tensor = tensor if place is None else tensor.layer(layer, place)
+        def vector(tensor: Tensor, axes: list[int], layer: int) -> Tensor:
+            tensor = tensor if axis is None else tensor.layer(layer, axes.index(axis))
             return tensor.merged(0) if len(tensor.shape) == 2 else tensor
 
         result = {}
         for layer in range(1 if axis is None else shape[axis]):
             name = weight if axis is None or found is None else f"{found[1]}.layers_{layer}.{found[3]}"
-            vectors = [vector(tensor, place, layer) for tensor, place in zip(means, places, strict=True)]
+            vectors = [vector(*pair, layer) for pair in pairs]
             result[_their_name(name)[0]] = dict(zip(("v_row", "v_col"), vectors, strict=True))
         return result
 
@@ -237,23 +227,18 @@ class Checkpoint:
         if content is None:
             return None
         try:
-            tree = msgpack.unpackb(content, ext_hook=_array, raw=False, strict_map_key=False)
-            tree = tree["optimizer"]
-            tree = {"target": tree["target"], "state": tree["state"]}
+            tree = serialization.msgpack_restore(content)
+            tree = {part: tree["optimizer"][part] for part in ("target", "state")}
+            found = traverse_util.flatten_dict(tree, is_leaf=lambda _, value: "driver" in value, sep=".")
         except Exception as error:  # msgpack has no common exception, and other programs name a file so too
             raise UserError(f"{where}: not a T5X checkpoint ({error!r:.80}); expected T5X's msgpack file") from None
         arrays: dict[str, Tensor] = {}
-        self._collect(tree, "", arrays)
+        for name, value in found.items():
+            if isinstance(value, dict):
+                arrays[name] = self._outside(value, name)
+            elif isinstance(value, np.ndarray | np.generic | int):
+                arrays[name] = Tensor(name, np.shape(value), np.asarray(value).__getitem__)
         return arrays
-
-    def _collect(self, tree: Any, name: str, arrays: dict[str, Tensor]) -> None:
-        if isinstance(tree, dict) and "driver" in tree:
-            arrays[name] = self._outside(tree, name)
-        elif isinstance(tree, dict):
-            for key, value in tree.items():
-                self._collect(value, f"{name}.{key}" if name else str(key), arrays)
-        elif isinstance(tree, np.ndarray | np.generic | int):
-            arrays[name] = in_memory(name, np.asarray(tree))
 
     def _outside(self, spec: dict[str, Any], name: str) -> Tensor:
         """Return the array that a tensorstore spec means, found by the name of its folder."""
@@ -264,17 +249,14 @@ class Checkpoint:
         except (KeyError, TypeError, AttributeError, ValueError):
             raise UserError(f"{self.root}: {name} has no shape and path; expected a tensorstore spec") from None
         store = {**self._store, "path": f"{self._store['path']}{folder}/"}
-        return Tensor(name, shape, functools.partial(self._part, [], store, name, shape))
+        opened = functools.cache(lambda: self._open(store).result())  # stays open from the first time on
 
-    def _part(
-        self, opened: list[Any], store: dict[str, Any], name: str, shape: tuple[int, ...], index: tuple[slice, ...]
-    ) -> np.ndarray:
-        """Read a part of an array, which stays open from the first time on."""
-        if not opened:
-            opened.append(self._open(store).result())
-            if opened[0].shape != shape:
-                raise UserError(f"tensor {name}: has shape {list(opened[0].shape)}; expected {list(shape)}")
-        return np.asarray(opened[0][index].read().result())
+        def part(index: Index) -> np.ndarray:
+            if opened().shape != shape:
+                raise UserError(f"tensor {name}: has shape {list(opened().shape)}; expected {list(shape)}")
+            return np.asarray(opened()[index].read().result())
+
+        return Tensor(name, shape, part)
 
     def _open(self, store: dict[str, Any]) -> Any:
         # A missing chunk reads as zeros: right for slots, whose zeros may have been left out, wrong for weights.
@@ -304,36 +286,11 @@ class Checkpoint:
 
 def _their_name(name: str) -> tuple[str, bool]:
     """Translate a weight of T5X to its Hugging Face name and "is transposed there"; an unknown one stays as it is."""
-    whole_model = {
-        "token_embedder.embedding": ("shared.weight", False),
-        "decoder.logits_dense.kernel": ("lm_head.weight", True),
-        "encoder.encoder_norm.scale": ("encoder.final_layer_norm.weight", False),
-        "decoder.decoder_norm.scale": ("decoder.final_layer_norm.weight", False),
-    }
-    if name in whole_model:
-        return whole_model[name]
-    stack, *parts = name.split(".")
-    number = "0"  # the first block holds the bias that all share
-    if parts and (found := re.fullmatch(r"layers_(\d+)", parts[0])):
-        number, parts = found[1], parts[1:]
-    last = 1 if stack == "encoder" else 2
-    own = "attention" if stack == "encoder" else "self_attention"
-    block = f"{stack}.block.{number}.layer"
-    match parts:
-        case ["relpos_bias" | "relative_posemb", "rel_embedding"]:
-            return f"{block}.0.SelfAttention.relative_attention_bias.weight", True
-        case [attention, part, "kernel"] if part in _LETTERS and attention == own:
-            return f"{block}.0.SelfAttention.{_LETTERS[part]}.weight", True
-        case ["encoder_decoder_attention", part, "kernel"] if part in _LETTERS:
-            return f"{block}.1.EncDecAttention.{_LETTERS[part]}.weight", True
-        case ["mlp", "wi" | "wi_0" | "wi_1" | "wo" as part, "kernel"]:
-            return f"{block}.{last}.DenseReluDense.{part}.weight", True
-        case [norm, "scale"] if norm == f"pre_{own}_layer_norm":
-            return f"{block}.0.layer_norm.weight", False
-        case ["pre_cross_attention_layer_norm", "scale"]:
-            return f"{block}.1.layer_norm.weight", False
-        case ["pre_mlp_layer_norm", "scale"]:
-            return f"{block}.{last}.layer_norm.weight", False
+    layer = re.search(r"\.layers_(\d+)(?=\.)", name)
+    without = name if layer is None else name.replace(layer[0], "", 1)
+    for pattern, theirs, transposed in _NAMES:
+        if found := re.fullmatch(pattern, without):
+            return found.expand(theirs).format(layer[1] if layer else 0), transposed
     return name, False
 
 
@@ -364,15 +321,6 @@ def _layer_axis(targets: dict[str, Tensor], root: str) -> int | None:
 def _depth(shapes: dict[str, Any], stack: str) -> int:
     found = (re.match(rf"{stack}\.block\.(\d+)\.", name) for name in shapes)
     return 1 + max((int(match[1]) for match in found if match), default=0)
-
-
-def _array(code: int, content: bytes) -> Any:
-    """Decode flax's msgpack extensions: arrays (1) and NumPy scalars (3), both as (shape, dtype, bytes)."""
-    if code not in (1, 3):
-        raise ValueError(f"msgpack extension {code}")
-    shape, name, values = msgpack.unpackb(content, raw=False)
-    dtype = np.dtype(jnp.bfloat16 if name == "bfloat16" else name)
-    return np.frombuffer(values, dtype).reshape(shape)
 
 
 def _kvstore(root: str) -> dict[str, str]:

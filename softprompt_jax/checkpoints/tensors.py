@@ -16,9 +16,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from softprompt_jax.config import UserError
+from softprompt_jax.files import parse_json, read_object
 
 Index = tuple[slice, ...]  # one slice an axis, each with a start and a stop
 CHECKSUMS = "crc32"  # in the metadata of files that this library writes: the CRC-32 of each tensor, as JSON
+_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "int8": "I8", "uint8": "U8", "int32": "I32"}
 _FILE_BYTES = 2 << 30  # of weights in a file that is written; more go to several files
 
 
@@ -26,33 +28,36 @@ _FILE_BYTES = 2 << 30  # of weights in a file that is written; more go to severa
 class Tensor:
     """An array on disk. `part(index)` reads what the slices of an index, one for each axis, select.
 
-    `checked`: a checksum is compared when the tensor is read whole.
+    `checked`: a checksum is compared when the tensor is read whole. `file` is named in errors.
     """
 
     name: str
     shape: tuple[int, ...]
     part: Callable[[Index], np.ndarray]
     checked: bool = False
+    file: str = ""
 
     def read(self, index: Index | None = None) -> np.ndarray:
         """Read a part (default: all), as an array of the file's dtype whose numbers are all finite."""
         index = whole(self.shape) if index is None else index
+        where = f"{self.file}{': ' if self.file else ''}tensor {self.name}"
         try:
             values = np.asarray(self.part(index))
         except UserError:
             raise
         except (SafetensorError, OSError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"tensor {self.name}: cannot be read ({reason}); download the weights again") from None
+            raise UserError(f"{where}: cannot be read ({reason}); download the weights again") from None
         if not finite(values):
-            raise UserError(
-                f"tensor {self.name}: holds numbers that are not finite; expected weights; download them again"
-            )
+            raise UserError(f"{where}: holds numbers that are not finite; expected weights; download them again")
         return values
+
+    def _view(self, name: str, shape: tuple[int, ...], part: Callable[[Index], np.ndarray]) -> Tensor:
+        return Tensor(name, shape, part, file=self.file)
 
     def transposed(self) -> Tensor:
         """Return the view of a matrix with its two axes exchanged."""
-        return Tensor(self.name, self.shape[::-1], lambda index: self.part(index[::-1]).T)
+        return self._view(self.name, self.shape[::-1], lambda index: self.part(index[::-1]).T)
 
     def layer(self, number: int, axis: int) -> Tensor:
         """Return the view of one layer of an array that stacks them along `axis`."""
@@ -60,7 +65,7 @@ class Tensor:
         def part(index: Index) -> np.ndarray:
             return self.part((*index[:axis], slice(number, number + 1), *index[axis:])).squeeze(axis)
 
-        return Tensor(f"{self.name}[{number}]", self.shape[:axis] + self.shape[axis + 1 :], part)
+        return self._view(f"{self.name}[{number}]", self.shape[:axis] + self.shape[axis + 1 :], part)
 
     def merged(self, axis: int) -> Tensor:
         """Return the view in which `axis` and the one after it, heads and their width, are one."""
@@ -74,12 +79,18 @@ class Tensor:
             wanted = slice(start - first * width, stop - first * width)
             return values[(*[slice(None)] * axis, wanted)]
 
-        return Tensor(self.name, (*self.shape[:axis], heads * width, *self.shape[axis + 2 :]), part)
+        return self._view(self.name, (*self.shape[:axis], heads * width, *self.shape[axis + 2 :]), part)
 
+    def share(self, number: int, of: int, groups: int) -> Tensor:
+        """Return the view of one of `of` arrays that lie side by side, in each of `groups`, along the last axis."""
+        width = self.shape[-1] // (of * groups)
 
-def in_memory(name: str, array: np.ndarray) -> Tensor:
-    """Return a tensor whose values are in memory already."""
-    return Tensor(name, array.shape, lambda index: np.asarray(array[index]))
+        def part(index: Index) -> np.ndarray:
+            values = self.part((*index[:-1], slice(0, self.shape[-1])))
+            values = values.reshape(*values.shape[:-1], groups, of, width)[..., number, :]
+            return values.reshape(*values.shape[:-2], -1)[..., index[-1]]
+
+        return self._view(self.name, (*self.shape[:-1], groups * width), part)
 
 
 def whole(shape: Sequence[int]) -> Index:
@@ -130,6 +141,15 @@ def finite(values: np.ndarray) -> bool:
     return bool(np.isfinite(values).all())
 
 
+def finite_float32(values: np.ndarray, where: str) -> np.ndarray:
+    """Return trained numbers as float32. Errors: UserError for what is not finite there, such as 1e300."""
+    with np.errstate(over="ignore"):
+        values = np.asarray(values, np.float32)
+    if not finite(values):
+        raise UserError(f"{where}: not an array of finite numbers in float32; expected trained ones")
+    return values
+
+
 def checksum(values: np.ndarray) -> int:
     """Return the CRC-32 of an array's bytes in C order."""
     return zlib.crc32(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
@@ -145,7 +165,7 @@ def _check(values: np.ndarray, known: int | list[int]) -> None:
 
     Files of version 1 have a checksum for each block of rows: [rows of a block, checksum, checksum, ...].
     """
-    table = np.atleast_1d(values)
+    table = np.atleast_1d(values) if values.size else np.empty(0)  # which may be [10**12, 0]
     rows, *sums = known if isinstance(known, list) else [max(1, len(table)), known]
     if sums != [checksum(table[start : start + rows]) for start in range(0, max(1, len(table)), rows)]:
         raise ValueError("its checksum does not fit: numbers were changed")
@@ -159,7 +179,7 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         opened = safe_open(path, framework="numpy")
-        known = dict(json.loads((opened.metadata() or {}).get(CHECKSUMS, "{}")))
+        known = _known(parse_json((opened.metadata() or {}).get(CHECKSUMS, "{}")))
     except FileNotFoundError:
         raise UserError(f"{path}: missing; expected every file that the index names") from None
     except (SafetensorError, OSError, ValueError, TypeError) as error:
@@ -168,8 +188,18 @@ def open_safetensors(path: Path) -> dict[str, Tensor]:
     found = {}
     for name in opened.keys():  # noqa: SIM118
         shape = tuple(opened.get_slice(name).get_shape())
-        found[name] = Tensor(name, shape, functools.partial(_read, opened, name, shape, known.get(name)), name in known)
+        part = functools.partial(_read, opened, name, shape, known.get(name))
+        found[name] = Tensor(name, shape, part, name in known, str(path))
     return found
+
+
+def _known(sums: Any) -> dict[str, int | list[int]]:
+    """Return the checksums of tensors by name. Errors: ValueError for what are none."""
+    for known in sums.values() if isinstance(sums, dict) else [None]:
+        numbers = known if isinstance(known, list) else [1, known]
+        if not numbers or not all(type(number) is int for number in numbers) or numbers[0] < 1:
+            raise ValueError("its checksums are no numbers")
+    return sums
 
 
 def _read(opened: Any, name: str, shape: tuple[int, ...], known: int | list[int] | None, index: Index) -> np.ndarray:
@@ -185,12 +215,27 @@ def open_sharded(path: Path, open_file: Callable[[Path], dict[str, Tensor]] = op
     if not index.exists():
         return open_file(path) if path.exists() else {}
     try:
-        files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        files = sorted(set(read_object(index, "an index of weights")["weight_map"].values()))
         if any(Path(name).name != name for name in files):
             raise ValueError
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError):  # a file's name may be a list, or be none
         raise UserError(f"{index}: not an index of weights; expected a JSON 'weight_map' of files beside it") from None
     return {name: tensor for file in files for name, tensor in open_file(path.parent / file).items()}
+
+
+def write_one_by_one(path: Path, arrays: Mapping[str, Any]) -> None:
+    """Write a safetensors file of arrays that may be sharded; one is in memory at a time."""
+    header, start = {}, 0
+    for name, array in arrays.items():
+        end = start + array.size * array.dtype.itemsize
+        header[name] = {"dtype": _DTYPES[array.dtype.name], "shape": [*array.shape], "data_offsets": [start, end]}
+        start = end
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)
+    with path.open("wb") as file:
+        file.write(len(content).to_bytes(8, "little") + content)
+        for array in arrays.values():
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def write_sharded(path: Path, arrays: Iterable[tuple[str, np.ndarray]], metadata: Mapping[str, str]) -> None:

@@ -7,6 +7,7 @@ The pickle may name the function that rebuilds tensors, storage types and Ordere
 from __future__ import annotations
 
 import collections
+import functools
 import io
 import math
 import pickle
@@ -14,7 +15,7 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -75,15 +76,46 @@ def open_torch(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-class _Unpickler(pickle.Unpickler):
+# Opcodes that no tensor needs: what hashes values of the file's choice, and an allocation before its bytes are there.
+_REFUSED = (pickle.EMPTY_SET, pickle.ADDITEMS, pickle.FROZENSET, pickle.BYTEARRAY8)
+
+
+class _Unpickler(pickle._Unpickler):
     """An unpickler that knows three kinds of names and makes only tuples and strings of them.
 
-    These are what the file says of a tensor; they are checked when the tensor is made.
+    These are what the file says of a tensor; they are checked when the tensor is made. Of the two that Python has this
+    is the one in Python: the one in C would hash any key of a dictionary, and a tuple of tuples can take years.
     """
+
+    dispatch: ClassVar[Any] = {
+        code: function for code, function in pickle._Unpickler.dispatch.items() if bytes([code]) not in _REFUSED
+    }
 
     def __init__(self, pickled: bytes, path: Path):
         super().__init__(io.BytesIO(pickled), encoding="utf-8")
         self._path = path
+
+    stack: list[Any]
+    pop_mark: Any
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.stack.append({})
+        self._set(items)
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key, value])
+
+    def load_setitems(self) -> None:
+        self._set(self.pop_mark())
+
+    def _set(self, items: list[Any]) -> None:
+        if not isinstance(self.stack[-1], dict) or not all(isinstance(key, str) for key in items[::2]):
+            raise ValueError("a key that is no text")
+        dict.update(self.stack[-1], zip(items[::2], items[1::2], strict=True))
+
+    dispatch |= {pickle.DICT[0]: load_dict, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
 
     def load(self) -> Any:
         try:
@@ -97,7 +129,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module_name: str, global_name: str) -> Any:
         match module_name, global_name:
             case "collections", "OrderedDict":
-                return collections.OrderedDict
+                return lambda: collections.OrderedDict()
             case "torch._utils", "_rebuild_tensor_v2":
                 return lambda *parts: parts[:4]  # a new function each time: what a file sets on it dies with it
             case "torch._utils", "_rebuild_parameter":
@@ -118,9 +150,8 @@ class _Storages:
 
     def __init__(self, path: Path, folder: str, entries: dict[str, zipfile.ZipInfo]):
         self._path, self._folder, self._entries = path, folder, entries
-        self._size = path.stat().st_size
-        self._found: dict[str, np.ndarray] = {}
-        self._confirmed: set[str] = set()
+        self._file = np.asarray(np.memmap(path, np.uint8, "r"))
+        self._bytes, self._confirm = functools.cache(self._map), functools.cache(self._compare)
 
     def tensor(self, name: str, storage: Any, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> Tensor:
         """Return the tensor that lies in a storage with these strides, which count numbers."""
@@ -128,11 +159,13 @@ class _Storages:
         if kind != "storage" or not isinstance(type_name, str) or type_name not in _STORAGES:
             raise ValueError("its storage has no known type")
         for number in (offset, count, *shape, *strides):
-            if type(number) is not int or number < 0:
+            if type(number) is not int or not 0 <= number < 1 << 40:
                 raise ValueError("its shape is no list of numbers")
+        if not isinstance(key, str):
+            raise ValueError("its storage has no name")
         dtype = np.dtype(_STORAGES[type_name])
-        entry = self._entry(str(key), count * dtype.itemsize)
-        numbers = self._bytes(entry).view(dtype)
+        entry = self._entry(key, count * dtype.itemsize)
+        numbers = self._bytes(entry.filename).view(dtype)
         last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
         # The second condition: with strides of 0 a small storage could give an array of any size.
         if math.prod(shape) and (last >= count or math.prod(shape) > count):
@@ -143,10 +176,10 @@ class _Storages:
 
         def part(index: Index) -> np.ndarray:
             if index == whole(shape):
-                self._confirm(entry)
+                self._confirm(entry.filename)
             return np.array(view[index], order="C")
 
-        return Tensor(name, tuple(shape), part, entry.CRC != 0)
+        return Tensor(name, tuple(shape), part, entry.CRC != 0, str(self._path))
 
     def _entry(self, key: str, size: int) -> zipfile.ZipInfo:
         name = f"{self._folder}data/{key}"
@@ -157,32 +190,21 @@ class _Storages:
             raise ValueError(f"its storage {name} is compressed or has {entry.file_size} bytes instead of {size}")
         return entry
 
-    def _bytes(self, entry: zipfile.ZipInfo) -> np.ndarray:
-        if entry.filename not in self._found:
-            start = self._start(entry)
-            if start + entry.file_size > self._size:
-                raise ValueError(f"the file ends within its storage {entry.filename}")
-            size = entry.file_size
-            mapped = np.memmap(self._path, np.uint8, "r", start, (size,)) if size else np.empty(0, np.uint8)
-            self._found[entry.filename] = np.asarray(mapped)
-        return self._found[entry.filename]
-
-    def _start(self, entry: zipfile.ZipInfo) -> int:
-        """Return where an entry's bytes begin: behind a header of its own, whose name and extra field vary."""
-        with self._path.open("rb") as file:
-            file.seek(entry.header_offset)
-            header = file.read(30)
+    def _map(self, name: str) -> np.ndarray:
+        """Return an entry's bytes, which begin behind a header of its own, whose name and extra field vary."""
+        entry = self._entries[name]
+        header = self._file[entry.header_offset :][:30].tobytes()
         if len(header) < 30 or header[:4] != b"PK\x03\x04":
-            raise ValueError(f"no header for {entry.filename}")
-        return entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:30]))
+            raise ValueError(f"no header for {name}")
+        start = entry.header_offset + 30 + sum(struct.unpack("<HH", header[26:]))
+        if len(found := self._file[start : start + entry.file_size]) < entry.file_size:
+            raise ValueError(f"the file ends within its storage {name}")
+        return found
 
-    def _confirm(self, entry: zipfile.ZipInfo) -> None:
-        """Compare a storage with its checksum, once; torch can be told to write none (0)."""
-        if entry.filename in self._confirmed:
-            return
-        if entry.CRC not in (0, zlib.crc32(self._bytes(entry).data)):
+    def _compare(self, name: str) -> None:
+        """Compare a storage with its checksum; torch can be told to write none (0)."""
+        if self._entries[name].CRC not in (0, zlib.crc32(self._bytes(name).data)):
             raise ValueError("its checksum does not fit: numbers were changed")
-        self._confirmed.add(entry.filename)
 
 
 def _content(archive: zipfile.ZipFile, name: str) -> bytes:

@@ -6,7 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from softprompt_jax.cli.options import AnyBackbone, AsJson, Backbone, note, print_json
+import softprompt_jax
+from softprompt_jax.cli.options import AnyBackbone, AsJson, Backbone, Mesh, Trust, note, print_json, print_result
 
 PANEL = "Compare and understand"
 
@@ -19,9 +20,7 @@ def report(
 
     Needs the extra `report`.
     """
-    from softprompt_jax.analysis.report import report as write_report
-
-    for path in write_report(runs, to):
+    for path in softprompt_jax.report(runs, to):
         note(f"wrote {path}")
 
 
@@ -36,6 +35,8 @@ def inspect(
     backbone: Backbone = None,
     any_backbone: AnyBackbone = False,
     as_json: AsJson = False,
+    mesh: Mesh = None,
+    trust: Trust = False,
 ) -> None:
     """Compare the rows of prompts with the vocabulary: which pieces are nearest, and how long the rows are.
 
@@ -44,12 +45,8 @@ def inspect(
     """
     from softprompt_jax.analysis import inspect as inspection
 
-    result = inspection.inspect(prompts, backbone, neighbours, any_backbone)
-    if as_json:
-        print_json(result)
-    else:
-        for line in inspection.describe(result):
-            print(line)
+    result = inspection.inspect(prompts, backbone, neighbours, any_backbone, trust, mesh)
+    print_result(result, as_json, inspection.describe)
     for path in inspection.write_page(result, to) if to else ():
         note(f"wrote {path}")
 
@@ -67,9 +64,7 @@ def similar(
     This is SPoT (Vu et al., 2022): prompts that are alike after a few steps transfer well. Start from one with the
     setting methods.0.init={kind: file, path: SOURCE}.
     """
-    from softprompt_jax.analysis.transfer import rank_sources
-
-    print_json(rank_sources(target, sources, measure))
+    print_json(softprompt_jax.rank_sources(target, sources, measure))
 
 
 def recycle(
@@ -81,6 +76,7 @@ def recycle(
         typer.Option(help="linear: least squares. network: one hidden layer; takes minutes for large vocabularies."),
     ] = "linear",
     backbone: Backbone = None,
+    trust: Trust = False,
 ) -> None:
     """Convert a prompt for another backbone, so that its training need not begin from nothing.
 
@@ -89,7 +85,7 @@ def recycle(
     """
     from softprompt_jax.analysis.transfer import recycle_prompt
 
-    print_json(recycle_prompt(source, onto, to, map, backbone))
+    print_json(recycle_prompt(source, onto, to, map, backbone, trust))
 
 
 COMMANDS = {"report": report, "inspect": inspect, "similar": similar, "recycle": recycle}

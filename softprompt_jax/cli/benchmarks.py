@@ -7,9 +7,20 @@ from typing import Annotated, Literal
 
 import typer
 
-from softprompt_jax.cli.options import Backbone, Source, TaskName, note, print_json
+from softprompt_jax.cli.options import (
+    Backbone,
+    Coordinator,
+    Mesh,
+    Process,
+    Processes,
+    Source,
+    TaskName,
+    Trust,
+    note,
+    print_json,
+)
 from softprompt_jax.cli.signals import preemptible
-from softprompt_jax.cli.use import note_truncated, predictor_and_task
+from softprompt_jax.cli.use import connect, is_first, note_truncated, predictor_and_task
 from softprompt_jax.config import UserError
 from softprompt_jax.files import writable
 
@@ -22,13 +33,21 @@ def submit(
     task: TaskName = None,
     split: Annotated[str, typer.Option(metavar="NAME", help="Split to predict.")] = "test",
     backbone: Backbone = None,
+    mesh: Mesh = None,
+    coordinator: Coordinator = None,
+    processes: Processes = None,
+    process: Process = None,
+    trust: Trust = False,
 ) -> None:
     """Predict the test split of a GLUE or SuperGLUE task and write the file that the benchmark's website takes.
 
     The labels of these test splits are not public, so that `eval` cannot score them.
     """
-    predictor, chosen = predictor_and_task(source, task, backbone)
+    connect(coordinator, processes, process, mesh)
+    predictor, chosen = predictor_and_task(source, task, backbone, trust=trust, mesh=mesh)
     path, illegal = predictor.submit(chosen, split, Path(to))
+    if not is_first():
+        return
     note(f"wrote {path}" + (f"; {illegal} illegal answers, written as the first label" * bool(illegal)))
     note_truncated(predictor)
 
@@ -48,8 +67,7 @@ def average(
 
 def paper(
     experiment: Annotated[
-        str | None,
-        typer.Argument(metavar="[EXPERIMENT]", help="Name or file of an experiment."),
+        str | None, typer.Argument(metavar="[EXPERIMENT]", help="Name or file of an experiment.")
     ] = None,
     form: Annotated[
         Literal["miniature", "published"],
@@ -64,8 +82,7 @@ def paper(
         Path, typer.Option(metavar="DIR", help="Folder for the runs, each named by a hash of its settings.")
     ] = Path("runs") / "paper",
     to: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="JSON file to write.", show_default="DIR/EXPERIMENT-FORM.json"),
+        Path | None, typer.Option(metavar="FILE", help="JSON file to write.", show_default="DIR/EXPERIMENT-FORM.json")
     ] = None,
     together: Annotated[
         int | None,
@@ -96,7 +113,6 @@ def paper(
     from softprompt_jax.checkpoints import artifact
     from softprompt_jax.paper import experiments as engine
     from softprompt_jax.paper.results import table
-    from softprompt_jax.progress import Reporter
 
     if experiment is None:
         for line in engine.listing():
@@ -126,12 +142,9 @@ def paper(
                 print(plan.describe(answer))
         fits = all(answer["fits"] for step in steps for answer in step["plans"].values())
         raise typer.Exit(0 if fits else plan.DOES_NOT_FIT)
-    together, reporter = together or (8 if form == "miniature" else 1), Reporter()
-    with preemptible():
-        try:
-            result = engine.run_experiment(experiment, form, runs, to, seeds, together, reporter)
-        finally:
-            reporter.stop()  # a bar hides the cursor
+    together = together or (8 if form == "miniature" else 1)
+    with preemptible() as reporter:
+        result = engine.run_experiment(experiment, form, runs, to, seeds, together, reporter)
     print(table(result))
     note(f"wrote {to}")
 

@@ -18,6 +18,7 @@ from softprompt_jax.cli import analyse, benchmarks, data, process, share, signal
 from softprompt_jax.cli.options import note
 from softprompt_jax.config import UserError
 
+_NOT_A_PATH = (errno.ENAMETOOLONG, errno.ELOOP)
 _NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 
 
@@ -37,6 +38,8 @@ class _Commands(TyperGroup):
             context = getattr(error, "ctx", None)
             raise UserError(f"{message}; see {context.command_path if context else 'softprompt'} --help") from None
 
+
+_LONGEST = 1500  # characters of an error, which may quote input
 
 app = typer.Typer(
     cls=_Commands,
@@ -60,7 +63,7 @@ def program(
         bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Adapt a frozen T5 to text-to-text tasks by training a soft prompt."""
+    """Adapt a frozen language model to text-to-text tasks by training a soft prompt."""
 
 
 for _group in (data, train, use, analyse, share, benchmarks):
@@ -81,6 +84,8 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
+        if error.errno in _NOT_A_PATH or error.filename == "":
+            _fail(f"{error.filename!r}: is no path ({error.strerror}); expected a file or folder; give another name")
         if error.errno not in _NOT_WRITABLE:
             raise
         _fail(
@@ -92,5 +97,6 @@ def main() -> None:
 
 
 def _fail(message: str) -> NoReturn:
+    message = message if len(message) <= _LONGEST else f"{message[: _LONGEST // 2]} ... {message[-_LONGEST // 2 :]}"
     print(f"softprompt: {message}", file=sys.stderr)
     sys.exit(2)

@@ -8,10 +8,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from softprompt_jax.cli.options import note
 from softprompt_jax.config import Interrupted, Preempted
+
+if TYPE_CHECKING:
+    from softprompt_jax.progress import Reporter
 
 PREEMPTED = 75  # exit code of a run that was told to go and has saved: start it again (EX_TEMPFAIL)
 INTERRUPTED = 130  # exit code after Ctrl-C
@@ -20,10 +23,11 @@ _SHOW_CURSOR = b"\x1b[?25h"  # which a progress bar hides
 
 
 @contextlib.contextmanager
-def preemptible() -> Iterator[None]:
+def preemptible(quiet: bool = False) -> Iterator[Reporter]:
     """Let SIGTERM and Ctrl-C end a command: at once while nothing is unsaved, else once a run has saved.
 
-    A run has handlers of its own (multihost.Preemption). The second Ctrl-C ends the command at once in any case.
+    Yields the command's reporter, and ends its bar. A run has handlers of its own (multihost.Preemption). The second
+    Ctrl-C ends the command at once in any case.
     """
 
     def leave(number: int, _: object) -> None:
@@ -43,8 +47,12 @@ def preemptible() -> Iterator[None]:
             restored.callback(os.close, writing)  # which ends the thread
             restored.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(writing, warn_on_full_buffer=False))
             threading.Thread(target=_watch_interrupts, args=(reading,), daemon=True).start()
+        from softprompt_jax.progress import Reporter  # only now that signals are heard
+
         try:
-            yield
+            with contextlib.ExitStack() as shown:
+                shown.callback((reporter := Reporter(quiet)).stop)  # before anything else is printed
+                yield reporter
         except Preempted as stopped:
             note(f"softprompt: {stopped}")
             raise SystemExit(INTERRUPTED if isinstance(stopped, Interrupted) else PREEMPTED) from None

@@ -1,10 +1,12 @@
 """Token ids to batches: plan the order, bucket by length or pack, put the prompt in front.
 
-A batch is a dict of int32 arrays, 0 being padding (B rows, T encoder and U decoder positions):
+A batch is a dict of int32 arrays (B rows, T encoder and U decoder positions). Padding is 0 for a T5, -1 for models
+whose vocabulary has 0 as a word; segments are 0 there:
 
     encoder_tokens    [B, T]  text, EOS, padding; prompt ids (if any) before the text or around it
-    decoder_inputs    [B, U]  prompt ids (if any stand there), targets shifted right behind a 0
-    decoder_targets   [B, U]  target, EOS, padding; a 0 has no weight in the loss
+    decoder_inputs    [B, U]  prompt ids (if any stand there), targets shifted right behind the first input: a 0, or
+                              the last token of `encoder_tokens` for decoder-only models
+    decoder_targets   [B, U]  target, EOS, padding, which has no weight in the loss
     encoder_segments  [B, T]  in packed rows: 1, 2, ... for the examples of a row, 0 for padding
     decoder_segments  [B, U]  the same numbers; a batch without segments has one example a row
 
@@ -80,7 +82,7 @@ class TrainBatches:
         if packing is None:
             self.batches_per_epoch = len(first) // self.rows
             needed = self._lengths[first.ids].reshape(-1, self.rows, 2).max(1)
-            shapes = choose_shapes(needed - prompt, _largest(tokenized), max_shapes)
+            shapes = choose_shapes(needed - prompt, tokenized.lengths.max(0), max_shapes)
             self.shapes = [(text + int(prompt[0]), target + int(prompt[1])) for text, target in shapes]
             padded = sum(sum(fitting_shape(self.shapes, pair)) for pair in needed) * self.rows
         else:
@@ -106,7 +108,8 @@ class TrainBatches:
         """
         order, random = self._order(epoch)
         if self._packing is None:
-            return Rows.of_one(batch_plan(order, self._lengths, self.batch_size, random, self.window))
+            ids = batch_plan(order, self._lengths, self.batch_size, random, self.window).reshape(-1)
+            return Rows(ids, np.arange(len(ids) + 1))
         rows = self._packed(order)
         return rows.take(np.resize(random.permutation(len(rows)), self.batches_per_epoch * self._filled))
 
@@ -140,32 +143,27 @@ def evaluation_batches(
     tokenized: TokenizedSet,
     batch_size: int,
     layout: PromptLayout = NO_PROMPT,
-    max_shapes: int = 4,
-    process_index: int = 0,
-    process_count: int = 1,
     shapes: list[Shape] | None = None,
 ) -> Iterator[tuple[Batch, Int[np.ndarray, " B"]]]:
     """Yield (batch, example ids) over every example once, longest first, so that memory runs out early or never.
 
     The last batch is filled with rows of id -1 that repeat an input and have no targets: they weigh
-    nothing in a loss, and whoever decodes them drops them. Several processes get their rows of each batch.
-    `shapes` (of text, smallest first) are chosen for this set unless given.
+    nothing in a loss, and whoever decodes them drops them. `shapes` (of text, smallest first) are chosen for this set
+    unless given.
     """
-    rows = local_rows(batch_size, process_index, process_count)
     order = np.argsort(-tokenized.lengths.sum(1), kind="stable")
     ids = np.full((-(-len(order) // batch_size), batch_size), -1, np.int64)
     ids.reshape(-1)[: len(order)] = order
     needed = tokenized.lengths[np.where(ids < 0, ids[:, :1], ids)].max(1)
-    shapes = shapes or choose_shapes(needed, _largest(tokenized), max_shapes)
+    shapes = shapes or choose_shapes(needed, tokenized.lengths.max(0))
     for batch_ids, pair in zip(ids, needed, strict=True):
-        local = batch_ids[rows]
         text, target = fitting_shape(shapes, pair)
-        chosen = np.where(local < 0, batch_ids[0], local)
+        chosen = np.where(batch_ids < 0, batch_ids[0], batch_ids)
         shape = text + layout.lengths[0], target + layout.lengths[1]
         batch = collate(tokenized, chosen[:, None], shape, layout)
         for name in ("decoder_inputs", "decoder_targets"):
-            batch[name][local < 0] = 0
-        yield batch, local
+            batch[name][batch_ids < 0] = tokenized.form.padding
+        yield batch, batch_ids
 
 
 def collate(
@@ -176,8 +174,10 @@ def collate(
     packed: bool = False,
 ) -> Batch:
     """Return the batch of these rows of examples, padded to `shape`, the (T, U) with prompts."""
-    tokens, segments = np.zeros((2, len(rows), shape[0]), np.int32)
-    inputs, targets, target_segments = np.zeros((3, len(rows), shape[1]), np.int32)
+    padding, start_id = tokenized.form.padding, tokenized.form.start
+    tokens, segments = np.full((len(rows), shape[0]), padding, np.int32), np.zeros((len(rows), shape[0]), np.int32)
+    inputs, targets = np.full((2, len(rows), shape[1]), padding, np.int32)
+    target_segments = np.zeros((len(rows), shape[1]), np.int32)
     for row, ids in enumerate(rows):
         start, target_start = 0, 0
         for segment, index in enumerate(ids, start=1):
@@ -188,7 +188,7 @@ def collate(
             first = target_start + layout.lengths[1]
             target_end = first + len(target)
             inputs[row, target_start:first] = layout.before_decoder(task)
-            inputs[row, first] = 0
+            inputs[row, first] = encoder[-1] if start_id is None else start_id
             inputs[row, first + 1 : target_end + 1] = target[: shape[1] - first - 1]
             targets[row, first:target_end], target_segments[row, target_start:target_end] = target, segment
             start, target_start = end, target_end
@@ -216,17 +216,13 @@ class BatchCounts(NamedTuple):
         return 1 - self.text / (self.slots - self.prompt)
 
 
-def count_slots(batch: Batch, vocabulary_rows: int) -> BatchCounts:
+def count_slots(batch: Batch, vocabulary_rows: int, padding: int = 0) -> BatchCounts:
     """Count what a batch holds, packed or not; ids of `vocabulary_rows` and more are prompt rows."""
     tokens, inputs, targets = (batch[name] for name in ("encoder_tokens", "decoder_inputs", "decoder_targets"))
     in_encoder = int(np.count_nonzero(tokens >= vocabulary_rows))
-    text = int(np.count_nonzero(tokens)) - in_encoder + int(np.count_nonzero(targets))
+    text = int(np.count_nonzero(tokens > padding)) - in_encoder + int(np.count_nonzero(targets > padding))
     prompt = in_encoder + int(np.count_nonzero(inputs >= vocabulary_rows))
     return BatchCounts(text, prompt, tokens.size + targets.size, examples_in(batch))
-
-
-def _largest(tokenized: TokenizedSet) -> Shape:
-    return int(tokenized.input_lengths.max()), int(tokenized.target_lengths.max())
 
 
 def local_rows(batch_size: int, process_index: int, process_count: int) -> slice:

@@ -1,8 +1,8 @@
 """The order of the batches of an epoch, and the few shapes that batches are padded to.
 
-Real texts are short and uneven; padding to the longest wastes most of the work. Batches are made of
-examples of similar length, and each is padded to the smallest of a handful of shapes, since every shape
-is compiled once.
+Most texts are short and a few are long, so padding every batch to the longest text wastes most of the work. Instead a
+batch holds examples of similar length, and is padded to the smallest of a few shapes that holds it. The shapes are few
+because JAX compiles the step once for each.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ def batch_plan(
 ) -> Int[np.ndarray, "batches B"]:
     """Return the example ids of every batch of one epoch, whose shuffled examples are `order`.
 
-    Cut them in windows of `window` batches, sort by encoder length, then by decoder length, inside each window, chop
-    into batches, permute the batches. The last examples that do not fill a batch (other ones every epoch) are left
-    out. Fewer than a batch fill one by starting again.
+    `order` is cut into windows of `window` batches. The examples of a window are sorted by encoder length, then by
+    decoder length, and cut into batches. In the end all batches are shuffled. The last examples of `order`, if they
+    do not fill a batch, are left out; each epoch leaves out others. If all examples together do not fill one batch,
+    some stand in it several times.
     """
     if len(order) < batch_size:
         return np.resize(order, (1, batch_size))
@@ -37,44 +38,39 @@ def batch_plan(
 
 
 def choose_shapes(
-    needed: Int[np.ndarray, "batches 2"], largest: Shape, max_shapes: int = 4, multiple: int = 8
+    needed: Int[np.ndarray, "batches 2"], largest: Shape | Int[np.ndarray, " 2"], max_shapes: int = 4, multiple: int = 8
 ) -> list[Shape]:
-    """Choose at most `max_shapes` shapes that pad batches least, smallest first; the last one holds `largest`.
+    """Return at most `max_shapes` shapes with which batches need little padding, smallest first.
 
-    `needed` has the longest encoder and decoder length of typical batches. Lengths are multiples of
-    `multiple`; decoders may also have 2 or 4, since label words are that short and each position pays
-    for the whole vocabulary. Shapes are added one by one, each time the one that saves most, then
-    exchanged while that saves more.
+    `needed` has the longest encoder and decoder length of each of some typical batches; the last shape holds `largest`.
+    Lengths are multiples of `multiple`. A decoder length may also be 2 or 4: label words are that short, and each
+    decoder position costs a product with the whole vocabulary. The search adds the shape that saves most tokens, again
+    and again, and then exchanges single shapes while that saves more.
     """
     needed = rounded(np.asarray(needed), multiple)
     last = tuple(int(length) for length in rounded(np.asarray(largest), multiple))
     pairs, counts = np.unique(needed, axis=0, return_counts=True)
     candidates = np.array([(t, u) for t in _levels(pairs[:, 0], 48) for u in _levels(pairs[:, 1], 12)])
-    # cost[c, p]: tokens of one batch row needing pair p in a batch of shape c; too small shapes are impossible.
+    # cost[c, p]: the tokens of a row in a batch of shape c that needs the lengths of pair p; inf if c is too small.
     fits = (candidates[:, None] >= pairs).all(-1)
     cost = np.where(fits, candidates.sum(1)[:, None], np.inf)
     fallback = np.full(len(pairs), float(sum(last)))
-    chosen: list[int] = []
 
-    def total(rows: list[int]) -> np.ndarray:
-        """Tokens in all, for each candidate added to `rows`."""
+    def with_best(rows: list[int]) -> tuple[float, list[int]]:
+        """Add the candidate that saves most to the candidates `rows`; return the total of tokens and all of these."""
         kept = np.minimum.reduce([fallback, *(cost[row] for row in rows)])
-        return np.minimum(kept, cost) @ counts
+        totals = np.minimum(kept, cost) @ counts
+        return float(totals.min()), [*rows, int(totals.argmin())]
 
-    best = float(fallback @ counts)
-    while len(chosen) < max_shapes - 1:
-        totals = total(chosen)
-        if totals.min() >= best:
-            break
-        chosen, best = [*chosen, int(totals.argmin())], float(totals.min())
+    best, chosen = float(fallback @ counts), []
+    while len(chosen) < max_shapes - 1 and (found := with_best(chosen))[0] < best:
+        best, chosen = found
     improved = True
     while improved:
         improved = False
         for slot in range(len(chosen)):
-            others = chosen[:slot] + chosen[slot + 1 :]
-            totals = total(others)
-            if totals.min() < best:
-                chosen, best, improved = [*others, int(totals.argmin())], float(totals.min()), True
+            if (found := with_best(chosen[:slot] + chosen[slot + 1 :]))[0] < best:
+                (best, chosen), improved = found, True
     shapes = {(int(t), int(u)) for t, u in candidates[chosen]} if chosen else set()
     return sorted(shapes | {last}, key=lambda shape: (sum(shape), shape))  # type: ignore[arg-type,return-value]
 
@@ -85,7 +81,7 @@ def fitting_shape(shapes: list[Shape], needed: Int[np.ndarray, " 2"]) -> Shape:
 
 
 def rounded(lengths: Int[np.ndarray, "... 2"], multiple: int = 8) -> Int[np.ndarray, "... 2"]:
-    """Return pairs of lengths rounded up: to multiples, and decoder lengths under 8 to 2 or 4."""
+    """Return pairs of lengths rounded up to multiples; decoder lengths of up to 4 are rounded up to 2 or 4."""
     rounded = -(-lengths // multiple) * multiple
     decoder = lengths[..., 1]
     rounded[..., 1] = np.where(decoder <= 2, 2, np.where(decoder <= 4, 4, rounded[..., 1]))
@@ -93,6 +89,6 @@ def rounded(lengths: Int[np.ndarray, "... 2"], multiple: int = 8) -> Int[np.ndar
 
 
 def _levels(lengths: np.ndarray, most: int) -> np.ndarray:
-    """At most `most` of the distinct lengths, evenly spaced by rank, with the largest."""
+    """Return at most `most` of the distinct lengths: the largest, and others at equal steps in the sorted list."""
     levels = np.unique(lengths)
     return levels[np.unique(np.linspace(len(levels) - 1, 0, min(most, len(levels))).round().astype(int))]

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import re
 import string
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,11 +15,10 @@ from typing import Any, ClassVar
 
 from softprompt_jax.config import Settings, UserError, nearest
 from softprompt_jax.data.metrics import Outputs
-from softprompt_jax.data.preprocessors import PREPROCESSORS, one_space
+from softprompt_jax.data.preprocessors import PREPROCESSORS, Row, one_space
 from softprompt_jax.data.tokenizer import Tokenizer
 
 _UNLABELLED = (None, "", -1, "-1")  # hubs hide labels as -1
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +58,7 @@ class Source(Settings):
         raise NotImplementedError
 
     def rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
-        """Return (place, row) for every row of a split; the place is "file:line" or "source split row"."""
-        self.check_split(split, where)
-        return self._rows(split, where)
-
-    def _rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
+        """Return (place, row) for every row of a split it has; the place is "file:line" or "source split row"."""
         raise NotImplementedError
 
     def examples(self, task: Any, split: str, labelled: bool = True, first: int = 0) -> Iterator[Example]:
@@ -124,7 +121,10 @@ def examples(task: Any, rows: Iterable[tuple[str, Row]], labelled: bool = True, 
                 )
             answers = _answers(task.answers_field, prepared, where) if task.answers_field and labelled else ()
             group = tuple(_field(prepared, name, where) for name in task.group_fields) or None
-            yield Example(_input(task, prepared, where), target, dict(prepared), answers, group)
+            text = _input(task, prepared, where)
+            if labelled and not text.strip():
+                raise UserError(f"{where}: the input is empty; expected a text; complete or drop the row")
+            yield Example(text, target, dict(prepared), answers, group)
 
 
 def input_text(task: Any, row: Row, where: str) -> str:
@@ -161,6 +161,9 @@ def fill(template: str, row: Row, where: str) -> str:
         value = _field(row, name, where)
         if value is None:
             raise UserError(f"{where}: the field {name!r} is empty; expected a value; complete or drop the row")
+        if isinstance(value, list | dict) or (isinstance(value, float) and not math.isfinite(value)):
+            found = value if isinstance(value, float) else f"a {type(value).__name__}"
+            raise UserError(f"{where}: the field {name!r} holds {found}; expected a text or a number; correct the row")
         try:
             parts.append(format(value, format_spec) if format_spec else text_of(value))
         except (ValueError, TypeError):
@@ -185,6 +188,25 @@ def _target(task: Any, row: Row, where: str) -> str:
         if (value := _field(row, name, where)) in (None, ""):
             raise _unlabelled(where, name, value)
     return fill(task.target, row, where)
+
+
+def known_target(task: Any, row: Row, where: str) -> str | None:
+    """Return the target of a row that `examples` has prepared, or None if it has none.
+
+    Errors: UserError for one that is no label word.
+    """
+    names = [task.target_field] if isinstance(task.target, dict) else template_fields(task.target)
+    for name in names:
+        try:
+            value = _field(row, name, where)
+        except UserError:
+            return None
+        if not isinstance(value, list | dict) and value in _UNLABELLED:
+            return None
+    target = _target(task, row, where)
+    if task.words and target not in task.words:
+        raise UserError(f"{where}: found the label {target!r}; expected one of {', '.join(task.words)}")
+    return target
 
 
 def _answers(name: str, row: Row, where: str) -> tuple[str, ...]:
@@ -225,6 +247,8 @@ def template_fields(template: str) -> list[str]:
             raise ValueError("a field without a name; write {field}, and {{ }} for braces")
         if conversion or "{" in (format_spec or ""):
             raise ValueError(f"{{{name}}} has a conversion or a nested format; expected {{{name}}} or {{{name}:.1f}}")
+        if re.search(r"\d{4}", format_spec or ""):
+            raise ValueError(f"{{{name}}} has a format of a thousand places or more; expected fewer")
     return [str(name) for name, _, _ in parsed]
 
 

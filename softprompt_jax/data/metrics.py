@@ -7,16 +7,18 @@ rouge-score do the computing and are imported when first used.
 
 from __future__ import annotations
 
+import itertools
 import re
 import string
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from softprompt_jax.config import UserError
+from softprompt_jax.data.registry import Registry
 
 Target = str | Sequence[str]
 
@@ -53,46 +55,19 @@ class Outputs(NamedTuple):
 
 
 Metric = Callable[[Answers], float]
-METRICS: dict[str, Metric] = {}
+METRICS: Registry[Metric] = Registry()
 _ZERO: Any = 0.0  # scikit-learn's stubs know only "warn"
 _NUMERIC = ("pearson", "spearman")
 
 
-@runtime_checkable
-class ScoredTask(Protocol):
-    """The settings of a task that scoring needs."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def metrics(self) -> list[str]: ...
-    @property
-    def words(self) -> list[str] | None: ...
-    @property
-    def positive(self) -> str | None: ...
-
-
-def metric(name: str) -> Callable[[Metric], Metric]:
-    """Register `function(answers)` as the metric called `name`."""
-
-    def register(function: Metric) -> Metric:
-        METRICS[name] = function
-        return function
-
-    return register
-
-
-def compute(
-    task: ScoredTask, predictions: Sequence[str], targets: Sequence[Target], groups: Sequence[Hashable] | None = None
-) -> dict[str, float]:
-    """Return the task's metrics, `illegal` (share of predictions that cannot be a target) and `count`."""
-    if len(predictions) != len(targets):
-        raise ValueError(f"{len(predictions)} predictions for {len(targets)} targets")
-    if not targets:
-        raise UserError(f"task {task.name}: nothing to score; expected at least one example; check the split")
-    answers = Answers(predictions, targets, task.words, task.positive, groups)
-    result = {name: float(METRICS[name](answers)) for name in task.metrics}
-    return {**result, "illegal": _illegal(task, predictions), "count": len(targets)}
+def compute(names: Sequence[str], answers: Answers, where: str) -> dict[str, float]:
+    """Return the metrics of these names, `illegal` (share of predictions that cannot be a target) and `count`."""
+    if len(answers.predictions) != len(answers.targets):
+        raise ValueError(f"{len(answers.predictions)} predictions for {len(answers.targets)} targets")
+    if not answers.targets:
+        raise UserError(f"{where}: nothing to score; expected at least one example; check the split")
+    result = {name: float(METRICS[name](answers)) for name in names}
+    return {**result, "illegal": _illegal(names, answers), "count": len(answers.targets)}
 
 
 def majority(train_targets: Iterable[str] | Mapping[str, int], targets: Sequence[Target]) -> float:
@@ -107,11 +82,11 @@ def most_frequent(targets: Iterable[str] | Mapping[str, int]) -> str:
     return min(counts, key=lambda word: (-counts[word], word))
 
 
-def _illegal(task: ScoredTask, predictions: Sequence[str]) -> float:
-    if task.words is not None:
-        return float(np.mean([prediction not in task.words for prediction in predictions]))
-    if any(name in _NUMERIC for name in task.metrics):
-        return float(np.mean([_number(prediction) is None for prediction in predictions]))
+def _illegal(names: Sequence[str], answers: Answers) -> float:
+    if answers.words is not None:
+        return float(np.mean([prediction not in answers.words for prediction in answers.predictions]))
+    if any(name in _NUMERIC for name in names):
+        return float(np.mean([_number(prediction) is None for prediction in answers.predictions]))
     return 0.0
 
 
@@ -122,13 +97,13 @@ def _texts(target: Target) -> list[str]:
 # --------------------------------------------------------------------------------------------- labels
 
 
-@metric("accuracy")
+@METRICS.register("accuracy")
 def accuracy(answers: Answers) -> float:
     """Share of predictions that equal the target (one of the targets)."""
     return answers.mean(lambda prediction, text: float(prediction == text))
 
 
-@metric("f1")
+@METRICS.register("f1")
 def f1(answers: Answers) -> float:
     """F1 of the positive word (default: the second); an illegal prediction counts as the other, wrong, class.
 
@@ -147,7 +122,7 @@ def f1(answers: Answers) -> float:
     return float(f1_score(truth, guess, zero_division=_ZERO))
 
 
-@metric("f1_macro")
+@METRICS.register("f1_macro")
 def f1_macro(answers: Answers) -> float:
     """Mean of the F1 of each label word; a word that never occurs counts as 0."""
     from sklearn.metrics import f1_score
@@ -157,7 +132,7 @@ def f1_macro(answers: Answers) -> float:
     return float(f1_score(truth, guess, labels=words, average="macro", zero_division=_ZERO))
 
 
-@metric("matthews")
+@METRICS.register("matthews")
 def matthews(answers: Answers) -> float:
     """Matthews correlation; illegal predictions form a class of their own; 0 where it is undefined."""
     from sklearn.metrics import matthews_corrcoef
@@ -169,61 +144,54 @@ def matthews(answers: Answers) -> float:
     return float(matthews_corrcoef(list(answers.targets), guess))
 
 
-@metric("group_exact_match")
+@METRICS.register("group_exact_match")
 def group_exact_match(answers: Answers) -> float:
     """Share of groups whose predictions are all right: MultiRC's EM, per question (Khashabi et al., 2018)."""
-    right: dict[Hashable, bool] = defaultdict(lambda: True)
-    for group, prediction, target in zip(_groups(answers), answers.predictions, answers.targets, strict=True):
-        right[group] = right[group] and prediction in _texts(target)
-    return float(np.mean(list(right.values())))
+    pairs = zip(answers.predictions, answers.targets, strict=True)
+    return _share_of_groups(answers, [prediction in _texts(target) for prediction, target in pairs], all)
 
 
-@metric("group_agreement")
+@METRICS.register("group_agreement")
 def group_agreement(answers: Answers) -> float:
     """Share of groups whose predictions are all the same: the gender parity of AX-g (Rudinger et al., 2018).
 
     Whether they are right does not matter: the sentences of a group differ only in the gender of a pronoun.
     """
-    given: dict[Hashable, set[str]] = defaultdict(set)
-    for group, prediction in zip(_groups(answers), answers.predictions, strict=True):
-        given[group].add(prediction)
-    return float(np.mean([len(predictions) == 1 for predictions in given.values()]))
+    return _share_of_groups(answers, answers.predictions, lambda given: len(given) == 1)
 
 
-def _groups(answers: Answers) -> Sequence[Hashable]:
+def _share_of_groups(answers: Answers, values: Sequence[Any], holds: Callable[[set[Any]], bool]) -> float:
+    """Return the share of groups of which a condition on the distinct values of their examples holds."""
     if answers.groups is None or any(group is None for group in answers.groups):
         raise UserError("metrics of groups: examples without a group; expected one each; set `group_fields`")
-    return answers.groups
+    found: dict[Hashable, set[Any]] = defaultdict(set)
+    for group, value in zip(answers.groups, values, strict=True):
+        found[group].add(value)
+    return float(np.mean([holds(distinct) for distinct in found.values()]))
 
 
 # -------------------------------------------------------------------------------------------- numbers
 
 
-@metric("pearson")
-def pearson(answers: Answers) -> float:
-    """Pearson correlation; a prediction that is no number counts as -1, as in T5 (Raffel et al., 2020)."""
-    from scipy.stats import pearsonr
+def _correlation(kind: str) -> Metric:
+    """Return Pearson's or Spearman's; a prediction that is no number counts as -1, as in T5 (Raffel et al., 2020)."""
 
-    return _correlation(pearsonr, answers)
+    def correlation(answers: Answers) -> float:
+        import scipy.stats
+
+        truth = [_number(target) if isinstance(target, str) else None for target in answers.targets]
+        if None in truth:
+            found = answers.targets[truth.index(None)]
+            raise UserError(f"found the target {found!r}; pearson and spearman expected numbers")
+        guess = [-1.0 if (number := _number(prediction)) is None else number for prediction in answers.predictions]
+        if len(truth) < 2 or np.ptp(truth) == 0 or np.ptp(guess) == 0:  # type: ignore[arg-type]
+            return 0.0  # undefined: one side is constant
+        return float(getattr(scipy.stats, f"{kind}r")(guess, truth).statistic)
+
+    return correlation
 
 
-@metric("spearman")
-def spearman(answers: Answers) -> float:
-    """Spearman correlation; a prediction that is no number counts as -1, as in T5 (Raffel et al., 2020)."""
-    from scipy.stats import spearmanr
-
-    return _correlation(spearmanr, answers)
-
-
-def _correlation(function, answers: Answers) -> float:
-    truth = [_number(target) if isinstance(target, str) else None for target in answers.targets]
-    if None in truth:
-        found = answers.targets[truth.index(None)]
-        raise UserError(f"found the target {found!r}; pearson and spearman expected numbers")
-    guess = [-1.0 if (number := _number(prediction)) is None else number for prediction in answers.predictions]
-    if len(truth) < 2 or np.ptp(truth) == 0 or np.ptp(guess) == 0:  # type: ignore[arg-type]
-        return 0.0  # undefined: one side is constant
-    return float(function(guess, truth).statistic)
+METRICS |= {kind: _correlation(kind) for kind in _NUMERIC}
 
 
 def _number(text: str) -> float | None:
@@ -237,13 +205,13 @@ def _number(text: str) -> float | None:
 # ------------------------------------------------------------------------------------------ free text
 
 
-@metric("exact_match")
+@METRICS.register("exact_match")
 def exact_match(answers: Answers) -> float:
     """Share of predictions that equal an answer, both normalised as in SQuAD (Rajpurkar et al., 2016)."""
     return answers.mean(lambda prediction, text: float(_squad_words(prediction) == _squad_words(text)))
 
 
-@metric("squad_f1")
+@METRICS.register("squad_f1")
 def squad_f1(answers: Answers) -> float:
     """Mean F1 over the words of the best answer, normalised as in SQuAD 1.1 (Rajpurkar et al., 2016).
 
@@ -264,18 +232,18 @@ def _squad_overlap(prediction: str, answer: str) -> float:
 
 
 def _rouge(kind: str) -> Metric:
+    """Return the mean F without stemming, as in T5 but not resampled (Lin, 2004)."""
+
     def rouge(answers: Answers) -> float:
         from rouge_score.rouge_scorer import RougeScorer
 
         scorer = RougeScorer([kind])
         return answers.mean(lambda p, text: scorer.score(_sentences(text), _sentences(p))[kind].fmeasure)
 
-    rouge.__doc__ = f"Mean {kind} F without stemming, as in T5 but not resampled (Lin, 2004)."
     return rouge
 
 
-for _kind in ("rouge1", "rouge2", "rougeL", "rougeLsum"):
-    metric(_kind)(_rouge(_kind))
+METRICS |= {kind: _rouge(kind) for kind in ("rouge1", "rouge2", "rougeL", "rougeLsum")}
 
 
 def _sentences(text: str) -> str:
@@ -283,33 +251,19 @@ def _sentences(text: str) -> str:
     return text.replace(" . ", " .\n")
 
 
-@metric("bleu")
-def bleu(answers: Answers) -> float:
-    """Corpus BLEU by sacrebleu's defaults, divided by 100 (Post, 2018)."""
-    import sacrebleu
+def _sacrebleu(function: str, **settings: str) -> Metric:
+    """Return a score over all examples by sacrebleu (Post, 2018), divided by 100."""
 
-    return sacrebleu.corpus_bleu(list(answers.predictions), _reference_streams(answers.targets)).score / 100
+    def score(answers: Answers) -> float:
+        import sacrebleu
 
+        # sacrebleu skips a None where a row has fewer references than others.
+        references: list[Any] = list(map(list, itertools.zip_longest(*map(_texts, answers.targets))))
+        return getattr(sacrebleu, function)(list(answers.predictions), references, **settings).score / 100
 
-@metric("bleu_intl")
-def bleu_intl(answers: Answers) -> float:
-    """Corpus BLEU with sacrebleu's international tokenizer, divided by 100, as T5 reports (Raffel et al., 2020)."""
-    import sacrebleu
-
-    streams = _reference_streams(answers.targets)
-    return sacrebleu.corpus_bleu(list(answers.predictions), streams, tokenize="intl").score / 100
+    return score
 
 
-@metric("chrf")
-def chrf(answers: Answers) -> float:
-    """Corpus chrF by sacrebleu's defaults, divided by 100 (Popović, 2015)."""
-    import sacrebleu
-
-    return sacrebleu.corpus_chrf(list(answers.predictions), _reference_streams(answers.targets)).score / 100
-
-
-def _reference_streams(targets: Sequence[Target]) -> list[list[Any]]:
-    # sacrebleu skips a None where a row has fewer references than others.
-    texts = [_texts(target) for target in targets]
-    width = max(map(len, texts))
-    return [[each[i] if i < len(each) else None for each in texts] for i in range(width)]
+METRICS["bleu"] = _sacrebleu("corpus_bleu")
+METRICS["bleu_intl"] = _sacrebleu("corpus_bleu", tokenize="intl")  # which T5 reports (Raffel et al., 2020)
+METRICS["chrf"] = _sacrebleu("corpus_chrf")  # by Popović (2015)

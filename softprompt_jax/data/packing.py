@@ -1,11 +1,13 @@
-"""Several examples in a row: one static shape for everything, and almost no padding.
+"""Several examples in a row: all batches have one shape, and almost no position is padding.
 
-Each example keeps its own prompt, and segment numbers keep the examples of a row apart in encoder, decoder and
-cross attention. T5 sees distances only, so that an example computes the same wherever it stands.
+Each example keeps its own prompt. Segment numbers say which positions of a row belong to the same example, so that the
+attention of the encoder, of the decoder and between them stays inside one example. T5 knows only the distance between
+two positions, so an example gives the same result wherever it stands in a row.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 
@@ -20,8 +22,8 @@ from softprompt_jax.data.buckets import Shape, rounded
 class Packing(Settings):
     """The shape of packed rows.
 
-    `length` counts encoder positions, prompts included (None: as many as the longest example needs);
-    `target_length` decoder positions (None: what leaves least padding).
+    `length` is the number of encoder positions, prompts included (None: as many as the longest example needs).
+    `target_length` is the number of decoder positions (None: the number that leaves least padding).
     """
 
     length: int | None = pydantic.Field(None, gt=0)
@@ -30,18 +32,13 @@ class Packing(Settings):
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of examples, ragged: row i holds the examples `ids[starts[i]:starts[i + 1]]`."""
+    """Rows of examples, some with more than others: row i holds the examples `ids[starts[i]:starts[i + 1]]`."""
 
     ids: Int[np.ndarray, " examples"]
     starts: Int[np.ndarray, " rows_and_one"]
 
     def __len__(self) -> int:
         return len(self.starts) - 1
-
-    @classmethod
-    def of_one(cls, plan: Int[np.ndarray, "batches B"]) -> Rows:
-        """Return rows of one example each."""
-        return cls(plan.reshape(-1), np.arange(plan.size + 1))
 
     def take(self, rows: Int[np.ndarray, " chosen"]) -> Rows:
         """Return these rows in this order."""
@@ -57,9 +54,10 @@ class Rows:
 def pack(
     order: Int[np.ndarray, " chosen"], lengths: Int[np.ndarray, "examples 2"], shape: Shape, window: int = 2048
 ) -> Rows:
-    """Put the examples of `order` into rows of `shape`, window by window; each example stands in one row.
+    """Put the examples of `order` into rows of `shape`. A row holds examples of one window of `window` examples.
 
-    `lengths` has the encoder (with prompt) and decoder positions of every example, none over `shape`.
+    `lengths` has the encoder positions (prompt included) and the decoder positions of every example. None may be larger
+    than `shape`.
     """
     ids, starts = [], [np.zeros(1, np.int64)]
     for first in range(0, len(order), window):
@@ -70,10 +68,10 @@ def pack(
     return Rows(np.concatenate(ids), np.concatenate(starts))
 
 
-def choose_row_shape(lengths: Int[np.ndarray, "examples 2"], packing: Packing, sample: int = 2048) -> Shape:
-    """Return the (encoder, decoder) positions of packed rows: those that are set, the others chosen.
+def choose_row_shape(lengths: Int[np.ndarray, "examples 2"], packing: Packing) -> Shape:
+    """Return the (encoder, decoder) positions of packed rows: those that `packing` sets, and the others chosen.
 
-    Raises UserError when an example is longer than what is set.
+    An example that is longer than what is set is a UserError.
     """
     longest = lengths.max(0)
     for name, length in zip(("length", "target_length"), longest, strict=True):
@@ -85,8 +83,8 @@ def choose_row_shape(lengths: Int[np.ndarray, "examples 2"], packing: Packing, s
     encoder = packing.length or int(rounded(longest[None])[0, 0])
     if packing.target_length is not None:
         return encoder, packing.target_length
-    some = lengths[:: max(1, len(lengths) // sample)]
-    even = encoder * some[:, 1].mean() / some[:, 0].mean()  # both sides of a row fill up together
+    some = lengths[:: max(1, len(lengths) // 2048)]
+    even = encoder * some[:, 1].mean() / some[:, 0].mean()  # with so many both sides of a row are full at once
     candidates = {
         (encoder, int(rounded(np.array([[encoder, max(longest[1], math.ceil(even * slack))]]))[0, 1]))
         for slack in (1.0, 1.15, 1.35, 1.6, 2.0)
@@ -95,30 +93,26 @@ def choose_row_shape(lengths: Int[np.ndarray, "examples 2"], packing: Packing, s
 
 
 def _best_fit(lengths: Int[np.ndarray, "examples 2"], shape: Shape) -> Int[np.ndarray, " examples"]:
-    """Return a row for each example: longest first, into the row with the least encoder room that suffices."""
+    """Return the number of each example's row.
+
+    The longest example comes first. Each goes into the row that has the fewest free encoder positions, among the rows
+    in which it fits.
+    """
     shortest = lengths.min(0)
-    by_room: list[list[int]] = [[] for _ in range(shape[0] + 1)]  # open rows by the encoder positions left
-    rooms = 0  # bit n: by_room[n] is not empty
-    target_room: list[int] = []
+    open_rows: list[tuple[int, int, int]] = []  # sorted: free encoder positions, step of the last example, row
+    target_room: list[int] = []  # free decoder positions of each row
     row_of = np.zeros(len(lengths), np.int64)
-    for index in np.argsort(-(lengths / shape).sum(1), kind="stable"):
-        need, target = int(lengths[index, 0]), int(lengths[index, 1])
-        room, row, fitting = shape[0], -1, rooms >> need << need
-        while fitting and row < 0:
-            lowest = fitting & -fitting
-            room, fitting = lowest.bit_length() - 1, fitting ^ lowest
-            row = next((open_row for open_row in by_room[room] if target_room[open_row] >= target), -1)
-        if row < 0:
+    for step, index in enumerate(np.argsort(-(lengths / shape).sum(1), kind="stable")):
+        need, target = lengths[index].tolist()
+        wide_enough = range(bisect.bisect(open_rows, (need,)), len(open_rows))
+        place = next((place for place in wide_enough if target_room[open_rows[place][2]] >= target), None)
+        if place is None:
             room, row = shape[0], len(target_room)
             target_room.append(shape[1])
         else:
-            by_room[room].remove(row)
-            if not by_room[room]:
-                rooms ^= 1 << room
-        room -= need
+            room, _, row = open_rows.pop(place)
         target_room[row] -= target
         row_of[index] = row
-        if room >= shortest[0] and target_room[row] >= shortest[1]:
-            by_room[room].append(row)
-            rooms |= 1 << room
+        if room - need >= shortest[0] and target_room[row] >= shortest[1]:
+            bisect.insort(open_rows, (room - need, step, row))
     return row_of

@@ -1,7 +1,8 @@
 """What a template cannot say: how a row of a data set becomes rows with the fields of a template, and answers labels.
 
 A preprocessor takes a row and the name of its split and returns rows: none, one, or (in training) one
-per answer. Outside training it returns exactly one, since every question is answered once.
+per answer. Outside training it returns exactly one, since every question is answered once. Its ValueError says why
+a row does not fit.
 """
 
 from __future__ import annotations
@@ -12,33 +13,15 @@ from typing import Any
 
 import numpy as np
 
+from softprompt_jax.data.registry import Registry
+
 Row = Mapping[str, Any]
 Preprocessor = Callable[[Row, str], list[dict[str, Any]]]
 Postprocessor = Callable[[str, str], str]
-PREPROCESSORS: dict[str, Preprocessor] = {}
-POSTPROCESSORS: dict[str, Postprocessor] = {}
+PREPROCESSORS: Registry[Preprocessor] = Registry()  # each takes (row, split) and returns rows
+POSTPROCESSORS: Registry[Postprocessor] = Registry()  # each takes (prediction, target) and returns what is scored
 _PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")
 _SPACES = re.compile(r"[ \t\n\f\r]+")
-
-
-def preprocessor(name: str) -> Callable[[Preprocessor], Preprocessor]:
-    """Register `function(row, split) -> rows` as the preprocessor `name`; a ValueError of it says what does not fit."""
-
-    def register(function: Preprocessor) -> Preprocessor:
-        PREPROCESSORS[name] = function
-        return function
-
-    return register
-
-
-def postprocessor(name: str) -> Callable[[Postprocessor], Postprocessor]:
-    """Register `function(prediction, target) -> answer`, applied to predictions before they are scored."""
-
-    def register(function: Postprocessor) -> Postprocessor:
-        POSTPROCESSORS[name] = function
-        return function
-
-    return register
 
 
 def one_space(text: str) -> str:
@@ -60,14 +43,14 @@ _DETERMINERS = re.compile(
 )
 
 
-@preprocessor("multirc")
+@PREPROCESSORS.register("multirc")
 def prepare_multirc(row: Row, split: str) -> list[dict[str, Any]]:
     """Take the mark-up out of the paragraph, the question and the answer."""
     plain = {name: re.sub("</?b>", "", row[name].replace("<br>", " ")) for name in ("paragraph", "question", "answer")}
     return [{**row, **plain}]
 
 
-@preprocessor("record")
+@PREPROCESSORS.register("record")
 def prepare_record(row: Row, split: str) -> list[dict[str, Any]]:
     """Join the entities, make sentences of the highlights; in training one row per answer."""
     passage = _HIGHLIGHT_AFTER_STOP.sub(r"\1 ", row["passage"]).replace("\n@highlight\n", ". ")
@@ -78,7 +61,7 @@ def prepare_record(row: Row, split: str) -> list[dict[str, Any]]:
     return [{**shared, "target": answers[0] if answers else ""}]
 
 
-@preprocessor("wsc")
+@PREPROCESSORS.register("wsc")
 def prepare_wsc(row: Row, split: str) -> list[dict[str, Any]]:
     """Put asterisks around the pronoun; the target is the noun. Training keeps the rows in which that is right."""
     if split == "train" and row["label"] != 1:
@@ -90,7 +73,7 @@ def prepare_wsc(row: Row, split: str) -> list[dict[str, Any]]:
     return [{**row, "text": text, "target": row["span1_text"], "answers": answers}]
 
 
-@preprocessor("dpr")
+@PREPROCESSORS.register("dpr")
 def prepare_dpr(row: Row, split: str) -> list[dict[str, Any]]:
     """Put asterisks around the first pronoun that follows a space; the target is the candidate it stands for."""
     pronoun = re.compile(f" ({re.escape(row['pronoun'])})([ .,])")
@@ -98,7 +81,7 @@ def prepare_dpr(row: Row, split: str) -> list[dict[str, Any]]:
     return [{**row, "text": text, "target": row["candidates"][row["label"]] if "label" in row else ""}]
 
 
-@preprocessor("axg")
+@PREPROCESSORS.register("axg")
 def prepare_axg(row: Row, split: str) -> list[dict[str, Any]]:
     """Number the pairs of rows that differ in a pronoun's gender: they follow one another."""
     return [{**row, "pair": row["idx"] // 2} if "idx" in row else dict(row)]
@@ -119,7 +102,7 @@ def _blank(text: str, pronoun: str, index: int) -> str:
     raise ValueError(f"word {index} is {words[index]!r}, not {pronoun!r}")
 
 
-@postprocessor("wsc")
+@POSTPROCESSORS.register("wsc")
 def read_wsc(prediction: str, target: str) -> str:
     """Return "True" where the prediction names the noun, "" where it says nothing (wrong in any case)."""
     predicted, noun = (
@@ -137,20 +120,20 @@ def read_wsc(prediction: str, target: str) -> str:
 # ------------------------------------------------------------ other sets
 
 
-@preprocessor("stsb")
+@PREPROCESSORS.register("stsb")
 def prepare_stsb(row: Row, split: str) -> list[dict[str, Any]]:
     """Round the score to the nearest fifth: one of 26 texts, "0.0" to "5.0" (-1 hides it)."""
     score = row.get("label", -1)
     return [{**row, "target": "" if score == -1 else f"{np.round(np.float32(score) * 5) / np.float32(5):.1f}"}]
 
 
-@preprocessor("snli")
+@PREPROCESSORS.register("snli")
 def prepare_snli(row: Row, split: str) -> list[dict[str, Any]]:
     """Leave out rows without an agreed label."""
     return [] if split and row.get("label") == -1 else [dict(row)]
 
 
-@preprocessor("squad")
+@PREPROCESSORS.register("squad")
 def prepare_squad(row: Row, split: str) -> list[dict[str, Any]]:
     """Pad the punctuation of question, context and answers; the target is the first answer."""
     answers = row.get("answers") or []

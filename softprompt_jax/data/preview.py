@@ -10,19 +10,28 @@ import numpy as np
 
 from softprompt_jax.config import UserError
 from softprompt_jax.data.packages import Package
+from softprompt_jax.data.prompt_layout import NO_PROMPT, PromptLayout
 from softprompt_jax.data.sources import Hub
 from softprompt_jax.data.task import Example, Task, iterate, splits, with_limits
+from softprompt_jax.data.tokenized import token_ids
 from softprompt_jax.data.tokenizer import Tokenizer
 
 _MOST_LABELS = 10
 
 
 def describe(
-    task: Task, split: str, tokenizer: Tokenizer, show: int, limits: tuple[int, int], most: int
+    task: Task,
+    split: str,
+    tokenizer: Tokenizer,
+    show: int,
+    limits: tuple[int, int],
+    most: int,
+    layout: PromptLayout = NO_PROMPT,
 ) -> Iterator[str]:
     """Yield lines about the first `most` examples of a split; `limits` are the tokens of an input and a target.
 
-    Examples of a split without public labels are shown without a target.
+    `layout` says where prompt rows stand, whose ids start at the tokenizer's size. Examples of a split without public
+    labels are shown without a target.
     """
     labelled, task = split not in task.hidden, with_limits(task, *limits)
     yield f"{task.name}: {_origin(task)}; splits {', '.join(splits(task)) or 'none'}" + (
@@ -38,7 +47,7 @@ def describe(
     whole = next(source, None) is None
     yield f"{split}: {len(found):,} examples" if whole else f"{split}: the first {most:,} examples"
     inputs, targets = (_ids(tokenizer, found, side) for side in (0, 1))
-    yield _lengths("input", inputs, limits[0], "truncated")
+    yield _lengths("input", inputs, limits[0], "truncated", len(tokenizer.end))
     if labelled:
         yield _lengths("target", targets, limits[1], "too long: a run refuses them")
         counts = Counter(example.target for example in found).most_common()
@@ -47,10 +56,12 @@ def describe(
     for number, (example, ids, target_ids) in enumerate(zip(found[:show], inputs, targets, strict=False), start=1):
         yield f"example {number}"
         yield f"  input   {example.input}"
-        yield f"  tokens  {_pieces(tokenizer, ids, limits[0])}"
+        read = layout.around(tokenizer.cut_input([*ids, *tokenizer.end], limits[0])).tolist()
+        yield f"  tokens  {_pieces(tokenizer, read)}"
         if labelled:
             yield f"  target  {example.target}"
-            yield f"  tokens  {_pieces(tokenizer, target_ids, limits[1])}"
+            before = layout.before_decoder().tolist()
+            yield f"  tokens  {_pieces(tokenizer, [*before, *target_ids[: limits[1] - 1], tokenizer.eos_id])}"
             if example.answers:
                 yield f"  scored against  {' | '.join(example.answers)}"
 
@@ -67,24 +78,25 @@ def _origin(task: Task) -> str:
 
 def _ids(tokenizer: Tokenizer, examples: Sequence[Example], side: int) -> list[list[int]]:
     """Return the ids of all inputs (0) or targets (1) without EOS: a seqio Task's own, else those of the texts."""
-    encoded = tokenizer.encode_batch([(example.input, example.target)[side] for example in examples])
-    own = [example.ids and example.ids[side] for example in examples]
-    return [
-        ids if mine is None else [*mine[:-1], *(id_ for id_ in mine[-1:] if id_ != tokenizer.eos_id)]
-        for ids, mine in zip(encoded, own, strict=True)
-    ]
+    found = zip(examples, token_ids(examples, side, tokenizer, []), strict=True)
+    return [ids[:-1] if example.ids and ids[-1:] == [tokenizer.eos_id] else ids for example, ids in found]
 
 
-def _lengths(side: str, ids: Sequence[Sequence[int]], limit: int, beyond: str) -> str:
-    lengths = np.asarray([len(each) + 1 for each in ids])  # with EOS
+def _lengths(side: str, ids: Sequence[Sequence[int]], limit: int, beyond: str, behind: int = 1) -> str:
+    lengths = np.asarray([len(each) + behind for each in ids])
     middle, most = np.percentile(lengths, [50, 95]).astype(int)
     over = int((lengths > limit).sum())
     return (
-        f"  {side} tokens with EOS: median {middle}, 95% within {most}, longest {lengths.max()}; "
+        f"  {side} tokens{' with EOS' * (behind == 1)}: median {middle}, 95% within {most}, longest {lengths.max()}; "
         f"{over:,} over {limit} ({beyond})"
     )
 
 
-def _pieces(tokenizer: Tokenizer, ids: Sequence[int], limit: int) -> str:
-    kept = [*ids[: limit - 1], tokenizer.eos_id]
-    return " ".join(tokenizer.pieces[id_] for id_ in kept) + f"  ({len(kept)})"
+def _pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
+    """Return the pieces of ids, prompt rows as their number, and how many ids there are without these."""
+    shown, words = [], 0
+    for is_row, group in itertools.groupby(ids, lambda id_: id_ >= tokenizer.size):
+        part = list(group)
+        shown += [f"<{len(part)} prompt rows>"] if is_row else [tokenizer.pieces[id_] for id_ in part]
+        words += 0 if is_row else len(part)
+    return " ".join(shown) + f"  ({words})"

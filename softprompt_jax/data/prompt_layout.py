@@ -12,8 +12,8 @@ from jaxtyping import Array, Int
 
 from softprompt_jax.config import UserError
 
-EOS = 1  # of every T5
-_MARK = re.compile(r"\{(prompt(?::\d+)?|text)\}")
+EOS = 1  # of T5s, unless a model says otherwise
+_MARK = re.compile(r"(\{(?:prompt(?::\d+)?|text)\})")
 _NAMED = {"before": ("{prompt}{text}", 0), "after": ("{text}{prompt}", 0), "decoder": ("{text}", 1)}
 _NAMED["both"] = (_NAMED["before"][0], 1)
 
@@ -22,18 +22,20 @@ class PromptLayout:
     """The ids around every text: [n] of one task or of all alike, or [N, n] for the texts of N tasks.
 
     Ids of V and more are prompt rows, the others are anchor words. `after` stands between a text and its EOS,
-    `decoder` before the decoder's first input. `tasks` is N, 0 where all share; the arrays are [max(N, 1), n].
+    `decoder` before the decoder's first input. `tasks` is N, 0 where all share; the arrays are [max(N, 1), n]. `end` is
+    the id at the end of every text; None: texts have none (decoder-only models).
     """
 
     before: Int[np.ndarray, "N _"]
     after: Int[np.ndarray, "N _"]
     decoder: Int[np.ndarray, "N _"]
 
-    def __init__(self, before: Any = (), after: Any = (), decoder: Any = ()):
+    def __init__(self, before: Any = (), after: Any = (), decoder: Any = (), end: int | None = EOS):
         parts = [np.asarray(part, np.int32) for part in (before, after, decoder)]
         self.tasks = max(len(part) if part.ndim == 2 else 0 for part in parts)
         wide = [np.broadcast_to(part, (max(self.tasks, 1), part.shape[-1])) for part in parts]
         self.before, self.after, self.decoder = wide
+        self.end = end
 
     @property
     def parts(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -52,46 +54,45 @@ class PromptLayout:
     def around(self, text: Any, task: int = 0) -> Int[np.ndarray, " PT"]:
         """Return what the encoder reads for the ids of one text of a task, with its EOS (if it has one) at the end."""
         text, task = np.asarray(text, np.int32), task if self.tasks else 0
-        end = len(text) - int(len(text) > 0 and text[-1] == EOS)
+        end = len(text) - int(len(text) > 0 and text[-1] == self.end)
         return np.concatenate([self.before[task], text[:end], self.after[task], text[end:]])
 
     def before_decoder(self, task: int = 0) -> Int[np.ndarray, " P"]:
         """Return what the decoder reads before its first input, for a text of a task."""
         return self.decoder[task if self.tasks else 0]
 
-    def around_each(self, texts: Int[Array, "B T"]) -> Int[Array, "B S"]:
-        """Return the same for all texts of a traced batch (0 is padding); those without an EOS get one."""
-        before, after = (jnp.asarray(ids, jnp.int32) for ids in (self.before[0], [*self.after[0], EOS]))
-        lengths = jnp.sum((texts != 0) & (texts != EOS), -1, keepdims=True)
-        at = jnp.arange(texts.shape[1] + len(before) + len(after))[None] - len(before)  # 0: the text's first
-
-        def taken(ids: Array, index: Array) -> Array:
-            return ids[jnp.clip(index, 0, len(ids) - 1)] if len(ids) else jnp.zeros_like(index)
-
-        text = jnp.take_along_axis(
-            texts, jnp.clip(jnp.broadcast_to(at, (texts.shape[0], at.shape[1])), 0, texts.shape[1] - 1), 1
-        )
-        behind = at - lengths
-        end = jnp.where(behind < len(after), taken(after, behind), 0)
-        return jnp.where((at >= 0) & (behind < 0), text, jnp.where(at < 0, taken(before, at + len(before)), end))
+    def around_each(self, texts: Int[Array, "B T"], padding: int = 0) -> Int[Array, "B S"]:
+        """Return the same for all texts of a traced batch; those without an EOS get one where texts have one."""
+        ending = [] if self.end is None else [self.end]
+        around = [jnp.asarray(ids, texts.dtype) for ids in (self.before[0], [*self.after[0], *ending, padding])]
+        before, after = (jnp.broadcast_to(ids, (texts.shape[0], len(ids))) for ids in around)
+        everything = jnp.concatenate([before, texts, after], 1)
+        at = jnp.arange(everything.shape[1] - 1)
+        words = texts > padding if self.end is None else (texts > padding) & (texts != self.end)
+        end = before.shape[1] + jnp.sum(words, -1, keepdims=True)
+        behind = jnp.minimum(
+            at - end + before.shape[1] + texts.shape[1], everything.shape[1] - 1
+        )  # the last is padding
+        return jnp.take_along_axis(everything, jnp.where(at < end, at, behind), 1)
 
     def of_task(self, task: int) -> PromptLayout:
         """Return what stands around the texts of one task."""
-        return PromptLayout(*(part[task if self.tasks else 0] for part in self.parts))
+        return PromptLayout(*(part[task if self.tasks else 0] for part in self.parts), end=self.end)
 
     def for_tasks(self, count: int, first: int, rows: int) -> PromptLayout:
         """Give each of `count` tasks its own `rows` rows in these places; the ids of all rows start at `first`."""
-        return PromptLayout(*(part + rows * np.arange(count)[:, None] * (part >= first) for part in self.parts))
+        moved = (part + rows * np.arange(count)[:, None] * (part >= first) for part in self.parts)
+        return PromptLayout(*moved, end=self.end)
 
     def with_rows(self, where: Int[np.ndarray, " P"], first: int) -> PromptLayout:
         """Return the same places for rows of which the i-th, with the id `first` + i, lies at where[i] of the table."""
         moved = (np.where(ids >= first, first + where[np.maximum(ids - first, 0)], ids) for ids in self.parts)
-        return PromptLayout(*(ids if self.tasks else ids[0] for ids in moved))
+        return PromptLayout(*(ids if self.tasks else ids[0] for ids in moved), end=self.end)
 
     def __eq__(self, other: object) -> bool:
         return (
             isinstance(other, PromptLayout)
-            and self.tasks == other.tasks
+            and (self.tasks, self.end) == (other.tasks, other.end)
             and all(map(np.array_equal, self.parts, other.parts))
         )
 
@@ -105,19 +106,23 @@ class PromptLayout:
 NO_PROMPT = PromptLayout()
 
 
-def place(where: str, length: int, first: int, encode: Callable[[str], list[int]]) -> PromptLayout:
-    """Give `length` rows, whose ids start at `first`, their places.
+def place(
+    where: str, length: int, first: int, encode: Callable[[str], list[int]], end: int | None = EOS
+) -> PromptLayout:
+    """Give `length` rows, whose ids start at `first`, their places around texts that end with `end`.
 
     `where`: "before", "after", "decoder", "both" (`length` rows before the text and as many before the decoder's
     input), or a template such as "{prompt:10} {text} it was {prompt:5}", whose other words are anchors.
     """
     check(where, length)
     template, decoder = _NAMED.get(where, (where, 0))
+    if decoder and end is None:
+        raise ValueError(f"place {where!r}: this model has no decoder; expected before, after or a template")
     on_encoder = length if "{prompt" in template else 0
     ids = list(range(first, first + rows(where, length)))
     sides: list[list[int]] = [[], []]
     side, used = 0, 0
-    for part, counted in zip(_parts(template), _counts(template, on_encoder), strict=True):
+    for part, counted in zip(_MARK.split(template), _counts(template, on_encoder), strict=True):
         if part == "{text}":
             side = 1
         elif counted is not None:
@@ -128,7 +133,7 @@ def place(where: str, length: int, first: int, encode: Callable[[str], list[int]
             if max(anchors, default=0) >= first:
                 raise UserError(f"place {where!r}: {part.strip()!r} has the id {max(anchors)}; expected under {first}")
             sides[side] += anchors
-    return PromptLayout(sides[0], sides[1], ids[on_encoder:] if decoder else ())
+    return PromptLayout(sides[0], sides[1], ids[on_encoder:] if decoder else (), end)
 
 
 def rows(where: str, length: int) -> int:
@@ -140,8 +145,9 @@ def check(where: str, length: int) -> None:
     """Raise a ValueError that says what is wrong with a place."""
     if where in _NAMED:
         return
-    marks = [part for part in _parts(where) if _MARK.fullmatch(part)]
-    if marks.count("{text}") != 1 or len(marks) < 2 or set("".join(_MARK.split(where)[::2])) & set("{}"):
+    parts = _MARK.split(where)
+    marks, words = parts[1::2], "".join(parts[::2])
+    if marks.count("{text}") != 1 or len(marks) < 2 or set(words) & set("{}"):
         raise ValueError(
             f"found {where!r}; expected {', '.join(_NAMED)}, or a template with {{text}} once and "
             "{prompt:N} at least once, such as '{prompt:10} {text} it was {prompt:5}'"
@@ -154,16 +160,9 @@ def check(where: str, length: int) -> None:
         )
 
 
-def _parts(template: str) -> list[str]:
-    """Split a template in marks and the texts between them."""
-    parts = _MARK.split(template)
-    return [f"{{{part}}}" if index % 2 else part for index, part in enumerate(parts)]
-
-
 def _counts(template: str, length: int) -> list[int | None]:
-    """Return for each part how many rows it takes; None for one that is no mark of the prompt."""
-    numbers = [re.fullmatch(r"\{prompt(?::(\d+))?\}", part) for part in _parts(template)]
-    stated = sum(int(match[1]) for match in numbers if match and match[1])
-    open_ended = sum(1 for match in numbers if match and not match[1])
-    rest = length - stated if open_ended == 1 else 0
-    return [None if match is None else int(match[1]) if match[1] else rest for match in numbers]
+    """Return for each mark, and each text between marks, how many rows it takes; None for what is not of the prompt."""
+    stated = [(f"{{prompt:{number}}}", int(number)) for number in re.findall(r"\{prompt:(\d+)\}", template)]
+    rest = length - sum(number for _, number in stated) if template.count("{prompt}") == 1 else 0
+    numbers = {**dict(stated), "{prompt}": rest}
+    return [numbers.get(part) for part in _MARK.split(template)]

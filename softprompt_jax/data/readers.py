@@ -10,25 +10,15 @@ import hashlib
 import html
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from softprompt_jax.config import UserError
+from softprompt_jax.data.registry import Registry
 
 SPLITS = ("train", "validation", "test")
-Row = Mapping[str, Any]
 Reader = Callable[[dict[str, bytes], str], dict[str, list[dict[str, Any]]]]
-READERS: dict[str, Reader] = {}
-
-
-def reader(name: str) -> Callable[[Reader], Reader]:
-    """Register `function(members, part) -> {split: rows}` as the reader of package sources called `name`."""
-
-    def register(function: Reader) -> Reader:
-        READERS[name] = function
-        return function
-
-    return register
+READERS: Registry[Reader] = Registry()  # each takes (members, part) and returns {split: rows}
 
 
 # ------------------------------------------------------------ sentiment of four domains: sentiment.yaml
@@ -44,7 +34,7 @@ _DOMAINS = {
 }
 
 
-@reader("vader")
+@READERS.register("vader")
 def read_vader(members: dict[str, bytes], part: str) -> dict[str, list[dict[str, Any]]]:
     """Turn a file of (id, mean rating, sentence) lines into split rows.
 
@@ -55,25 +45,20 @@ def read_vader(members: dict[str, bytes], part: str) -> dict[str, list[dict[str,
     file, validation, test = _DOMAINS[part]
     rows = []
     for line in members[_VADER.format(file)].decode("utf-8-sig").splitlines():
-        id_, rating, text = line.split("\t")
-        if abs(float(rating)) >= LEAST_RATING:
-            # The file writes a double quote as two single ones, and tweets with HTML entities.
-            text = " ".join(html.unescape(text).replace("''", '"').split())
-            rows.append(
-                {
-                    "text": text,
-                    "label": "positive" if float(rating) > 0 else "negative",
-                    "rating": float(rating),
-                    "id": id_,
-                }
-            )
+        id_, mean, text = line.split("\t")
+        rating = float(mean)
+        # The file writes a double quote as two single ones, and tweets with HTML entities.
+        text = " ".join(html.unescape(text).replace("''", '"').split())
+        if abs(rating) >= LEAST_RATING:
+            label = "positive" if rating > 0 else "negative"
+            rows.append({"text": text, "label": label, "rating": rating, "id": id_})
     return split_rows(without_duplicates(rows, "text"), validation, test, lambda row: row["id"].partition("_")[0])
 
 
 # ------------------------------------------------------------ text messages: spam.yaml
 
 
-@reader("sms")
+@READERS.register("sms")
 def read_sms(members: dict[str, bytes], part: str) -> dict[str, list[dict[str, Any]]]:
     """Turn (label, message) lines into rows in splits; equal messages are kept once."""
     (content,) = members.values()
@@ -90,7 +75,7 @@ _STS_FILES = {"train": "train", "validation": "dev", "test": "test"}
 _GENRES = ("news", "captions")
 
 
-@reader("sts")
+@READERS.register("sts")
 def read_sts(members: dict[str, bytes], part: str) -> dict[str, list[dict[str, Any]]]:
     """Turn (genre, file, year, id, score, two sentences, ...) lines into rows; a genre as `part` gives yes/no pairs."""
     if part not in ("", *_GENRES):
@@ -122,7 +107,7 @@ _SHIFTS = {
 }
 
 
-@reader("squadshifts")
+@READERS.register("squadshifts")
 def read_squadshifts(members: dict[str, bytes], part: str) -> dict[str, list[dict[str, Any]]]:
     """Turn a file in SQuAD's form into rows: three splits of the development set by article, else a test split."""
     if part not in _SHIFTS:
@@ -147,7 +132,7 @@ _BIBLES = tuple(f"pythonbible_{name}/plain_text_readers_bible.py" for name in ("
 _PLACE = re.compile(r"(\d{7,8}): (\d+),")  # book, chapter and verse as one number, and an offset
 
 
-@reader("bibles")
+@READERS.register("bibles")
 def read_bibles(members: dict[str, bytes], part: str) -> dict[str, list[dict[str, Any]]]:
     """Pair the verses that both bibles have; brackets around added words go, old quote marks become apostrophes."""
     old, new = (_verses(members[name].decode("utf-8"), name) for name in _BIBLES)

@@ -103,15 +103,13 @@ class Seqio(Source):
                 texts.append(text.decode("utf-8") if isinstance(text, bytes) else feature.vocabulary.decode(ids[-1]))
                 full = limit is not None and isinstance(text, bytes) and len(ids[-1]) == limit
                 cut.append(full and len(feature.vocabulary.encode(text.decode("utf-8"))) + feature.add_eos > limit)
-            if not labelled:
-                yield Example(texts[0], "", features, cut=(cut[0], cut[1]))
-                continue
-            if task.words and texts[1] not in task.words:
+            if labelled and task.words and texts[1] not in task.words:
                 raise UserError(
                     f"seqio {self.name} {split} row {number}: found the target {texts[1]!r}; expected one of "
                     f"{', '.join(task.words)}; correct the label_words"
                 )
-            yield Example(texts[0], texts[1], features, ids=(ids[0], ids[1]), cut=(cut[0], cut[1]))
+            target, known = (texts[1], (ids[0], ids[1])) if labelled else ("", None)
+            yield Example(texts[0], target, features, ids=known, cut=(cut[0], cut[1]))
 
     def check(self, tokenizer: Tokenizer, metrics: bool) -> None:
         """Refuse a vocabulary that gives other ids than the backbone's tokenizer, and metrics that cannot be had."""
@@ -138,7 +136,34 @@ class Seqio(Source):
         are those of the texts, and there are no log-probabilities.
         """
         _check_metrics(self)
-        return _scores(self, predictions, [example.fields for example in examples], outputs)
+        seqio, task, rows = importlib.import_module("seqio"), _task(self), [example.fields for example in examples]
+        features, found, targets = dict(task.output_features), {}, None
+        vocabulary = features["targets"].vocabulary
+        ids = outputs.ids if outputs else [[*vocabulary.encode(text), vocabulary.eos_id] for text in predictions]
+        tokens = np.zeros((len(ids), max(map(len, ids), default=0)), np.int32)
+        for row, each in zip(tokens, ids, strict=True):
+            row[: len(each)] = each
+        for metric in task.metric_objs:
+            kind = _kind(metric)
+            numbers = None if outputs is None else outputs.likelihoods if kind == "SCORE" else outputs.scores
+            if kind != "PREDICTION" and numbers is None:
+                raise UserError(
+                    f"seqio {self.name}: its metrics want log-probabilities; expected an evaluation of one prompt; "
+                    "use softprompt eval"
+                )
+            scores = np.asarray(numbers, np.float32) if kind != "PREDICTION" else None
+            output: Any = {"PREDICTION": tokens, "SCORE": scores}.get(kind, (tokens, {"scores": scores}))
+            made = copy.deepcopy(metric).from_model_output(rows, output, features)  # some keep what they are given
+            if isinstance(made, seqio.metrics.CollectingMetric):
+                values, seen = made.actual_compute(rows, features, "targets", targets)
+                targets = seen["targets"]
+            else:
+                values = made.compute()
+            if twice := sorted(found.keys() & values.keys()):
+                raise UserError(f"seqio {self.name}: two of its metrics give {twice[0]!r}; expected each name once")
+            found |= values
+        plain = {name: np.asarray(getattr(value, "value", value)) for name, value in found.items()}
+        return {name: float(value) for name, value in plain.items() if value.ndim == 0 and value.dtype.kind in "biuf"}
 
 
 def _difference(vocabulary: Any, tokenizer: Tokenizer) -> str | None:
@@ -185,39 +210,6 @@ def _check_metrics(source: Seqio) -> None:
 
 def _kind(metric: Any) -> str:
     return getattr(getattr(metric, "model_output_type", None), "name", "")
-
-
-def _scores(
-    source: Seqio, predictions: Sequence[str], examples: Sequence[dict[str, Any]], outputs: Outputs | None
-) -> dict[str, float]:
-    seqio, task = importlib.import_module("seqio"), _task(source)
-    features, found, targets = dict(task.output_features), {}, None
-    vocabulary = features["targets"].vocabulary
-    ids = outputs.ids if outputs else [[*vocabulary.encode(text), vocabulary.eos_id] for text in predictions]
-    tokens = np.zeros((len(ids), max(map(len, ids), default=0)), np.int32)
-    for row, each in zip(tokens, ids, strict=True):
-        row[: len(each)] = each
-    for metric in task.metric_objs:
-        kind = _kind(metric)
-        numbers = None if outputs is None else outputs.likelihoods if kind == "SCORE" else outputs.scores
-        if kind != "PREDICTION" and numbers is None:
-            raise UserError(
-                f"seqio {source.name}: its metrics want log-probabilities; expected an evaluation of one prompt; "
-                "use softprompt eval"
-            )
-        scores = np.asarray(numbers, np.float32) if kind != "PREDICTION" else None
-        output: Any = {"PREDICTION": tokens, "SCORE": scores}.get(kind, (tokens, {"scores": scores}))
-        made = copy.deepcopy(metric).from_model_output(examples, output, features)  # some keep what they are given
-        if isinstance(made, seqio.metrics.CollectingMetric):
-            values, seen = made.actual_compute(examples, features, "targets", targets)
-            targets = seen["targets"]
-        else:
-            values = made.compute()
-        if twice := sorted(found.keys() & values.keys()):
-            raise UserError(f"seqio {source.name}: two of its metrics give {twice[0]!r}; expected each name once")
-        found |= values
-    plain = {name: np.asarray(getattr(value, "value", value)) for name, value in found.items()}
-    return {name: float(value) for name, value in plain.items() if value.ndim == 0 and value.dtype.kind in "biuf"}
 
 
 # --------------------------------------------------------------------------------------------- seqio

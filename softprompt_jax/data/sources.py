@@ -1,4 +1,4 @@
-"""Where rows come from: files, the hub, or a package of a package registry, checked by its hash."""
+"""Where rows come from: files, the hub, memory, or a package of a package registry, checked by its hash."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 
-from softprompt_jax.config import UserError, cache_folder, first_line
-from softprompt_jax.data.examples import Row, Source
+from softprompt_jax.config import UserError, cache_folder, first_line, shipped
+from softprompt_jax.data.examples import Source
 from softprompt_jax.data.packages import Package
+from softprompt_jax.data.preprocessors import Row
 from softprompt_jax.data.readers import SPLITS
+from softprompt_jax.data.rows import Rows
 from softprompt_jax.data.seqio_source import Seqio
 from softprompt_jax.distributed import cloud_files
 
@@ -35,7 +37,7 @@ class Files(Source):
     def split_names(self) -> list[str]:
         return [split for split in SPLITS if getattr(self, split) is not None]
 
-    def _rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
+    def rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
         return read_file(getattr(self, split), self.quotes)
 
 
@@ -49,8 +51,28 @@ class Folder(Source):
     def split_names(self) -> list[str]:
         return list(split_files(self))
 
-    def _rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
+    def rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
         return itertools.chain.from_iterable(read_file(path, self.quotes) for path in split_files(self)[split])
+
+
+class Inputs(Source):
+    """A file of rows of which some are kept for validation: every `every`th, unless a file is stated for it."""
+
+    kind: Literal["inputs"] = "inputs"
+    path: str  # jsonl, json, csv, tsv or parquet
+    validation: str | None = None  # file for validation; null: rows of `path`
+    test: str | None = None  # file for the test
+    every: int = pydantic.Field(default=5, ge=2)  # distance between rows that are kept for validation
+
+    def split_names(self) -> list[str]:
+        return ["train", "validation"] if self.test is None else list(SPLITS)
+
+    def rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
+        stated = self.path if split == "train" else getattr(self, split)
+        if self.validation is not None or split == "test":
+            return read_file(stated)
+        numbered = enumerate(read_file(self.path), start=1)
+        return (row for number, row in numbered if (number % self.every == 0) == (split == "validation"))
 
 
 class Hub(Source):
@@ -77,7 +99,7 @@ class Hub(Source):
     def split_names(self) -> list[str]:
         return sorted(self.splits, key=lambda split: SPLITS.index(split) if split in SPLITS else len(SPLITS))
 
-    def _rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
+    def rows(self, split: str, where: str) -> Iterator[tuple[str, Row]]:
         for number, row in enumerate(self._load(split, where), start=1):
             yield f"{self.name} {split} row {number}", row
 
@@ -137,7 +159,7 @@ CONVERSION = "refs/convert/parquet"  # the hub's branch for it, with the files C
 
 
 SHORT_FORMS: dict[str, type[Source]] = {"seqio": Seqio}  # sources whose settings may stand in `task:` itself
-AnySource = Annotated[Files | Folder | Hub | Package | Seqio, pydantic.Field(discriminator="kind")]
+AnySource = Annotated[Files | Folder | Inputs | Hub | Package | Seqio | Rows, pydantic.Field(discriminator="kind")]
 
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -171,7 +193,7 @@ def read_file(path: str | Path, quotes: bool = True) -> Iterator[tuple[str, Row]
 
     Text formats are read here, not by `datasets`: an error must name the line, and a text "NA" must stay a text.
     """
-    path = cloud_files.local(path)
+    path = shipped(cloud_files.local(path))
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected a data file ({', '.join(SUFFIXES)})")
     suffix = path.suffix.lower()
@@ -186,7 +208,10 @@ def read_file(path: str | Path, quotes: bool = True) -> Iterator[tuple[str, Row]
 
 def _decoded(path: Path, rows: Iterator[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
     try:
-        yield from rows
+        for place, row in rows:
+            if not isinstance(row, dict):
+                raise UserError(f"{place}: found {type(row).__name__}; expected a JSON object with its fields")
+            yield place, row
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error.reason}); expected UTF-8 text; convert the file") from None
 
@@ -198,76 +223,68 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # also numbers of more than 4300 digits, and too deep ones
                 raise UserError(
-                    f"{path}:{number}: not JSON ({error.msg}); expected one JSON object a line; correct the line"
+                    f"{path}:{number}: not JSON ({getattr(error, 'msg', error)}); expected one JSON object a line; "
+                    "correct the line"
                 ) from None
-            if not isinstance(row, dict):
-                raise UserError(
-                    f"{path}:{number}: found {type(row).__name__}; expected a JSON object with the fields of a row"
-                )
             yield f"{path}:{number}", row
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Row]]:
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); expected a list of JSON objects") from None
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
+        raise UserError(
+            f"{place}: not JSON ({getattr(error, 'msg', error)}); expected a list of JSON objects"
+        ) from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: found {type(rows).__name__}; expected a list of JSON objects, one a row")
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise UserError(f"{path} row {number}: found {type(row).__name__}; expected a JSON object with its fields")
         yield f"{path} row {number}", row
 
 
 def _csv_rows(path: Path, delimiter: str, quotes: bool) -> Iterator[tuple[str, Row]]:
+    hint = "correct the row, or set `quotes: false` where a quote mark is a letter"
     with path.open(encoding="utf-8-sig", newline="") as lines:
-        table = csv.reader(
-            lines, delimiter=delimiter, strict=True, quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
-        )
+        quoting = csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE
+        table = csv.reader(lines, delimiter=delimiter, strict=True, quoting=quoting)
         csv.field_size_limit(1 << 30)  # a cell may be a whole document
         header: list[str] = []
         start = 1
         try:
             for cells in table:
-                number, start = start, table.line_num + 1
+                where, start = f"{path}:{start}", table.line_num + 1
                 if not header:
                     header = cells
-                    if twice := next((name for name in cells if cells.count(name) > 1), None):
-                        raise UserError(f"{path}:{number}: two columns {twice!r}; expected each once; rename one")
+                    if len(set(cells)) < len(cells):
+                        twice = next(name for name in cells if cells.count(name) > 1)
+                        raise UserError(f"{where}: two columns {twice!r}; expected each once; rename one")
                     if len(cells) == 1 and (other := next((mark for mark in ";\t," if mark in cells[0]), None)):
                         raise UserError(
-                            f"{path}:{number}: found columns separated by {other!r}; expected {delimiter!r}; "
+                            f"{where}: found columns separated by {other!r}; expected {delimiter!r}; "
                             "save it so, or name a file with tabs .tsv"
                         )
-                    continue
-                if not cells:
-                    continue
-                if len(cells) != len(header):
-                    raise UserError(
-                        f"{path}:{number}: found {len(cells)} columns; expected {len(header)} ({', '.join(header)}); "
-                        "correct the row, or set `quotes: false` where a quote mark is a letter"
-                    )
-                yield f"{path}:{number}", dict(zip(header, cells, strict=True))
+                elif cells and len(cells) != len(header):
+                    expected = f"{len(header)} ({', '.join(header)})"
+                    raise UserError(f"{where}: found {len(cells)} columns; expected {expected}; {hint}")
+                elif cells:
+                    yield where, dict(zip(header, cells, strict=True))
         except csv.Error as error:
-            raise UserError(
-                f"{path}:{start}: not a csv row ({error}); expected quoted cells; "
-                "correct the row, or set `quotes: false` where a quote mark is a letter"
-            ) from None
+            raise UserError(f"{path}:{start}: not a csv row ({error}); expected quoted cells; {hint}") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Row]]:
     import pyarrow.parquet
 
-    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for part in file.iter_batches():
-                for row in part.to_pylist():
-                    number += 1
-                    yield f"{path} row {number}", row
+            rows = itertools.chain.from_iterable(part.to_pylist() for part in file.iter_batches())
+            for number, row in enumerate(rows, start=1):
+                yield f"{path} row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: cannot be read ({first_line(error)}); expected a parquet file") from None
 
@@ -298,7 +315,5 @@ def _cached_hub_names() -> list[str]:
     from datasets.config import HF_DATASETS_CACHE
 
     folder = Path(HF_DATASETS_CACHE)
-    skipped = {"downloads", "parquet", "csv", "json", "text"}
-    return sorted(
-        path.name.replace("___", "/") for path in folder.glob("*") if path.is_dir() and path.name not in skipped
-    )
+    found = {path.name.replace("___", "/") for path in folder.glob("*") if path.is_dir()}
+    return sorted(found - {"downloads", "parquet", "csv", "json", "text"})

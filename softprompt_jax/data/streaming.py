@@ -1,8 +1,8 @@
-"""Batches out of a split that never ends: windows of examples, one after the other, bucketed as any others.
+"""Batches from a split that never ends: it is read one window of examples after the other, each put into buckets.
 
-A window is what `TrainBatches` has in memory at a time. The order is a pure function of the stream and the seed. A run
-that goes on at step S reads and throws away the S x B examples that it has seen: minutes per million, as fast as the
-preprocessors are; every process reads the whole stream.
+Only one window is in memory at a time. The order depends on nothing but the stream and the seed. A run that resumes at
+step S first reads the S x B examples that it has seen, and drops them. A million take minutes; how many depends on the
+preprocessors. Every process reads the whole stream.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from softprompt_jax.data.tokenized import TokenizedSet
 
 
 class StreamBatches:
-    """Training batches without end, from a step on; what it tells of the data is that of the first window.
+    """Training batches without end, from any step on.
 
-    `read(number)` yields the examples from a number on, `tokenized` makes a set of some of them; `largest` are the
-    tokens that an input and a target may have. Shapes and counts are as in `TrainBatches`.
+    `read(number)` yields the examples of the stream from that number on, and `tokenized` turns examples into a set.
+    `first` is the set of the first window: all windows have its size, and the shapes and the other attributes are
+    computed from it. `largest` is the limit of tokens of an input and of a target. The rest is as in `TrainBatches`.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class StreamBatches:
             done = 0
 
     def _batches(self, tokenized: TokenizedSet, number: int) -> Iterator[Batch]:
-        """Yield the batches of window `number`: its examples, shuffled, in buckets."""
+        """Yield the batches of window `number`, whose examples are shuffled and put into buckets."""
         random = np.random.Generator(np.random.PCG64(np.random.SeedSequence([self.seed, number])))
         lengths = tokenized.lengths + np.array(self._layout.lengths)
         order = random.permutation(len(tokenized))

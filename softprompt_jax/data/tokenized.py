@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,8 @@ from jaxtyping import Int
 
 from softprompt_jax.config import UserError
 from softprompt_jax.data.task import Example
-from softprompt_jax.data.tokenizer import Tokenizer
+from softprompt_jax.data.tokenizer import PLAIN, T5_FORMAT, TextFormat, Tokenizer
+from softprompt_jax.files import written_whole
 
 
 @dataclass(frozen=True)
@@ -35,14 +34,10 @@ class TokenizedSet:
     truncated_inputs: int = 0
     truncated_targets: int = 0
     tasks: Int[np.ndarray, " examples"] | None = None
+    form: TextFormat = T5_FORMAT
 
     def __len__(self) -> int:
         return len(self.input_offsets) - 1
-
-    @property
-    def input_lengths(self) -> Int[np.ndarray, " examples"]:
-        """Tokens of each input."""
-        return np.diff(self.input_offsets)
 
     @property
     def target_lengths(self) -> Int[np.ndarray, " examples"]:
@@ -52,7 +47,14 @@ class TokenizedSet:
     @property
     def lengths(self) -> Int[np.ndarray, "examples 2"]:
         """Tokens of each input and target."""
-        return np.stack([self.input_lengths, self.target_lengths], axis=1)
+        return np.stack([np.diff(self.input_offsets), self.target_lengths], axis=1)
+
+    @property
+    def has_one_target(self) -> bool:
+        """Whether all examples have the same target."""
+        lengths = self.target_lengths
+        rows = self.targets.reshape(len(self), -1) if (lengths == lengths[0]).all() else None
+        return rows is not None and bool((rows == rows[0]).all())
 
     def first(self, count: int | None) -> TokenizedSet:
         """Return the first examples, or all."""
@@ -81,6 +83,7 @@ def concatenate(sets: Sequence[TokenizedSet]) -> TokenizedSet:
         offsets[:, 1],
         sets[0].vocabulary_rows,
         tasks=np.repeat(np.arange(len(sets), dtype=np.int32), [len(part) for part in sets]),
+        form=sets[0].form,
     )
 
 
@@ -90,7 +93,6 @@ def tokenize(
     vocabulary_rows: int,
     max_input_tokens: int,
     max_target_tokens: int,
-    input_eos: bool = True,
     truncate_targets: bool = False,
     cache: Path | None = None,
 ) -> TokenizedSet:
@@ -108,34 +110,29 @@ def tokenize(
     path = None
     if cache is not None:
         examples = list(examples) if isinstance(examples, Iterator) else examples
-        limits = (FORMAT, vocabulary_rows, max_input_tokens, max_target_tokens, input_eos, truncate_targets)
+        limits = (FORMAT, vocabulary_rows, max_input_tokens, max_target_tokens, truncate_targets)
+        if tokenizer.form != T5_FORMAT:
+            limits = (*limits, tokenizer.form)
+        if tokenizer.form != T5_FORMAT or tokenizer.text != PLAIN:
+            limits = (*limits, tokenizer.begin, tokenizer.end, tokenizer.target_prefix, tokenizer.text.cut)
         path = cache / f"{_digest(examples, tokenizer, limits)}.npz"
         if (stored := _read(path)) is not None:
-            return stored
+            return dataclasses.replace(stored, form=tokenizer.form)
 
-    inputs, targets = _Side(), _Side()
-    for chunk in _chunks(examples, 4096):
-        end = [tokenizer.eos_id] if input_eos else []
-        for example, example_ids in zip(chunk, _ids(chunk, 0, tokenizer, end), strict=True):
-            inputs.add(example_ids, max_input_tokens, end, example.cut[0])
-        first, end = len(targets.lengths), [tokenizer.eos_id]
-        for number, example_ids in enumerate(_ids(chunk, 1, tokenizer, end)):
-            if (len(example_ids) > max_target_tokens or chunk[number].cut[1]) and not truncate_targets:
-                found = f"more than {len(example_ids)}" if chunk[number].cut[1] else str(len(example_ids))
-                raise UserError(
-                    f"example {first + number}: the target {chunk[number].target[:40]!r} has {found} "
-                    f"tokens with EOS; expected at most {max_target_tokens}; raise max_target_tokens"
-                )
-            targets.add(example_ids, max_target_tokens, end, chunk[number].cut[1])
-        inputs.flush()
-        targets.flush()
+    inputs = _Side(0, max_input_tokens, tokenizer)
+    targets = _Side(1, max_target_tokens, tokenizer, truncate_targets)
+    remaining = iter(examples)
+    while chunk := list(itertools.islice(remaining, 4096)):
+        inputs.add(chunk)
+        targets.add(chunk)
     if not inputs.lengths:
         raise UserError("no examples to tokenise; expected at least one; check the split")
     if 0 in inputs.lengths:
         raise UserError(
             f"example {inputs.lengths.index(0)}: the input is empty; expected text; complete or drop the row"
         )
-    result = TokenizedSet(*inputs.arrays(), *targets.arrays(), vocabulary_rows, inputs.truncated, targets.truncated)
+    counts = vocabulary_rows, inputs.truncated, targets.truncated
+    result = TokenizedSet(*inputs.arrays(), *targets.arrays(), *counts, form=tokenizer.form)
     largest = int(max(result.inputs.max(), result.targets.max()))
     if largest >= vocabulary_rows:
         piece = tokenizer.pieces[largest] if largest < tokenizer.size else "?"
@@ -144,44 +141,48 @@ def tokenize(
             f"expected ids under {vocabulary_rows}, the rows of the embedding; use the backbone's own tokenizer"
         )
     if path is not None:
-        _write(path, result)
+        with written_whole(path, shared=True) as part:
+            np.savez(part, allow_pickle=False, **{name: getattr(result, name) for name in _FIELDS})
     return result
 
 
 class _Side:
-    """The ids of one side, gathered in one array per chunk."""
+    """The ids of one side, inputs (0) or targets (1), gathered in one array per chunk."""
 
-    def __init__(self) -> None:
-        self.rows: list[list[int]] = []
+    def __init__(self, side: int, limit: int, tokenizer: Tokenizer, truncate: bool = True) -> None:
+        self.side, self.limit, self.tokenizer, self.truncate = side, limit, tokenizer, truncate
         self.chunks: list[np.ndarray] = []
         self.lengths: list[int] = []
         self.truncated = 0
 
-    def add(self, ids: list[int], limit: int, end: list[int], cut: bool) -> None:
-        self.truncated += len(ids) > limit or cut
-        self.rows.append(ids if len(ids) <= limit else ids[: limit - len(end)] + end)
-        self.lengths.append(len(self.rows[-1]))
-
-    def flush(self) -> None:
-        self.chunks.append(np.fromiter(itertools.chain.from_iterable(self.rows), np.int32))
-        self.rows = []
+    def add(self, chunk: list[Example]) -> None:
+        rows, end = [], [self.tokenizer.eos_id] if self.side else [*self.tokenizer.end]
+        for example, ids in zip(chunk, token_ids(chunk, self.side, self.tokenizer, end), strict=True):
+            too_long, cut = len(ids) > self.limit, example.cut[self.side]
+            if (too_long or cut) and not self.truncate:
+                raise UserError(
+                    f"example {len(self.lengths) + len(rows)}: the target {example.target[:40]!r} has "
+                    f"{'more than ' * cut}{len(ids)} tokens with EOS; expected at most {self.limit}; "
+                    "raise max_target_tokens"
+                )
+            self.truncated += too_long or cut
+            if too_long:
+                ids = [*ids[: self.limit - 1], *end] if self.side else self.tokenizer.cut_input(ids, self.limit)
+            rows.append(ids)
+        self.lengths += map(len, rows)
+        self.chunks.append(np.fromiter(itertools.chain.from_iterable(rows), np.int32))
 
     def arrays(self) -> tuple[np.ndarray, np.ndarray]:
         return np.concatenate(self.chunks), np.concatenate([[0], np.cumsum(self.lengths, dtype=np.int64)])
 
 
-def _ids(chunk: list[Example], side: int, tokenizer: Tokenizer, end: list[int]) -> Iterator[list[int]]:
+def token_ids(chunk: Sequence[Example], side: int, tokenizer: Tokenizer, end: list[int]) -> Iterator[list[int]]:
     """Yield the ids of each example's input (0) or target (1), its own or those of its text with `end`."""
+    begin, prefix = ((), tokenizer.target_prefix) if side else (tokenizer.begin, "")
     texts = [(example.input, example.target)[side] for example in chunk if example.ids is None]
-    encoded = iter(tokenizer.encode_batch(texts))
+    encoded = iter(tokenizer.encode_batch([prefix + text for text in texts]))
     for example in chunk:
-        yield [*next(encoded), *end] if example.ids is None else example.ids[side]
-
-
-def _chunks(examples: Iterable[Example], size: int) -> Iterator[list[Example]]:
-    iterator = iter(examples)
-    while chunk := list(itertools.islice(iterator, size)):
-        yield chunk
+        yield [*begin, *next(encoded), *end] if example.ids is None else example.ids[side]
 
 
 def _digest(examples: Iterable[Example], tokenizer: Tokenizer, limits: tuple) -> str:
@@ -201,26 +202,12 @@ def _read(path: Path) -> TokenizedSet | None:
         return None
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            values: dict[str, Any] = {name: stored[name] for name in _FIELDS}
+            values = {name: stored[name] for name in _FIELDS}
     except Exception:  # zipfile and NumPy raise nearly anything for a damaged file
         return None
-    for name, value in values.items():
-        values[name] = value if value.ndim else int(value)
-    return TokenizedSet(**values)
-
-
-def _write(path: Path, tokenized: TokenizedSet) -> None:
-    """Write the file in one step, since several processes may do so at the same time."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            np.savez(file, **{name: getattr(tokenized, name) for name in _FIELDS})
-        os.replace(file.name, path)
-    except OSError as error:
-        raise UserError(
-            f"{path.parent}: cannot be written ({error.strerror}); expected a writable cache folder"
-        ) from None
+    found: dict[str, Any] = {name: value if value.ndim else int(value) for name, value in values.items()}
+    return TokenizedSet(**found)
 
 
 FORMAT = 2  # of stored sets: another number makes all of them anew
-_FIELDS = tuple(name for name in TokenizedSet.__dataclass_fields__ if name != "tasks")
+_FIELDS = tuple(name for name in TokenizedSet.__dataclass_fields__ if name not in ("tasks", "form"))

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from softprompt_jax.config import UserError, cache_folder
+from softprompt_jax.files import writable
 
 SCHEMES = ("gs://", "s3://")
 CHECKPOINTS, LOCK_FILE = "checkpoints", "lock.json"
@@ -49,13 +50,14 @@ def local(place: str | Path) -> Path:
 
 @contextlib.contextmanager
 def writing(place: str | Path) -> Iterator[Path]:
-    """Give the path itself, or a local one that goes to the remote place when all is written."""
+    """Give the path itself, or a local one that goes to the remote place when all is written; see `files.writable`."""
     if not is_remote(place):
-        yield Path(place)
+        with writable(place) as path:
+            yield path
         return
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / PurePosixPath(str(place)).name
-        yield made
+    with tempfile.TemporaryDirectory() as temporary:
+        with writable(Path(temporary) / PurePosixPath(str(place)).name) as made:
+            yield made
         with explain_errors(place, "written"):
             for file in [made] if made.is_file() else sorted(path for path in made.rglob("*") if path.is_file()):
                 _upload(file, _join(place, file.relative_to(made)))
@@ -75,15 +77,11 @@ class RunFolder:
                 "train there, then export to s3://"
             )
         self.place, self.remote = str(place), is_remote(place)
+        self.checkpoints = f"{self.place.rstrip('/')}/{CHECKPOINTS}"
         self._temporary = tempfile.TemporaryDirectory() if self.remote else None
         self.path = Path(place if self._temporary is None else self._temporary.name)
         self._known: dict[Path, tuple[int, int]] = {}
         self.check: Callable[[], None] = lambda: None
-
-    @property
-    def checkpoints(self) -> str:
-        """Where the checkpoints are."""
-        return f"{self.place.rstrip('/')}/{CHECKPOINTS}"
 
     def fetch(self) -> None:
         """Bring what the remote folder holds."""

@@ -14,32 +14,31 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from softprompt_jax.config import Interrupted, Preempted, UserError
 
-HEARTBEAT_S = 20  # a process that has been silent for so long is taken for dead, and all others end
-_SILENT_S = 15  # of waiting for the others, before a line says so
+HEARTBEAT_S = 20  # silence after which a process counts as dead and all others end
+_SILENT_S = 15  # wait for the others before a line says so
 T = TypeVar("T")
 
 
 def connect(
     coordinator: str | None = None, count: int | None = None, index: int | None = None, timeout_s: int = 600
 ) -> None:
-    """Join the other processes of this job, before anything touches a device.
+    """Connect the processes of this job. Call it before anything touches a device.
 
-    Without arguments: those of a TPU pod, a Slurm or a Kubernetes job are found through the environment that these
-    set, and everything else is one process. `coordinator` (HOST:PORT of process 0), `count` and `index` go together.
+    Without arguments, the processes of a TPU pod, a Slurm job or a Kubernetes job are found through the environment.
+    Anything else is one process. `coordinator` (HOST:PORT of process 0), `count` and `index` must be given together.
+    Errors: UserError if the others do not connect within `timeout_s`, or if this process has no device.
     """
-    given = [value is not None for value in (coordinator, count, index)]
-    if any(given):
-        if not all(given):
+    if (coordinator, count, index) != (None, None, None):
+        if coordinator is None or count is None or index is None:
             raise UserError(
                 "processes: found some of coordinator, count and index; expected all three; "
                 "add --coordinator HOST:PORT --processes N --process I"
             )
-        assert coordinator is not None
-        assert count is not None
-        assert index is not None
         if not 0 <= index < count:
             raise UserError(f"processes: found index {index} of {count}; expected 0 to {count - 1}")
         host, _, port = coordinator.rpartition(":")
@@ -71,12 +70,12 @@ def connect(
 
 
 def is_first() -> bool:
-    """Is this the process that writes what is written once?"""
+    """Is this process 0, which writes what is written once?"""
     return jax.process_index() == 0
 
 
 def run_on_process_0(action: Callable[[], T]) -> T:
-    """Let process 0 act while the others wait, and return its value, which JSON can hold, in every process.
+    """Run the action in process 0 while the others wait. Return its value, which must fit into JSON, in every process.
 
     A UserError of process 0 is raised in every process.
     """
@@ -94,23 +93,33 @@ def run_on_process_0(action: Callable[[], T]) -> T:
     return answer["value"]
 
 
+def raise_everywhere(error: str) -> None:
+    """Raise a UserError in every process if one has found an error; all call this when their part is done.
+
+    `error`: that of this process; empty: none. The line says which process has found it.
+    """
+    if jax.process_count() == 1:
+        if error:
+            raise UserError(error)
+        return
+    every = multihost_utils.process_allgather(np.frombuffer(error.encode().ljust(2048)[:2048], np.uint8))
+    found = [bytes(row).decode(errors="replace").strip() for row in every]
+    if any(found):
+        index, first = next((index, text) for index, text in enumerate(found) if text)
+        raise UserError(first if all(text == first for text in found) else f"process {index}: {first}")
+
+
 def _broadcast_text(text: str) -> str:
     """Return the text of process 0 in every process."""
-    import numpy as np
-    from jax.experimental import multihost_utils
-
     content = np.frombuffer(text.encode(), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
     return bytes(multihost_utils.broadcast_one_to_all(np.resize(content, length).astype(np.uint8))).decode()
 
 
 def assert_same_everywhere(name: str, value: str) -> None:
-    """Fail unless every process has the same value, such as versions or settings."""
+    """Raise a UserError unless every process has the same value, such as versions or settings."""
     if jax.process_count() == 1:
         return
-    import numpy as np
-    from jax.experimental import multihost_utils
-
     digest = np.frombuffer(value.encode().ljust(256)[:256], np.uint8)
     every = multihost_utils.process_allgather(digest)
     odd = [i for i, row in enumerate(every) if not np.array_equal(row, every[0])]
@@ -120,10 +129,10 @@ def assert_same_everywhere(name: str, value: str) -> None:
 
 
 class Preemption:
-    """Notices SIGTERM, Ctrl-C, and among several processes JAX's sync point, which tells all of a SIGTERM to one.
+    """Notices SIGTERM and Ctrl-C during a run. With several processes, JAX's sync point tells all of a SIGTERM to one.
 
-    The second Ctrl-C goes to whoever had SIGINT before the run: Python raises KeyboardInterrupt. So does a notice that
-    comes after a run's last look, while it ends.
+    The second Ctrl-C goes to the handler from before the run, with which Python raises KeyboardInterrupt. So does a
+    signal that comes while a run ends, after it has last asked.
     """
 
     _current: Preemption | None = None
@@ -171,17 +180,15 @@ class Preemption:
         return Preemption._current is not None
 
     def reached(self, measured: Any) -> bool:
-        """Is it time to save and go? All processes ask equally often and get the same answers.
+        """Is it time to save and stop? All processes must ask equally often; they get the same answers.
 
-        `measured`: what the step just begun returns, or None between steps; the one two before it is waited for.
+        `measured`: what the step just started returns, or None between steps. This waits for the step two before it.
         """
         self._asked += 1
         self._queued.append(measured)
         if len(self._queued) > self._AHEAD:
             jax.block_until_ready(self._queued.popleft())
         if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
-
             self._agreed |= multihost_utils.reached_preemption_sync_point(self._asked)
             return self._agreed
         return self._requested
@@ -192,17 +199,17 @@ class Preemption:
 
 
 class PreemptedDuringEval(Exception):
-    """A validation ends because it is time to go; the training loop saves and raises Preempted."""
+    """Ends a validation because it is time to stop; the training loop then saves and raises Preempted."""
 
 
 def raise_if_preempted() -> None:
-    """Raise PreemptedDuringEval if it is time to save and go: asked between the batches of a validation, in a run."""
+    """Raise PreemptedDuringEval if it is time to save and stop; called between the batches of a validation."""
     if Preemption._current is not None and Preemption._current.reached(None):
         raise PreemptedDuringEval
 
 
 def _in_a_job(environment: Any) -> bool:
-    """Does the environment speak of several processes? JAX then finds the rest out by itself."""
+    """Does the environment name several processes? JAX then finds them by itself."""
     slurm = int(environment.get("SLURM_NTASKS", "1") or 1) > 1 and "SLURM_PROCID" in environment
     pod = "," in environment.get("TPU_WORKER_HOSTNAMES", "") or "MEGASCALE_COORDINATOR_ADDRESS" in environment
     alone = environment.get("TPU_WORKER_HOSTNAMES") and not pod  # GKE names a slice's only host too
@@ -216,7 +223,7 @@ def _in_a_job(environment: Any) -> bool:
 
 
 def _tpu_workers() -> int:
-    """Count the workers of the TPU slice that this machine is one of, as a TPU VM's metadata server tells."""
+    """Count the workers of this machine's TPU slice, as the metadata server of a TPU VM lists them."""
     if "TPU_SKIP_MDS_QUERY" in os.environ:  # set by JAX where there is no TPU
         return 1
     host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
@@ -231,7 +238,7 @@ def _tpu_workers() -> int:
 
 
 def _watch(came: threading.Event, timeout_s: int, coordinator: str | None) -> None:
-    """Say what is waited for, and at the limit end this process in one line: JAX's own wait ends in an abort."""
+    """Print that this process waits. At the limit end it with one line, since JAX's own wait ends in an abort."""
     where = f"process 0 at {coordinator}" if coordinator else "process 0"
     silent_s = min(_SILENT_S, timeout_s)
     if not came.wait(silent_s) and timeout_s > silent_s:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import string
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,21 +12,23 @@ from typing import Any
 import pydantic
 
 from softprompt_jax import config
-from softprompt_jax.assembly import run_of
+from softprompt_jax.assembly import abstract_backbone_of, run_of
 from softprompt_jax.checkpoints import artifact
+from softprompt_jax.checkpoints.packaged import COPIES
 from softprompt_jax.checkpoints.peft import TENSOR_FILE
-from softprompt_jax.config import UserError
-from softprompt_jax.export.export import export
-from softprompt_jax.models.presets import SOURCES
+from softprompt_jax.config import UserError, first_line
+from softprompt_jax.export.base_model import BaseModel, base_model
+from softprompt_jax.export.export import auto_class, export, peft_words, template
+from softprompt_jax.files import writable
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import Task, short
+from softprompt_jax.training.run_folder import read_result
 from softprompt_jax.trees import flatten
 
 FOLDER = "hub"  # within the run's
-TEMPLATE = Path(__file__).parent / "card.md"
 
 
-def push(source: str | Path, repository: str, dry_run: bool = False, public: bool = False) -> Path:
+def push(source: str | Path, repository: str, dry_run: bool = False, public: bool = False, trust: bool = False) -> Path:
     """Write a finished run's files and card to RUN/hub, and upload them unless it is a dry run.
 
     A new repository is private unless `public`. A card that is there already, of this repository, stays as it is: it
@@ -37,35 +38,36 @@ def push(source: str | Path, repository: str, dry_run: bool = False, public: boo
     source = Path(source)
     if repository.count("/") != 1 or not all(repository.split("/")):
         raise UserError(f"{repository}: not a hub name; expected OWNER/NAME")
-    run = run_of(artifact.load_artifact(source)) if (source / "result.json").exists() else None
-    if run is None:
+    result = read_result(source)
+    run = None if result is None else run_of(artifact.load_artifact(source))
+    if run is None or result is None:
         raise UserError(f"{source}: no finished run; expected one; finish it with the same command")
     if run.own_prompts:
         raise UserError(f"{source}: has a prompt for each task; expected a run with one; push a run of each task")
-    result = json.loads((source / "result.json").read_text(encoding="utf-8"))
     before, folder = source / FOLDER, source / f"{FOLDER}.partial"
     written = before / "README.md"
     kept = written.read_text(encoding="utf-8") if written.exists() else ""
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for name in ("result.json", artifact.PROMPT_FILE):
-        if (source / name).exists():
-            shutil.copy(source / name, folder / name)
-    (folder / "config.yaml").write_text(config.to_yaml(_without_paths(run.model_dump(mode="json"))), encoding="utf-8")
-    whole = any(method.trains_backbone for method in run.methods)
-    reason = None
-    try:
-        export(source, "hf" if whole else "peft", folder)
-    except UserError as error:
-        reason = str(error)
-    if not whole and not (folder / artifact.PROMPT_FILE).exists():
-        shutil.copy(source / artifact.TRAINED_FILE, folder / artifact.TRAINED_FILE)
-    _shorten_paths(folder)
-    text = card(run, result, repository, {path.name for path in folder.iterdir()}, reason)
-    ours = re.search(rf"(?<![\w./-]){re.escape(repository)}(?![\w./-])", kept)
-    (folder / "README.md").write_text(kept if ours else text, encoding="utf-8")
-    shutil.rmtree(before, ignore_errors=True)  # only now: what is there may have been changed by hand
-    folder = folder.rename(before)
+    with writable(folder, folder=True):
+        for name in ("result.json", artifact.PROMPT_FILE):
+            if (source / name).exists():
+                shutil.copy(source / name, folder / name)
+        settings = config.to_yaml(_without_paths(run.model_dump(mode="json")))
+        (folder / "config.yaml").write_text(settings, encoding="utf-8")
+        whole = any(method.trains_backbone for method in run.methods)
+        reason = None
+        try:
+            export(source, "hf" if whole else "peft", folder, trust=trust)
+        except UserError as error:
+            reason = str(error)
+        if not whole and not (folder / artifact.PROMPT_FILE).exists():
+            shutil.copy(source / artifact.TRAINED_FILE, folder / artifact.TRAINED_FILE)
+        _shorten_paths(folder)
+        text = card(run, result, repository, {path.name for path in folder.iterdir()}, reason)
+        ours = re.search(rf"(?<![\w./-]){re.escape(repository)}(?![\w./-])", kept)
+        (folder / "README.md").write_text(kept if ours else text, encoding="utf-8")
+        shutil.rmtree(before, ignore_errors=True)  # only now: what is there may have been changed by hand
+        folder = folder.rename(before)
     if not dry_run:
         _upload(folder, repository, public)
     return folder
@@ -76,28 +78,30 @@ def card(run: Run, result: dict[str, Any], repository: str, files: set[str], rea
 
     `files`: the names of what is published; `reason`: why there is no adapter among them.
     """
-    backbone = _without_paths(run.backbone) if isinstance(run.backbone, str) else "random weights"
+    frozen = abstract_backbone_of(run)
+    backbone = _without_paths(run.backbone) if isinstance(run.backbone, str) else "scratch"
+    base = base_model(run.backbone if isinstance(run.backbone, str) else "scratch")
     kinds = [method.kind for method in run.methods]
     front: dict[str, Any] = {
         "library_name": "peft" if "adapter_config.json" in files else "softprompt_jax",
-        "pipeline_tag": "text2text-generation",
-        "tags": ["t5", "softprompt_jax", *kinds],
+        "pipeline_tag": "text-generation" if frozen.text_format.causal else "text2text-generation",
+        "tags": [frozen.settings.family, "softprompt_jax", *kinds],
     }
-    if run.backbone in SOURCES:
-        front["base_model"] = run.backbone
-    tasks = ""
-    for task in run.tasks:
-        answers = ", ".join(task.words) if task.words else "free text"
-        tasks += (
-            f"## Task\n\n{task.name}. The text that the model reads:\n\n    {task.input}\n\nAnswers: {answers}.\n\n"
-        )
-    use = _use(repository, backbone, files)
-    return string.Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+    if base.name is not None:
+        front["base_model"] = base.name
+    tasks = [
+        f"## Task\n\n{task.name}. The text that the model reads:\n\n    {task.input}\n\n"
+        f"Answers: {', '.join(task.words or ['free text'])}.\n"
+        for task in run.tasks
+    ]
+    use = _use(repository, backbone, base, files, frozen.text_format.causal)
+    return template(
+        "card.md",
         front=config.to_yaml(front).strip(),
         name=repository.split("/")[1],
         kinds=", ".join(kinds).capitalize(),
-        backbone=backbone,
-        tasks=tasks.rstrip("\n") + "\n",
+        base=base.sentence,
+        tasks="\n".join(tasks),
         scores="\n".join(f"| {split} | {metric} | {value:.4f} |" for split, metric, value in _scores(result)),
         how=f"One run, seed {run.seed}; step {result.get('best_step')} of {result.get('steps')}.",
         use=use if reason is None else f"{use}\n\nNo form for PEFT: {reason.partition(': ')[2] or reason}",
@@ -166,23 +170,22 @@ def _without_paths(value: Any) -> Any:
     return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def _use(repository: str, backbone: str, files: set[str]) -> str:
-    """Return Markdown with the code that loads what is published, here and in PEFT."""
-    if "config.json" in files:
-        lines = ["from softprompt_jax import generate, load_backbone", ""]
-        lines += [f'generate(load_backbone("{repository}"), ["..."])']
+def _use(repository: str, backbone: str, base: BaseModel, files: set[str], causal: bool) -> str:
+    """Return Markdown with the code that loads what is published, here and in PEFT or transformers."""
+    if backbone == "scratch":
+        given = ", trust=True"
+    elif backbone in ("embedded", *COPIES) or backbone == base.name:  # found by the run's own settings
+        given = ""
     else:
-        lines = ["from huggingface_hub import snapshot_download", "from softprompt_jax import load_predictor", ""]
-        lines += [f'folder = snapshot_download("{repository}")']
-        lines += [f'load_predictor(folder, backbone="{backbone}").texts(["..."])']
-    lines = ["```python", *lines, "```"]
+        given = f', backbone="{base.name or Path(backbone).name}"'
+    if "config.json" in files:
+        ours = template("use_model.md", repository=repository)
+        theirs = template("use_in_transformers.md", repository=repository, auto=auto_class(causal))
+        return f"{ours}\n\nIn transformers:\n\n{theirs}"
+    pages = [template("use_run.md", repository=repository, given=given)]
     if "adapter_config.json" in files:
-        embedded = " the backbone comes with softprompt_jax; `softprompt import embedded --to embedded` writes it."
-        lines += ["", "In PEFT:" + embedded * (backbone == "embedded"), "", "```python"]
-        lines += ["from peft import PeftModel", "from transformers import AutoModelForSeq2SeqLM", ""]
-        lines += [f'model = AutoModelForSeq2SeqLM.from_pretrained("{backbone}")']
-        lines += [f'model = PeftModel.from_pretrained(model, "{repository}")', "```"]
-    return "\n".join(lines)
+        pages.append(template("use_in_peft.md", **peft_words(repository, base, causal)))
+    return "\n\n".join(pages)
 
 
 def _upload(folder: Path, repository: str, public: bool) -> None:
@@ -193,8 +196,7 @@ def _upload(folder: Path, repository: str, public: bool) -> None:
         api.create_repo(repository, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder)
     except Exception as error:  # the hub's own errors, and those of whatever carries its requests
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"{repository}: the hub did not take it ({reason}); expected a login and a right to write there; "
-            f"the files are in {folder}"
+            f"{repository}: the hub did not take it ({first_line(error)}); expected a login and a right to write "
+            f"there; the files are in {folder}"
         ) from None

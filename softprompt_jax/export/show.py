@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,14 @@ from typing import Any
 import numpy as np
 
 from softprompt_jax import config
-from softprompt_jax.checkpoints import artifact, backbone, hugging_face, peft, quantized_folder, t5x
-from softprompt_jax.checkpoints.tensors import Tensor, open_safetensors
+from softprompt_jax.checkpoints import artifact, backbone, gguf, hugging_face, packaged, peft, quantized_folder, t5x
+from softprompt_jax.checkpoints.tensors import Tensor, open_safetensors, open_sharded
 from softprompt_jax.checkpoints.torch_file import open_torch
 from softprompt_jax.config import UserError
+from softprompt_jax.files import read_object
+from softprompt_jax.methods.reparameterization import is_compact
 from softprompt_jax.models.presets import published
+from softprompt_jax.training.run_folder import read_result
 
 _READ_NUMBERS = 1 << 28  # norms of more are not computed unasked: they need every number
 _TORCH, _YAML = (".bin", ".pt", ".pth"), (".yaml", ".yml")
@@ -35,27 +37,26 @@ def show(source: str, norms: bool = False) -> Iterator[str]:
 def _parts(source: str) -> Iterator[tuple[str, dict[str, Any], _Tensors]]:
     """Yield a title, facts and tensors of the source, and of what lies in it."""
     path = Path(source).expanduser()
-    if t5x.is_remote(source) or source == "embedded":
+    if t5x.is_remote(source) or source == "embedded" or source in packaged.PACKAGES or gguf.is_gguf(source):
         yield _backbone(source)
     elif not path.exists():
         raise UserError(f"{source}: no such file or folder; expected a prompt, an adapter, a checkpoint or a run")
     elif path.is_file():
         yield _file(path)
     elif quantized_folder.is_quantized_folder(path):
-        about, tensors = quantized_folder.read_about(path), quantized_folder.open_tensors(path)
+        about, tensors = quantized_folder.read_about(path), open_sharded(path / quantized_folder.TENSORS)
         facts = about.model_dump(mode="json") | {"checksums": _checksums(tensors)}
         yield f"{path}: a quantised T5, {about.settings.parameters():,} parameters", facts, tensors
     elif (path / "config.yaml").exists():
         title, _, _ = _file(path / "config.yaml")
-        if not (path / "result.json").exists():
+        if (result := read_result(path)) is None:
             yield f"{title}; not finished: the same command goes on", {}, {}
             return
-        result = config.read(path / "result.json")  # JSON is YAML
         yield title, {key: result.get(key) for key in ("validation", "test", "steps", "best_step")}, {}
         trained = (path / artifact.PROMPT_FILE, path / artifact.TRAINED_FILE)
         yield from (_file(file) for file in trained if file.exists())
     elif (path / peft.CONFIG_FILE).exists():
-        settings = peft.read_config(path)
+        settings = read_object(path / peft.CONFIG_FILE, "what PEFT has written")
         kind = f"{peft.read_kind(settings, path)}, for {settings.get('base_model_name_or_path')}"
         file = next((path / name for name in (peft.TENSOR_FILE, peft.OLD_TENSOR_FILE) if (path / name).exists()), None)
         if file is None:
@@ -87,14 +88,17 @@ def _file(path: Path) -> tuple[str, dict[str, Any], _Tensors]:
     if path.suffix == ".safetensors":
         facts |= dict(sorted(artifact.read_metadata(path).items()))
     if "settings" in facts:  # JSON in a text
-        facts["settings"] = json.loads(facts["settings"])
+        facts["settings"] = artifact.Artifact(str(path), facts).settings
     if set(tensors) == {artifact.ROWS}:
         return f"{path}: {_rows(artifact.load_prompt(path))}", facts, {}
+    if is_compact(tensors):
+        said = f"{_rows(artifact.load_prompt(path))}, made of {_numbers(tensors):,} numbers and a seed"
+        return f"{path}: {said}", facts, tensors
     return f"{path}: {len(tensors)} tensors, {_numbers(tensors):,} numbers", facts, tensors
 
 
 def _rows(rows: np.ndarray) -> str:
-    lengths = np.linalg.norm(rows, axis=1)
+    lengths = np.linalg.norm(rows.astype(np.float64), axis=1)
     return (
         f"a prompt of {rows.shape[0]} rows of width {rows.shape[1]}; "
         f"norms of rows {lengths.min():.4g} to {lengths.max():.4g}, mean {lengths.mean():.4g}"
@@ -104,25 +108,18 @@ def _rows(rows: np.ndarray) -> str:
 def _backbone(source: str) -> tuple[str, dict[str, Any], _Tensors]:
     settings, tensors, folder = backbone.open_source(source)
     hugging_face.weight_parts(settings, tensors, source)
-    form, facts, checkpoint = (
-        "a T5 in Hugging Face layout",
-        settings.model_dump(mode="json"),
-        t5x.find_checkpoint(source),
-    )
-    if checkpoint is not None:
+    is_gguf, facts = gguf.is_gguf(source), settings.model_dump(mode="json")
+    form = "a GGUF file" if is_gguf else f"a {settings.family.replace('t5', 'T5')} in Hugging Face layout"
+    if (checkpoint := t5x.find_checkpoint(source)) is not None:
         form, opened = "a checkpoint of T5X", t5x.Checkpoint(checkpoint)
         facts |= {"step": opened.step, "Adafactor": f"slots of {len(opened.adafactor())} weights"}
         facts |= {"prompt": _rows(opened.prompt())} if opened.prompts else {}
     else:
         facts["checksums"] = _checksums(tensors)
-        if not any(folder.glob("*.model")) and not any(folder.glob("tokenizer*")):
+        if not is_gguf and not any(folder.glob("*.model")) and not any(folder.glob("tokenizer*")):
             facts["tokenizer"] = "none in the folder"
-    known = published(settings)
-    return (
-        f"{source}: {form}, {settings.parameters():,} parameters{f', sizes of {known}' * bool(known)}",
-        facts,
-        tensors,
-    )
+    sizes = f", sizes of {known}" if (known := published(settings)) else ""
+    return f"{source}: {form}, {settings.parameters():,} parameters{sizes}", facts, tensors
 
 
 def _numbers(tensors: _Tensors) -> int:
@@ -133,7 +130,7 @@ def _table(tensors: _Tensors, norms: bool) -> Iterator[str]:
     wanted = norms or _numbers(tensors) <= _READ_NUMBERS
     width = max(map(len, tensors), default=0)
     for name, tensor in sorted(tensors.items()):
-        norm = f"  norm {np.linalg.norm(tensor.read().astype(np.float32)):.4g}" if wanted else ""
+        norm = f"  norm {np.linalg.norm(tensor.read().astype(np.float64)):.4g}" if wanted else ""
         yield f"  {name:{width}}  {'x'.join(map(str, tensor.shape)) or 'number':>12}{norm}"
     if not wanted:
         yield f"  norms left out, since {_numbers(tensors):,} numbers would be read; add --norms"

@@ -17,35 +17,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
-from safetensors.numpy import save_file
 
 from softprompt_jax.assembly import layout_of
+from softprompt_jax.checkpoints.tensors import write_one_by_one
 from softprompt_jax.config import UserError
-from softprompt_jax.export.import_source import TOKENIZER_FILES
+from softprompt_jax.export.import_source import tokenizer_files
+from softprompt_jax.files import writable
 from softprompt_jax.methods import finish, split
 from softprompt_jax.models import decode
+from softprompt_jax.models.language_model import LanguageModel
 from softprompt_jax.models.t5 import T5
 from softprompt_jax.trees import flatten, unflatten
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-_EXAMPLE = '''"""Runs the program beside this file: python example.py 37 5 12   (ids of a text by the tokenizer here)"""
-
-import sys
-from pathlib import Path
-
-import jax
-import numpy as np
-from jax import export
-from safetensors.numpy import load_file
-
-folder = Path(__file__).parent
-program = export.deserialize(bytearray((folder / "program.stablehlo").read_bytes()))
-inputs = [load_file(folder / "weights.safetensors"), np.array([[int(id) for id in sys.argv[1:]]], np.int32)]
-if (folder / "prompt.npy").exists():
-    inputs.append(np.load(folder / "prompt.npy"))
-tokens, scores = jax.jit(program.call)(*inputs)
-print(*[int(token) for token in tokens[0] if token > 1])
-'''
+_EXAMPLE = Path(__file__).parent / "example.txt"
 
 
 @contextlib.contextmanager
@@ -60,16 +45,18 @@ def _file_names_only() -> Iterator[None]:
         jax.config.update(setting, before)
 
 
-def write_program(model: T5, tokenizer_folder: Path, to: Path, max_tokens: int, prompt_input: bool) -> None:
+def write_program(model: LanguageModel, tokenizer_folder: Path, to: Path, max_tokens: int, prompt_input: bool) -> None:
     """Write a model that decodes greedily as a program for CPU, GPU and TPU, whatever the batch and its length.
 
-    The program takes the weights, ids of texts [B, T] (0 is padding; an EOS may be there or not) and, with
-    `prompt_input`, prompt rows [P, D]; it returns tokens [B, U] up to EOS (then 0) and log-probabilities [B].
+    The program takes the weights, ids of texts [B, T] (padded by the model's padding; an encoder's EOS may be there or
+    not) and, with `prompt_input`, prompt rows [P, D]; it returns tokens [B, U] up to EOS (then padding) and
+    log-probabilities [B].
     Errors: UserError where there is no prompt that could be an input.
     """
     model = finish(model)
-    model.encoder.layers.attention.implementation = "plain"  # the program runs on every platform
-    layout = layout_of(model)
+    if isinstance(model, T5):
+        model.encoder.layers.attention.implementation = "plain"  # the program runs on every platform
+    layout, padding, eos = layout_of(model), model.settings.padding, model.settings.eos
     if layout.tasks:
         raise UserError("export: has a prompt for each task; expected one; export one of the files in prompts/")
     if prompt_input and model.prompt is None:
@@ -83,7 +70,7 @@ def write_program(model: T5, tokenizer_folder: Path, to: Path, max_tokens: int, 
         state = {"frozen": {}, "trainable": {}} | unflatten(weights | given)
         made = parts.merge(state["trainable"], state["frozen"])
         before = jnp.broadcast_to(jnp.asarray(layout.decoder), (texts.shape[0], layout.lengths[1]))
-        return decode.greedy(made, layout.around_each(texts), max_tokens, decoder_prompt=before)
+        return decode.greedy(made, layout.around_each(texts, padding), max_tokens, decoder_prompt=before)
 
     batch, length = jax.export.symbolic_shape("B, T")
     arguments: list[Any] = [{name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in weights.items()}]
@@ -92,24 +79,22 @@ def write_program(model: T5, tokenizer_folder: Path, to: Path, max_tokens: int, 
         arguments.append(jax.ShapeDtypeStruct(rows.shape, rows.dtype))
     with _file_names_only():
         exported = jax.export.export(jax.jit(answer), platforms=PLATFORMS)(*arguments)
-    to.mkdir(parents=True, exist_ok=True)
-    (to / "program.stablehlo").write_bytes(exported.serialize())
-    save_file({name: np.asarray(leaf) for name, leaf in weights.items()}, to / "weights.safetensors")
-    if rows is not None:
-        np.save(to / "prompt.npy", np.asarray(rows))
-    else:
-        (to / "prompt.npy").unlink(missing_ok=True)  # of an earlier export, which example.py would give to this one
-    for pattern in TOKENIZER_FILES:
-        for path in tokenizer_folder.glob(pattern):
-            shutil.copy(path, to / path.name)
     about = {
-        "takes": ["weights.safetensors as a dictionary", "ids of texts, int32 [B, T], 0 is padding"],
-        "gives": [f"tokens, int32 [B, {max_tokens}], 1 ends an answer", "log-probabilities, float32 [B]"],
+        "takes": ["weights.safetensors as a dictionary", f"ids of texts, int32 [B, T], {padding} is padding"],
+        "gives": [f"tokens, int32 [B, {max_tokens}], {eos} ends an answer", "log-probabilities, float32 [B]"],
         "platforms": list(exported.platforms),
         "jax": jax.__version__,
         "calling_convention_version": exported.calling_convention_version,
     }
-    if rows is not None:
-        about["takes"].append(f"prompt rows, {rows.dtype} {list(rows.shape)}: prompt.npy, or another of this shape")
-    (to / "program.json").write_text(json.dumps(about, indent=2) + "\n")
-    (to / "example.py").write_text(_EXAMPLE)
+    with writable(to, folder=True):
+        (to / "prompt.npy").unlink(missing_ok=True)  # of an earlier export, which example.py would give to this one
+        if rows is not None:
+            np.save(to / "prompt.npy", np.asarray(rows))
+            about["takes"].append(f"prompt rows, {rows.dtype} {list(rows.shape)}: prompt.npy, or another of this shape")
+        (to / "program.stablehlo").write_bytes(exported.serialize())
+        write_one_by_one(to / "weights.safetensors", weights)
+        for path in tokenizer_files(tokenizer_folder, required=False):
+            shutil.copy(path, to / path.name)
+        (to / "program.json").write_text(json.dumps(about, indent=2) + "\n")
+        example = _EXAMPLE.read_text(encoding="utf-8").replace("PADDING", str(padding)).replace("EOS", str(eos))
+        (to / "example.py").write_text(example, encoding="utf-8")

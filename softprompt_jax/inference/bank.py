@@ -1,38 +1,43 @@
 """A prompt bank: one frozen model in memory, many prompts, any mix of them in a batch.
 
 A prompt's rows are read like words, so that a batch whose texts name different prompts is a batch like any other. So
-are prefixes and IA3's factors, called extras, which each row of a batch takes from tables (prompt_cache.py).
+are prefixes, IA3's factors and DePT's offsets, called extras, which each row of a batch takes from tables
+(prompt_cache.py).
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from softprompt_jax import methods
-from softprompt_jax.assembly import attach_methods, run_of
+from softprompt_jax.assembly import own_mesh, run_of, with_trained
 from softprompt_jax.checkpoints.artifact import CONFIG_FILE, PROMPT_FILE, TRAINED_FILE, Artifact, load_artifact
 from softprompt_jax.checkpoints.backbone import Backbone, load_backbone
-from softprompt_jax.config import UserError, nearest
+from softprompt_jax.config import UserError, nearest, parse
 from softprompt_jax.data import prompt_layout
-from softprompt_jax.data.prompt_layout import EOS, NO_PROMPT, PromptLayout
-from softprompt_jax.data.tokenizer import load_tokenizer
+from softprompt_jax.data.prompt_layout import NO_PROMPT, PromptLayout
+from softprompt_jax.data.tokenizer import TextSettings, Tokenizer, load_tokenizer
 from softprompt_jax.distributed.cloud_files import CHECKPOINTS
-from softprompt_jax.inference.prompt_cache import DevicePromptCache, HostPrompt, Structure
-from softprompt_jax.inference.texts import answer_lines, check_texts, one_for_each
+from softprompt_jax.distributed.mesh import AnyMesh, entered, gather, make_mesh, round_rows, shard_batch
+from softprompt_jax.inference import programs
+from softprompt_jax.inference.programs import DeviceModel
+from softprompt_jax.inference.prompt_cache import DevicePromptCache, HostPrompt, padded
+from softprompt_jax.inference.shares import CHUNK
+from softprompt_jax.inference.texts import answer_lines, check_texts, is_number, one_for_each
 from softprompt_jax.methods.base import MethodSettings
-from softprompt_jax.models import decode, per_example
 from softprompt_jax.models.decode import MAX_TOKENS, Decoding, Greedy
 from softprompt_jax.models.quantized import Quantization
-from softprompt_jax.run import Run
 from softprompt_jax.tasks import resolve
+from softprompt_jax.trust import named_backbone, reader
 
 _SUFFIXES = (".safetensors", ".npy")
 
@@ -54,25 +59,35 @@ class PromptBank:
         device_extras: int = 32,
         quantize: Quantization | None = None,
         any_backbone: bool = False,
+        mesh: AnyMesh | None = None,
     ):
         if isinstance(backbone, str):
-            backbone = load_backbone(backbone, dtype, quantize=quantize)
-        self.backbone, self._any_backbone = backbone, any_backbone
+            backbone = load_backbone(backbone, dtype, mesh=mesh, quantize=quantize)
+        elif mesh is not None:
+            raise UserError(
+                "bank: found a loaded backbone and a mesh; expected one of them; give load_backbone the mesh"
+            )
+        self.backbone, self._any_backbone, self._device_lock = backbone, any_backbone, threading.RLock()
         self.batch_size, self.max_input_tokens = batch_size, max_input_tokens
         self.truncated = 0  # texts so far that were longer than `max_input_tokens`
-        self.device = DevicePromptCache(self.backbone.model, device_rows, device_extras)
-        self.tokenizer = load_tokenizer(self.backbone.folder)
+        with self.computing():
+            self.device = DevicePromptCache(self.backbone.model, device_rows, device_extras)
+        self.tokenizer = load_tokenizer(self.backbone.folder, self.backbone.text_format)
+        self._reading: Any = functools.lru_cache(maxsize=64)(self.tokenizer.reading)
         self._prompts: dict[str, HostPrompt] = {}
-        self._layouts: dict[tuple[str, int], PromptLayout] = {}  # prompts of one length and place share it
+        self._none = HostPrompt(np.zeros((0, self.backbone.settings.d_model), np.float32), NO_PROMPT, "before")
+        self._layout = functools.lru_cache(256)(self._new_layout)  # prompts of one length and place share it
 
     @classmethod
-    def open(cls, folder: str | Path, backbone: str | None = None, **settings: Any) -> PromptBank:
+    def open(cls, folder: str | Path, backbone: str | None = None, trust: bool = False, **settings: Any) -> PromptBank:
         """Open a folder of prompt files and runs; a name is the file's or the run folder's.
 
         Of an unfinished run the best checkpoint is taken, or else the latest. The backbone is the one that the prompts
-        name, if no other is given. Errors: UserError names all runs that cannot be in a bank.
+        name, if no other is given; one that is no hub name needs `trust` (trust.py). Errors: UserError names all runs
+        that cannot be in a bank. Of several devices the first run's own `mesh` is made, if no other is given.
         """
-        found = {path: load_artifact(path) for path in sorted(Path(folder).iterdir()) if _may_be_prompt(path)}
+        devices = make_mesh(given := settings.pop("mesh", None))  # before anything is read
+        found = artifacts_in(folder)
         if not found:
             raise UserError(f"{folder}: no prompt; expected .safetensors, .npy or the folders of runs")
         unfit = {path.name: reason for path, artifact in found.items() if (reason := _unfit(artifact))}
@@ -86,13 +101,14 @@ class PromptBank:
             if len(named) != 1:
                 said = ", ".join(sorted(map(str, named))) or "none"
                 raise UserError(f"{folder}: its prompts name {said}; expected one backbone; add --backbone")
-            backbone = named.pop()
-        bank = cls(str(backbone), **settings)
+            backbone = named_backbone([*found.values()], trust=trust)
+        devices = make_mesh(None, own_mesh(found.values())) if given is None else devices
+        bank = cls(str(backbone), mesh=devices, **settings)
         for path, artifact in found.items():
             name = path.stem if path.suffix in _SUFFIXES else path.name
             if name in bank:
                 raise UserError(f"{folder}: two prompts of the name {name!r}; expected one of each; rename {path.name}")
-            bank.add(name, artifact)
+            bank.add(name, artifact, trust)
         return bank
 
     def __repr__(self) -> str:
@@ -104,22 +120,36 @@ class PromptBank:
     def __contains__(self, name: object) -> bool:
         return name in self._prompts
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
     @property
     def names(self) -> list[str]:
         """The names of all prompts."""
         return sorted(self._prompts)
 
+    @property
+    def bare(self) -> str:
+        """The name of the backbone, as a config has it; of a folder its last part. It stands for no prompt at all."""
+        name = self.backbone.identity
+        return Path(name).name if "://" in name or Path(name).expanduser().is_dir() else name
+
     def prompt(self, name: str) -> HostPrompt:
-        """Return a prompt; an unknown name is a UserError."""
-        found = self._prompts.get(name)
-        if found is None:
+        """Return a prompt, or what stands for the bare backbone; an unknown name is a UserError."""
+        if name == self.bare and name not in self._prompts:
+            return self._none
+        self.check_name(name)
+        return self._prompts[name]
+
+    def check_name(self, name: str) -> None:
+        """Refuse a name of no prompt. Errors: UserError."""
+        if name not in self._prompts:
             known = ", ".join(self.names[:8]) or "none"
             raise UserError(f"prompt {name!r}: not in the bank; found {known}{nearest(name, self._prompts)}")
-        return found
 
-    def add(self, name: str, source: str | Path | Artifact | Float[np.ndarray, "P D"]) -> None:
+    def add(self, name: str, source: str | Path | Artifact | Float[np.ndarray, "P D"], trust: bool = False) -> None:
         """Add a prompt: rows [P, D] (none: the bare backbone), a file or a run folder. One of that name is replaced."""
-        self.put(name, self.read(name, source))
+        self.put(name, self.read(name, source, trust))
 
     def put(self, name: str, prompt: HostPrompt) -> None:
         """Add a prompt that has been read; one of that name is replaced."""
@@ -127,7 +157,9 @@ class PromptBank:
         self._prompts[name] = prompt
         self.device.expect(prompt.extras)
 
-    def read(self, name: str, source: str | Path | Artifact | Float[np.ndarray, "P D"]) -> HostPrompt:
+    def read(
+        self, name: str, source: str | Path | Artifact | Float[np.ndarray, "P D"], trust: bool = False
+    ) -> HostPrompt:
         """Return a prompt that would fit into the bank, for messages by its name; anything else is a UserError.
 
         No prompt of the bank changes, and nothing is attached to a model before the settings and shapes are found to
@@ -146,39 +178,20 @@ class PromptBank:
         assert run is not None  # by check_artifact
         run = run.finished() if artifact.step is None else run
         try:
-            model = self._trained_model(artifact, run)
-            extras = {key: part for method in run.methods for key, part in method.per_example_state(model).items()}
+            with self.computing():
+                read = reader(artifact.source, trust)
+                model = methods.finish(with_trained(artifact, run, self.backbone, read, self.tokenizer).model)
+                extras = {key: part for method in run.methods for key, part in method.per_example_state(model).items()}
+                table, place = np.zeros((0, self.backbone.settings.d_model), np.float32), "before"
+                if model.prompt is not None:
+                    table, place = gather(model.prompt.table()), model.prompt.place
         except UserError as error:
             raise UserError(f"prompt {name}: {error}") from None
-        table, place = np.zeros((0, self.backbone.settings.d_model), np.float32), "before"
-        if model.prompt is not None:
-            table, place = np.asarray(model.prompt.table()), model.prompt.place
         return self._host_prompt(name, table, place, _about(artifact) | {"extras": extras})
 
-    def _trained_model(self, artifact: Artifact, run: Run) -> Any:
-        """Return the backbone with what a run has trained; its settings may claim no more than its file holds."""
-
-        def attached(state: Any) -> Any:
-            model = nnx.merge(graphdef, state)
-            attach_methods(run, model, self.tokenizer, self.backbone)
-            return model
-
-        numbers = sum(leaf.size for leaf in jax.tree.leaves(artifact.tree))
-        for method in run.methods:
-            if (length := getattr(method, "length", 0)) > numbers:
-                raise UserError(
-                    f"{artifact.source}: holds {numbers} numbers, and its settings say {method.kind} of length "
-                    f"{length}; expected the run's own file"
-                )
-        graphdef, state = nnx.split(self.backbone.model)
-        expected = jax.eval_shape(lambda state: nnx.state(attached(state), methods.Trainable), state)
-        methods.check_trained(nnx.to_pure_dict(expected), artifact.tree, artifact.source)
-        model = attached(state)
-        methods.put_trained(model, artifact.tree, artifact.source)
-        return methods.finish(model)
-
     def _host_prompt(self, name: str, rows: np.ndarray, place: str, about: dict[str, Any]) -> HostPrompt:
-        rows, width = np.array(rows, np.float32), self.backbone.settings.d_model
+        with np.errstate(over="ignore"):  # infinity is refused below
+            rows, width = np.array(rows, np.float32), self.backbone.settings.d_model
         if rows.ndim != 2 or rows.shape[1] != width:
             raise UserError(
                 f"prompt {name}: found shape {list(rows.shape)}; expected [P, {width}], the width of backbone "
@@ -196,17 +209,15 @@ class PromptBank:
             raise UserError(f"prompt {name}: {error}") from None
         return HostPrompt(rows, layout, place, **about)
 
-    def _layout(self, place: str, rows: int) -> PromptLayout:
-        if (place, rows) not in self._layouts:
-            length, first = rows // prompt_layout.rows(place, 1), self.device.first
-            made = prompt_layout.place(place, length, first, self.tokenizer.encode) if length else NO_PROMPT
-            self._layouts[place, rows] = made
-        return self._layouts[place, rows]
+    def _new_layout(self, place: str, rows: int) -> PromptLayout:
+        length, first = rows // prompt_layout.rows(place, 1), self.device.first
+        end = self.backbone.model.text_end
+        return prompt_layout.place(place, length, first, self.tokenizer.encode, end) if length else NO_PROMPT
 
     def remove(self, name: str, missing_ok: bool = False) -> None:
-        """Forget a prompt."""
+        """Forget a prompt; an unknown name is a UserError, unless it may be `missing_ok`."""
         if not missing_ok:
-            self.prompt(name)
+            self.check_name(name)
         self._prompts.pop(name, None)
         self.device.forget(name)
 
@@ -236,22 +247,24 @@ class PromptBank:
     ) -> list[list[tuple[str, float]]]:
         """Return all answers to each text: the samples, or the beams from the best; otherwise as `generate`.
 
-        A text may also be its ids with an EOS. Samples follow from the seed and a text's number, from `first` on.
+        A text may also be its ids with an EOS. Samples follow from the seed and a text's number, from `first` on. Under
+        a prompt whose numbers overflow, an answer is empty and its score NaN.
         """
         ids, names = self._asked(texts, names)
-        beginnings = self.tokenizer.beginnings(
-            one_for_each(forced, len(ids), "generate", "forced beginnings"), max_tokens
-        )
+        begun = zip(names, one_for_each(forced, len(ids), "generate", "forced beginnings"), strict=True)
+        begun_ids = [self.reader(name).target_ids(text)[:-1] if text else [] for name, text in begun]
+        beginnings = self.tokenizer.beginnings(begun_ids, max_tokens)
         answers: list[list[tuple[str, float]]] = [[]] * len(ids)
         for group in self._batches(ids, names):
-            tokens, before = self._tokens(group, ids, names)
-            padded = np.resize(group, len(tokens))  # rows that only fill the batch have no token
-            tables, entries = self.device.entries([names[index] for index in padded])
-            rest = tables if entries.any() else {}, entries, padded + first, beginnings[padded]
-            parts = *self.device.parts, decoding or Greedy(), max_tokens
-            found, scores = map(np.asarray, _answer(*parts, tokens, before, *rest))
-            for index, rows, values in zip(group, found, scores, strict=False):
-                decoded = (self.tokenizer.decode([int(token) for token in row if token]) for row in rows)
+            with self.computing():
+                rows, model, *sides = self._on_device(group, ids, names)
+                given = shard_batch((*sides, rows + first, beginnings[rows]))
+                found, scores = map(gather, programs.answers(model, decoding or Greedy(), max_tokens, *given))
+            for index, answered, values in zip(group, found, scores, strict=False):
+                decode = self.reader(names[index]).decode
+                if not is_number(float(values[0])):
+                    answered, values = answered[:, :0], np.full_like(values, np.nan)
+                decoded = (decode([int(token) for token in row if token >= 0]) for row in answered)
                 answers[index] = list(zip(decoded, map(float, values), strict=True))
         return answers
 
@@ -267,53 +280,51 @@ class PromptBank:
         `words`: those of each text, which may be unlike in number. One longer than `max_tokens` is cut.
         """
         ids, names = self._asked(texts, names)
-        word_ids = [
-            [self.word_ids(name, word, max_tokens) for word in of_text]
-            for name, of_text in zip(names, words, strict=True)
-        ]
+        asked = zip(names, words, strict=True)
+        word_ids = [[self.word_ids(name, word, max_tokens) for word in of_text] for name, of_text in asked]
         longest = max((len(word) for of_text in word_ids for word in of_text), default=0)
-        table = np.zeros((len(ids), max(map(len, word_ids), default=0), -(-longest // 4) * 4), np.int32)
+        shape = (len(ids), max(map(len, word_ids), default=0), -(-longest // 4) * 4)
+        table = np.full(shape, self.tokenizer.form.padding, np.int32)
         for row, of_text in zip(table, word_ids, strict=True):
             for place, word in zip(row, of_text, strict=False):
                 place[: len(word)] = word
         scores = np.zeros(table.shape[:2], np.float32)
-        decoder_lengths = np.asarray([self._prompts[name].layout.lengths[1] for name in names])
-        for length in np.unique(decoder_lengths):  # padding on the decoder's side would be seen
-            chosen = np.flatnonzero(decoder_lengths == length)
-            for part in self._batches([ids[index] for index in chosen], [names[index] for index in chosen]):
-                group = chosen[part]
-                tokens, before = self._tokens(group, ids, names)
-                padded = np.resize(group, len(tokens))
-                tables, entries = self.device.entries([names[index] for index in padded])
-                found = _score(
-                    *self.device.parts, tokens, before[:, before.shape[1] - length :], tables, entries, table[padded]
-                )
-                scores[group] = np.asarray(found)[: len(group)]
+        for group in self._batches(ids, names, alike=True):  # padding on the decoder's side would be seen
+            with self.computing():
+                rows, model, tokens, before = self._on_device(group, ids, names)
+                padding = before.shape[1] - self.prompt(names[group[0]]).layout.lengths[1]
+                given = shard_batch((tokens, before[:, padding:], table[rows]))
+                scores[group] = gather(programs.score_words(model, *given))[: len(group)]
         return [row[: len(of_text)] for row, of_text in zip(scores, word_ids, strict=True)]
 
     def word_ids(self, name: str, word: str, max_tokens: int = MAX_TOKENS) -> list[int]:
         """Return the ids of a word as an answer under a prompt: with <extra_id_0> before it where answers begin so."""
         begun = [self.tokenizer.sentinel(0)] if self.prompt(name).target_sentinel else []
-        return [*[*begun, *self.tokenizer.encode(word)][: max_tokens - 1], self.tokenizer.eos_id]
+        return [*[*begun, *self.reader(name).target_ids(word)[:-1]][: max_tokens - 1], self.tokenizer.eos_id]
+
+    def reader(self, name: str) -> Tokenizer:
+        """Return the tokenizer as the run of a prompt has used it: with its chat template, for example."""
+        return self._reading(self.prompt(name).text)
 
     def lines(
         self,
         rows: Iterable[tuple[str, Any]],
         max_tokens: int = MAX_TOKENS,
-        chunk: int = 1024,
+        chunk: int = CHUNK,
         decoding: Decoding | None = None,
+        share: tuple[int, int] = (0, 1),
     ) -> Iterator[dict[str, Any]]:
         """Yield each row of (where, {"inputs": ..., "prompt": name, ...}) with its `prediction`, in order.
 
-        Of several samples or beams all are its `answers`. A row may have a `forced` beginning.
+        Of several samples or beams all are its `answers`. A row may have a `forced` beginning. Under a prompt whose
+        numbers overflow, it has an `error` instead. `share` as in `Predictor.lines`.
         """
 
-        def answers(asked: list[tuple[str, str, str]], first: int) -> list[list[str]]:
+        def answers(asked: list[tuple[str, str, str]], first: int) -> list[list[tuple[str, float]]]:
             texts, names, forced = map(list, zip(*asked, strict=True))
-            found = self.answers(texts, names, max_tokens, decoding, forced, first)
-            return [[text for text, _ in each] for each in found]
+            return self.answers(texts, names, max_tokens, decoding, forced, first)
 
-        return answer_lines(rows, self._line, answers, chunk)
+        return answer_lines(rows, self._line, answers, chunk, share)
 
     def _line(self, row: Any, where: str) -> tuple[str, str, str]:
         for field in ("inputs", "prompt"):
@@ -338,56 +349,82 @@ class PromptBank:
         names = one_for_each(names, len(texts), "generate", "prompt names")
         for name in dict.fromkeys(names):
             self.prompt(name)
-        return [self._ids(text) for text in texts], names
+        return [self._ids(text, name) for text, name in zip(texts, names, strict=True)], names
 
-    def _ids(self, text: str | Sequence[int]) -> list[int]:
-        ids = [*self.tokenizer.encode(text), EOS] if isinstance(text, str) else list(text)
-        if len(ids) <= self.max_input_tokens:
-            return ids
-        self.truncated += 1
-        return [*ids[: self.max_input_tokens - 1], EOS]
+    def _ids(self, text: str | Sequence[int], name: str) -> list[int]:
+        reader = self.reader(name)
+        ids = reader.input_ids(text) if isinstance(text, str) else list(text)
+        self.truncated += len(ids) > self.max_input_tokens
+        return reader.cut_input(ids, self.max_input_tokens)
 
-    def _batches(self, ids: list[list[int]], names: list[str]) -> Iterator[np.ndarray]:
-        """Yield indices of texts that are answered together: of like lengths, and of prompts that fit on the device."""
+    def _batches(self, ids: list[list[int]], names: list[str], alike: bool = False) -> Iterator[np.ndarray]:
+        """Yield indices of texts that are answered together: of like lengths, and of prompts that fit on the device.
 
-        def length(index: int) -> int:
-            return self._prompts[names[index]].layout.lengths[0] + len(ids[index])
+        `alike`: their prompts have equally many rows before the decoder's input.
+        """
+
+        def length(index: int) -> tuple[int, int]:
+            on_encoder, on_decoder = self.prompt(names[index]).layout.lengths
+            return on_decoder if alike else 0, on_encoder + len(ids[index])
 
         group: list[int] = []
         wanted: set[str] = set()
         for index in sorted(range(len(ids)), key=length):
             wanted.add(names[index])
-            full = len(group) == self.batch_size or not self.device.fit([self._prompts[name] for name in wanted])
-            if group and full:
+            full = len(group) == self.batch_size or not self.device.fit([self.prompt(name) for name in wanted])
+            if group and (full or length(group[0])[0] != length(index)[0]):
                 yield np.asarray(group)
                 group, wanted = [], {names[index]}
             group.append(index)
         if group:
             yield np.asarray(group)
 
-    def _tokens(self, group: np.ndarray, ids: list[list[int]], names: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return encoder tokens [B, T] and the decoder's prompt ids [B, n], both padded to few shapes."""
+    def _on_device(
+        self, group: np.ndarray, ids: list[list[int]], names: list[str]
+    ) -> tuple[np.ndarray, DeviceModel, np.ndarray, np.ndarray]:
+        """Return which texts are the rows of a batch, the model, encoder tokens [B, T] and decoder prompts [B, n].
+
+        They are padded to few shapes; rows that only fill the batch repeat a text but have no token.
+        """
         self.load({names[index] for index in group})
-        layouts = [self.device.layout(names[index]) for index in group]
-        around = [layout.around(ids[index]) for layout, index in zip(layouts, group, strict=True)]
-        sides = around, [layout.before_decoder() for layout in layouts]
-        longest = max(map(len, sides[0]))
-        tokens = np.zeros((_few(len(group), 1), _few(longest, 16)), np.int32)
-        before = max(map(len, sides[1]))
-        prompts = np.zeros((len(tokens), before and _few(before, 1)), np.int32)
-        for row, (on_encoder, on_decoder) in enumerate(zip(*sides, strict=True)):
-            tokens[row, : len(on_encoder)] = on_encoder
-            prompts[row, prompts.shape[1] - len(on_decoder) :] = on_decoder
-        return tokens, prompts
+        sides = [self.sides(names[index], ids[index]) for index in group]
+        length, before = (max(len(side) for side in both) for both in zip(*sides, strict=True))
+        padding = self.tokenizer.form.padding
+        count = round_rows(_few(len(group), 1))
+        tokens, prompts = padded(sides, count, _few(length, 16), before and _few(before, 1), padding)
+        rows = np.resize(group, len(tokens))
+        model = self.device.batch([names[index] for index in rows])
+        tables, entries = model.tables if model.entries.any() else {}, shard_batch(model.entries)
+        return rows, dataclasses.replace(model, tables=tables, entries=entries), tokens, prompts
+
+    @contextlib.contextmanager
+    def computing(self) -> Iterator[None]:
+        """Compute on the backbone's mesh.
+
+        On several devices one thread does at a time: programs that exchange data must begin in one order everywhere.
+        """
+        with contextlib.nullcontext() if self.backbone.mesh is None else self._device_lock, entered(self.backbone.mesh):
+            yield
 
     def load(self, wanted: set[str]) -> None:
         """Bring prompts onto the device, in the place of those that were not used for longest."""
-        self.device.load({name: self._prompts[name] for name in wanted})
+        with self.computing():
+            self.device.load({name: self.prompt(name) for name in wanted})
 
     def sides(self, name: str, ids: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Return what encoder and decoder read for a text, without its EOS, under a prompt that `load` has brought."""
+        """Return what encoder and decoder read for a text's ids under a prompt that `load` has brought."""
         layout = self.device.layout(name)
-        return layout.around([*ids, EOS]), layout.before_decoder()
+        return layout.around(ids), layout.before_decoder()
+
+
+def is_bank(folder: Path) -> bool:
+    """Tell whether a folder is one of prompts and runs, not a run's."""
+    return folder.is_dir() and not (folder / CONFIG_FILE).exists()
+
+
+def artifacts_in(folder: str | Path) -> dict[Path, Artifact]:
+    """Read the prompts and runs of a bank's folder."""
+    return {path: load_artifact(path) for path in sorted(Path(folder).iterdir()) if _may_be_prompt(path)}
 
 
 def check_artifact(name: str, artifact: Artifact) -> None:
@@ -427,8 +464,10 @@ def _may_be_prompt(path: Path) -> bool:
 def _about(artifact: Artifact) -> dict[str, Any]:
     """Return what a prompt says of its task: name, label words, and whether answers begin with <extra_id_0>."""
     about: dict[str, Any] = {"task": artifact.metadata.get("task"), "step": artifact.step}
+    settings = artifact.settings or {}
+    if "text" in settings:
+        about["text"] = parse(TextSettings, settings["text"], artifact.source)
     try:
-        settings = artifact.settings or {}
         task = resolve(settings["task"])
     except (KeyError, ValueError, TypeError, UserError):  # such as a task that is known where it was trained only
         return about
@@ -444,41 +483,3 @@ def _few(size: int, least: int) -> int:
     power = max(least, 1 << max(0, size - 1).bit_length())
     between = power * 3 // 4
     return between if size <= between and between >= least and power > 2 else power
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3, 4))
-def _answer(
-    structure: Structure,
-    table: Any,
-    frozen: Any,
-    how: Decoding,
-    max_tokens: int,
-    tokens: Array,
-    before: Array,
-    tables: per_example.BatchState,
-    entries: Array,
-    numbers: Array,
-    forced: Array,
-) -> Any:
-    model = structure.merge(table, frozen)
-    per_example.install(model, per_example.gather(tables, entries))
-    return decode.answers(model, tokens, max_tokens, how, numbers, before, forced)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _score(
-    structure: Structure,
-    table: Any,
-    frozen: Any,
-    tokens: Array,
-    before: Array,
-    tables: per_example.BatchState,
-    entries: Array,
-    words: Array,
-) -> Any:
-    def of_text(tokens: Array, before: Array, entry: Array, words: Array) -> Array:
-        model = structure.merge(table, frozen)
-        per_example.install(model, per_example.gather(tables, entry[None]))
-        return decode.score_words(model, tokens[None], words, before[None])[0]
-
-    return jax.vmap(of_text)(tokens, before, entries, words)

@@ -10,20 +10,20 @@ import dataclasses
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from jaxtyping import Float
 
-from softprompt_jax.assembly import backbone_of_prompts, run_of
+from softprompt_jax.assembly import backbone_of_prompts, own_mesh, run_of
 from softprompt_jax.checkpoints.artifact import Artifact, load_artifact
 from softprompt_jax.config import UserError
 from softprompt_jax.data.task import Example, Task
+from softprompt_jax.distributed.mesh import AnyMesh, entered, make_mesh
 from softprompt_jax.inference.bank import PromptBank, check_artifact
 from softprompt_jax.inference.evaluate import mean_score, score
 from softprompt_jax.inference.predictor import named_task
 from softprompt_jax.models.decode import MAX_TOKENS
-from softprompt_jax.run import Run
 from softprompt_jax.tasks import load
 
 _SCORED_EXAMPLES = 100_000  # of all bootstrap samples together
@@ -39,18 +39,26 @@ class Ensemble:
         backbone: str | None = None,
         task: str | None = None,
         any_backbone: bool = False,
+        trust: bool = False,
+        mesh: AnyMesh | None = None,
     ):
-        """Load prompts (run folders or files). Errors: UserError for fewer than two, other tasks or other backbones."""
+        """Load prompts (run folders or files); `trust` and `mesh` as in `load_predictor`.
+
+        Errors: UserError for fewer than two, other tasks or other backbones.
+        """
+        devices = make_mesh(mesh)  # before anything is read
         self.members = [load_artifact(source) for source in sources]
         for member in self.members:
             check_artifact(member.source, member)
         runs = [run_of(member) for member in self.members]
         run = next((run for run in runs if run is not None), None)
-        self.task = _task(self.members, run, task)
+        self.task = _task(self.members, task, trust)
         self.max_tokens = run.max_target_tokens if run is not None else MAX_TOKENS
         self._decoding = run.decoding if run is not None else None
+        with entered(make_mesh(None, own_mesh(self.members)) if mesh is None else devices):
+            loaded = backbone_of_prompts(self.members, runs, backbone, trust)
         self.bank = PromptBank(
-            backbone_of_prompts(self.members, runs, backbone),
+            loaded,
             device_rows=max(1024, sum(len(member.rows) for member in self.members if member.rows is not None)),
             batch_size=len(sources) * (run.evaluation_batch_size if run is not None else 64),
             max_input_tokens=run.max_input_tokens if run is not None else 512,
@@ -58,12 +66,12 @@ class Ensemble:
             any_backbone=any_backbone,
         )
         for member in self.members:
-            self.bank.add(member.source, member)
+            self.bank.add(member.source, member, trust)
 
     def answers(self, examples: Sequence[Example], task: Task | None = None) -> EnsembleAnswers:
         """Return what each prompt answers to each example, and how likely it holds what any of them says."""
         task, count = task or self.task, len(self.members)
-        texts = [text for example in examples for text in [_text(example)] * count]
+        texts = [text for e in examples for text in [e.input if e.ids is None else e.ids[0]] * count]
         names = [member.source for member in self.members] * len(examples)
         labels = [] if task is None else task.words or []
         predict_by = task.predict_by if task is not None and labels else "decoding"
@@ -118,20 +126,37 @@ class EnsembleAnswers:
         return self.log_probabilities.mean(1)
 
 
+class Metric(TypedDict):
+    """A metric and its standard deviation: over the prompts, or over bootstrap samples of the examples."""
+
+    value: float
+    sd: float
+
+
+class EnsembleScores(TypedDict):
+    """What `ensemble` returns. The sd of an `average` is that of the prompts, all others that of the examples."""
+
+    task: str
+    split: str
+    count: int
+    prompts: list[dict[str, Any]]  # `source` and metrics of each
+    average: dict[str, Metric]
+    best: dict[str, Any]  # `source` and Metrics of the prompt with the highest mean on this split, as in the paper
+    vote: dict[str, Metric]  # of what most prompts say
+    log_probability: dict[str, Metric]  # of the candidate with the highest mean over the prompts
+
+
 def ensemble(
     sources: Sequence[str | Path],
     task: str | None = None,
     split: str = "validation",
     backbone: str | None = None,
     any_backbone: bool = False,
-) -> dict[str, Any]:
-    """Score prompts of one task by themselves and together on a split, in one pass over it.
-
-    Returned: `prompts`, the metrics of each; `average` over them with the sample standard deviation; `best`, the one
-    with the highest mean metric on this split, as the paper's table has it; `vote` and `log_probability`, the two ways
-    to join them. The sd of these three is that of the score over bootstrap samples of the examples.
-    """
-    joined = Ensemble(sources, backbone, task, any_backbone)
+    trust: bool = False,
+    mesh: AnyMesh | None = None,
+) -> EnsembleScores:
+    """Score prompts of one task by themselves and together on a split, in one pass over it, on a `mesh` of devices."""
+    joined = Ensemble(sources, backbone, task, any_backbone, trust, mesh)
     chosen = joined.task
     if chosen is None:
         raise UserError(f"{sources[0]}: says no task; expected one; add --task NAME")
@@ -142,46 +167,33 @@ def ensemble(
     names = [name for name in scores[0] if name != "count"]
     best = max(range(len(scores)), key=lambda index: mean_score(chosen, scores[index]))
 
-    def measured(texts: list[str]) -> dict[str, Any]:
+    def metric(name: str, value: float, samples: Sequence[dict[str, float]]) -> Metric:
+        return {"value": value, "sd": float(np.std([sample[name] for sample in samples], ddof=1))}
+
+    def measured(texts: list[str]) -> dict[str, Metric]:
         whole, samples = score(chosen, texts, examples), _bootstrap(chosen, texts, examples)
-        return {name: {"value": whole[name], "sd": float(np.std(samples[name], ddof=1))} for name in names}
+        return {name: metric(name, whole[name], samples) for name in names}
 
     return {
         "task": chosen.name,
         "split": split,
         "count": len(examples),
         "prompts": [{"source": m.source} | own for m, own in zip(joined.members, scores, strict=True)],
-        "average": {
-            name: {
-                "value": float(np.mean([own[name] for own in scores])),
-                "sd": float(np.std([own[name] for own in scores], ddof=1)),
-            }
-            for name in names
-        },
+        "average": {name: metric(name, float(np.mean([own[name] for own in scores])), scores) for name in names},
         "best": {"source": joined.members[best].source} | measured(each[best]),
         "vote": measured(found.vote()),
         "log_probability": measured(found.likeliest()),
     }
 
 
-def _bootstrap(task: Task, texts: list[str], examples: list[Example]) -> dict[str, list[float]]:
+def _bootstrap(task: Task, texts: list[str], examples: list[Example]) -> list[dict[str, float]]:
     """Return the metrics of 20 to 200 samples of the examples, with replacement, the same for equally many."""
-    draw, count = np.random.default_rng(0), len(examples)
-    found: dict[str, list[float]] = {}
-    for _ in range(int(np.clip(_SCORED_EXAMPLES // count, 20, 200))):
-        drawn = draw.integers(0, count, count)
-        sample = score(task, [texts[i] for i in drawn], [examples[i] for i in drawn])
-        for name, value in sample.items():
-            found.setdefault(name, []).append(value)
-    return found
+    count = len(examples)
+    drawn = np.random.default_rng(0).integers(0, count, (int(np.clip(_SCORED_EXAMPLES // count, 20, 200)), count))
+    return [score(task, [texts[i] for i in sample], [examples[i] for i in sample]) for sample in drawn]
 
 
-def _text(example: Example) -> str | list[int]:
-    """Return an example's text, or the ids that it comes with."""
-    return example.input if example.ids is None else list(example.ids[0])
-
-
-def _task(members: Sequence[Artifact], run: Run | None, name: str | None) -> Task | None:
+def _task(members: Sequence[Artifact], name: str | None, trust: bool) -> Task | None:
     """Return the task of an ensemble, if its prompts are two or more, all different and of one task and backbone."""
     sources = [str(Path(member.source).absolute()) for member in members]
     if len(members) < 2 or len(set(sources)) < len(sources):
@@ -198,6 +210,5 @@ def _task(members: Sequence[Artifact], run: Run | None, name: str | None) -> Tas
                 f"{other.source}: trained on {shown} {other.metadata.get(shown)} ({other.metadata[what]}), "
                 f"{one.source} on {one.metadata.get(shown)} ({one.metadata[what]}); expected one {shown} for all"
             )
-    if name is not None:
-        return named_task(members[0].source, name)
-    return run.tasks[0] if run is not None and len(run.tasks) == 1 else None
+    found = (named_task(member.source, name, trust) for member in members)
+    return next((task for task in found if task is not None), None)

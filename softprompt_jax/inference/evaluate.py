@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Sequence
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,11 +19,14 @@ from softprompt_jax.data.buckets import Shape
 from softprompt_jax.data.preprocessors import POSTPROCESSORS
 from softprompt_jax.data.prompt_layout import NO_PROMPT, PromptLayout
 from softprompt_jax.data.submission import average
-from softprompt_jax.data.task import Example, Task
+from softprompt_jax.data.task import Distill, Example, Task
 from softprompt_jax.data.tokenized import TokenizedSet
 from softprompt_jax.data.tokenizer import Tokenizer
 from softprompt_jax.distributed import mesh
 from softprompt_jax.distributed.multihost import raise_if_preempted
+from softprompt_jax.files import read_object
+from softprompt_jax.inference import programs
+from softprompt_jax.inference.programs import DeviceModel, Structure
 from softprompt_jax.methods import Split
 from softprompt_jax.models import decode
 from softprompt_jax.models.decode import Decoding
@@ -40,130 +43,116 @@ class DecodedAnswer(NamedTuple):
     score: float
 
 
+@dataclasses.dataclass(frozen=True)
+class Batching:
+    """How a set is put into batches, and how long answers get."""
+
+    batch_size: int
+    max_tokens: int
+    layout: PromptLayout = NO_PROMPT
+    shapes: list[Shape] | None = None  # of batches; None: some that suit the set
+
+
 class Decoder:
-    """Predictions of a split model, decoded or chosen among label words; compiled once per shape."""
+    """Predictions of a split model, decoded or chosen among label words."""
 
     def __init__(self, parts: Split, tokenizer: Tokenizer, decoding: Decoding | None = None):
-        self._tokenizer = tokenizer
-        how = decoding or decode.Greedy()
-
-        @functools.partial(jax.jit, static_argnames="max_tokens")
-        def decoded(
-            trainable: Any,
-            frozen: Any,
-            tokens: jax.Array,
-            before: jax.Array,
-            numbers: jax.Array,
-            forced: jax.Array,
-            max_tokens: int,
-        ) -> tuple[jax.Array, jax.Array]:
-            return decode.answers(parts.merge(trainable, frozen), tokens, max_tokens, how, numbers, before, forced)
-
-        @jax.jit
-        def scored(
-            trainable: Any, frozen: Any, tokens: jax.Array, before: jax.Array, words: jax.Array, divisors: jax.Array
-        ) -> tuple[jax.Array, jax.Array]:
-            log_p = decode.score_words(parts.merge(trainable, frozen), tokens, words, decoder_prompt=before)
-            best = jnp.argmax(log_p / divisors, -1)
-            return best, jnp.take_along_axis(log_p, best[:, None], -1)[:, 0]
-
-        @jax.jit
-        def likely(trainable: Any, frozen: Any, batch: dict[str, jax.Array]) -> jax.Array:
-            targets = batch["decoder_targets"]
-            log_p = jax.nn.log_softmax(parts.merge(trainable, frozen)(batch))
-            return jnp.sum(jnp.take_along_axis(log_p, targets[..., None], -1)[..., 0] * (targets != 0), -1)
-
-        self._decoded, self._scored, self._likely = decoded, scored, likely
-
-    def predict(
-        self,
-        trainable: Any,
-        frozen: Any,
-        tokenized: TokenizedSet,
-        batch_size: int,
-        max_tokens: int,
-        layout: PromptLayout = NO_PROMPT,
-        shapes: list[Shape] | None = None,
-        task: Task | None = None,
-    ) -> list[str]:
-        """Return the predicted text of every example, in order; batches have `shapes`, or some that suit the set.
-
-        Where the task says to predict by likelihood, it is the label word of the highest log-probability,
-        summed over the word's tokens or per token (Brown et al., 2020), EOS included.
-        """
-        found = self.answers(trainable, frozen, tokenized, batch_size, max_tokens, layout, shapes, task)
-        return [each[0].text for each in found]
+        self._tokenizer, self._decoding = tokenizer, decoding or decode.Greedy()
+        self._structure = Structure(parts.graphdef)
 
     def answers(
         self,
         trainable: Any,
         frozen: Any,
         tokenized: TokenizedSet,
-        batch_size: int,
-        max_tokens: int,
-        layout: PromptLayout = NO_PROMPT,
-        shapes: list[Shape] | None = None,
+        how: Batching,
         task: Task | None = None,
         forced: Sequence[str] | None = None,
         first_number: int = 0,
     ) -> list[list[DecodedAnswer]]:
-        """Return all answers to every example, as `predict` does the first: the samples, or the beams from the best.
+        """Return all answers to every example, in order: one, the samples, or the beams from the best.
 
-        Decoded ones begin with what is `forced` on their example. Samples follow from an example's number, from
+        Where the task says to predict by likelihood, it is the likeliest label word (`choose`; Brown et al., 2020).
+        Decoded answers begin with what is `forced` on their example. Samples follow from an example's number, from
         `first_number` on.
         """
-        labels = (task.words or []) if task is not None and task.predict_by != "decoding" else []
-        words, divisors = self._choices(labels, task is not None and task.predict_by == "likelihood_per_token")
+        if task is not None and task.choices:
+            return [[answer] for answer in self.choose(trainable, frozen, tokenized, how, task)[0]]
         answers = [[DecodedAnswer("", [], 0.0)]] * len(tokenized)
-        beginnings = self._tokenizer.beginnings(forced or [""] * len(tokenized), max_tokens)
-        first = layout.lengths[1]
-        shards = mesh.row_shards()
-        batch_size = -(-min(batch_size, len(tokenized)) // shards) * shards
-        for batch, ids in evaluation_batches(tokenized, batch_size, layout, shapes=shapes):
-            raise_if_preempted()
-            given = mesh.shard_batch((batch["encoder_tokens"], batch["decoder_inputs"][:, :first]))
-            if not labels:
-                rest = mesh.shard_batch((np.asarray(ids + first_number, np.int32), beginnings[ids]))
-                rows, scores = map(mesh.gather, self._decoded(trainable, frozen, *given, *rest, max_tokens))
-                found = [list(map(self._answer, *each)) for each in zip(rows, scores.tolist(), strict=True)]
-            else:
-                best, scores = map(mesh.gather, self._scored(trainable, frozen, *given, words, divisors))
-                found = [
-                    [DecodedAnswer(labels[n], _real(words[n]), float(s))] for n, s in zip(best, scores, strict=True)
-                ]
-            for each, index in zip(found, ids, strict=True):
+        model = DeviceModel(self._structure, trainable, frozen)
+        beginnings = self._tokenizer.beginnings(forced or [""] * len(tokenized), how.max_tokens)
+        for batch, ids in _batches(tokenized, how):
+            rest = mesh.shard_batch((np.asarray(ids + first_number, np.int32), beginnings[ids]))
+            made = programs.answers(model, self._decoding, how.max_tokens, *_given(batch, how), *rest)
+            rows, scores = map(mesh.gather, made)
+            for index, *each in zip(ids, rows, scores.tolist(), strict=True):
                 if index >= 0:
-                    answers[index] = each
+                    answers[index] = list(map(self._answer, *each))
         return answers
 
+    def choose(
+        self, trainable: Any, frozen: Any, tokenized: TokenizedSet, how: Batching, task: Task
+    ) -> tuple[list[DecodedAnswer], np.ndarray]:
+        """Return the likeliest of a task's `choices` for every example, and the log-probability of each, [examples, W].
+
+        A label word's log-probability is summed over its tokens, EOS included; the choice may be by the mean over them.
+        """
+        ids, padding = self._tokenizer.target_batch(task.choices), self._tokenizer.form.padding
+        words = np.asarray([*itertools.zip_longest(*ids, fillvalue=padding)], np.int32).T
+        model, log_p = (
+            DeviceModel(self._structure, trainable, frozen),
+            np.zeros((len(tokenized), len(words)), np.float32),
+        )
+        for batch, numbers in _batches(tokenized, how):
+            values = mesh.gather(_word_likelihoods(model, *_given(batch, how), words))
+            log_p[numbers[numbers >= 0]] = values[numbers >= 0]
+        lengths = [len(tokens) if task.predict_by == "likelihood_per_token" else 1 for tokens in ids]
+        best = np.argmax(log_p / np.asarray(lengths, np.float32), -1)
+        chosen = zip(best, np.take_along_axis(log_p, best[:, None], -1)[:, 0], strict=True)
+        return [DecodedAnswer(task.choices[n], self._real(words[n]), float(score)) for n, score in chosen], log_p
+
     def _answer(self, tokens: np.ndarray, score: float) -> DecodedAnswer:
-        ids = _real(tokens)
+        ids = self._real(tokens)
         return DecodedAnswer(self._tokenizer.decode(ids), ids, score)
 
-    def likelihoods(
-        self, trainable: Any, frozen: Any, tokenized: TokenizedSet, batch_size: int, layout: PromptLayout = NO_PROMPT
-    ) -> np.ndarray:
+    def likelihoods(self, trainable: Any, frozen: Any, tokenized: TokenizedSet, how: Batching) -> np.ndarray:
         """Return the log-probability of every example's target, EOS included, float32 [examples]."""
-        found = np.zeros(len(tokenized), np.float32)
-        shards = mesh.row_shards()
-        batch_size = -(-min(batch_size, len(tokenized)) // shards) * shards
-        for batch, ids in evaluation_batches(tokenized, batch_size, layout):
-            raise_if_preempted()
-            values = mesh.gather(self._likely(trainable, frozen, mesh.shard_batch(batch)))
+        model, found = DeviceModel(self._structure, trainable, frozen), np.zeros(len(tokenized), np.float32)
+        for batch, ids in _batches(tokenized, how):
+            values = mesh.gather(_target_likelihoods(model, mesh.shard_batch(batch)))
             found[ids[ids >= 0]] = values[ids >= 0]
         return found
 
-    def _choices(self, labels: list[str], per_token: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Return the label words' tokens [W, U] and what their scores are divided by."""
-        ids = [[*self._tokenizer.encode(word), self._tokenizer.eos_id] for word in labels]
-        words = np.zeros((len(ids), max(map(len, ids), default=0)), np.int32)
-        for row, tokens in zip(words, ids, strict=True):
-            row[: len(tokens)] = tokens
-        return words, np.asarray([len(tokens) if per_token else 1 for tokens in ids], np.float32)
+    def _real(self, tokens: np.ndarray) -> list[int]:
+        return [int(token) for token in tokens if token > self._tokenizer.form.padding]
 
 
-def _real(tokens: np.ndarray) -> list[int]:
-    return [int(token) for token in tokens if token]
+@jax.jit
+def _word_likelihoods(model: DeviceModel, tokens: jax.Array, before: jax.Array, words: jax.Array) -> jax.Array:
+    """Return the log-probability of each of the words [W, U] after each text."""
+    return decode.score_words(model.merge(), tokens, words, decoder_prompt=before)
+
+
+@jax.jit
+def _target_likelihoods(model: DeviceModel, batch: dict[str, jax.Array]) -> jax.Array:
+    merged, targets = model.merge(), batch["decoder_targets"]
+    log_p = jax.nn.log_softmax(merged(batch))
+    picked = jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
+    return jnp.sum(picked * merged.is_real(targets), -1)
+
+
+def _given(batch: dict[str, np.ndarray], how: Batching) -> tuple[Any, Any]:
+    """Return a batch's texts, and the prompt rows before the decoder's input."""
+    return mesh.shard_batch((batch["encoder_tokens"], batch["decoder_inputs"][:, : how.layout.lengths[1]]))
+
+
+def _batches(tokenized: TokenizedSet, how: Batching) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Yield (batch, example ids), the longest first; a batch divides by the mesh. Stop between two of them if asked."""
+    shards = mesh.row_shards()
+    batch_size = -(-min(how.batch_size, len(tokenized)) // shards) * shards
+    for batch, ids in evaluation_batches(tokenized, batch_size, how.layout, shapes=how.shapes):
+        raise_if_preempted()
+        yield batch, ids
 
 
 def score(
@@ -174,14 +163,17 @@ def score(
     Those of a seqio Task are what its own metrics return, in their units, of the `outputs`, or of the texts alone if
     there are none; accuracy where it has none.
     """
-    own: dict[str, float] = {}
+    own, names = {}, task.metrics
     if task.scored_by_source:
         own = task.source.own_scores(predictions, examples, outputs)
-        names = [name for name in task.metrics if name != task.source.own_metrics] or ([] if own else ["accuracy"])
-        task = task.model_copy(update={"metrics": names})
-    groups = [example.group for example in examples]
-    answers = task_answers(task, predictions, examples)
-    return own | metrics.compute(task, answers, [example.accepted for example in examples], groups)
+        names = [name for name in names if name != task.source.own_metrics] or ([] if own else ["accuracy"])
+    if task.postprocess is not None:
+        read = POSTPROCESSORS[task.postprocess]
+        predictions = [read(made, example.target) for made, example in zip(predictions, examples, strict=True)]
+    accepted, groups = [example.accepted for example in examples], [example.group for example in examples]
+    answers = metrics.Answers(predictions, accepted, task.words, task.positive, groups)
+    compared = task.compare(predictions, examples) if isinstance(task, Distill) else {}
+    return own | metrics.compute(names, answers, f"task {task.name}") | compared
 
 
 def wants_likelihoods(task: Task) -> bool:
@@ -189,17 +181,10 @@ def wants_likelihoods(task: Task) -> bool:
     return task.scored_by_source and task.source.wants_likelihoods()
 
 
-def task_answers(task: Task, predictions: Sequence[str], examples: Sequence[Example]) -> list[str]:
-    """Return predictions after the task's postprocessor, if it has one."""
-    if task.postprocess is None:
-        return list(predictions)
-    read = POSTPROCESSORS[task.postprocess]
-    return [read(prediction, example.target) for prediction, example in zip(predictions, examples, strict=True)]
-
-
 def mean_score(task: Task, scores: dict[str, float]) -> float:
-    """Return the score of a task: the mean of its metrics."""
-    return float(np.mean([scores[name] for name in _metrics_of(task, scores)]))
+    """Return the score of a task: the mean of its metrics; a seqio Task brings its own."""
+    own = [name for name in scores if name not in ("illegal", "count", "loss")]
+    return float(np.mean([scores[name] for name in (own if task.scored_by_source else task.metrics)]))
 
 
 def run_score(run: Run, scores: dict[str, Any]) -> float:
@@ -213,6 +198,20 @@ def run_score(run: Run, scores: dict[str, Any]) -> float:
     return scores["mean"] if isinstance(run.task, Mixture) else mean_score(run.tasks[0], scores)
 
 
+def checkpoint_score(run: Run, scores: dict[str, Any]) -> float:
+    """Return the number of a validation by which the best checkpoint is chosen, more is better: that of `best_by`.
+
+    Errors: UserError where the validation has no such number.
+    """
+    if run.best_by is None:
+        return run_score(run, scores)
+    known = [name for name in scores if name.rpartition("/")[2] not in ("illegal", "count")]
+    if run.best_by not in known:
+        raise UserError(f"best_by: found {run.best_by!r}; expected one of {', '.join(known)}, which a validation has")
+    lower = run.best_by.rpartition("/")[2] == "loss"
+    return -scores[run.best_by] if lower else scores[run.best_by]
+
+
 def score_factor(run: Run) -> float:
     """Return what a run's scores are multiplied by for readers: 100 (percent), 1 for losses and seqio's metrics."""
     return 1.0 if run.pretraining or any(task.scored_by_source for task in run.tasks) else 100.0
@@ -221,12 +220,6 @@ def score_factor(run: Run) -> float:
 def score_text(value: float, factor: float) -> str:
     """Write a score times its `score_factor`: percent with one digit after the point, others with four digits."""
     return f"{factor * value:.1f}" if factor == 100 else f"{value:.4g}"
-
-
-def _metrics_of(task: Task, scores: dict[str, Any]) -> list[str]:
-    """Return the metrics of which a task's score is the mean; a seqio Task brings its own."""
-    own = [name for name in scores if name not in ("illegal", "count", "loss")]
-    return own if task.scored_by_source else task.metrics
 
 
 def benchmark_average(benchmark: str, folders: Sequence[Path]) -> dict[str, Any]:
@@ -239,7 +232,10 @@ def benchmark_average(benchmark: str, folders: Sequence[Path]) -> dict[str, Any]
         path = folder / "result.json"
         if not path.is_file():
             raise UserError(f"{folder}: no result.json; expected the folder of a finished run; finish it first")
-        scores = json.loads(path.read_text(encoding="utf-8"))["validation"]
+        expected = "a run's result; delete it, and the same command evaluates again"
+        scores = read_object(path, expected).get("validation")
+        if not isinstance(scores, dict):
+            raise UserError(f"{path}: lacks scores; expected {expected}")
         for task in load_run(folder / "config.yaml").tasks:
             own = scores["tasks"].get(task.name, {}) if "tasks" in scores else scores  # of a mixture, or of one task
             for name in task.metrics:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,100 +14,218 @@ import numpy as np
 from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int
+from numpy.typing import NDArray
 
-from softprompt_jax.assembly import Assembly, assemble_trained, backbone_of_prompts, layout_of, run_of
+from softprompt_jax.assembly import Assembly, assemble_trained, backbone_of_prompts, layout_of, own_mesh, run_of
 from softprompt_jax.checkpoints.artifact import Artifact, load_artifact
 from softprompt_jax.checkpoints.backbone import Backbone
 from softprompt_jax.config import UserError
+from softprompt_jax.data.buckets import Shape
 from softprompt_jax.data.examples import Example, input_text
 from softprompt_jax.data.metrics import Outputs
 from softprompt_jax.data.prompt_layout import PromptLayout
 from softprompt_jax.data.submission import check_server, write_submission
 from softprompt_jax.data.task import Task, iterate, with_limits
 from softprompt_jax.data.tokenized import TokenizedSet, tokenize
-from softprompt_jax.data.tokenizer import Tokenizer, load_tokenizer
-from softprompt_jax.inference.evaluate import DecodedAnswer, Decoder, score, wants_likelihoods
-from softprompt_jax.inference.texts import answer_lines, check_texts, one_for_each
-from softprompt_jax.methods import split
+from softprompt_jax.data.tokenizer import PLAIN, Tokenizer, load_tokenizer
+from softprompt_jax.distributed import mesh as sharding
+from softprompt_jax.distributed.multihost import run_on_process_0
+from softprompt_jax.inference import programs
+from softprompt_jax.inference.evaluate import Batching, DecodedAnswer, Decoder, score, wants_likelihoods
+from softprompt_jax.inference.programs import DeviceModel
+from softprompt_jax.inference.shares import CHUNK
+from softprompt_jax.inference.texts import answer_lines, check_texts, one_for_each, until
+from softprompt_jax.methods import Trainable, split
 from softprompt_jax.methods.prompt import attach_rows
-from softprompt_jax.models import decode
-from softprompt_jax.models.decode import MAX_TOKENS, Decoding, Greedy
-from softprompt_jax.models.t5 import T5
+from softprompt_jax.models.causal import CausalLM
+from softprompt_jax.models.decode import MAX_TOKENS, Beam, Decoding, Greedy, Sampling
+from softprompt_jax.models.language_model import LanguageModel
 from softprompt_jax.run import Run
 from softprompt_jax.tasks import load, resolve
+from softprompt_jax.trust import check_task
+
+Rows = Float[Array | np.ndarray, "P D"]  # of a prompt
+Tokens = Int[Array | np.ndarray, "B _"]  # one row a text
+Ids = Sequence[Sequence[int]]  # of each text
+_NO_EOS = -2  # an id that no answer has
 
 
 def logits(
     backbone: Backbone,
-    encoder_tokens: Int[Array | np.ndarray, "B T"],
-    decoder_tokens: Int[Array | np.ndarray, "B U"],
-    prompt: Float[Array | np.ndarray, "P D"] | None = None,
-) -> Float[Array, "B U V"]:
-    """Return float32 logits over the vocabulary at every decoder position.
+    tokens: Tokens | Ids,
+    decoder_tokens: Tokens | Ids | None = None,
+    prompt: Rows | None = None,
+) -> Float[Array, "B S V"]:
+    """Return float32 logits over the vocabulary: at every position of a decoder-only model's text, or of the decoder.
 
-    `encoder_tokens`: 0 is padding; the prompt stands before each row. `decoder_tokens` are decoder inputs, which are
-    shifted already: the first is 0. Errors: UserError for tokens that are no integers or no ids of the vocabulary.
+    Tokens are rows padded by -1 (or by 0 where the vocabulary has 0 as padding, as T5's), or lists of ids. The prompt
+    stands before each row and has no logits. `decoder_tokens`, of an encoder-decoder alone, are decoder inputs, which
+    are shifted already: the first is the model's start, 0 for a T5. Errors: UserError for tokens that are no integers
+    or no ids of the vocabulary, and for decoder tokens that a model does not take or lacks.
     """
-    model, layout = _with_prompt(backbone.model, prompt)
-    for tokens in (encoder_tokens, decoder_tokens):
-        _check_ids(tokens, backbone.settings.vocabulary_rows)
-    if len(encoder_tokens) != len(decoder_tokens):
+    alone = backbone.model.encoder is None
+    if (decoder_tokens is None) != alone:
+        wanted = "no decoder tokens, since" if alone else "decoder tokens, which"
+        raise UserError(f"logits: expected {wanted} the model {'has no' if alone else 'has a'} decoder")
+    contexts = _as_rows(tokens, backbone.settings.vocabulary_rows)
+    if decoder_tokens is None:
+        found, before = _sharded_logits(backbone, prompt, contexts)
+        return found[:, before:]
+    inputs = _as_rows(decoder_tokens, backbone.settings.vocabulary_rows)
+    if len(contexts) != len(inputs):
         raise UserError(
-            f"logits: {len(encoder_tokens)} rows of encoder tokens and {len(decoder_tokens)} of decoder tokens; "
-            "expected as many"
+            f"logits: {len(contexts)} rows of encoder tokens and {len(inputs)} of decoder tokens; expected as many"
         )
-    batch = {"encoder_tokens": _prepend(layout, encoder_tokens), "decoder_inputs": jnp.asarray(decoder_tokens)}
-    return _logits(model, batch)
+    return _sharded_logits(backbone, prompt, contexts, decoder_inputs=jnp.asarray(inputs))[0]
 
 
+@overload
 def generate(
     backbone: Backbone,
-    texts_or_tokens: Sequence[str] | Int[Array | np.ndarray, "B T"],
-    prompt: Float[Array | np.ndarray, "P D"] | None = None,
+    texts_or_tokens: Sequence[str],
+    prompt: Rows | None = None,
+    max_tokens: int = MAX_TOKENS,
+    decoding: Greedy | None = None,
+    forced: str | Sequence[str] | None = None,
+    scores: Literal[False] = False,
+    stop: bool | str | Sequence[str] = True,
+) -> list[str]: ...
+@overload
+def generate(
+    backbone: Backbone,
+    texts_or_tokens: Sequence[str],
+    prompt: Rows | None = None,
+    max_tokens: int = MAX_TOKENS,
+    decoding: Greedy | None = None,
+    forced: str | Sequence[str] | None = None,
+    *,
+    scores: Literal[True],
+    stop: bool | str | Sequence[str] = True,
+) -> tuple[list[str], list[float]]: ...
+@overload
+def generate(
+    backbone: Backbone,
+    texts_or_tokens: Sequence[str],
+    prompt: Rows | None = None,
+    max_tokens: int = MAX_TOKENS,
+    decoding: Beam | Sampling = ...,
+    forced: str | Sequence[str] | None = None,
+    scores: Literal[False] = False,
+    stop: bool | str | Sequence[str] = True,
+) -> list[list[str]]: ...
+@overload
+def generate(
+    backbone: Backbone,
+    texts_or_tokens: Sequence[str],
+    prompt: Rows | None = None,
+    max_tokens: int = MAX_TOKENS,
+    decoding: Beam | Sampling = ...,
+    forced: str | Sequence[str] | None = None,
+    *,
+    scores: Literal[True],
+    stop: bool | str | Sequence[str] = True,
+) -> tuple[list[list[str]], list[list[float]]]: ...
+@overload
+def generate(
+    backbone: Backbone,
+    texts_or_tokens: Ids,
+    prompt: Rows | None = None,
+    max_tokens: int = MAX_TOKENS,
+    decoding: Greedy | None = None,
+    forced: None = None,
+    scores: Literal[False] = False,
+    stop: bool | str | Sequence[str] = True,
+) -> list[list[int]]: ...
+@overload
+def generate(
+    backbone: Backbone,
+    texts_or_tokens: Tokens,
+    prompt: Rows | None = None,
     max_tokens: int = MAX_TOKENS,
     decoding: Decoding | None = None,
-    forced: str | Sequence[str] | Int[Array | np.ndarray, "B F"] | None = None,
+    forced: Tokens | None = None,
+    scores: Literal[False] = False,
+    stop: bool | str | Sequence[str] = True,
+) -> NDArray[np.int32]: ...
+@overload
+def generate(
+    backbone: Backbone,
+    texts_or_tokens: Tokens,
+    prompt: Rows | None = None,
+    max_tokens: int = MAX_TOKENS,
+    decoding: Decoding | None = None,
+    forced: Tokens | None = None,
+    *,
+    scores: Literal[True],
+    stop: bool | str | Sequence[str] = True,
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]: ...
+def generate(
+    backbone: Backbone,
+    texts_or_tokens: Sequence[str] | Ids | Tokens,
+    prompt: Rows | None = None,
+    max_tokens: int = MAX_TOKENS,
+    decoding: Decoding | None = None,
+    forced: str | Sequence[str] | Tokens | None = None,
     scores: bool = False,
+    stop: bool | str | Sequence[str] = True,
 ) -> Any:
-    """Answer texts with texts, or tokens [B, T] with tokens [B, U].
+    """Answer texts with texts, tokens [B, T] with tokens [B, U], or lists of ids with lists of ids.
 
-    Tokens end with their EOS; 0 is padding. `decoding`: `Greedy()` (the default), `Beam(beams=4)` or
+    An encoder's tokens end with their EOS. Padding is -1, or 0 where the vocabulary has 0 as padding. With `stop` false
+    no answer ends before `max_tokens`; with `stop` as texts an answer is cut where the first of them begins (its score
+    stays that of all its tokens). `decoding`: `Greedy()` (the default), `Beam(beams=4)` or
     `Sampling(top_p=0.9, samples=5)`. Beams and samples are N answers to each text: a list of lists, or tokens
     [B, N, U]; the best beam comes first. `forced` is what answers begin with: one text, a text for each, or tokens
-    [B, F] (0: free). With `scores` a pair is returned: the answers, and their log-probabilities in the same shape
+    [B, F] (padding: free). With `scores` a pair is returned: the answers, and their log-probabilities in the same shape
     (beams: divided by the length penalty).
     """
     how, one = decoding or Greedy(), isinstance(decoding, Greedy | None)
-    model, layout = _with_prompt(backbone.model, prompt)
-    if not isinstance(texts_or_tokens, np.ndarray | jax.Array):
-        texts = check_texts(texts_or_tokens, "generate")
-        if isinstance(forced, np.ndarray | jax.Array):
-            raise UserError("generate: texts and forced as tokens; expected both as texts, or both as tokens")
-        begun = one_for_each(forced or "", len(texts), "generate", "forced beginnings")
-        predictor = Predictor(model, load_tokenizer(backbone.folder), None, max_tokens=max_tokens, decoding=how)
-        made = predictor.scored(texts, begun)
-        answers, values = ([[getattr(answer, part) for answer in each] for each in made] for part in ("text", "score"))
-        found = [[each[0] for each in part] if one else part for part in (answers, values)]
-    else:
-        _check_ids(texts_or_tokens, backbone.settings.vocabulary_rows)
-        if isinstance(forced, str | list):
-            raise UserError("generate: tokens and forced as text; expected both as tokens, or both as texts")
-        if forced is not None and (len(forced) != len(texts_or_tokens) or np.shape(forced)[1] >= max_tokens):
-            raise UserError(
-                f"generate: forced tokens of shape {list(np.shape(forced))}; expected [{len(texts_or_tokens)}, F] with "
-                f"F under max_tokens, {max_tokens}"
+    with sharding.entered(backbone.mesh):
+        model, layout = _with_prompt(backbone.model, prompt)
+        if stop is False:
+            model.settings = model.settings.model_copy(update={"eos": _NO_EOS, "other_eos": (), "ends": ()})
+        as_lists = isinstance(texts_or_tokens, list | tuple) and len(texts_or_tokens) > 0
+        as_lists = as_lists and all(map(_is_ids, texts_or_tokens))
+        if not isinstance(texts_or_tokens, np.ndarray | jax.Array) and not as_lists:
+            texts = check_texts(texts_or_tokens, "generate")
+            if isinstance(forced, np.ndarray | jax.Array):
+                raise UserError("generate: texts and forced as tokens; expected both as texts, or both as tokens")
+            begun = one_for_each(forced or "", len(texts), "generate", "forced beginnings")
+            tokenizer = load_tokenizer(backbone.folder, backbone.text_format)
+            predictor = Predictor(model, tokenizer, None, max_tokens=max_tokens, decoding=how, mesh=backbone.mesh)
+            made = predictor.scored(texts, begun)
+            answers, values = (
+                [[getattr(answer, part) for answer in each] for each in made] for part in ("text", "score")
             )
-        forced = None if forced is None else jnp.asarray(forced, jnp.int32)
-        made = map(np.asarray, _answers(model, _prepend(layout, texts_or_tokens), max_tokens, how, forced))
-        found = [part[:, 0] if one else part for part in made]
+            if not isinstance(stop, bool):
+                answers = [[until(answer, stop) for answer in each] for each in answers]
+            found = [[each[0] for each in part] if one else part for part in (answers, values)]
+        else:
+            rows = _as_rows(texts_or_tokens, backbone.settings.vocabulary_rows)
+            if not isinstance(stop, bool):
+                raise UserError("generate: tokens and stop as text; expected texts, or stop true or false")
+            if isinstance(forced, str | list):
+                raise UserError("generate: tokens and forced as text; expected both as tokens, or both as texts")
+            if forced is not None and (len(forced) != len(rows) or np.shape(forced)[1] >= max_tokens):
+                raise UserError(
+                    f"generate: forced tokens of shape {list(np.shape(forced))}; expected [{len(rows)}, F] with "
+                    f"F under max_tokens, {max_tokens}"
+                )
+            forced = None if forced is None else jnp.asarray(forced, jnp.int32)
+            tokens, numbers = _prepend(layout, rows), jnp.arange(len(rows))
+            asked = sharding.fill_batch((tokens, numbers, forced), model.settings.padding)
+            made = programs.answers(DeviceModel.of(model, Trainable), how, max_tokens, asked[0], None, *asked[1:])
+            found = [part[: len(rows), 0] if one else part[: len(rows)] for part in map(sharding.gather, made)]
+            if as_lists:
+                found = [_as_lists(found[0], model.settings.padding), found[1].tolist()]
     return tuple(found) if scores else found[0]
 
 
-@dataclasses.dataclass
+@dataclass
 class Predictor:
     """A trained model with its tokenizer and its task."""
 
-    model: T5
+    model: LanguageModel
     tokenizer: Tokenizer
     task: Task | None
     max_input_tokens: int = 512
@@ -117,6 +235,8 @@ class Predictor:
     decoding: Decoding | None = None  # None: greedy
     target_sentinel: bool = False  # whether answers begin with <extra_id_0>, which label words do not
     step: int | None = None  # of the checkpoint that was read, where the run has not finished
+    source: str | None = None  # file whose settings state `task`, if its data must be checked first (trust.py)
+    mesh: jax.sharding.Mesh | None = None  # devices that the model is cut over; None: one
 
     def __post_init__(self):
         self._parts = split(self.model)
@@ -154,13 +274,15 @@ class Predictor:
                 "expected predict_by decoding"
             )
         end = [self.tokenizer.eos_id]
-        tokenized = self._tokenized(
-            [dataclasses.replace(e, target="", ids=e.ids and (e.ids[0], end), cut=(e.cut[0], False)) for e in examples]
-        )
+        asked = (replace(e, target="", ids=e.ids and (e.ids[0], end), cut=(e.cut[0], False)) for e in examples)
+        tokenized = self._tokenized([*asked])
         self.truncated += tokenized.truncated_inputs
-        state, layout = (self._parts.trainable, self._parts.frozen), layout_of(self.model)
-        limits = self.batch_size, self.max_tokens
-        return self._decoder.answers(*state, tokenized, *limits, layout, self._shapes, task, forced, first)
+        how, state = self._batching(self._shapes), (self._parts.trainable, self._parts.frozen)
+        with sharding.entered(self.mesh):
+            return self._decoder.answers(*state, tokenized, how, task, forced, first)
+
+    def _batching(self, shapes: list[Shape] | None = None) -> Batching:
+        return Batching(self.batch_size, self.max_tokens, layout_of(self.model), shapes)
 
     def _tokenized(self, examples: Sequence[Example]) -> TokenizedSet:
         rows = self.model.settings.vocabulary_rows
@@ -168,27 +290,43 @@ class Predictor:
 
     def evaluate(self, task: Task, split_name: str) -> dict[str, float]:
         """Return the metrics of a task's split."""
-        task = with_limits(task, self.max_input_tokens, self.max_tokens)
+        task = with_limits(self._checked(task), self.max_input_tokens, self.max_tokens)
         task.source.check(self.tokenizer, metrics=False)
         examples, likelihoods = load(task, split_name), None
         if wants_likelihoods(task):
-            state, layout = (self._parts.trainable, self._parts.frozen), layout_of(self.model)
-            likelihoods = self._decoder.likelihoods(*state, self._tokenized(examples), self.batch_size, layout)
+            state, tokenized = (self._parts.trainable, self._parts.frozen), self._tokenized(examples)
+            with sharding.entered(self.mesh):
+                likelihoods = self._decoder.likelihoods(*state, tokenized, self._batching())
         first = [answers[0] for answers in self._answers(examples, task)]
         outputs = Outputs([answer.ids for answer in first], [answer.score for answer in first], likelihoods)
         return score(task, [answer.text for answer in first], examples, outputs)
 
     def submit(self, task: Task, split_name: str, folder: Path) -> tuple[Path, int]:
         """Write the predictions of a split for the benchmark's server; return the file and how many are no label."""
-        check_server(task)  # before the long part
+        check_server(self._checked(task))  # before the long part
         examples = list(iterate(task, split_name, labelled=False))
         predictions = [answers[0].text for answers in self._answers(examples, task)]
         illegal = sum(prediction not in task.words for prediction in predictions) if task.words else 0
-        return write_submission(task, examples, predictions, folder), illegal
+        return Path(run_on_process_0(lambda: str(write_submission(task, examples, predictions, folder)))), illegal
 
-    def lines(self, rows: Iterable[tuple[str, Any]], chunk: int = 1024) -> Iterator[dict[str, Any]]:
-        """Yield each row of (where, fields) with its `prediction`, in order, a chunk at a time."""
-        return answer_lines(rows, self._input, self.answers, chunk)
+    def _checked(self, task: Task) -> Task:
+        """Return a task whose rows may be read: another than the file's own, or one that ships with us."""
+        own = self.task is not None and task.source == self.task.source
+        return check_task(task, self.source, trust=False) if own and self.source is not None else task
+
+    def lines(
+        self, rows: Iterable[tuple[str, Any]], chunk: int = CHUNK, share: tuple[int, int] = (0, 1)
+    ) -> Iterator[dict[str, Any]]:
+        """Yield each row of (where, fields) with its `prediction`, in order, a chunk at a time.
+
+        `share`: process `index` of `count` answers every `count`th chunk, from `index` on. A row whose answer is NaN
+        has an `error`, and null as its prediction.
+        """
+
+        def answers(texts: list[str], first: int) -> list[list[tuple[str, float]]]:
+            return [[(answer.text, answer.score) for answer in each] for each in self.scored(texts, first=first)]
+
+        return answer_lines(rows, self._input, answers, chunk, share)
 
     def _input(self, row: Any, where: str) -> str:
         if not isinstance(row, dict):
@@ -203,77 +341,118 @@ class Predictor:
         return row["inputs"]
 
 
-def named_task(source: str | Path, name: str) -> Task:
-    """Return the task of this name: one of the run's, if `source` is a run folder, or one that is known by it."""
+def named_task(source: str | Path, name: str | None, trust: bool = False) -> Task | None:
+    """Return the task of this name: one that the settings of `source` state, or one that is known by it.
+
+    Without a name that of the settings, if there is one. Errors: UserError for data that need `trust` (trust.py).
+    """
     run = run_of(load_artifact(source))
-    return next((task for task in run.tasks if task.name == name), None) or resolve(name) if run else resolve(name)
+    own = [task for task in (run.tasks if run else []) if name in (task.name, None)]
+    if len(own) == 1:
+        return check_task(own[0], str(source), trust)
+    return None if name is None else resolve(name)
 
 
 def load_predictor(
     source: str | Path,
-    backbone: str | None = None,
+    backbone: str | Backbone | None = None,
     task: str | None = None,
     decoding: Decoding | None = None,
     any_backbone: bool = False,
+    trust: bool = False,
+    mesh: sharding.AnyMesh | None = None,
 ) -> Predictor:
-    """Load a run folder, finished or not, or a prompt file (`.npy` needs `backbone`).
+    """Load a run folder, finished or not, or a prompt file (`.npy` needs `backbone`, a name or the loaded model).
 
     Of an unfinished run the best checkpoint is taken, or else the latest; `step` says which. `task` names one of a
     mixture's; `decoding` is the run's if not given. A prompt on another backbone than its own is refused, unless
-    `any_backbone`.
+    `any_backbone`. `trust`: do what the settings ask for, though it may be read, fetched or imported from anywhere.
+    `mesh` divides weights and batches among devices, by default as the run says; the answers are those of one device.
     """
+    devices = sharding.make_mesh(mesh)  # before anything is read
     artifact = load_artifact(source)
     run = run_of(artifact)
-    if artifact.rows is not None and (run is None or backbone or isinstance(run.backbone, str)):
-        assembly = _with_rows(artifact, run, backbone, any_backbone)
-    elif run is None:
-        raise UserError(f"{source}: holds neither a prompt nor a run's settings; expected either")
+    if isinstance(backbone, Backbone):
+        if mesh is not None:
+            raise UserError(f"{source}: found a loaded backbone and a mesh; expected one; give load_backbone the mesh")
+        devices = backbone.mesh
+    elif mesh is None:
+        devices = sharding.make_mesh(None, own_mesh([artifact]))
+    with sharding.entered(devices):
+        if artifact.rows is not None and (run is None or backbone or isinstance(run.backbone, str)):
+            assembly = _with_rows(artifact, run, backbone, any_backbone, trust)
+        elif run is None:
+            raise UserError(f"{source}: holds neither a prompt nor a run's settings; expected either")
+        else:
+            number = next((number for number, each in enumerate(run.tasks) if each.name == task), None)
+            if run.own_prompts and number is None:
+                names = ", ".join(each.name for each in run.tasks)
+                files = f", or give its file, such as {artifact.own_prompts[0]}" if artifact.own_prompts else ""
+                raise UserError(
+                    f"{source}: has a prompt for each task ({names}); expected the name of one of them; say which "
+                    f"task{files}"
+                )
+            assembly = assemble_trained(artifact, run, backbone, any_backbone, trust)
+            if run.own_prompts and number is not None:
+                assembly.model.prompt.layout = assembly.layout.of_task(number)
+                run = run.model_copy(update={"task": run.tasks[number]})
+        how: dict[str, Any] = {"decoding": decoding, "step": artifact.step, "source": None if trust else str(source)}
+        how["mesh"] = sharding.current_mesh()
+        if run is None:
+            return Predictor(assembly.model, assembly.tokenizer, None, **how)
+        chosen = run.tasks[0] if len(run.tasks) == 1 else None
+        how |= {"decoding": decoding or run.decoding, "target_sentinel": run.target_sentinel}
+        limits = run.max_input_tokens, run.max_target_tokens, run.evaluation_batch_size
+        return Predictor(assembly.model, assembly.tokenizer, chosen, *limits, **how)
+
+
+def _with_rows(
+    artifact: Artifact, run: Run | None, backbone: str | Backbone | None, any_backbone: bool, trust: bool
+) -> Assembly:
+    """Put a prompt's rows on its backbone; one that is loaded stays as it is, and shares its weights."""
+    if isinstance(backbone, Backbone):
+        loaded = replace(backbone, model=nnx.merge(*nnx.split(backbone.model)))
     else:
-        number = next((number for number, each in enumerate(run.tasks) if each.name == task), None)
-        if run.own_prompts and number is None:
-            names = ", ".join(each.name for each in run.tasks)
-            files = f", or give its file, such as {artifact.own_prompts[0]}" if artifact.own_prompts else ""
-            raise UserError(
-                f"{source}: has a prompt for each task ({names}); expected the name of one of them; say which "
-                f"task{files}"
-            )
-        assembly = assemble_trained(artifact, run, backbone, any_backbone)
-        if run.own_prompts and number is not None:
-            assembly.model.prompt.layout = assembly.layout.of_task(number)
-            run = run.model_copy(update={"task": run.tasks[number]})
-    how: dict[str, Any] = {"decoding": decoding, "step": artifact.step}
-    if run is None:
-        return Predictor(assembly.model, assembly.tokenizer, None, **how)
-    chosen = run.tasks[0] if len(run.tasks) == 1 else None
-    how |= {"decoding": decoding or run.decoding, "target_sentinel": run.target_sentinel}
-    limits = run.max_input_tokens, run.max_target_tokens, run.evaluation_batch_size
-    return Predictor(assembly.model, assembly.tokenizer, chosen, *limits, **how)
-
-
-def _with_rows(artifact: Artifact, run: Run | None, backbone: str | None, any_backbone: bool) -> Assembly:
-    """Put a prompt's rows on its backbone."""
-    loaded = backbone_of_prompts([artifact], [run], backbone)
+        loaded = backbone_of_prompts([artifact], [run], backbone, trust)
     if not any_backbone:
         artifact.check_backbone(loaded.fingerprint(), loaded.identity)
-    tokenizer = load_tokenizer(loaded.folder)
+    tokenizer = load_tokenizer(loaded.folder, loaded.text_format, PLAIN if run is None else run.text)
     attach_rows(loaded.model, artifact.prompt, artifact.place, tokenizer.encode)
-    return Assembly(loaded.model, tokenizer, loaded.identity, loaded.folder)
+    return Assembly(sharding.shard_model(loaded.model), tokenizer, loaded.identity, loaded.folder)
 
 
-def _with_prompt(model: T5, prompt: Any) -> tuple[T5, PromptLayout]:
+def _with_prompt(model: LanguageModel, prompt: Any) -> tuple[LanguageModel, PromptLayout]:
     """Return a model with the prompt attached, leaving the given one as it is."""
     model = nnx.merge(*nnx.split(model))
     if prompt is not None:
         attach_rows(model, prompt)
-    return model, layout_of(model)
+    return sharding.shard_model(model), layout_of(model)
 
 
-def _check_ids(tokens: Any, rows: int) -> None:
-    """Refuse what are no ids, and ids past the embedding table, which would be read as prompt rows."""
+def _as_rows(tokens: Any, rows: int) -> Any:
+    """Return tokens [B, T], of lists padded by -1.
+
+    Errors: UserError for what are no ids, and for ids past the embedding table, which would be read as prompt rows.
+    """
+    if not isinstance(tokens, np.ndarray | jax.Array):
+        ids = [list(row) for row in tokens]
+        if not all(map(_is_ids, ids)) or not all(ids) or min(min(row) for row in ids) < 0:
+            raise UserError("tokens: found lists that hold no ids; expected lists of integers from 0 on, none empty")
+        tokens = np.asarray([*itertools.zip_longest(*ids, fillvalue=-1)], np.int32).reshape(-1, len(ids)).T
     if not np.issubdtype(tokens.dtype, np.integer):
         raise UserError(f"tokens: found {tokens.dtype}; expected integers, the ids of tokens")
     if tokens.size and not isinstance(tokens, Tracer) and (largest := int(tokens.max())) >= rows:
         raise UserError(f"tokens: found the id {largest}; expected ids under {rows}, the rows of the embedding")
+    return tokens
+
+
+def _is_ids(text: Any) -> bool:
+    return isinstance(text, list | tuple | np.ndarray) and all(isinstance(id_, int | np.integer) for id_ in text)
+
+
+def _as_lists(tokens: np.ndarray, padding: int) -> Any:
+    """Return the ids of each answer, without padding, as nested lists."""
+    return [_as_lists(row, padding) for row in tokens] if tokens.ndim > 1 else tokens[tokens > padding].tolist()
 
 
 def _prepend(layout: PromptLayout, tokens: Any) -> Int[Array, "B PT"]:
@@ -285,11 +464,17 @@ def _prepend(layout: PromptLayout, tokens: Any) -> Int[Array, "B PT"]:
     return jnp.concatenate([before, tokens], 1)
 
 
+def _sharded_logits(backbone: Backbone, prompt: Any, contexts: Any, **others: Any) -> tuple[Array, int]:
+    """Return logits at every position, those of the prompt before a text included, and how many these are."""
+    with sharding.entered(backbone.mesh):
+        model, layout = _with_prompt(backbone.model, prompt)
+        batch = {"encoder_tokens": _prepend(layout, contexts)} | others
+        found = _logits(model, sharding.fill_batch(batch, model.settings.padding))
+        return found if len(found) == len(contexts) else found[: len(contexts)], layout.before.shape[1]
+
+
 @jax.jit
-def _logits(model: T5, batch: dict[str, Array]) -> Array:
+def _logits(model: LanguageModel, batch: dict[str, Array]) -> Array:
+    if isinstance(model, CausalLM):
+        return model.project(model.decoder.norm(model.run(batch["encoder_tokens"])[0]))
     return model(batch)
-
-
-@functools.partial(jax.jit, static_argnames=("max_tokens", "how"))
-def _answers(model: T5, tokens: Array, max_tokens: int, how: Decoding, forced: Array | None) -> tuple[Array, Array]:
-    return decode.answers(model, tokens, max_tokens, how, jnp.arange(len(tokens)), None, forced)

@@ -11,18 +11,19 @@ from pydantic import Field
 
 from softprompt_jax.methods.base import Context, WeightMethod
 from softprompt_jax.methods.trainable import Trainable
-from softprompt_jax.methods.wrap import Wrapped, linear_of, replace
-from softprompt_jax.models.t5 import ACTIVATIONS, T5, Linear
+from softprompt_jax.methods.wrap import Wrapped, axes_of, linear_of, linears, replace
+from softprompt_jax.models.language_model import LanguageModel
+from softprompt_jax.models.layers import ACTIVATIONS, Linear
 from softprompt_jax.optim.optimizers import AdamW, Optimizer
 
-_PLACES = {
-    "houlsby": ["attention.output", "cross.output", "feed_forward.down"],
-    "pfeiffer": ["feed_forward.down"],
-}
+_PLACES = {"houlsby": ["attention.output", "cross.output", "feed_forward.down"], "pfeiffer": ["feed_forward.down"]}
 
 
 class Adapter(WeightMethod):
-    """Adapters of an inner `width`: behind attention and feed-forward (`houlsby`) or feed-forward only (`pfeiffer`)."""
+    """Adapters of an inner `width`: behind attention and feed-forward (`houlsby`) or feed-forward only (`pfeiffer`).
+
+    Where a block has a norm at its end too (Gemma 2), they stand before it.
+    """
 
     paper: ClassVar[str] = "Houlsby et al., 2019"
     identity_at_start: ClassVar[bool] = True
@@ -33,9 +34,10 @@ class Adapter(WeightMethod):
     width: int = Field(default=64, ge=1)  # inner width of each network
     activation: Literal["relu", "gelu", "gelu_tanh", "silu"] = "relu"  # function between its two layers
 
-    def attach(self, model: T5, key: jax.Array, context: Context) -> None:
+    def attach(self, model: LanguageModel, key: jax.Array, context: Context) -> None:
         """Put a network behind every sublayer of the style."""
-        places = [f"*.{place}" for place in _PLACES[self.style]]
+        there = [path.rpartition("layers.")[2] for path in linears(model)]
+        places = [f"*.{place}" for place in _PLACES[self.style] if place in there]
         replace(
             model, places, lambda path, module: Bottleneck(module, self, path, key), f"methods: {self.style} adapter"
         )
@@ -45,9 +47,8 @@ class Bottleneck(Wrapped):
     """`y + f(y A + a) B + b` for `y = inner(x)`; B and b are 0 at the start."""
 
     def __init__(self, inner: Linear | Wrapped, settings: Adapter, path: str, key: jax.Array):
-        kernel = linear_of(inner).kernel
-        *layers, _, columns = kernel.shape
-        axis, width = kernel.get_metadata()["axes"][-1], settings.width
+        *layers, _, columns = linear_of(inner).kernel.shape
+        axis, width = axes_of(inner)[-1], settings.width
         own = jax.random.fold_in(key, zlib.crc32(path.encode()))
         down = columns**-0.5 * jax.random.normal(own, (*layers, columns, width))
         self.inner, self.activation = inner, settings.activation
@@ -61,6 +62,3 @@ class Bottleneck(Wrapped):
         down, shift, up, out = (w[...].astype(x.dtype) for w in (self.down, self.down_bias, self.up, self.up_bias))
         hidden = ACTIVATIONS[self.activation](made.reshape(-1, made.shape[-1]) @ down + shift)
         return made + (hidden @ up + out).reshape(made.shape)
-
-    def merged(self, kernel: jax.Array) -> None:
-        return None  # it is not linear

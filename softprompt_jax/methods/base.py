@@ -1,4 +1,4 @@
-"""What every method says of itself. Only its own file and the union `Method` know a method by name."""
+"""What every method states about itself. Only its own file and the union `Method` know a method by name."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ import numpy as np
 from pydantic import Field, field_validator
 
 from softprompt_jax.config import Settings, UserError
-from softprompt_jax.models.t5 import T5, T5Settings
+from softprompt_jax.models.language_model import LanguageModel
+from softprompt_jax.models.settings import ModelSettings
 from softprompt_jax.optim.optimizers import OPTIMIZERS, Adafactor, Optimizer
 
 Tensors = dict[str, np.ndarray]
+AdapterConfig = dict[str, Any]  # PEFT's adapter_config.json
 
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-    """What initialisations may look at: the tokenizer, and the words that are the task's labels."""
+    """What an initialisation may read: the tokenizer and the task's label words."""
 
     encode: Callable[[str], list[int]] = lambda text: [0] * len(text.split())  # default: enough to know shapes
     special_ids: frozenset[int] = frozenset()
     label_words: tuple[str, ...] = ()
     word_ids: Sequence[int] = ()  # of the pieces that are whole words, the most common first
     load_rows: Callable[[str], np.ndarray] | None = None
-    words_by_task: tuple[
-        tuple[str, ...], ...
-    ] = ()  # the label words of each task, where each wants a prompt of its own
+    words_by_task: tuple[tuple[str, ...], ...] = ()  # label words of each task, where each has a prompt of its own
     load_trained: Callable[[str], dict[str, Any]] | None = None  # what a run has trained, nested
+    encode_label: Callable[[str], list[int]] | None = None  # ids of a label word as the model writes it; None: `encode`
+    bos: tuple[int, ...] = ()  # ids with which the tokenizer begins a text of a decoder-only model
 
 
 class MethodSettings(Settings):
@@ -58,12 +60,19 @@ class MethodSettings(Settings):
             return OPTIMIZERS[kind]().model_dump() | stated if str(kind) in OPTIMIZERS else stated
         return default.model_dump() | stated
 
-    def attach(self, model: T5, key: jax.Array, context: Context) -> None:
+    def space(self, labelled: bool) -> dict[str, list[Any]]:
+        """Return the settings that `softprompt tune` tries besides the learning rate, with their values.
+
+        `labelled`: whether the task has label words.
+        """
+        return {}
+
+    def attach(self, model: LanguageModel, key: jax.Array, context: Context) -> None:
         """Put `Trainable` parameters into the model, in place."""
         raise NotImplementedError
 
     def penalty(
-        self, model: T5, batch: dict[str, jax.Array], hidden: jax.Array, logits: jax.Array
+        self, model: LanguageModel, batch: dict[str, jax.Array], hidden: jax.Array, logits: jax.Array
     ) -> jax.Array | float:
         """Return what is added to the loss of a batch, summed over its real target tokens; by default nothing.
 
@@ -72,23 +81,30 @@ class MethodSettings(Settings):
         return 0.0
 
     def finished(self) -> MethodSettings:
-        """Return the settings of what is left after training, without what only training needed."""
+        """Return the settings of the same model without what only training needs."""
         return self
 
-    def per_example_state(self, model: T5) -> Tensors:
-        """Return what it has besides prompt rows that may differ from row to row of a batch (models/per_example.py).
+    def without_sources(self) -> MethodSettings:
+        """Return the settings of the same parameters without the files and runs that they start from.
 
-        Errors: UserError where a model can have it for all rows only.
+        For parameters whose values are known. What starts at a file and is not trained stays as it is.
+        """
+        return self
+
+    def per_example_state(self, model: LanguageModel) -> Tensors:
+        """Return the arrays besides prompt rows that may differ between rows of a batch (models/per_example.py).
+
+        Errors: UserError for a method that changes the model for all rows alike.
         """
         raise UserError(
             f"methods: {self.kind} changes the model for every text; "  # type: ignore[attr-defined]
             "expected a prompt, a prefix or ia3, of which each text of a batch can have its own; use the run by itself"
         )
 
-    def to_peft(self, model: T5) -> tuple[dict[str, Any], Tensors]:
+    def to_peft(self, model: LanguageModel) -> tuple[AdapterConfig, Tensors]:
         """Return the adapter_config.json and the tensors with which PEFT computes the same.
 
-        Errors: UserError where PEFT has no such method, or not with these settings.
+        Errors: UserError if PEFT has no such method, or not with these settings.
         """
         raise UserError(
             f"methods: {self.kind} has no counterpart in PEFT; "  # type: ignore[attr-defined]
@@ -97,13 +113,19 @@ class MethodSettings(Settings):
 
     @classmethod
     def from_peft(
-        cls, config: dict[str, Any], tensors: Tensors, settings: T5Settings
+        cls, config: AdapterConfig, tensors: Tensors, settings: ModelSettings
     ) -> tuple[MethodSettings, Tensors]:
-        """Return the settings that an adapter stands for, and its values by their paths in our model.
+        """Return the settings of an adapter, and its values by their paths in our model.
 
-        Errors: UserError where the adapter asks for what this method cannot do.
+        Errors: UserError if the adapter needs what this method cannot do.
         """
         raise NotImplementedError
+
+
+def check_free(place: object, what: str) -> None:
+    """Raise a UserError where another method has already taken a place of the model."""
+    if place is not None:
+        raise UserError(f"methods: two methods want {what}; expected one; remove the other")
 
 
 class WeightMethod(MethodSettings):

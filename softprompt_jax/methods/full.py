@@ -8,8 +8,8 @@ import jax
 
 from softprompt_jax.methods.base import Context, MethodSettings
 from softprompt_jax.methods.trainable import thaw
-from softprompt_jax.models.families.t5 import names
-from softprompt_jax.models.t5 import T5
+from softprompt_jax.models.families import names
+from softprompt_jax.models.language_model import LanguageModel
 from softprompt_jax.optim.optimizers import AdamW, Optimizer
 
 
@@ -22,7 +22,7 @@ class Full(MethodSettings):
     default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=5e-4)
     kind: Literal["full"] = "full"
 
-    def attach(self, model: T5, key: jax.Array, context: Context) -> None:
+    def attach(self, model: LanguageModel, key: jax.Array, context: Context) -> None:
         """Make every weight of the backbone trainable, not what other methods have frozen of their own."""
         own = set(names(model.settings))
         thaw(model, lambda path: path.replace(".inner", "") in own)

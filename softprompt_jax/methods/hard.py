@@ -13,11 +13,10 @@ from jaxtyping import Array, Float
 from pydantic import Field, field_validator
 
 from softprompt_jax.config import UserError
-from softprompt_jax.data import prompt_layout
-from softprompt_jax.methods.base import Context, MethodSettings
-from softprompt_jax.methods.prompt import PromptTable, embedding_scale
+from softprompt_jax.methods.base import Context, MethodSettings, check_free
+from softprompt_jax.methods.prompt import PromptTable, embedding_scale, layout_in
 from softprompt_jax.methods.trainable import Trainable
-from softprompt_jax.models.t5 import T5
+from softprompt_jax.models.language_model import LanguageModel
 from softprompt_jax.optim.gradient_free import TEXT, GreedyWords, words_of
 from softprompt_jax.optim.optimizers import Optimizer
 
@@ -25,8 +24,8 @@ from softprompt_jax.optim.optimizers import Optimizer
 class Hard(MethodSettings):
     """Hard prompts: the words of `template` stand around the text as they would if they were part of it.
 
-    The optimizer `none` takes them as they are, `greedy_words` (unless the run says otherwise) looks for better ones.
-    With an optimizer that follows gradients they stop being words: a soft prompt that starts from a template.
+    The optimizer `none` keeps them. The default, `greedy_words`, searches for better ones. With a gradient-based
+    optimizer they become a soft prompt that starts from the template.
     """
 
     paper: ClassVar[str] = "Schick and Schütze, 2021"
@@ -44,33 +43,33 @@ class Hard(MethodSettings):
             raise ValueError(str(error)) from None
         return template
 
-    def attach(self, model: T5, key: jax.Array, context: Context) -> None:
+    def attach(self, model: LanguageModel, key: jax.Array, context: Context) -> None:
         """Give the model a prompt of the template's pieces."""
-        if model.prompt is not None:
-            raise UserError("methods: two methods want the prompt; expected one; remove the other")
+        check_free(model.prompt, "the prompt")
         if context.words_by_task:
             raise UserError("methods: hard has one template for all tasks; expected prompts: shared")
         before, _, after = self.template.partition(TEXT)
         sides = [context.encode(side.strip()) if side.strip() else [] for side in (before, after)]
         ids = [*sides[0], *sides[1]]
         place = "{text}".join(f"{{prompt:{len(side)}}}" if side else "" for side in sides)
-        layout = prompt_layout.place(place, len(ids), model.settings.vocabulary_rows, context.encode)
-        rows = range(model.settings.vocabulary_rows)
-        words = context.word_ids or [i for i in rows if i not in context.special_ids]
-        rows = model.embedding[...][jnp.asarray(ids)].astype(jnp.float32)
+        layout = layout_in(model, place, len(ids), context.encode)
+        words = context.word_ids or [i for i in range(model.settings.vocabulary_rows) if i not in context.special_ids]
+        rows = model.word_rows(jnp.asarray(ids))
         known = jnp.asarray(words[: self.most_common], jnp.int32)
-        model.prompt = HardPrompt(rows, known, embedding_scale(model), place, layout)
+        model.prompt = HardPrompt(rows, known, embedding_scale(model), model.word_factor).at(place, layout)
 
 
 class HardPrompt(PromptTable):
-    """P words as rows of the embedding, and the ids of the words that may take their places."""
+    """P words as rows of the embedding, and the ids of the words that may take their places.
 
-    def __init__(
-        self, words: Float[Array, "P D"], known: Array, scale: float, place: str, layout: prompt_layout.PromptLayout
-    ):
-        self.words = Trainable(words, axes=("prompt", "embed"), learning_rate_scale=scale, word_ids="prompt.known")
+    `factor`: of a row of the table that is read as a prompt's.
+    """
+
+    def __init__(self, words: Float[Array, "P D"], known: Array, scale: float, factor: float = 1.0):
+        self.words = Trainable(
+            words, axes=("prompt", "embed"), learning_rate_scale=scale, word_ids="prompt.known", word_factor=factor
+        )
         self.known = nnx.Param(known, axes=("prompt",))
-        self.place, self.layout = place, layout
 
     def table(self) -> Float[Array, "P D"]:
         return self.words[...]
@@ -78,8 +77,9 @@ class HardPrompt(PromptTable):
     def finished(self) -> HardPrompt:
         return self
 
-    def template(self, model: T5, decode: Callable[[Sequence[int]], str]) -> str:
+    def template(self, model: LanguageModel, decode: Callable[[Sequence[int]], str]) -> str:
         """Return the words around `{text}`, those of the nearest rows of the embedding."""
-        table, before = np.asarray(model.embedding[...], np.float32), np.shape(self.layout.before)[-1]
+        table = np.asarray(model.word_rows(jnp.arange(model.settings.vocabulary_rows)))
+        before = np.shape(self.layout.before)[-1]
         ids = [int(np.argmin(np.square(table - row).sum(1))) for row in np.asarray(self.words[...])]
         return " ".join(part for part in (decode(ids[:before]), TEXT, decode(ids[before:])) if part)

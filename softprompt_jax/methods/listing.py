@@ -1,42 +1,24 @@
-"""What methods there are: how much each trains on a backbone, and how."""
+"""How much a method trains on a backbone, and with which optimizer."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import jax
 from flax import nnx
 
-from softprompt_jax.methods import METHODS, Context, MethodSettings
+from softprompt_jax.methods import Context, MethodSettings
 from softprompt_jax.methods.trainable import Trainable
-from softprompt_jax.models.t5 import T5, T5Settings
+from softprompt_jax.models.build import build as build_model
+from softprompt_jax.models.language_model import LanguageModel
+from softprompt_jax.models.settings import ModelSettings
 
 
-@dataclasses.dataclass(frozen=True)
-class Listed:
-    """One line of the list."""
-
-    kind: str
-    paper: str
-    parameters: int  # that train, with default settings
-    optimizer: str  # the default, with its learning rate if it has one
-    peft: str | None
-
-
-def listed(settings: T5Settings) -> list[Listed]:
-    """Describe every method with its default settings on a backbone of these sizes; no weight is made."""
-    return [
-        Listed(kind, method.paper, parameters(settings, method()), optimizer_of(method), method.peft_type)
-        for kind, method in METHODS.items()
-    ]
-
-
-def parameters(settings: T5Settings, method: MethodSettings) -> int:
+def parameters(settings: ModelSettings, method: MethodSettings) -> int:
     """Return how many numbers a method trains on a backbone of these sizes; no weight is made."""
 
-    def build() -> T5:
-        model = T5(settings, jax.random.key(0))
+    def build() -> LanguageModel:
+        model = build_model(settings, jax.random.key(0))
         method.attach(model, jax.random.key(0), Context())
         return model
 

@@ -19,11 +19,20 @@ from pydantic import Field, model_validator
 
 from softprompt_jax.config import UserError
 from softprompt_jax.data import prompt_layout
-from softprompt_jax.data.prompt_layout import PromptLayout
-from softprompt_jax.methods.base import Context, MethodSettings, Tensors
-from softprompt_jax.methods.prompt import T5_EMBEDDING_RMS, PromptMethod, PromptTable, Uniform, embedding_scale
+from softprompt_jax.methods import peft_names
+from softprompt_jax.methods.base import AdapterConfig, Context, MethodSettings, Tensors
+from softprompt_jax.methods.prompt import (
+    T5_EMBEDDING_RMS,
+    File,
+    PromptMethod,
+    PromptTable,
+    SoftPrompt,
+    Uniform,
+    embedding_scale,
+)
 from softprompt_jax.methods.trainable import Trainable
-from softprompt_jax.models.t5 import T5, T5Settings
+from softprompt_jax.models.language_model import LanguageModel
+from softprompt_jax.models.settings import ModelSettings
 
 PARTS = {  # by `combine`, what trains
     "product": ("shared", "columns", "rows"),
@@ -31,6 +40,7 @@ PARTS = {  # by `combine`, what trains
     "concatenate": ("shared", "own"),
     "project": ("shared", "own", "projection"),
 }
+PEFT_NAMES = {"prompt_embeddings": "shared", "prefix_task_cols": "columns", "prefix_task_rows": "rows"}
 
 
 class Multitask(PromptMethod):
@@ -65,30 +75,27 @@ class Multitask(PromptMethod):
             raise ValueError("init and source both say where the prompt starts; expected one of them")
         return self
 
-    def attach(self, model: T5, key: jax.Array, context: Context) -> None:
-        """Give the model a prompt for each task."""
-        most = min(prompt_layout.rows(self.place, self.length), model.settings.d_model)
+    def prompt(self, model: LanguageModel, key: jax.Array, context: Context) -> PromptTable:
+        """Return a prompt for each task."""
+        total, width = self.row_count, model.settings.d_model
+        most = min(total, width)
         if self.combine == "product" and self.rank > most:
             raise UserError(
                 f"methods: multitask rank {self.rank}; expected at most {most}, the lesser of the prompt's length and "
                 "its width; lower the rank"
             )
-        count = self._count(context)
-        first, total = model.settings.vocabulary_rows, prompt_layout.rows(self.place, self.length)
+        count, scale, keys = self._count(context), embedding_scale(model), jax.random.split(key, 3)
         alone = dataclasses.replace(context, words_by_task=())
-        layout = self.find_placement(model, alone)
-        if context.words_by_task:
-            layout = layout.for_tasks(count, first, total)
-        scale, width = embedding_scale(model), model.settings.d_model
-        keys = jax.random.split(key, 3)
         if self.source is None:
             shared = self.first_rows(model, keys[0], alone)
             own = max(1, self.length // 2) if self.combine == "concatenate" else 0
             parts = _started(self.combine, shared, own, count, self.rank, scale, keys[1])
         else:
             parts = self._continued(context, count, (total, width))
-        teachers = None if self.teachers is None else self._taught(context, (count, total, width))
-        model.prompt = SharedPrompt(self.combine, parts, scale, teachers, self.place, layout)
+        teachers = None
+        if self.teachers is not None:
+            teachers = jnp.stack([File(path=path).rows(total, model, key, context) for path in self.teachers])
+        return SharedPrompt(self.combine, parts, scale, teachers)
 
     def _count(self, context: Context) -> int:
         if context.words_by_task and self.tasks not in (None, len(context.words_by_task)):
@@ -104,103 +111,80 @@ class Multitask(PromptMethod):
             )
         return count
 
-    def _taught(self, context: Context, shape: tuple[int, ...]) -> Array:
-        assert self.teachers is not None
-        assert context.load_rows is not None
-        loaded = []
-        for path in self.teachers:
-            rows = context.load_rows(path)
-            if rows.shape != shape[1:]:
-                raise UserError(
-                    f"{path}: a prompt of shape {list(rows.shape)}; expected {list(shape[1:])} of a teacher"
-                )
-            loaded.append(rows)
-        return jnp.asarray(np.stack(loaded), jnp.float32)
-
     def _continued(self, context: Context, count: int, shape: tuple[int, int]) -> dict[str, Array]:
         """Start every task from those of a first stage."""
         assert context.load_trained is not None
         assert self.source is not None
-        stored = {
-            name: np.asarray(value) for name, value in context.load_trained(self.source).get("prompt", {}).items()
-        }
+        stored = jax.tree.map(np.asarray, context.load_trained(self.source).get("prompt", {}))
         if set(stored) != set(PARTS[self.combine]) or stored["shared"].shape[-1] != shape[1]:
             raise UserError(
                 f"{self.source}: found {', '.join(sorted(stored)) or 'no prompt'}; expected "
                 f"{', '.join(PARTS[self.combine])} of a multitask run with combine {self.combine} and width {shape[1]}"
             )
-        whole = {name for name in stored if name in ("shared", "projection")}
-        parts = {name: jnp.asarray(stored[name]) for name in whole}
-        for name in set(stored) - whole:
-            tasks = stored[name]
+        parts: dict[str, Array] = {}
+        for name, tasks in stored.items():
+            if name in ("shared", "projection"):
+                parts[name] = jnp.asarray(tasks)
+                continue
             if isinstance(self.source_task, int) and not 0 <= self.source_task < len(tasks):
                 raise UserError(f"methods: source_task is {self.source_task}; expected under {len(tasks)}, its tasks")
             if self.source_task == "shared":
-                chosen = jnp.asarray(_neutral(name, tasks[0]))
+                chosen = _neutral(name, tasks[0])
             else:
-                chosen = jnp.asarray(tasks.mean(0) if self.source_task == "mean" else tasks[self.source_task])
-            parts[name] = jnp.tile(chosen, (count, *(1 for _ in chosen.shape)))
+                chosen = tasks.mean(0) if self.source_task == "mean" else tasks[self.source_task]
+            parts[name] = jnp.stack([chosen] * count)
         rows = parts["shared"].shape[0] + (parts["own"].shape[1] if self.combine == "concatenate" else 0)
         if rows != shape[0]:
             raise UserError(f"{self.source}: its prompt has {rows} rows; expected {shape[0]}; set length to it")
         return parts
 
-    def penalty(self, model: T5, batch: dict[str, Array], hidden: Array, logits: Array) -> Array | float:
+    def penalty(self, model: LanguageModel, batch: dict[str, Array], hidden: Array, logits: Array) -> Array | float:
         """Return `distillation` times KL(teacher || student) and the squared distance of the decoder's last states.
 
         Summed over real target tokens; the distance is a mean over the width. Source: Wang et al., 2023.
         """
         if self.teachers is None:
             return 0.0
-        student, model.prompt = model.prompt, Taught(model.prompt.teachers[...])
+        student, model.prompt = model.prompt, SoftPrompt(model.prompt.teachers[...])
         wanted = jax.lax.stop_gradient(model.hidden(batch))
         model.prompt = student
         teacher, answer = jax.nn.log_softmax(model.project(wanted)), jax.nn.log_softmax(logits)
         divergence = jnp.sum(jnp.exp(teacher) * (teacher - answer), -1)
         distance = jnp.mean(jnp.square((hidden - wanted).astype(jnp.float32)), -1)
-        return self.distillation * jnp.sum(jnp.where(batch["decoder_targets"] != 0, divergence + distance, 0))
+        return self.distillation * jnp.sum(jnp.where(model.is_real(batch["decoder_targets"]), divergence + distance, 0))
 
     def finished(self) -> MethodSettings:
         """Return the settings of the same parts without teachers and source."""
         return self.model_copy(update={"teachers": None, "source": None, "init": Uniform()})
 
-    def to_peft(self, model: T5) -> tuple[dict[str, Any], Tensors]:
+    def without_sources(self) -> MethodSettings:
+        return self.finished()
+
+    def to_peft(self, model: LanguageModel) -> tuple[AdapterConfig, Tensors]:
         """Return the shared rows and all tasks' matrices."""
         if self.combine != "product" or self.place not in ("before", "both"):
             raise UserError(
                 f"methods: combine {self.combine} with place {self.place!r}; expected product, before or both, since "
                 "PEFT knows no other; keep the run folder"
             )
-        settings, prompt = model.settings, model.prompt
-        config = {
-            "num_virtual_tokens": self.length,
-            "num_transformer_submodules": prompt_layout.rows(self.place, 1),
-            "token_dim": settings.d_model,
-            "num_layers": settings.num_layers,
-            "num_attention_heads": settings.num_heads,
+        prompt = model.prompt
+        config = peft_names.prompt_config(model.settings, self.length, prompt_layout.rows(self.place, 1)) | {
             "num_tasks": prompt.columns.shape[0],
             "num_ranks": prompt.columns.shape[2],
             "prompt_tuning_init": "RANDOM",
         }
-        names = {"prompt_embeddings": "shared", "prefix_task_cols": "columns", "prefix_task_rows": "rows"}
-        return config, {theirs: np.asarray(getattr(prompt, ours)[...]) for theirs, ours in names.items()}
+        return config, {theirs: np.asarray(getattr(prompt, ours)[...]) for theirs, ours in PEFT_NAMES.items()}
 
     @classmethod
     def from_peft(
-        cls, config: dict[str, Any], tensors: Tensors, settings: T5Settings
+        cls, config: AdapterConfig, tensors: Tensors, settings: ModelSettings
     ) -> tuple[MethodSettings, Tensors]:
         """Take PEFT's parts; with two submodules, its default, half of the rows stand before the decoder's input."""
         length, columns = config["num_virtual_tokens"], tensors["prefix_task_cols"]
         both = len(tensors["prompt_embeddings"]) == 2 * length
-        method = cls(
-            length=length,
-            place="both" if both else "before",
-            rank=columns.shape[2],
-            tasks=columns.shape[0],
-            init=Uniform(),
-        )
-        values = {"shared": tensors["prompt_embeddings"], "columns": columns, "rows": tensors["prefix_task_rows"]}
-        return method, {f"prompt.{name}": value for name, value in values.items()}
+        tasks, _, rank = columns.shape
+        method = cls(length=length, place="both" if both else "before", rank=rank, tasks=tasks, init=Uniform())
+        return method, {f"prompt.{ours}": tensors[theirs] for theirs, ours in PEFT_NAMES.items()}
 
 
 def _started(
@@ -236,15 +220,9 @@ class SharedPrompt(PromptTable):
     """N prompts of P rows: the ids V + n P to V + n P + P - 1 are those of task n."""
 
     def __init__(
-        self,
-        combine: str,
-        parts: dict[str, Array],
-        scale: float,
-        teachers: Float[Array, "N P D"] | None,
-        place: str,
-        layout: PromptLayout,
+        self, combine: str, parts: dict[str, Array], scale: float, teachers: Float[Array, "N P D"] | None = None
     ):
-        self.combine, self.place, self.layout = combine, place, layout
+        self.combine = combine
 
         def weight(name: str, axes: tuple[str, str], scale: float) -> Any:
             if name not in parts:
@@ -276,16 +254,5 @@ class SharedPrompt(PromptTable):
 
     def finished(self) -> PromptTable:
         """Return the same parts, from which another task may start, without the teachers."""
-        names = ("shared", "own", "columns", "rows", "projection")
-        parts = {name: getattr(self, name)[...] for name in names if getattr(self, name) is not None}
-        return SharedPrompt(self.combine, parts, 1.0, None, self.place, self.layout)
-
-
-class Taught(PromptTable):
-    """The rows of the teachers, which do not train."""
-
-    def __init__(self, rows: Float[Array, "N P D"]):
-        self.rows: Any = nnx.data(rows)
-
-    def table(self) -> Float[Array, "NP D"]:
-        return self.rows.reshape(-1, self.rows.shape[-1])
+        parts = {name: getattr(self, name)[...] for name in PARTS[self.combine]}
+        return SharedPrompt(self.combine, parts, 1.0).at(self.place, self.layout)

@@ -1,8 +1,8 @@
-"""Norm tuning (Zhao et al., 2024): the scales of the layer norms train, a few thousand numbers in the whole model."""
+"""Norm tuning (Zhao et al., 2024): scales and biases of the layer norms train, a few thousand numbers in all."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import numpy as np
@@ -11,17 +11,21 @@ from pydantic import Field
 
 from softprompt_jax.config import UserError
 from softprompt_jax.methods import peft_names
-from softprompt_jax.methods.base import Context, MethodSettings, Tensors, WeightMethod
+from softprompt_jax.methods.base import AdapterConfig, Context, MethodSettings, Tensors, WeightMethod
 from softprompt_jax.methods.trainable import Trainable, thaw
 from softprompt_jax.methods.wrap import matching
-from softprompt_jax.models.families.t5 import names
-from softprompt_jax.models.t5 import T5, T5Settings
+from softprompt_jax.models.families import names
+from softprompt_jax.models.language_model import LanguageModel
+from softprompt_jax.models.settings import ModelSettings
 from softprompt_jax.optim.optimizers import AdamW, Optimizer
 from softprompt_jax.trees import flatten
 
 
 class Norms(WeightMethod):
-    """Norm tuning: float32 copies of the norms' scales train; merging is nothing to do."""
+    """Norm tuning: float32 copies of the norms' scales train, and of the biases of those that have one (GPT).
+
+    Nothing needs to be merged.
+    """
 
     paper: ClassVar[str] = "Zhao et al., 2024"
     identity_at_start: ClassVar[bool] = True
@@ -31,31 +35,40 @@ class Norms(WeightMethod):
     targets: list[str] = Field(default=["*"], min_length=1)  # patterns over the paths of the norms, such as
     # decoder.layers.cross_norm
 
-    def attach(self, model: T5, key: jax.Array, context: Context) -> None:
-        """Make the scales trainable."""
-        known = [weight.removesuffix(".scale") for weight in names(model.settings) if weight.endswith(".scale")]
-        wanted = {f"{place}.scale" for place in matching(self.targets, known, "methods: norms targets")}
+    def attach(self, model: LanguageModel, key: jax.Array, context: Context) -> None:
+        """Make scales and biases trainable."""
+        weights = names(model.settings)
+        known = [weight.removesuffix(".scale") for weight in weights if weight.endswith(".scale")]
+        places = matching(self.targets, known, "methods: norms targets")
+        wanted = {weight for place in places for weight in (f"{place}.scale", f"{place}.bias") if weight in weights}
         if set(thaw(model, wanted.__contains__)) != wanted:
             raise UserError("methods: two methods train the same norms; expected one; remove the other")
 
-    def to_peft(self, model: T5) -> tuple[dict[str, Any], Tensors]:
-        """Return the scales, which stand for the backbone's own."""
-        scales = flatten(nnx.to_pure_dict(nnx.state(model, Trainable)))
+    def to_peft(self, model: LanguageModel) -> tuple[AdapterConfig, Tensors]:
+        """Return scales and biases, which stand for the backbone's own."""
+        trained = flatten(nnx.to_pure_dict(nnx.state(model, Trainable)))
         tensors: Tensors = {}
-        for weight, values in scales.items():
-            tensors |= peft_names.to_layers(model.settings, weight, _ENDING, np.asarray(values))
-        return {"target_modules": peft_names.target_modules(model.settings, list(scales), ".scale")}, tensors
+        for weight, values in trained.items():
+            ending = _ENDINGS[weight.rpartition(".")[2]]
+            tensors |= peft_names.to_layers(model.settings, weight, ending, np.asarray(values))
+        places = [weight.removesuffix(".scale") for weight in trained if weight.endswith(".scale")]
+        return {"target_modules": peft_names.target_modules(model.settings, places, ".scale")}, tensors
 
     @classmethod
     def from_peft(
-        cls, config: dict[str, Any], tensors: Tensors, settings: T5Settings
+        cls, config: AdapterConfig, tensors: Tensors, settings: ModelSettings
     ) -> tuple[MethodSettings, Tensors]:
-        """Stack the layers' scales."""
+        """Stack the layers' scales and biases."""
         peft_names.check_settings(config, set())
-        stacks = peft_names.from_layers(settings, tensors, [_ENDING], ".scale")
-        places = [weight.removesuffix(".scale") for weight in stacks]
-        targets = peft_names.short_paths(settings, places, ".scale")
-        return cls(targets=targets), {weight: parts[_ENDING] for weight, parts in stacks.items()}
+        stacks = peft_names.from_layers(settings, tensors, list(_ENDINGS.values()), ".scale")
+        targets = peft_names.short_paths(settings, list(stacks), ".scale")
+        values = {
+            f"{place}.{name}": parts[ending]
+            for place, parts in stacks.items()
+            for name, ending in _ENDINGS.items()
+            if ending in parts
+        }
+        return cls(targets=targets), values
 
 
-_ENDING = "ln_tuning_layers.weight"
+_ENDINGS = {"scale": "ln_tuning_layers.weight", "bias": "ln_tuning_layers.bias"}

@@ -10,19 +10,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 from pydantic import Field
 
-from softprompt_jax.data.prompt_layout import PromptLayout, rows
-from softprompt_jax.methods.base import Context, MethodSettings, Tensors
-from softprompt_jax.methods.prompt import (
-    T5_EMBEDDING_RMS,
-    Prompt,
-    PromptMethod,
-    PromptTable,
-    Uniform,
-    embedding_scale,
-    peft_rows,
-)
+from softprompt_jax.methods.base import AdapterConfig, Context, MethodSettings, Tensors
+from softprompt_jax.methods.prompt import Prompt, PromptMethod, PromptTable, embedding_rms
 from softprompt_jax.methods.trainable import Trainable
-from softprompt_jax.models.t5 import T5, T5Settings
+from softprompt_jax.models.language_model import LanguageModel
+from softprompt_jax.models.settings import ModelSettings
 from softprompt_jax.optim.optimizers import AdamW, Optimizer
 
 
@@ -40,29 +32,24 @@ class PTuning(PromptMethod):
     length: int = Field(default=20, ge=1)  # rows of the prompt
     network: Literal["lstm", "mlp"] = "lstm"  # network that makes the rows: lstm mixes them, mlp maps each by itself
     hidden: int = Field(default=256, ge=1)  # network's width
-    layers: int = Field(default=2, ge=1)  # number of LSTM layers
+    layers: int = Field(default=2, ge=1, le=1000)  # number of LSTM layers
 
-    def attach(self, model: T5, key: jax.Array, context: Context) -> None:
-        """Give the model a prompt that a network makes."""
-        layout = self.find_placement(model, context)
-        scale, width = T5_EMBEDDING_RMS * embedding_scale(model), model.settings.d_model
+    def prompt(self, model: LanguageModel, key: jax.Array, context: Context) -> PromptTable:
+        """Return rows that a network makes."""
+        scale, width = embedding_rms(model), model.settings.d_model
         keys = jax.random.split(key)
         if self.init is None:
             tasks = (len(context.words_by_task),) if context.words_by_task else ()
-            vectors = jax.random.normal(keys[0], (*tasks, rows(self.place, self.length), width))
+            vectors = jax.random.normal(keys[0], (*tasks, self.row_count, width))
         else:
             vectors = self.first_rows(model, keys[0], context) / scale
         hidden = self.hidden
         network = LSTM(keys[1], width, hidden, self.layers) if self.network == "lstm" else MLP(keys[1], width, hidden)
-        model.prompt = NetworkPrompt(vectors, network, scale, self.place, layout)
+        return NetworkPrompt(vectors, network, scale)
 
-    def finished(self) -> MethodSettings:
-        """Return the settings of the plain rows."""
-        return Prompt(length=self.length, place=self.place, init=Uniform())
-
-    def to_peft(self, model: T5) -> tuple[dict[str, Any], Tensors]:
+    def to_peft(self, model: LanguageModel) -> tuple[AdapterConfig, Tensors]:
         """Return the rows; PEFT saves no network either."""
-        config, tensors = self.peft_rows(model)
+        config, tensors = self.finished().to_peft(model)
         network = {
             "encoder_reparameterization_type": self.network.upper(),
             "encoder_hidden_size": self.hidden,
@@ -73,22 +60,19 @@ class PTuning(PromptMethod):
 
     @classmethod
     def from_peft(
-        cls, config: dict[str, Any], tensors: Tensors, settings: T5Settings
+        cls, config: AdapterConfig, tensors: Tensors, settings: ModelSettings
     ) -> tuple[MethodSettings, Tensors]:
         """Take the rows as a plain prompt, since the network is not in the file."""
-        found = peft_rows(config, tensors)
-        return Prompt(length=len(found), init=Uniform()), {"prompt.rows": found}
+        return Prompt.from_peft(config, tensors, settings)
 
 
 class NetworkPrompt(PromptTable):
     """P trainable vectors [P, D], or [N, P, D] for N tasks, and the network that makes rows of them."""
 
-    def __init__(
-        self, vectors: Float[Array, "*N P D"], network: nnx.Module, scale: float, place: str, layout: PromptLayout
-    ):
+    def __init__(self, vectors: Float[Array, "*N P D"], network: nnx.Module, scale: float):
         self.vectors = Trainable(jnp.asarray(vectors, jnp.float32), axes=("prompt", "embed"))
         self.network: Any = network
-        self.scale, self.place, self.layout = scale, place, layout
+        self.scale = scale
 
     def table(self) -> Float[Array, "NP D"]:
         vectors = self.vectors[...]

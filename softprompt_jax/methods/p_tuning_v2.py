@@ -11,13 +11,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 from pydantic import Field
 
-from softprompt_jax.config import UserError
-from softprompt_jax.data import prompt_layout
-from softprompt_jax.methods.base import Context, MethodSettings
-from softprompt_jax.methods.prefix import states
-from softprompt_jax.methods.prompt import PromptMethod, SoftPrompt, Uniform, embedding_scale
+from softprompt_jax.methods.base import Context, MethodSettings, check_free
+from softprompt_jax.methods.prompt import PromptMethod, PromptTable, SoftPrompt, Uniform, embedding_scale
 from softprompt_jax.methods.trainable import Trainable
-from softprompt_jax.models.t5 import T5, Stack
+from softprompt_jax.models.activations import states
+from softprompt_jax.models.language_model import LanguageModel
 
 
 class PTuningV2(PromptMethod):
@@ -38,26 +36,30 @@ class PTuningV2(PromptMethod):
         """Return the settings of rows that start from nothing in particular."""
         return self.model_copy(update={"init": Uniform()})
 
-    def attach(self, model: T5, key: jax.Array, context: Context) -> None:
-        """Give every layer of the stacks in which the prompt stands its rows."""
-        if model.encoder.deep is not None or model.decoder.deep is not None:
-            raise UserError("methods: two methods want prompts at every layer; expected one; remove the other")
-        placement = self.find_placement(model, context)
+    def attach(self, model: LanguageModel, key: jax.Array, context: Context) -> None:
+        """Give the model a prompt, and every layer of the stacks in which it stands its rows."""
+        for stack in model.stacks.values():
+            check_free(stack.deep, "prompts at every layer")
+        super().attach(model, key, context)
+
+    def prompt(self, model: LanguageModel, key: jax.Array, context: Context) -> PromptTable:
+        """Return the rows of the first layers, and give the others theirs."""
         rows, scale = self.first_rows(model, key, context), embedding_scale(model)
-        every = prompt_layout.rows(self.place, self.length)  # rows of one task
-        for stack, start in ((model.encoder, 0), (model.decoder, every - self.length)):
-            here = self.place != "decoder" if stack is model.encoder else self.place in ("decoder", "both")
+        every = self.row_count  # rows of one task
+        for name, stack in model.stacks.items():
+            reads_context = stack is model.context_stack
+            here = self.place != "decoder" if reads_context else self.place in ("decoder", "both")
+            start = 0 if reads_context else every - self.length
             if not here or stack.depth == 1:  # a first layer reads the prompt itself
                 continue
             tasks = rows.reshape(-1, every, rows.shape[-1])[:, start : start + self.length]
-            stack.deep = DeepRows(self._started(model, stack, tasks), every, start, self.mode == "replace", scale)
-        model.prompt = SoftPrompt(rows, scale, self.place, placement)
+            stack.deep = DeepRows(self._started(model, name, tasks), every, start, self.mode == "replace", scale)
+        return SoftPrompt(rows, scale)
 
-    def _started(self, model: T5, stack: Stack, tasks: Float[Array, "N P D"]) -> Float[Array, "L N P D"]:
-        """Return what the layers after the first start from."""
+    def _started(self, model: LanguageModel, name: str, tasks: Float[Array, "N P D"]) -> Float[Array, "L N P D"]:
+        """Return what the layers after the first of a stack start from."""
         if self.mode == "add":
-            return jnp.zeros((stack.depth - 1, *tasks.shape))
-        name = "encoder" if stack is model.encoder else "decoder"
+            return jnp.zeros((model.stacks[name].depth - 1, *tasks.shape))
         return jnp.stack([states(model, task)[name][1:] for task in tasks], 1)
 
 
@@ -67,7 +69,7 @@ class DeepRows(nnx.Module):
     Of every `every` ids a task has, the P from `start` on are these.
     """
 
-    def __init__(self, rows: Float[Array, "L N P D"], every: int, start: int, replace: bool, scale: float):
+    def __init__(self, rows: Float[Array, "L N P D"], every: int, start: int, replace: bool, scale: float = 1.0):
         self.length = rows.shape[2]
         rows = jnp.asarray(rows, jnp.float32).reshape(len(rows), -1, rows.shape[-1])
         self.rows = Trainable(rows, axes=("prompt", "embed"), learning_rate_scale=scale)
@@ -79,7 +81,8 @@ class DeepRows(nnx.Module):
 
     def finished(self) -> DeepRows:
         """Return the same rows as parameters of their own."""
-        return self
+        rows = self.table()
+        return DeepRows(rows.reshape(len(rows), -1, self.length, rows.shape[-1]), self.every, self.start, self.replace)
 
     def __call__(self, indices: Int[Array, "B T"]) -> tuple[Any, Callable[[Array, Any], Array]]:
         """Return what the scan over layers reads, and the function (x, a layer's part of it) -> x that puts it there.

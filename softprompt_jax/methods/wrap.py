@@ -7,16 +7,19 @@ encoder.layers.attention.query   Wrapped   after: a method's module, with the Li
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from softprompt_jax.config import UserError, nearest
 from softprompt_jax.methods.trainable import leaves
-from softprompt_jax.models.families.t5 import names
+from softprompt_jax.models.families import names
+from softprompt_jax.models.language_model import LanguageModel
+from softprompt_jax.models.layers import Linear
 from softprompt_jax.models.quantized import QuantizedLinear
-from softprompt_jax.models.t5 import T5, Linear
 
 
 class Wrapped(nnx.Module):
@@ -32,27 +35,41 @@ class Wrapped(nnx.Module):
         raise NotImplementedError
 
     def merged(self, kernel: jax.Array) -> jax.Array | None:
-        """Return the float32 kernel [..., in, out] that alone computes the same, or None if there is none."""
-        raise NotImplementedError
+        """Return the float32 kernel [..., in, out] that alone computes the same.
+
+        None, unless a method says otherwise: no kernel adds a constant or computes what is not linear.
+        """
+        return None
+
+    def merged_bias(self, bias: jax.Array) -> jax.Array:
+        """Return the bias [..., out] that stands beside `merged`, in the place of the inner Linear's."""
+        return bias
 
 
-def linears(model: T5) -> dict[str, tuple[nnx.Module, str]]:
+def linears(model: LanguageModel) -> dict[str, tuple[nnx.Module, str]]:
     """Return where each Linear of the layers, or what stands in its place, is: path -> (owner, attribute)."""
-    known = names(model.settings)
+    found: dict[str, tuple[nnx.Module, str]] = {}
+    for weight in sorted(names(model.settings)):
+        path, _, kind = weight.rpartition(".")
+        *outer, name = path.split(".")
+        if kind == "kernel" and outer:  # not the head, which belongs to no layer
+            found[path] = functools.reduce(getattr, outer, model), name
+    return found
 
-    def walk(owner: nnx.Module, prefix: str) -> Iterator[tuple[str, tuple[nnx.Module, str]]]:
-        for name, child in vars(owner).items():
-            if isinstance(child, Linear | Wrapped) and f"{prefix}{name}.kernel" in known:
-                yield prefix + name, (owner, name)
-            elif isinstance(child, nnx.Module) and not isinstance(child, Wrapped):
-                yield from walk(child, f"{prefix}{name}.")
 
-    return dict(sorted((*walk(model.encoder, "encoder."), *walk(model.decoder, "decoder."))))
+def standing(model: LanguageModel) -> dict[str, Linear | Wrapped]:
+    """Return what stands at the place of each Linear of the layers, by its path."""
+    return {path: getattr(owner, name) for path, (owner, name) in linears(model).items()}
 
 
 def linear_of(module: Linear | Wrapped) -> Linear:
     """Return the Linear at the bottom of a place."""
     return linear_of(module.inner) if isinstance(module, Wrapped) else module
+
+
+def axes_of(module: Linear | Wrapped) -> tuple[str, str]:
+    """Return the names of the axes [in, out] of a place's kernel."""
+    return linear_of(module).kernel.get_metadata()["axes"]
 
 
 def kernel_shape(module: Linear | Wrapped) -> tuple[int, ...]:
@@ -76,6 +93,14 @@ def plain_kernel(module: Linear | Wrapped) -> jax.Array:
     return kernel
 
 
+def plain_bias(module: Linear | Wrapped) -> jax.Array | None:
+    """Return the float32 bias [..., out] beside `plain_kernel`; None where the Linear has none."""
+    if isinstance(module, Linear):
+        return None if module.bias is None else module.bias[...].astype(jnp.float32)
+    bias = plain_bias(module.inner)
+    return None if bias is None else module.merged_bias(bias)
+
+
 def matching(patterns: Sequence[str], paths: Iterable[str], where: str) -> list[str]:
     """Return the paths that a pattern matches: `query`, `attention.query`, `decoder.*.value`, `*`.
 
@@ -97,7 +122,7 @@ def matching(patterns: Sequence[str], paths: Iterable[str], where: str) -> list[
 
 
 def replace(
-    model: T5, patterns: Sequence[str], wrap: Callable[[str, Linear | Wrapped], Wrapped], where: str
+    model: LanguageModel, patterns: Sequence[str], wrap: Callable[[str, Linear | Wrapped], Wrapped], where: str
 ) -> list[str]:
     """Put `wrap(path, module)` in the place of every Linear that a pattern matches, and return the paths."""
     places = linears(model)
@@ -108,23 +133,25 @@ def replace(
     return found
 
 
-def merged(model: T5) -> T5:
+def merged(model: LanguageModel) -> LanguageModel:
     """Return a model of plain Linears with the same function; the given one stays as it is, to the bit.
 
-    Errors: UserError for what trains and has no place in a plain T5.
+    Errors: UserError for what trains and has no place in a plain model.
     """
     model = nnx.merge(*nnx.split(model))
     for owner, name in linears(model).values():
         module = getattr(owner, name)
         if isinstance(module, Wrapped | QuantizedLinear):
-            axes = linear_of(module).kernel.get_metadata()["axes"]
+            axes = axes_of(module)
             plain = Linear(jax.random.key(0), (1, 1), axes, 0.0)
             plain.kernel = nnx.Param(plain_kernel(module), axes=axes)
+            if (bias := plain_bias(module)) is not None:
+                plain.bias = nnx.Param(bias, axes=axes[1:])
             setattr(owner, name, plain)
     own = sorted(set(leaves(model)) - set(names(model.settings)))
     if own:
         raise UserError(
-            f"methods: {own[0]} has no place in a plain T5; expected weights that can be merged into it; "
+            f"methods: {own[0]} has no place in a plain model; expected weights that can be merged into it; "
             "export the run as peft or keep its folder"
         )
     return model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -124,3 +124,63 @@ def attend(
         kept = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, (batch, heads, 1, keys))
         weights = jnp.where(kept, weights / (1 - dropout_rate), 0).astype(value.dtype)
     return ((weights @ value) / total).astype(value.dtype)
+
+
+class Seen(NamedTuple):
+    """Keys and values of G heads, each of which H / G query heads share, and which of them a query sees."""
+
+    keys: Float[Array, "B G S K"]
+    values: Float[Array, "B G S K"]
+    visible: Bool[Array, "#B 1 #T S"]
+
+
+def attend_shared(
+    query: Float[Array, "B H T K"],
+    parts: Sequence[Seen],
+    scale: float,
+    cap: float | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: jax.Array | None = None,
+) -> Float[Array, "B H T K"]:
+    """Mix the values of all parts by one softmax(query . key * scale); scores and softmax are float32.
+
+    Keys and values are neither repeated for the heads that share them nor joined: only the scores are. `cap`: scores
+    become cap * tanh(score / cap) (Gemma 2).
+    """
+    batch, heads, length, width = query.shape
+    groups = parts[0].keys.shape[1]
+    grouped = query.reshape(batch, groups, heads // groups * length, width)
+    scores, hidden = [], []
+    for part in parts:
+        found = jnp.matmul(grouped, part.keys.swapaxes(-1, -2), preferred_element_type=jnp.float32) * scale
+        scores.append(found.reshape(batch, groups, heads // groups, length, -1))
+        rows = jnp.where(part.visible, 0, -1e9)[:, :, None]
+        hidden.append(jnp.broadcast_to(rows, (*rows.shape[:3], length, rows.shape[-1])) if len(parts) > 1 else rows)
+    joined = jnp.concatenate(scores, -1) if len(parts) > 1 else scores[0]
+    if cap is not None:
+        joined = cap * jnp.tanh(joined / cap)
+    if len(parts) > 1:
+        hidden = [jnp.concatenate([jnp.broadcast_to(each, (batch, *each.shape[1:])) for each in hidden], -1)]
+    joined = joined + hidden[0]
+    weights = jnp.exp(joined - jax.lax.stop_gradient(joined.max(-1, keepdims=True)))
+    total = weights.sum(-1, keepdims=True)
+    weights = weights.astype(query.dtype)
+    if dropout_rng is not None and dropout_rate > 0:
+        kept = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, (*weights.shape[:3], 1, weights.shape[-1]))
+        weights = jnp.where(kept, weights / (1 - dropout_rate), 0).astype(query.dtype)
+    mixed, start = jnp.zeros((), query.dtype), 0
+    for part in parts:
+        own = weights[..., start : start + part.keys.shape[2]]
+        start += part.keys.shape[2]
+        mixed = mixed + own.reshape(batch, groups, -1, own.shape[-1]) @ part.values
+    return (mixed.reshape(*total.shape[:-1], width) / total).astype(query.dtype).reshape(query.shape)
+
+
+def rotate(
+    x: Float[Array, "B H T K"], cosine: Float[Array, "#B 1 T R"], sine: Float[Array, "#B 1 T R"]
+) -> Float[Array, "B H T K"]:
+    """Turn the first 2R of K numbers by their positions' angles (Su et al., 2021): number i together with i + R."""
+    half = cosine.shape[-1]
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    turned = (first * cosine - second * sine, second * cosine + first * sine)
+    return jnp.concatenate([*(part.astype(x.dtype) for part in turned), rest], -1)

@@ -1,11 +1,13 @@
-"""Trained parameters that can differ between the examples of a batch: prefixes (keys and values) and factors (IA3).
+"""Trained parameters that can differ between the examples of a batch: prefixes (keys, values), factors, offsets.
 
 The state of one trained method, by name, as arrays in host memory:
 
     prefix encoder    keys and values [2, L, P, HK] of the encoder's attention (or decoder, cross), without positions
     positioned decoder  the same, counted as the P tokens before the first
     outputs PATH        factors [L, W] of the output of the product at this path, such as decoder.layers.cross.key
-    inputs PATH         factors of its input
+    inputs PATH         factors of its input (IA3)
+    offset left         factor [S, R] of what is added to the words of a context by their places (DePT)
+    offset right        the other factor [R, D]
 
 On the device, tables [C, ...] hold the state of C methods, padded to the longest; entry 0 changes nothing. Each example
 of a batch takes an entry.
@@ -20,10 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from softprompt_jax.models.attention import PrefixKeyValues
-from softprompt_jax.models.t5 import T5, Linear
+from softprompt_jax.models.language_model import LanguageModel
+from softprompt_jax.models.layers import Linear
 
 PerExampleState = dict[str, np.ndarray]
 Shapes = dict[str, tuple[int, ...]]
@@ -56,7 +59,7 @@ def table_entry(shapes: Shapes, extras: PerExampleState) -> dict[str, np.ndarray
             if part is not None:
                 found[name][:, :, _where(name, length, shape[2])] = part
         elif part is not None:
-            found[name] = np.asarray(part, np.float32)
+            found[name][tuple(map(slice, part.shape))] = part  # of lower rank, or for fewer places: 0 adds nothing
     return found
 
 
@@ -76,14 +79,16 @@ def prefix_lengths(rows: BatchState, kind: str) -> tuple[int, int]:
     return without, positioned
 
 
-def install(model: T5, rows: BatchState) -> None:
+def install(model: LanguageModel, rows: BatchState) -> None:
     """Give a model, while it is traced, the state of each row of its batches."""
-    heads = model.settings.num_heads
+    heads = model.settings.num_key_heads
     encoder, decoder, cross = (_before(rows, kind, heads) for kind in ("encoder", "decoder", "cross"))
     if encoder is not None:
         model.encoder.prefix = PerExamplePrefixes(encoder, None, *prefix_lengths(rows, "encoder"))
     if decoder is not None or cross is not None:
         model.decoder.prefix = PerExamplePrefixes(decoder, cross, *prefix_lengths(rows, "decoder"))
+    if "offset left" in rows:
+        model.offset = PerExampleOffset(rows["offset left"], rows["offset right"])
     for name, part in rows.items():
         side, _, path = name.partition(" ")
         if side in ("outputs", "inputs"):
@@ -109,12 +114,17 @@ def _before(rows: BatchState, kind: str, heads: int) -> PrefixKeyValues | None:
 
 
 def is_prefix(name: str) -> bool:
-    """Tell whether a name is that of keys and values, not of factors."""
+    """Tell whether a name is that of keys and values."""
     return name.partition(" ")[0] in _PREFIXES
 
 
+def kind_of(name: str) -> str:
+    """Return what a name's arrays are: a prefix, an offset of the text, or factors."""
+    return "prefix" if is_prefix(name) else "offset" if name.startswith("offset ") else "factors"
+
+
 def _nothing(name: str) -> float:
-    return 0.0 if is_prefix(name) else 1.0
+    return 1.0 if kind_of(name) == "factors" else 0.0
 
 
 def _where(name: str, length: int, longest: int) -> slice:
@@ -133,6 +143,26 @@ class PerExamplePrefixes(nnx.Module):
 
     def __call__(self) -> tuple[PrefixKeyValues | None, PrefixKeyValues | None]:
         return self.attention, self.cross
+
+    def shift(self) -> Int[Array, "B 1"] | int:
+        """Return how many positions the prefix of self-attention takes before the first token of each row."""
+        if self.attention is None or self.attention.real is None:
+            return 0
+        return self.attention.real[0][:, self.unpositioned :].sum(-1, keepdims=True)
+
+
+class PerExampleOffset(nnx.Module):
+    """A `LanguageModel.offset` in which each row has its own factors."""
+
+    def __init__(self, left: Float[Array, "B S R"], right: Float[Array, "B R D"]):
+        self.left, self.right = nnx.Param(left), nnx.Param(right)
+
+    def __call__(self, places: Int[Array, "B T"], words: Bool[Array, "B T"]) -> Float[Array, "B T D"]:
+        """Return what is added to words at these places of their texts."""
+        left = self.left[...]
+        inside = words & (places < left.shape[1])
+        rows = jnp.take_along_axis(left, jnp.clip(places, 0, left.shape[1] - 1)[..., None], 1)
+        return jnp.where(inside[..., None], rows, 0) @ self.right[...]
 
 
 class PerExampleScaled(nnx.Module):

@@ -9,7 +9,6 @@ Forward and backward passes read the small integers; no converted copy of a weig
 from __future__ import annotations
 
 import functools
-import statistics
 from typing import Any, Literal
 
 import jax
@@ -19,23 +18,19 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from softprompt_jax.config import UserError
-from softprompt_jax.models.t5 import T5, Linear, T5Settings, abstract
+from softprompt_jax.models.build import abstract, build
+from softprompt_jax.models.language_model import LanguageModel
+from softprompt_jax.models.layers import Linear
+from softprompt_jax.models.settings import ModelSettings
 
 Quantization = Literal["int8", "nf4"]
 BLOCK = 64  # inputs that share a scale in nf4
 
 
-def _levels() -> np.ndarray:
-    """Return the 16 levels of NF4: quantiles of a normal distribution scaled to [-1, 1], with an exact 0."""
-    edge = 0.9677083  # of the outermost quantiles, so that they are finite
-    quantile = statistics.NormalDist().inv_cdf  # not scipy's, whose import takes most of a second
-    positive = [quantile(p) for p in np.linspace(edge, 0.5, 9)[:-1]]
-    negative = [-quantile(p) for p in np.linspace(edge, 0.5, 8)[:-1]]
-    levels = np.sort([*positive, *negative, 0.0])
-    return (levels / levels.max()).astype(np.float32)
-
-
-NF4_LEVELS = _levels()
+# Quantiles of a normal distribution scaled to [-1, 1], with an exact 0 (Dettmers et al., 2023, appendix E).
+_NEGATIVE = (-1, -0.6961929, -0.52507305, -0.3949175, -0.28444135, -0.18477343, -0.09104999)
+_POSITIVE = (0.07958033, 0.16093017, 0.24611229, 0.33791518, 0.4407098, 0.56261694, 0.7229567, 1)
+NF4_LEVELS = np.array([*_NEGATIVE, 0, *_POSITIVE], np.float32)
 
 
 class QuantizedLinear(Linear):
@@ -46,16 +41,15 @@ class QuantizedLinear(Linear):
         into, out = linear.kernel.get_metadata()["axes"]
         self.kernel = nnx.Param(packed, axes=(into, out))
         self.scale = nnx.Param(scale, axes=(out,) if kind == "int8" else (None, out))
+        self.bias: Any = linear.bias if linear.bias is not None else nnx.data(None)
         self.kind: Quantization = kind
 
     def weight(self) -> Float[Array, "*L in out"]:
         """Return the kernel that the packed numbers stand for, in float32."""
         return unpack(self.kernel[...], self.scale[...], self.kind, jnp.float32)
 
-    def __call__(self, x: Float[Array, "*B in"], rng: jax.Array | None = None) -> Float[Array, "*B out"]:
-        rows = x.reshape(-1, x.shape[-1])
-        made = _product(self.kind, rows, self.kernel[...], self.scale[...])
-        return made.reshape(*x.shape[:-1], -1)
+    def multiply(self, rows: Float[Array, "N in"]) -> Float[Array, "N out"]:
+        return _product(self.kind, rows, self.kernel[...], self.scale[...])
 
 
 def pack(kernel: Float[Array, "*L in out"], kind: Quantization) -> tuple[jax.Array, jax.Array]:
@@ -92,10 +86,10 @@ def pack_layers(kernel: Float[Array, "L in out"], kind: Quantization) -> tuple[j
     return jax.lax.map(lambda layer: pack(layer, kind), kernel)
 
 
-def quantized(model: T5, kind: Quantization) -> T5:
+def quantized(model: LanguageModel, kind: Quantization) -> LanguageModel:
     """Replace the kernels of all layers by quantised ones, in place, one after the other."""
-    for stack in (model.encoder, model.decoder):
-        for owner in (stack.layers.attention, stack.layers.cross, stack.layers.feed_forward):
+    for stack in model.stacks.values():
+        for owner in (stack.layers.attention, getattr(stack.layers, "cross", None), stack.layers.feed_forward):
             for name, child in list(vars(owner).items()) if owner is not None else ():
                 if isinstance(child, QuantizedLinear):
                     raise UserError("backbone: is quantised already; expected float weights")
@@ -104,16 +98,16 @@ def quantized(model: T5, kind: Quantization) -> T5:
     return model
 
 
-def abstract_quantized(settings: T5Settings, dtype: str, kind: Quantization | None) -> T5:
+def abstract_quantized(settings: ModelSettings, dtype: str, kind: Quantization | None) -> LanguageModel:
     """Build a model as shapes and dtypes only, its layers in int8 or nf4 (None: as floats)."""
     if kind is None:
         return abstract(settings, dtype)
-    return nnx.eval_shape(lambda: quantized(T5(settings, jax.random.key(0), dtype), kind))
+    return nnx.eval_shape(lambda: quantized(build(settings, jax.random.key(0), dtype), kind))
 
 
-def quantization_of(model: T5) -> Quantization | None:
+def quantization_of(model: LanguageModel) -> Quantization | None:
     """Return how a model's layers are quantised; None: they are floats."""
-    linear = model.encoder.layers.attention.query
+    linear = model.decoder.layers.attention.query
     return linear.kind if isinstance(linear, QuantizedLinear) else None
 
 

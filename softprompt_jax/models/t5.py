@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from softprompt_jax.config import Settings
+from softprompt_jax.config import WrongSetting
 from softprompt_jax.distributed.mesh import constrain
 from softprompt_jax.models.attention import (
     PrefixKeyValues,
@@ -27,35 +27,41 @@ from softprompt_jax.models.attention import (
     sees_prefix,
     with_prefix,
 )
-from softprompt_jax.models.flash import Implementation, Platform, cudnn, uses_flash
+from softprompt_jax.models.flash import Implementation, cudnn, uses_flash
+from softprompt_jax.models.language_model import LanguageModel, StackBase
+from softprompt_jax.models.layers import (
+    FeedForward,
+    Linear,
+    Norm,
+    dropout,
+    split_rng,
+)
+from softprompt_jax.models.settings import Depth, ModelSettings, Remat
 
-Remat = Literal["none", "dots", "full"]
 
-
-class T5Settings(Settings):
+class T5Settings(ModelSettings):
     """Every shape and switch of a T5: what its `config.json` states, and how to compute with it."""
 
-    vocabulary_rows: int  # rows of the embedding table, which may be padded past the tokenizer's size
-    d_model: int
-    d_kv: int
-    d_ff: int
-    num_heads: int
-    num_layers: int
-    num_decoder_layers: int
-    activation: Literal["relu", "gelu_tanh", "gelu", "silu"] = "gelu_tanh"
-    gated: bool = True
-    tied: bool = False  # embedding table used as vocabulary projection too
+    family: Literal["t5"] = Field(default="t5", exclude=True)
+    num_decoder_layers: Depth
     scale_output: bool = False  # decoder output multiplied by d_model ** -0.5 before the vocabulary (T5 1.0)
     bias_in_every_layer: bool = False  # position bias of its own in every layer (umT5)
-    relative_buckets: int = 32
-    relative_max_distance: int = 128
-    epsilon: float = 1e-6
-    dropout: float = 0.0
-    attention: Implementation = "auto"  # kernel of the encoder's self-attention: plain; flash: cuDNN's, or an error
-    # that says why not; auto: cuDNN's where it can be had
-    platform: Platform = Field(default="cpu", exclude=True)  # devices that compute; set while loading
-    remat: Remat = "none"
-    unroll: bool = False  # scan over layers written out: compiles longer, runs about a tenth faster on a CPU
+    relative_buckets: int = Field(default=32, ge=2, le=10_000)
+    relative_max_distance: int = Field(default=128, le=10_000_000)  # more than half of the buckets
+    padding: int = 0
+    start: int = 0  # first input of the decoder
+
+    @model_validator(mode="after")
+    def _distances_fill_the_buckets(self) -> T5Settings:
+        if self.relative_max_distance <= self.relative_buckets // 2:
+            expected = f"expected more than {self.relative_buckets // 2}, half of its {self.relative_buckets} buckets"
+            raise WrongSetting("relative_max_distance", self.relative_max_distance, expected)
+        return self
+
+    @property
+    def num_key_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_heads
 
     def parameters(self) -> int:
         """Count the parameters of the model these settings describe."""
@@ -67,57 +73,6 @@ class T5Settings(Settings):
         tables = (self.num_layers + self.num_decoder_layers) if self.bias_in_every_layer else 2
         biases = tables * self.relative_buckets * self.num_heads
         return encoder + decoder + biases + (1 if self.tied else 2) * self.vocabulary_rows * self.d_model
-
-
-# Settings that say how a model computes, not which model it is.
-RUNTIME_DEFAULTS = {"dropout": 0.0, "attention": "auto", "platform": "cpu", "remat": "none", "unroll": False}
-ACTIVATIONS = {
-    "relu": jax.nn.relu,
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "silu": jax.nn.silu,
-}
-
-
-def dropout(x: Float[Array, "B T F"], rate: float, rng: jax.Array | None) -> Float[Array, "B T F"]:
-    """Zero features at random, the same ones at every position of a row. Without `rng` (evaluation): nothing."""
-    if rng is None or rate == 0:
-        return x
-    kept = jax.random.bernoulli(rng, 1 - rate, (x.shape[0], 1, x.shape[-1]))
-    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
-
-
-def split_rng(rng: jax.Array | None, count: int) -> list[jax.Array | None]:
-    """Split a random key; None (evaluation) gives Nones."""
-    return [None] * count if rng is None else list(jax.random.split(rng, count))
-
-
-class Linear(nnx.Module):
-    """A product with a kernel [in, out], without bias. Methods may replace it, and use `rng` for dropout."""
-
-    def __init__(self, rng: jax.Array, shape: tuple[int, int], axes: tuple[str, str], deviation: float):
-        self.kernel = nnx.Param(deviation * jax.random.normal(rng, shape, jnp.float32), axes=axes)
-
-    def weight(self) -> Float[Array, "*L in out"]:
-        """Return the kernel in float32."""
-        return self.kernel[...].astype(jnp.float32)
-
-    def __call__(self, x: Float[Array, "*B in"], rng: jax.Array | None = None) -> Float[Array, "*B out"]:
-        rows = x.reshape(-1, x.shape[-1])  # as a matrix the weight gradient is 1.4 times faster on a CPU
-        return (rows @ self.kernel[...].astype(x.dtype)).reshape(*x.shape[:-1], -1)
-
-
-class Norm(nnx.Module):
-    """Divide by the root mean square in float32, then scale; T5 subtracts no mean."""
-
-    def __init__(self, width: int, epsilon: float):
-        self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=("embed",))
-        self.epsilon = epsilon
-
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.epsilon)
-        return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -189,24 +144,6 @@ class Attention(nnx.Module):
         return self.output(jnp.einsum("BHUD,DHK->BUHK", mixed, to_values).reshape(*x.shape[:-1], -1), rng)
 
 
-class FeedForward(nnx.Module):
-    """The feed-forward block, gated (T5 1.1) or plain (T5 1.0)."""
-
-    def __init__(self, rng: jax.Array, settings: T5Settings):
-        width, inner = settings.d_model, settings.d_ff
-        rngs = jax.random.split(rng, 3)
-        self.gate = Linear(rngs[0], (width, inner), ("embed", "mlp"), width**-0.5)
-        self.up = Linear(rngs[1], (width, inner), ("embed", "mlp"), width**-0.5) if settings.gated else nnx.data(None)
-        self.down = Linear(rngs[2], (inner, width), ("mlp", "embed"), inner**-0.5)
-        self.activation, self.dropout = settings.activation, settings.dropout
-
-    def __call__(self, x: Float[Array, "B T D"], rng: jax.Array | None = None) -> Float[Array, "B T D"]:
-        hidden = ACTIVATIONS[self.activation](self.gate(x, rng))
-        if self.up is not None:
-            hidden = hidden * self.up(x, rng)
-        return self.down(dropout(hidden, self.dropout, rng), rng)
-
-
 class RelativeBias(nnx.Module):
     """A learned number for each bucket of distances and each head, added to the attention scores."""
 
@@ -266,21 +203,17 @@ class Layer(nnx.Module):
         return x + dropout(self.feed_forward(self.feed_forward_norm(x), inner), self.dropout, outer)
 
 
-class Stack(nnx.Module):
+class Stack(StackBase):
     """L layers with a leading axis L on every weight, run by one scan, and a final norm."""
 
     def __init__(self, rng: jax.Array, settings: T5Settings, cross: bool):
         layers = settings.num_decoder_layers if cross else settings.num_layers
+        super().__init__(settings, layers)
         layers_rng, bias_rng = jax.random.split(rng)
         self.layers = jax.vmap(lambda k: Layer(k, settings, cross))(jax.random.split(layers_rng, layers))
         shared_bias = not settings.bias_in_every_layer
         self.bias = RelativeBias(bias_rng, settings, not cross) if shared_bias else nnx.data(None)
         self.norm = Norm(settings.d_model, settings.epsilon)
-        self.prefix: Any = nnx.data(None)  # prefix tuning attaches a module here: () -> keys and values
-        # P-tuning v2 attaches its prompts of every layer here; the name stands in the files of its runs.
-        self.deep: Any = nnx.data(None)
-        self.depth, self.dropout, self.unroll = layers, settings.dropout, settings.unroll
-        self.remat: Remat = settings.remat
 
     def __call__(
         self,
@@ -328,14 +261,6 @@ class Stack(nnx.Module):
         x, _ = jax.lax.scan(run, x, xs, unroll=self.unroll)
         return dropout(self.norm(x), self.dropout, last)
 
-    def prefixes(self) -> tuple[PrefixKeyValues | None, PrefixKeyValues | None]:
-        """Return the prefixes of self-attention and of cross attention [L, ...], None where there is none."""
-        return (None, None) if self.prefix is None else self.prefix()
-
-    def layer_prompt_rows(self, prompt_rows: Int[Array, "B T"] | None) -> tuple[Any, Any]:
-        """Return the prompts of every layer, and `put(x, layer's prompts)`, which writes them at prompt positions."""
-        return (None, lambda x, _: x) if self.deep is None or prompt_rows is None else self.deep(prompt_rows)
-
     def biased(
         self,
         bias: RelativeBias,
@@ -355,29 +280,18 @@ class Stack(nnx.Module):
         )
 
 
-class T5(nnx.Module):
+class T5(LanguageModel):
     """A T5 encoder-decoder. Methods attach a soft prompt as `prompt`: embeddings of the ids from V on."""
 
     def __init__(self, settings: T5Settings, rng: jax.Array, dtype: str = "float32"):
         rngs = jax.random.split(rng, 4)
-        rows, width = settings.vocabulary_rows, settings.d_model
-        self.embedding = nnx.Param(jax.random.normal(rngs[0], (rows, width), jnp.float32), axes=("vocab", "embed"))
+        super().__init__(settings, rngs[0], rngs[3], dtype)
         self.encoder = Stack(rngs[1], settings, cross=False)
         self.decoder = Stack(rngs[2], settings, cross=True)
-        head = None if settings.tied else Linear(rngs[3], (width, rows), ("embed", "vocab"), width**-0.5)
-        self.head: Any = nnx.data(None) if head is None else head
-        self.prompt: Any = nnx.data(None)  # methods/prompt.py attaches a PromptTable here
-        self.settings, self.dtype = settings, dtype
 
-    def embed(self, tokens: Int[Array, "B T"], rng: jax.Array | None = None) -> Float[Array, "B T D"]:
-        """Look ids < V up in the frozen table and ids >= V in the prompt's rows."""
-        table = self.embedding[...].astype(self.dtype)
-        rows = self.settings.vocabulary_rows
-        text = table[jnp.clip(tokens, 0, rows - 1)]
-        if self.prompt is None:
-            return text
-        virtual = tokens >= rows
-        return jnp.where(virtual[..., None], self.prompt(tokens - rows, virtual, rng).astype(text.dtype), text)
+    def first_input(self, tokens: Int[Array, "B T"]) -> Int[Array, "B"]:
+        """Return the decoder's first input, the same for every text."""
+        return jnp.full(tokens.shape[:1], self.settings.start, jnp.int32)
 
     def encode(
         self,
@@ -387,11 +301,12 @@ class T5(nnx.Module):
         remat: Remat | None = None,
     ) -> Float[Array, "B T D"]:
         """Encode token ids. `segments` numbers the examples of packed rows (default: one a row; 0 is padding)."""
-        lengths = (tokens != 0).sum(-1) if segments is None else None  # padding comes last
-        segments = (tokens != 0).astype(jnp.int32) if segments is None else segments
+        real = self.is_real(tokens)
+        lengths = real.sum(-1) if segments is None else None  # padding comes last
+        segments = real.astype(jnp.int32) if segments is None else segments
         prompt_rng, stack_rng = split_rng(rng, 2)
         visible, prompt_rows = same_segment(segments, segments), tokens - self.settings.vocabulary_rows
-        x = self.embed(tokens, prompt_rng)
+        x = self.with_offset(self.embed(tokens, prompt_rng), tokens)
         return self.encoder(x, visible, rng=stack_rng, prompt_rows=prompt_rows, lengths=lengths, remat=remat)
 
     def decode(
@@ -417,10 +332,7 @@ class T5(nnx.Module):
 
     def project(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Return float32 logits over the V vocabulary rows."""
-        if self.settings.scale_output:
-            hidden = hidden * self.settings.d_model**-0.5
-        kernel = self.embedding[...].T if self.head is None else self.head.kernel[...]
-        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
+        return super().project(hidden * self.settings.d_model**-0.5 if self.settings.scale_output else hidden)
 
     def hidden(
         self, batch: dict[str, Array], rng: jax.Array | None = None, remat: Remat | None = None
@@ -429,22 +341,6 @@ class T5(nnx.Module):
         tokens, packed = batch["encoder_tokens"], batch.get("encoder_segments")
         encoder_rng, decoder_rng = split_rng(rng, 2)
         encoded = self.encode(tokens, packed, encoder_rng, remat)
-        segments = (tokens != 0).astype(jnp.int32) if packed is None else packed
+        segments = self.is_real(tokens).astype(jnp.int32) if packed is None else packed
         inputs = batch["decoder_inputs"]
         return self.decode(inputs, encoded, segments, batch.get("decoder_segments"), decoder_rng, remat)
-
-    def __call__(self, batch: dict[str, Array], rng: jax.Array | None = None) -> Float[Array, "B U V"]:
-        """Return float32 logits of a batch."""
-        return self.project(self.hidden(batch, rng))
-
-
-def abstract(settings: T5Settings, dtype: str = "float32") -> T5:
-    """Build the model as shapes and dtypes only; nothing is allocated."""
-    mesh = jax.sharding.get_abstract_mesh()
-    made = _abstract(settings, dtype, mesh)  # pyright: ignore[reportArgumentType]  # settings are frozen
-    return nnx.merge(*made, copy=True)
-
-
-@functools.lru_cache(maxsize=16)  # tracing takes a tenth of a second, and a run needs it several times
-def _abstract(settings: T5Settings, dtype: str, mesh: Any) -> tuple[Any, Any]:
-    return nnx.split(nnx.eval_shape(lambda: T5(settings, jax.random.key(0), dtype)))

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 from pydantic import Field
 
@@ -27,21 +28,24 @@ TEXT = "{text}"  # where the text stands in a template
 
 
 class Search:
-    """Proposes candidates and chooses by their losses. Its state is a nested dictionary of arrays."""
+    """Proposes candidates and chooses by their losses. Its state is a nested dictionary of arrays.
 
-    population: int  # candidates that a step scores
+    This one proposes the parameters as they are and keeps them.
+    """
+
+    population: int = 1  # candidates that a step scores
 
     def init(self, trainable: Any) -> Any:
         """Return the state before the first step."""
-        raise NotImplementedError
+        return {}
 
     def propose(self, state: Any, trainable: Any, frozen: Any, key: jax.Array) -> tuple[Any, Any]:
         """Return candidates, shaped as `trainable` with a leading axis N, and what `choose` needs to know of them."""
-        raise NotImplementedError
+        return jax.tree.map(lambda x: x[None], trainable), ()
 
     def choose(self, state: Any, trainable: Any, drawn: Any, losses: Float[Array, "N"]) -> tuple[Any, Any]:
         """Return the trainable parameters after the step, and the state."""
-        raise NotImplementedError
+        return trainable, state
 
     def report(self, model: Any, steps: int, decode: Callable[[Sequence[int]], str]) -> dict[str, Any]:
         """Return the search's part of the result of a run: the number of calls, and the words that it has found."""
@@ -58,7 +62,7 @@ class GradientFree(Settings):
     @property
     def calls_per_step(self) -> int:
         """How many candidates a step scores."""
-        raise NotImplementedError
+        return getattr(self, "population", 1)
 
     def check(self, steps: int) -> None:
         """Raise a ValueError if `steps` steps need more calls than `max_calls`."""
@@ -70,11 +74,8 @@ class GradientFree(Settings):
             )
 
     def search(self, leaves: Mapping[str, Leaf]) -> Search:
-        """Return the search over these arrays.
-
-        Errors: UserError for arrays that it cannot search.
-        """
-        raise NotImplementedError
+        """Return the search over these arrays. Errors: UserError for arrays that it cannot search."""
+        return Search()
 
 
 # ---------------------------------------------------------------------------------------------- CMA-ES
@@ -90,13 +91,9 @@ class CMAES(GradientFree):
     """
 
     kind: Literal["cma_es"] = "cma_es"
-    population: int = Field(default=20, ge=4)  # candidates a step, scored in one batch of N times the rows
+    population: int = Field(default=20, ge=4, le=100_000)  # candidates a step, scored in one batch of N times the rows
     deviation: float = Field(default=1.0, gt=0)  # standard deviation of the first candidates
     alternate: bool = False  # turns: each step moves one layer
-
-    @property
-    def calls_per_step(self) -> int:
-        return self.population
 
     def search(self, leaves: Mapping[str, Leaf]) -> Search:
         sizes = {path: (leaf.shape[0] if leaf.stacked else 1, math.prod(leaf.shape)) for path, leaf in leaves.items()}
@@ -174,32 +171,24 @@ class Evolution(Search):
             "steps": jnp.zeros((), jnp.int32),
         }
 
-    def _blocks(self, trainable: Any) -> Float[Array, "K n"]:
-        """Return all trainable numbers, leaf after leaf, in K blocks; with several, a block is a layer of a leaf."""
-        return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(trainable)]).reshape(self.blocks, -1)
-
-    def _trainable(self, blocks: Float[Array, "K n"], like: Any) -> Any:
-        leaves, structure = jax.tree.flatten(like)
-        ends = np.cumsum([leaf.size for leaf in leaves])[:-1]
-        parts = jnp.split(blocks.reshape(-1), ends)
-        return structure.unflatten([part.reshape(leaf.shape) for part, leaf in zip(parts, leaves, strict=True)])
+    def _moved(self, trainable: Any, block: Array, move: Float[Array, "n"]) -> Any:
+        """Add a move to a block of n numbers of all, leaf after leaf; with several blocks, one is a layer of a leaf."""
+        numbers, restored = ravel_pytree(trainable)
+        return restored(numbers.reshape(self.blocks, -1).at[block].add(move).reshape(-1))
 
     def propose(self, state: Any, trainable: Any, frozen: Any, key: jax.Array) -> tuple[Any, Any]:
         block = state["steps"] % self.blocks
         normal = jax.random.normal(key, (self.population, self.dimensions))
         moves = (normal * state["lengths"][block]) @ state["axes"][block].T
-        mean = self._blocks(trainable)
-        blocks = jax.vmap(lambda move: mean.at[block].add(state["deviation"][block] * move))(moves)
-        return jax.vmap(lambda one: self._trainable(one, trainable))(blocks), moves
+        return jax.vmap(lambda move: self._moved(trainable, block, state["deviation"][block] * move))(moves), moves
 
     def choose(self, state: Any, trainable: Any, drawn: Any, losses: Float[Array, "N"]) -> tuple[Any, Any]:
         block, age = state["steps"] % self.blocks, state["steps"] // self.blocks
         one = {name: value[block] for name, value in state.items() if name != "steps"}
         best = drawn[jnp.argsort(jnp.nan_to_num(losses, nan=jnp.inf))[: len(self.constants.weights)]]
         move, one = self._updated(one, best, age)
-        mean = self._blocks(trainable).at[block].add(state["deviation"][block] * move)
         new = {name: state[name].at[block].set(value) for name, value in one.items()}
-        return self._trainable(mean, trainable), new | {"steps": state["steps"] + 1}
+        return self._moved(trainable, block, state["deviation"][block] * move), new | {"steps": state["steps"] + 1}
 
     def _updated(self, state: Any, best: Float[Array, "M n"], age: Int[Array, ""]) -> tuple[Array, Any]:
         """Return the move of the mean, in deviations, and the distribution after a step with these better moves."""
@@ -246,26 +235,29 @@ class GreedyWords(GradientFree):
     """
 
     kind: Literal["greedy_words"] = "greedy_words"
-    candidates: int = Field(default=31, ge=1)  # words tried for one place in a step, beside the present one
+    candidates: int = Field(default=31, ge=1, le=100_000)  # words tried for one place in a step, beside the present one
 
     @property
     def calls_per_step(self) -> int:
         return self.candidates + 1
 
     def search(self, leaves: Mapping[str, Leaf]) -> Search:
-        if len(leaves) != 1 or (ids := next(iter(leaves.values())).word_ids) is None:
+        if len(leaves) != 1 or (leaf := next(iter(leaves.values()))).word_ids is None:
             raise UserError(
                 f"optimizer: greedy_words searches words, and {', '.join(list(leaves)[:3])} train; expected the "
                 "method hard alone; set methods to [{kind: hard}], or use another optimizer"
             )
-        return WordSearch(self.calls_per_step, next(iter(leaves)), ids)
+        return WordSearch(self.calls_per_step, next(iter(leaves)), leaf.word_ids, leaf.word_factor)
 
 
 class WordSearch(Search):
-    """The embedded words [P, D] at `path` train; `ids` is the path of the ids of all words that a search may use."""
+    """The embedded words [P, D] at `path` train; `ids` is the path of the ids of all words that a search may use.
 
-    def __init__(self, population: int, path: str, ids: str):
-        self.population, self.path, self.ids = population, path, ids
+    `factor`: of a row of the embedding table that is read as a prompt's.
+    """
+
+    def __init__(self, population: int, path: str, ids: str, factor: float = 1.0):
+        self.population, self.path, self.ids, self.factor = population, path, ids, factor
 
     def init(self, trainable: Any) -> Any:
         return {"steps": jnp.zeros((), jnp.int32)}
@@ -273,7 +265,7 @@ class WordSearch(Search):
     def propose(self, state: Any, trainable: Any, frozen: Any, key: jax.Array) -> tuple[Any, Any]:
         words, known = flatten(trainable)[self.path], flatten(frozen)[self.ids]
         drawn = jax.random.choice(key, known, (self.population - 1,), replace=self.population > len(known))
-        rows = frozen["embedding"][drawn].astype(words.dtype)
+        rows = frozen["embedding"][drawn].astype(words.dtype) * self.factor
         proposed = jax.vmap(lambda row: words.at[state["steps"] % len(words)].set(row))(rows)
         proposed = unflatten({self.path: jnp.concatenate([words[None], proposed])})  # the first stays as it is
         return proposed, proposed
@@ -290,28 +282,6 @@ class NoTraining(GradientFree):
     """
 
     kind: Literal["none"] = "none"
-
-    @property
-    def calls_per_step(self) -> int:
-        return 1
-
-    def search(self, leaves: Mapping[str, Leaf]) -> Search:
-        return IdentitySearch()
-
-
-class IdentitySearch(Search):
-    """Proposes the parameters as they are and keeps them."""
-
-    population = 1
-
-    def init(self, trainable: Any) -> Any:
-        return {}
-
-    def propose(self, state: Any, trainable: Any, frozen: Any, key: jax.Array) -> tuple[Any, Any]:
-        return jax.tree.map(lambda x: x[None], trainable), ()
-
-    def choose(self, state: Any, trainable: Any, drawn: Any, losses: Float[Array, "N"]) -> tuple[Any, Any]:
-        return trainable, state
 
 
 # ---------------------------------------------------------------------------------------------- models of others

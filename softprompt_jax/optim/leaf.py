@@ -14,3 +14,4 @@ class Leaf:
     shape: tuple[int, ...] = ()
     method: int = 0  # number of the method that has attached it, in the run's list
     word_ids: str | None = None  # path of frozen ids [N], if its rows must be embeddings of these words
+    word_factor: float = 1.0  # by which the rows of the embedding table are multiplied first

@@ -23,8 +23,7 @@ class Schedule(Settings):
     """The learning rate's factor over the run: linear warm-up, then constant or decaying to `final`."""
 
     warmup_steps: int = Field(default=0, ge=0)  # steps in which the factor rises to 1
-    decay: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"  # course of the factor after the
-    # warm-up
+    decay: Literal["constant", "linear", "cosine", "inverse_sqrt"] = "constant"  # course of the factor after warm-up
     final: float = Field(default=0.0, ge=0, le=1)  # share of the learning rate that is left at the last step
 
     def build(self, learning_rate: float | jax.Array, steps: int) -> optax.Schedule:
@@ -56,24 +55,18 @@ class Adafactor(Settings):
     decay: float = Field(default=0.8, gt=0, lt=1)  # exponent of the second moments' decay
     clipping: float | None = Field(default=1.0, gt=0)  # largest root mean square of an update, before the learning
     # rate; null: no limit
-    weight_decay: float = Field(default=1e-5, ge=0)  # share of each weight that is lost in a step, whatever the
-    # learning rate
+    weight_decay: float = Field(default=1e-5, ge=0)  # share of each weight lost in a step, whatever the learning rate
     parameter_scaling: bool = False  # factor of each update: the weight's root mean square
     step_origin: int = Field(default=1_100_000, ge=0)  # first value of the step counter (see above)
     restore: bool = False  # start from the step and the second moments of the backbone's T5X checkpoint
 
     def transform(self, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
-        parts = [
-            optax.scale_by_factored_rms(
-                factored=True, decay_rate=self.decay, step_offset=-self.step_origin, min_dim_size_to_factor=128
-            )
+        return [
+            optax.scale_by_factored_rms(decay_rate=self.decay, step_offset=-self.step_origin),
+            *([] if self.clipping is None else [optax.clip_by_block_rms(self.clipping)]),
+            optax.scale_by_learning_rate(schedule, flip_sign=False),
+            *([optax.scale_by_param_block_rms()] if self.parameter_scaling else []),
         ]
-        if self.clipping is not None:
-            parts.append(optax.clip_by_block_rms(self.clipping))
-        parts.append(optax.scale_by_learning_rate(schedule, flip_sign=False))
-        if self.parameter_scaling:
-            parts.append(optax.scale_by_param_block_rms())
-        return parts
 
 
 class AdamW(Settings):
@@ -90,8 +83,7 @@ class AdamW(Settings):
     beta1: float = Field(default=0.9, ge=0, lt=1)  # decay of the first moments
     beta2: float = Field(default=0.999, ge=0, lt=1)  # decay of the second moments
     epsilon: float = Field(default=1e-8, gt=0)  # addition to the second moment's root
-    weight_decay: float = Field(default=0.0, ge=0)  # share of each weight that is lost in a step, times the learning
-    # rate
+    weight_decay: float = Field(default=0.0, ge=0)  # share of each weight lost in a step, times the learning rate
     parameter_scaling: bool = False  # factor of each update: the weight's root mean square
 
     def transform(self, schedule: optax.Schedule) -> list[optax.GradientTransformation]:
@@ -126,13 +118,9 @@ def build_for_methods(
         return build(first, schedule.build(first.learning_rate, steps), leaves, clip_norm)
     parts: dict[Hashable, optax.GradientTransformation] = {}
     for index, settings in enumerate(optimizers):
-        built = (
-            None
-            if isinstance(settings, NoTraining)
-            else build(settings, schedule.build(settings.learning_rate, steps), leaves)
-        )
-        assert not isinstance(built, Search), "Run refuses a search beside an optimizer"
-        parts[str(index)] = optax.set_to_zero() if built is None else built
+        built = build(settings, schedule.build(settings.learning_rate, steps), leaves)
+        # Run refuses every search beside an optimizer but that of `kind: none`, which changes nothing.
+        parts[str(index)] = optax.set_to_zero() if isinstance(built, Search) else built
 
     def owners(params: Any) -> Any:
         return jax.tree_util.tree_map_with_path(lambda keys, _: str(leaves[_path(keys)].method), params)
@@ -190,7 +178,10 @@ def restored(state: Any, slots: Mapping[str, Mapping[str, np.ndarray]], where: s
     Errors: UserError for an array without slots of its shape, and for a checkpoint with momentum, which ours has not.
     """
 
-    def filled(path: str, moments: optax.FactoredState) -> optax.FactoredState:
+    def filled(keys: tuple, moments: Any) -> Any:
+        if not isinstance(moments, optax.FactoredState):
+            return moments
+        path = keys[-1].key
         found = slots.get(path, {})
         if "m" in found:
             raise UserError(f"{where}: momentum for {path}; expected none; leave out optimizer.restore")
@@ -206,14 +197,7 @@ def restored(state: Any, slots: Mapping[str, Mapping[str, np.ndarray]], where: s
             )
         return moments._replace(**{name: jnp.asarray(slot, jnp.float32) for name, slot in found.items()})
 
-    def part(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {
-            path: filled(path, leaf) if isinstance(leaf, optax.FactoredState) else leaf for path, leaf in value.items()
-        }
-
-    return tuple(part(value) for value in state)
+    return jax.tree.map_with_path(filled, state, is_leaf=lambda part: isinstance(part, optax.FactoredState))
 
 
 def _path(keys: tuple) -> str:
@@ -223,10 +207,10 @@ def _path(keys: tuple) -> str:
 def _scaled(leaves: Mapping[str, Leaf]) -> optax.GradientTransformation:
     """Multiply each leaf's update by its own learning-rate scale."""
 
-    def update(updates: Any, state: Any, params: Any = None):
-        return jax.tree_util.tree_map_with_path(lambda k, u: leaves[_path(k)].learning_rate_scale * u, updates), state
+    def scaled(updates: Any, params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(lambda k, u: leaves[_path(k)].learning_rate_scale * u, updates)
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.stateless(scaled)
 
 
 def _per_layer(part: optax.GradientTransformation, leaves: Mapping[str, Leaf]) -> optax.GradientTransformation:

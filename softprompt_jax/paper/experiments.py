@@ -18,8 +18,12 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from softprompt_jax import config
+from softprompt_jax.analysis import plan
+from softprompt_jax.assembly import abstract_backbone_of
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.config import Settings, UserError, nearest, settings_hash
+from softprompt_jax.files import writable
+from softprompt_jax.models.quantized import quantization_of
 from softprompt_jax.paper import results
 from softprompt_jax.paper.measures import Measure
 from softprompt_jax.progress import Reporter
@@ -92,17 +96,10 @@ class Experiment(Settings):
             raise ValueError("expected sentences, each with its full stop")
         return found
 
-    def grid(self, form: FormName) -> Grid:
-        """Return one of the two forms."""
-        return self.published if form == "published" else self.miniature
-
 
 def folder() -> Path:
-    """Return the folder of the experiments: that of the working directory, or of the checkout."""
-    for found in (HERE, Path(__file__).resolve().parents[2] / HERE):
-        if found.is_dir():
-            return found
-    raise UserError(f"{HERE}: no such folder; expected a checkout of softprompt_jax; go there, or give a file")
+    """Return the folder of the experiments: that of the working directory, or the one that ships."""
+    return config.shipped(HERE)
 
 
 def experiments() -> dict[str, Path]:
@@ -134,8 +131,9 @@ def members(grid: Grid, path: Path, seeds: int | None = None) -> Iterator[Member
             tasks = grid.tasks if line.tasks is None else line.tasks
             for task, own in (tasks or {"": {}}).items():
                 changes = {**({"task": task} if task else {}), **grid.change, **line.change, **change, **own}
-                named = {"{line}": name, "{point}": point}
-                overrides = [f"{key}={_filled(value, named)}" for key, value in (changes | {"seed": seed}).items()]
+                text = json.dumps(changes | {"seed": seed}, ensure_ascii=False)
+                filled = json.loads(text.replace("{line}", name).replace("{point}", point))
+                overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in filled.items()]
                 try:
                     run = load_run(path.parent / (line.base or grid.base), overrides)
                 except UserError as error:
@@ -144,22 +142,14 @@ def members(grid: Grid, path: Path, seeds: int | None = None) -> Iterator[Member
                 yield Member(settings_hash(run, without=UNHASHED_SETTINGS), varied, run)
 
 
-def _filled(value: Any, named: dict[str, str]) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    for field, name in named.items():
-        text = text.replace(field, name)
-    return text
-
-
 def write_configs(name: str, form: FormName, to: Path, seeds: int | None = None) -> list[Path]:
     """Write each run of a form as a config, for `softprompt train` or `plan` on another machine; return the files."""
     experiment, path = load(name)
-    to.mkdir(parents=True, exist_ok=True)
-    runs = {to / f"{member.name}.yaml": member for member in members(experiment.grid(form), path, seeds)}
-    for file, member in runs.items():
-        file.write_text(
-            f"# {experiment.title}: {results.label(member)}\n{config.to_yaml(member.run)}", encoding="utf-8"
-        )
+    runs = {to / f"{member.name}.yaml": member for member in members(getattr(experiment, form), path, seeds)}
+    with writable(to, folder=True):
+        for file, member in runs.items():
+            about = f"# {experiment.title}: {results.label(member)}\n"
+            file.write_text(about + config.to_yaml(member.run), encoding="utf-8")
     return list(runs)
 
 
@@ -168,9 +158,6 @@ def steps_of_one_size(runs: Iterable[Member]) -> dict[str, list[Member]]:
 
     Seeds, texts, losses, numbers of steps, weights, learning rates and initial values change neither.
     """
-    from softprompt_jax.assembly import abstract_backbone_of
-    from softprompt_jax.models.quantized import quantization_of
-
     found: dict[str, list[Member]] = {}
     for member in runs:
         left_out = {"seed", "task", "loss", "steps", "schedule", "target_sentinel"}
@@ -198,10 +185,8 @@ def plan_experiment(
     Returns for each step its `lines` and `points`, the number of runs (`runs`), and `plans`: what `plan.plan` says, by
     topology. What has been compiled is kept in `runs`/plans, whichever experiment asked for it.
     """
-    from softprompt_jax.analysis.plan import plan
-
     experiment, path = load(name)
-    steps = steps_of_one_size(members(experiment.grid(form), path, seeds))
+    steps = steps_of_one_size(members(getattr(experiment, form), path, seeds))
     (runs / "plans").mkdir(parents=True, exist_ok=True)
     answers = []
     for number, (key, group) in enumerate(steps.items(), 1):
@@ -212,7 +197,7 @@ def plan_experiment(
                 tell(f"{number}/{len(steps)} {results.label(group[0])}: compiling for {topology}")
                 settings = kept.with_suffix(".yaml")
                 settings.write_text(config.to_yaml(group[0].run), encoding="utf-8")
-                artifact.dump(plan(str(settings), [], [topology])[0], kept)
+                artifact.dump(plan.plan(str(settings), [], [topology])[0], kept)
             plans[topology] = json.loads(kept.read_text())
         lines, points = (list(dict.fromkeys(member.varied[key] for member in group)) for key in ("line", "point"))
         names = {"lines": lines, "points": [point for point in points if point]}
@@ -236,7 +221,7 @@ def run_experiment(
     standard deviation, and the runs without a result (`missing`).
     """
     experiment, path = load(name)
-    grid, reporter = experiment.grid(form), reporter or Reporter(quiet=True)
+    grid, reporter = getattr(experiment, form), reporter or Reporter(quiet=True)
     known = folders_by_hash(runs)  # some have the name that an older version gave to the same settings
     planned = members(grid, path, seeds)
     whole = [dataclasses.replace(member, name=known.get(member.name, member.name)) for member in planned]
@@ -264,6 +249,6 @@ def listing() -> Iterator[str]:
         experiment, path = load(name)
         yield f"{name:22} {experiment.title} ({experiment.source})"
         for form in forms:
-            grid = experiment.grid(form)
+            grid = getattr(experiment, form)
             count = grid.seeds * len({member.name for member in members(grid, path, seeds=1)})
             yield f"{'':22} {form:10} {count:4} runs; {grid.cost}"

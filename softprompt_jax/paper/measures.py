@@ -21,6 +21,7 @@ from softprompt_jax.inference.ensemble import ensemble
 from softprompt_jax.inference.evaluate import mean_score, run_score, score
 from softprompt_jax.inference.predictor import load_predictor
 from softprompt_jax.tasks import load, resolve, splits
+from softprompt_jax.training.run_folder import read_result
 from softprompt_jax.training.sweep import Member
 
 if TYPE_CHECKING:
@@ -29,12 +30,6 @@ if TYPE_CHECKING:
 Measure = Literal["score", "transfer", "ensemble", "neighbours", "mixed"]
 Values = dict[str, dict[str, list[float]]]  # line, column, a fraction for each seed
 NEIGHBOURS, SHOWN_ROWS = 5, 8
-
-
-def result_of(member: Member, runs: Path) -> dict[str, Any] | None:
-    """Return the `result.json` of a run, or None while it is not finished."""
-    path = runs / member.name / "result.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _finished(members: Sequence[Member], runs: Path, *keys: str) -> Iterator[list[Member]]:
@@ -58,7 +53,7 @@ def scores(grid: Grid, members: Sequence[Member], runs: Path) -> tuple[Values, d
         line, point = group[0].varied["line"], group[0].varied["point"]
         found = []
         for member in group:
-            result = result_of(member, runs) or {}
+            result = read_result(runs / member.name, member.run) or {}
             baselines = result["baselines"]
             trained = grid.lines[line].read == "trained"
             found.append(run_score(member.run, result[baselines["split"]] if trained else baselines["untrained"]))
@@ -75,7 +70,7 @@ def transfer_scores(grid: Grid, members: Sequence[Member], runs: Path) -> tuple[
         for target in grid.score_on[member.varied["task"]]:
             task = resolve(target)
             if target not in known:
-                predictor = predictor or load_predictor(runs / member.name)
+                predictor = predictor or load_predictor(runs / member.name, trust=True)
                 known[target] = predictor.evaluate(task, _scored_on(task))
                 artifact.dump(known, kept)
             column = _transfer_column(grid, member.varied["task"], target)
@@ -100,18 +95,12 @@ def ensemble_scores(grid: Grid, members: Sequence[Member], runs: Path) -> tuple[
             continue
         task = group[0].run.tasks[0]
         found = ensemble([runs / member.name for member in group], split=_scored_on(task))
-
         alone = [{name: value for name, value in each.items() if name != "source"} for each in found["prompts"]]
-        joined = {
-            way: {name: cell["value"] for name, cell in found[way].items() if name != "source"}
-            for way in ("best", "vote", "log_probability")
-        }
-        values[group[0].varied["line"]] = {
-            "average": [mean_score(task, each) for each in alone],
-            "best": [mean_score(task, joined["best"])],
-            "majority vote": [mean_score(task, joined["vote"])],
-            "mean log-probability": [mean_score(task, joined["log_probability"])],
-        }
+        columns = values[group[0].varied["line"]] = {"average": [mean_score(task, each) for each in alone]}
+        ways = ("best", "best"), ("majority vote", "vote"), ("mean log-probability", "log_probability")
+        for column, way in ways:
+            joined = {name: cell["value"] for name, cell in found[way].items() if name != "source"}
+            columns[column] = [mean_score(task, joined)]
     return values, {}
 
 

@@ -15,9 +15,10 @@ import softprompt_jax
 from softprompt_jax.data.metrics import most_frequent
 from softprompt_jax.data.task import Task
 from softprompt_jax.inference.evaluate import mean_score, score
-from softprompt_jax.paper.measures import MEASURES, result_of, targets
+from softprompt_jax.paper.measures import MEASURES, targets
 from softprompt_jax.statistics import mean_sd_text, score_statistics
 from softprompt_jax.tasks import load, splits
+from softprompt_jax.training.run_folder import read_result
 from softprompt_jax.training.sweep import Member
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def label(member: Member) -> str:
 
 def collect(grid: Grid, members: Sequence[Member], runs: Path) -> dict[str, Any]:
     """Return what the finished runs of a grid come to, each in its folder in `runs`."""
-    finished = {member.name: result for member in members if (result := result_of(member, runs)) is not None}
+    finished = {member.name: result for member in members if (result := read_result(runs / member.name)) is not None}
     there = [member for member in members if member.name in finished]
     values, extra = MEASURES[grid.measure](grid, members, runs)
     # Of runs that trained together each states the time of all.

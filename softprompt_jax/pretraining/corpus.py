@@ -1,13 +1,12 @@
-"""Text files for pre-training: reading, sentences, and the token cache."""
+"""The texts of pre-training: reading their files, finding sentences, and the cache of their tokens."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import itertools
 import lzma
-import os
 import re
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,19 +17,20 @@ import pydantic
 import sentencepiece
 
 from softprompt_jax.config import Settings, UserError, cache_folder
+from softprompt_jax.files import written_whole
 from softprompt_jax.pretraining.lexicon import Lexicon, parse_entry
 
 CACHE_VERSION = 2  # raise when what `tokenize_file` writes changes
-CANARY = "canary GUID"  # BIG-bench's: such text must not be in what models are pre-trained on
+CANARY = "canary GUID"  # mark of benchmarks such as BIG-bench: no model may be pre-trained on a text with it
 
 
 class TextFile(Settings):
-    """A text file: one paragraph a line, an empty line ends a document; plain, `.gz` or `.xz`."""
+    """A text file with one paragraph a line and an empty line between documents; plain, `.gz` or `.xz`."""
 
     path: str
-    weight: float = pydantic.Field(1.0, gt=0, description="how often its characters are drawn, relative to others'")
-    kind: str = pydantic.Field("", description="kind of text in words ('news'), for the task that asks it")
-    form: Literal["text", "dictionary"] = pydantic.Field("text", description="dictionary: lines 'word, word: gloss.'")
+    weight: float = pydantic.Field(1.0, gt=0)  # frequency with which its characters are drawn, relative to other files
+    kind: str = ""  # kind of text, such as news, for the task that asks for it
+    form: Literal["text", "dictionary"] = "text"  # form of its lines, in a dictionary 'word, word: gloss.'
 
 
 _ABBREVIATIONS = r"(?<!\bMr)(?<!\bMrs)(?<!\bMs)(?<!\bDr)(?<!\bSt)(?<!\bvs)(?<!\be\.g)(?<!\bi\.e)(?<!\b[A-Z])"
@@ -38,58 +38,41 @@ _SENTENCE_END = re.compile(_ABBREVIATIONS + r"""[.!?]+["'”’)\]]*(\s+)(?=["'�
 
 
 def read_documents(path: str | Path) -> Iterator[list[str]]:
-    """Yield each document as its list of paragraphs, whitespace collapsed."""
+    """Yield each document as a list of its paragraphs; each run of white space in them becomes one space."""
     path = Path(path)
     opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
-    paragraphs: list[str] = []
     try:
         with opener(path, "rt", encoding="utf-8") as lines:
-            for line in lines:
-                line = " ".join(line.split())
-                if CANARY in line:
+            paragraphs = (" ".join(line.split()) for line in lines)
+            for is_text, group in itertools.groupby(paragraphs, key=bool):
+                document = list(group)
+                if marked := [paragraph for paragraph in document if CANARY in paragraph]:
                     raise UserError(
-                        f"{path}: holds a benchmark's canary ({line[:80]!r}); expected text that may be trained on; "
-                        "leave the benchmark out of it"
+                        f"{path}: holds a benchmark's canary ({marked[0][:80]!r}); expected text that may be trained "
+                        "on; leave the benchmark out of it"
                     )
-                if line:
-                    paragraphs.append(line)
-                elif paragraphs:
-                    yield paragraphs
-                    paragraphs = []
+                if is_text:
+                    yield document
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected a text file, one paragraph a line") from None
     except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected UTF-8 text, plain, .gz or .xz") from None
-    if paragraphs:
-        yield paragraphs
 
 
 def split_sentences(paragraph: str) -> list[str]:
-    """Split at sentence ends; approximate, and lossless but for the whitespace between sentences."""
-    sentences, start = [], 0
-    for match in _SENTENCE_END.finditer(paragraph):
-        sentences.append(paragraph[start : match.start(1)])
-        start = match.end(1)
-    sentences.append(paragraph[start:])
-    return [sentence for sentence in sentences if sentence]
-
-
-def parse_entries(path: str | Path) -> Iterator[tuple[list[str], str]]:
-    """Yield (words, gloss) of every usable line of a dictionary file."""
-    for document in read_documents(path):
-        for line in document:
-            words, gloss = parse_entry(line)
-            if words:
-                yield words, gloss
+    """Return the sentences of a paragraph, as well as a pattern finds them. Only white space between them is lost."""
+    spaces = [match.span(1) for match in _SENTENCE_END.finditer(paragraph)]
+    starts, ends = [0, *(end for _, end in spaces)], [*(start for start, _ in spaces), len(paragraph)]
+    return [paragraph[start:end] for start, end in zip(starts, ends, strict=True) if start < end]
 
 
 @dataclass(frozen=True)
 class TokenizedText:
     """One text file as token ids, and where its parts begin.
 
-    tokens: uint16 [N]; sentence i is tokens[sentences[i] : sentences[i + 1]]; paragraph j is sentences
-    paragraphs[j] : paragraphs[j + 1]; document k is paragraphs documents[k] : documents[k + 1].
-    valence: int8 [number of sentences], the sum over the lexicon's words, 0 where it is not clear.
+    tokens: uint16 [N]. Sentence i is tokens[sentences[i] : sentences[i + 1]]. Paragraph j has the sentences from
+    paragraphs[j] to paragraphs[j + 1], document k the paragraphs from documents[k] to documents[k + 1].
+    valence: int8 [number of sentences], as `Lexicon.clear_valence` gives it.
     """
 
     tokens: np.ndarray
@@ -100,7 +83,7 @@ class TokenizedText:
 
 
 def tokenize_file(text: TextFile, model: Path, lexicon: Lexicon) -> TokenizedText:
-    """Return the file's tokens, from the cache or computed; the key is the content of everything involved."""
+    """Return the file's tokens, from the cache or computed. The cache's key is a hash of all that they depend on."""
     try:
         content = Path(text.path).read_bytes()
     except OSError as error:
@@ -111,10 +94,8 @@ def tokenize_file(text: TextFile, model: Path, lexicon: Lexicon) -> TokenizedTex
     path = cache_folder() / "texts" / f"{key.hexdigest()[:24]}.npz"
     if not path.is_file():
         arrays = _tokenize(text, model, lexicon)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
+        with written_whole(path, shared=True) as part:
             np.savez(part, allow_pickle=False, **arrays)
-        os.replace(part.name, path)
     with np.load(path) as arrays:
         return TokenizedText(**{name: arrays[name] for name in arrays.files})
 

@@ -1,65 +1,53 @@
-"""The data of pre-training: a pure function of (settings, seed, batch number).
+"""The data of pre-training: what is in a batch depends only on the settings, the seed and the number of the batch.
 
-Resuming needs one integer, the number of the next batch. Examples are made a window of batches at a
-time, sorted by length inside it so that little is padding, and the batches of the window are permuted.
+So a run that resumes needs only the number of the next batch. The examples of a window of batches are made together and
+put into batches by length, so that there is little padding. Then the batches of the window are shuffled.
 """
 
 from __future__ import annotations
 
-import threading
+import functools
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pydantic
 
-from softprompt_jax.config import Settings, UserError, nearest
+from softprompt_jax.config import Settings, UserError
+from softprompt_jax.data.registry import Registry
 from softprompt_jax.pretraining.corpus import TextFile
 from softprompt_jax.pretraining.instructions import TASKS, instructions
 from softprompt_jax.pretraining.lexicon import Lexicon, fetch_lexicon
-from softprompt_jax.pretraining.objectives import (
-    Example,
-    Library,
-    Objective,
-    copy,
-    prefix_lm,
-    short_spans,
-    span_corruption,
-    word_order,
-)
+from softprompt_jax.pretraining.objectives import PLAIN, Example, Library, Objective
 
 EOS = 1
 WINDOW = 32  # batches made together
 
-_PLAIN = (span_corruption, short_spans, copy, word_order, prefix_lm, instructions)
-OBJECTIVES: dict[str, Objective] = {function.__name__: function for function in _PLAIN}
-OBJECTIVES |= {name: function for name, (function, _) in TASKS.items()}  # each by itself, too
+OBJECTIVES: Registry[Objective] = Registry({function.__name__: function for function in (*PLAIN, instructions)})
+OBJECTIVES |= TASKS  # each by itself, too
 
 
 class Stage(Settings):
-    """A mixture of objectives, used until this share of the run."""
+    """A mixture of objectives, and the share of the run at which it ends."""
 
-    until: float = pydantic.Field(gt=0, le=1)
-    objectives: dict[str, float] = pydantic.Field(min_length=1)
+    until: float = pydantic.Field(gt=0, le=1)  # share of the run's steps at which the stage ends
+    objectives: dict[str, Annotated[float, pydantic.Field(gt=0)]] = pydantic.Field(min_length=1)  # weight of each
+    # objective
 
     @pydantic.field_validator("objectives")
     @classmethod
     def _known(cls, objectives: dict[str, float]) -> dict[str, float]:
-        for name, weight in objectives.items():
-            if name not in OBJECTIVES:
-                known = ", ".join(sorted(OBJECTIVES))
-                raise ValueError(f"unknown objective {name!r}; expected one of {known}{nearest(name, OBJECTIVES)}")
-            if weight <= 0:
-                raise ValueError(f"weight {weight} of {name}; expected more than 0")
+        if unknown := [name for name in objectives if name not in OBJECTIVES]:
+            raise ValueError(f"unknown objective {unknown[0]!r}; {OBJECTIVES.expected(unknown[0])}")
         return objectives
 
 
 class Pretraining(Settings):
     """Settings of the pre-training data.
 
-    `texts_folder` stands before relative paths of `texts`. A batch has the smallest of `shapes`
-    (encoder length, decoder length) that holds it; (max_input_tokens, max_target_tokens) is always one.
+    Paths of `texts` are relative to `texts_folder`. A batch is padded to the smallest of `shapes`, pairs of encoder and
+    decoder length, that holds it. The pair of max_input_tokens and max_target_tokens is always one of the shapes.
     """
 
     kind: Literal["pretraining"] = "pretraining"
@@ -71,7 +59,7 @@ class Pretraining(Settings):
         [(32, 4), (48, 4), (80, 4), (32, 16), (64, 16), (96, 24), (48, 48), (96, 48)]
     )
     final_sentinel: bool = True
-    lexicon: bool = pydantic.Field(True, description="fetch word polarities; the sentiment tasks need them")
+    lexicon: bool = True  # whether the polarities of words are fetched, which tasks of sentiment need
     stages: list[Stage] = pydantic.Field(min_length=1)
 
     @pydantic.field_validator("stages")
@@ -89,9 +77,9 @@ class Pretraining(Settings):
 
 
 class PretrainingData:
-    """Batches of pre-training; `batch(i)` depends on the arguments and on `i` alone.
+    """Batches of pre-training. `batch(i)` depends only on the arguments and on `i`.
 
-    Made for sequential access: the last window is kept. Safe to use from several threads.
+    The batches of the last window are kept, so that batches are best read in order. Several threads may read them.
     `shapes` lists every (T, U) that can occur.
     """
 
@@ -115,41 +103,32 @@ class PretrainingData:
         self.library = Library(
             settings.located_texts(), tokenizer_folder, lexicon, *limits, final_sentinel=settings.final_sentinel
         )
-        self._lock = threading.Lock()
-        self._window: tuple[int, list[dict[str, np.ndarray]]] = (-1, [])
+        self._window = functools.lru_cache(maxsize=1)(self._make_window)
 
     def __len__(self) -> int:
         return self.total_batches
 
     def batch(self, i: int) -> dict[str, np.ndarray]:
-        """Return batch `i`: int32 encoder_tokens [B, T], decoder_inputs [B, U], decoder_targets [B, U]; 0 pads."""
+        """Return batch `i`, int32: encoder_tokens [B, T], decoder_inputs and decoder_targets [B, U]; 0 is padding."""
         if not 0 <= i < self.total_batches:
             raise IndexError(f"batch {i} of {self.total_batches}")
         window, place = divmod(i, WINDOW)
-        with self._lock:
-            if self._window[0] != window:
-                self._window = window, self._make_window(window)
-            return self._window[1][place]
+        return self._window(window)[place]
 
     def examples(self, window: int) -> list[tuple[str, Example]]:
-        """Return the window's (objective, (input ids, target ids)) in the order drawn, without EOS."""
+        """Return the examples of a window as they were drawn: (objective, (input ids, target ids)), without EOS."""
         draw = Random(f"pretraining {self.seed} {window}")
         share = window * WINDOW / self.total_batches
         stage = next(stage for stage in self.settings.stages if share < stage.until)
         names, weights = list(stage.objectives), list(stage.objectives.values())
-        made = []
-        for name in draw.choices(names, weights, k=WINDOW * self.batch_size):
-            made.append((name, self._make(draw, name)))
-        return made
+        drawn = draw.choices(names, weights, k=WINDOW * self.batch_size)
+        return [(name, self._make(draw, name)) for name in drawn]
 
     def _make(self, draw: Random, name: str) -> Example:
         for _ in range(1000):
             example = OBJECTIVES[name](draw, self.library)
-            if (
-                example is not None
-                and 0 < len(example[0]) < self.settings.max_input_tokens
-                and 0 < len(example[1]) < self.settings.max_target_tokens
-            ):
+            limits = self.settings.max_input_tokens, self.settings.max_target_tokens
+            if example is not None and all(0 < len(ids) < most for ids, most in zip(example, limits, strict=True)):
                 return example
         raise UserError(f"{name}: no example in 1000 attempts; the texts do not suit this objective; leave it out")
 
@@ -157,20 +136,15 @@ class PretrainingData:
         examples = [example for _, example in self.examples(window)]
         order = Random(f"order {self.seed} {window}")
         batches = []
-        pending: list[Example] = []
         for shape in self.shapes:
             fitting = [e for e in examples if len(e[0]) < shape[0] and len(e[1]) < shape[1]]
-            examples = [e for e in examples if not (len(e[0]) < shape[0] and len(e[1]) < shape[1])]
-            pending += fitting
-            order.shuffle(pending)
-            full = len(pending) // self.batch_size * self.batch_size
-            batches += [(pending[k : k + self.batch_size], shape) for k in range(0, full, self.batch_size)]
-            # What does not fill a batch goes on to the next shape.
-            examples += pending[full:]
-            pending = []
-        made = [_pad(batch, shape) for batch, shape in batches]
-        order.shuffle(made)
-        return made
+            examples = [e for e in examples if len(e[0]) >= shape[0] or len(e[1]) >= shape[1]]
+            order.shuffle(fitting)
+            full = len(fitting) // self.batch_size * self.batch_size
+            batches += [_pad(fitting[k : k + self.batch_size], shape) for k in range(0, full, self.batch_size)]
+            examples += fitting[full:]  # what does not fill a batch goes on to the next shape
+        order.shuffle(batches)
+        return batches
 
 
 def _pad(examples: list[Example], shape: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -181,5 +155,5 @@ def _pad(examples: list[Example], shape: tuple[int, int]) -> dict[str, np.ndarra
         targets[row, : len(target_ids) + 1] = [*target_ids, EOS]
     inputs = np.zeros_like(targets)
     inputs[:, 1:] = targets[:, :-1]
-    # Past a row's EOS the targets are 0; its input there is the EOS, which no loss sees.
+    # Where the input is a row's EOS, the target is 0, which has no weight in the loss.
     return {"encoder_tokens": encoder, "decoder_inputs": inputs, "decoder_targets": targets}

@@ -1,19 +1,18 @@
-"""Made-up instruction tasks for pre-training: "instruction words: text" to a short answer.
+"""Made-up instruction tasks for pre-training: an instruction and a text as the input, a short answer as the target.
 
-A soft prompt found later by gradient descent plays the part of the instruction, so each task has several
-phrasings, and yes/no answers come under many pairs of label words, sometimes named in the instruction.
-Texts are the corpus and the dictionary; no evaluated set is involved. `TASKS`, at the end, lists them all.
+A soft prompt, which is trained later, takes the place of the instruction. So each task has several phrasings, and its
+answers are many pairs of label words, which some of the instructions name. The texts are those of the corpus and the
+dictionary; no set that models are evaluated on is used. `TASKS`, at the end, lists all tasks.
 """
 
-# ruff: noqa: SIM905 - word lists read better as text
 from __future__ import annotations
 
 import re
 from random import Random
 
-from softprompt_jax.pretraining import definitions, polarity
-from softprompt_jax.pretraining.objectives import Example, Ids, Library, Objective
-from softprompt_jax.pretraining.questions import PAIRS, SAME, YES_NO, bare_word, decide, join, one_field
+from softprompt_jax.pretraining import polarity
+from softprompt_jax.pretraining.objectives import Example, Ids, Library, Objective, decide, flat
+from softprompt_jax.pretraining.phrases import PAIRS, WEIGHTS, WORDS, pick
 
 # --------------------------------------------------------------------------- words and positions
 
@@ -28,58 +27,56 @@ _WHICH = {
 
 
 def which_word(draw: Random, library: Library) -> Example | None:
-    """First word, last word..."""
+    """Which is the first word, the last, the longest?"""
     ids = library.sentence(draw, 4, 30)
     words = library.words(ids)
     if len(words) < 3:
         return None
     name = draw.choice(list(_WHICH))
-    question = draw.choice(("{}:", "the {}:", "find the {}:", "what is the {}?")).format(name)
-    return join(library, question, one_field(draw), ids), _WHICH[name](words)
+    question = pick(draw, "which word").format(name)
+    return library.join(question, pick(draw, "field"), ids), _WHICH[name](words)
 
 
 def neighbour(draw: Random, library: Library) -> Example | None:
-    """The word after, or before, a word that stands once in the sentence."""
+    """Which word stands after, or before, a word that is once in the sentence?"""
     ids = library.sentence(draw, 6, 30)
     words = library.words(ids)
     places = [i for i in range(1, len(words) - 1) if words.count(words[i]) == 1]
     if not places:
         return None
     place, after = draw.choice(places), draw.random() < 0.6
-    questions = ("word after", "what comes after") if after else ("word before", "what comes before")
     answer = words[place + (1 if after else -1)]
-    return join(library, draw.choice(questions), words[place], one_field(draw) or "text:", ids), answer
+    question = pick(draw, "word after" if after else "word before")
+    return library.join(question, words[place], pick(draw, "field") or "text:", ids), answer
 
 
 def contains(draw: Random, library: Library) -> Example | None:
     """Is a word in the text?"""
     ids, other = library.sentence(draw, 6, 40), library.sentence(draw, 6, 40)
     answer = draw.random() < 0.5
-    present = {bare_word(library, word).lower() for word in library.words(ids)}
+    present = {library.bare_word(word).lower() for word in library.words(ids)}
     source = ids if answer else other
-    words = [word for word in (bare_word(library, word) for word in library.words(source)) if len(word) > 2]
+    words = [word for word in (library.bare_word(word) for word in library.words(source)) if len(word) > 2]
     words = [word for word in words if (word.lower() in present) == answer]
     if not words:
         return None
     word = draw.choice(words)
     text = ("word:", word, "text:", ids) if draw.random() < 0.5 else ("text:", ids, "word:", word)
-    questions = ("is the word in the text", "does the text contain the word", "is the word there")
-    labels = (*YES_NO, ("found", "missing"), ("present", "absent"), ("in", "out"))
-    return decide(draw, library, questions, labels, answer, *text)
+    return decide(draw, library, "contains", answer, *text)
 
 
 def count(draw: Random, library: Library) -> Example | None:
     """How many times does a word stand in the text?"""
     ids = library.sentence(draw, 10, 60)
-    words = [bare_word(library, word).lower() for word in library.words(ids)]
+    words = [library.bare_word(word).lower() for word in library.words(ids)]
     wanted = draw.choice((1, 2, 2, 3, 3, 4))
     matching = sorted({word for word in words if word and words.count(word) == wanted})
     if not matching:
         return None
-    question = draw.choice(("how many times:", "count the word:", "how often:"))
-    answer = ("one", "two", "three", "four")[wanted - 1] if draw.random() < 0.5 else str(wanted)
+    question = pick(draw, "count")
+    answer = WORDS["numbers"][wanted - 1] if draw.random() < 0.5 else str(wanted)
     style = "in words:" if not answer.isdigit() else "in numbers:"
-    return join(library, question, draw.choice(matching), style, ids), library.encode(answer)
+    return library.join(question, draw.choice(matching), style, ids), library.encode(answer)
 
 
 def length(draw: Random, library: Library) -> Example | None:
@@ -88,12 +85,11 @@ def length(draw: Random, library: Library) -> Example | None:
     ids = library.sentence(draw, 4, 12) if answer else library.sentence(draw, 26, 60)
     if (len(ids) <= 12) != answer or (len(ids) >= 26) == answer:
         return None
-    questions = ("is this short or long", "length", "how long is the text")
-    return decide(draw, library, questions, (("short", "long"),), answer, one_field(draw), ids, bare=True)
+    return decide(draw, library, "length", answer, pick(draw, "field"), ids)
 
 
 def question_or_statement(draw: Random, library: Library) -> Example | None:
-    """Is it a question? The question mark is taken away."""
+    """Is the sentence, without its last mark, a question?"""
     answer = draw.random() < 0.5
     for _ in range(400):
         ids = library.sentence(draw, 5, 30)
@@ -102,12 +98,8 @@ def question_or_statement(draw: Random, library: Library) -> Example | None:
             break
     else:
         return None
-    if draw.random() < 0.6:
-        questions, labels = ("is this a question", "does it ask something"), (*YES_NO, ("question", "statement"))
-    else:
-        questions = ("kind of sentence", "question or statement", "what kind of sentence is it")
-        labels = (("question", "statement"),)
-    return decide(draw, library, questions, labels, answer, one_field(draw), library.encode(text.rstrip("?.! \"'”’")))
+    question = "is a question" if draw.random() < 0.6 else "kind of sentence"
+    return decide(draw, library, question, answer, pick(draw, "field"), text.rstrip("?.! \"'”’"))
 
 
 def surface(draw: Random, library: Library) -> Example | None:
@@ -121,8 +113,7 @@ def surface(draw: Random, library: Library) -> Example | None:
             break
     else:
         return None
-    questions = (f"is there {name} in the text", f"does it contain {name}", f"has the text {name}")
-    return decide(draw, library, questions, (*YES_NO, ("found", "missing")), answer, one_field(draw), ids)
+    return decide(draw, library, "surface", answer, pick(draw, "field"), ids, thing=name)
 
 
 _SURFACE = {
@@ -138,7 +129,7 @@ _SURFACE = {
 
 
 def kind_of_text(draw: Random, library: Library) -> Example | None:
-    """From which kind of source is the text? Kinds are equally frequent."""
+    """Of which kind is the text? Every kind is as frequent as any other."""
     kinds = sorted({file.kind for file in library.files if file.kind})
     if len(kinds) < 2:
         return None
@@ -151,37 +142,28 @@ def kind_of_text(draw: Random, library: Library) -> Example | None:
     if draw.random() < 0.4:
         other = draw.choice([other for other in kinds if other != kind])
         first, second = draw.sample((kind, other), 2)
-        return join(library, f"{first} or {second}?", one_field(draw), ids), library.encode(kind)
+        return library.join(f"{first} or {second}?", pick(draw, "field"), ids), library.encode(kind)
     if draw.random() < 0.5:
         answer = draw.random() < 0.5
         asked = kind if answer else draw.choice([other for other in kinds if other != kind])
-        questions = (f"is this from a {asked}", f"is it a {asked}", f"is the text a {asked}")
-        return decide(draw, library, questions, YES_NO, answer, one_field(draw), ids)
-    question = draw.choice(("kind of text:", "what kind of text is this?", "genre:", "source:"))
-    return join(library, question, one_field(draw), ids), library.encode(kind)
+        return decide(draw, library, "is of the kind", answer, pick(draw, "field"), ids, kind=asked)
+    return library.join(pick(draw, "kind of text"), pick(draw, "field"), ids), library.encode(kind)
 
 
 # --------------------------------------------------------------------------- pairs of sentences
 
-_SAME_QUESTIONS = (
-    "do the sentences say the same",
-    "same meaning",
-    "compare the sentences",
-    "is the meaning the same",
-    "are they alike",
-    "compare",
-)
+_LITTLE = frozenset(WORDS["little words"])
 
 
 def same_meaning(draw: Random, library: Library) -> Example | None:
-    """Does the second sentence say what the first says? A changed copy, against another sentence nearby."""
+    """Do two sentences say the same? If so, one is a changed copy; if not, a contradiction or a sentence nearby."""
     file, place = library.place(draw, 6, 36)
     ids = library.sentence_at(file, place)
     answer = draw.random() < 0.5
     if answer:
         other = _changed(draw, library, ids)
     elif draw.random() < 0.5:
-        # Half the different ones share most words: one content word or number is another.
+        # Half of those that differ have most words in common: some content words are others.
         other = _contradicted(draw, library, ids)
         other = _changed(draw, library, other) if other and draw.random() < 0.5 else other
     else:
@@ -195,27 +177,22 @@ def same_meaning(draw: Random, library: Library) -> Example | None:
     if draw.random() < 0.5:
         ids, other = other, ids
     first, second = draw.choice(PAIRS)
-    return decide(draw, library, _SAME_QUESTIONS, SAME, answer, first, ids, second, other)
-
-
-_LITTLE = frozenset(
-    "the a an of and to in that is was for it with as on be at by this his her had not are but from or have".split()
-)
+    return decide(draw, library, "same meaning", answer, first, ids, second, other)
 
 
 def _changed(draw: Random, library: Library, ids: Ids) -> Ids:
-    """Say it a little differently: drop little words, use synonyms, move the first part, change the case."""
+    """Say the same a little differently: leave out little words, use synonyms, move the first part, change the case."""
     words = [list(word) for word in library.words(ids)]
     kept: list[Ids] = []
     for word in words:
-        plain = bare_word(library, word)
+        plain = library.bare_word(word)
         if plain.lower() in _LITTLE and draw.random() < 0.35:
             continue
         synonyms = library.synonyms.get(plain.lower()) if draw.random() < 0.6 else None
         if synonyms and len(plain) > 3 and plain.islower():
             text = library.encoder.decode(word)
             synonym = library.encode(text.replace(plain, draw.choice(synonyms)))
-            kept.append(synonym if len(synonym) <= len(word) + 1 else word)  # rare words have many pieces
+            kept.append(synonym if len(synonym) <= len(word) + 1 else word)  # one with many more pieces is a rare word
         elif draw.random() < 0.06:
             continue
         else:
@@ -226,24 +203,24 @@ def _changed(draw: Random, library: Library, ids: Ids) -> Ids:
             cut = draw.choice(commas)
             kept = kept[cut:] + kept[:cut]
     if draw.random() < 0.25:
-        return library.encode(library.encoder.decode([i for word in kept for i in word]).lower())
-    return [i for word in kept for i in word]
+        return library.encode(library.encoder.decode(flat(kept)).lower())
+    return flat(kept)
 
 
 def _contradicted(draw: Random, library: Library, ids: Ids) -> Ids | None:
-    """Say something else with nearly the same words: content words come from another sentence."""
+    """Say something else with nearly the same words: some content words are taken from another sentence."""
     words = library.words(ids)
-    content = [i for i, word in enumerate(words) if len(bare_word(library, word)) > 3]
-    others = [word for word in library.words(library.sentence(draw, 10, 40)) if len(bare_word(library, word)) > 3]
+    content = [i for i, word in enumerate(words) if len(library.bare_word(word)) > 3]
+    others = [word for word in library.words(library.sentence(draw, 10, 40)) if len(library.bare_word(word)) > 3]
     if len(content) < 2 or len(others) < 4:
         return None
     for i in draw.sample(content, max(2, round(len(content) * draw.uniform(0.4, 0.9)))):
         words[i] = draw.choice(others)
-    return [i for word in words for i in word]
+    return flat(words)
 
 
 def right_order(draw: Random, library: Library) -> Example | None:
-    """Do two neighbouring sentences stand in their order?"""
+    """Are two neighbouring sentences in the order of the text?"""
     file, place = library.place(draw, 5, 38)
     if place + 2 > len(library.texts[file].sentences) - 1:
         return None
@@ -254,13 +231,11 @@ def right_order(draw: Random, library: Library) -> Example | None:
     if not answer:
         first, second = second, first
     a, b = draw.choice(PAIRS)
-    questions = ("are the sentences in order", "is the order right", "do they stand in the right order")
-    labels = (("yes", "no"), ("original", "swapped"), ("right", "wrong"))
-    return decide(draw, library, questions, labels, answer, a, first, b, second)
+    return decide(draw, library, "right order", answer, a, first, b, second)
 
 
 def follows(draw: Random, library: Library) -> Example | None:
-    """Does the second sentence come from just after the first, or from elsewhere in the file?"""
+    """Does the second sentence follow the first in the text, or is it from elsewhere in the file?"""
     file, place = library.place(draw, 6, 40)
     answer = draw.random() < 0.5
     size = len(library.texts[file].sentences) - 1
@@ -271,13 +246,11 @@ def follows(draw: Random, library: Library) -> Example | None:
     if not 5 <= len(second) <= 42:
         return None
     a, b = draw.choice(PAIRS)
-    questions = ("does the second follow the first", "do they belong together", "is it the next sentence")
-    labels = (("yes", "no"), ("related", "unrelated"), ("together", "apart"))
-    return decide(draw, library, questions, labels, answer, a, library.sentence_at(file, place), b, second)
+    return decide(draw, library, "follows", answer, a, library.sentence_at(file, place), b, second)
 
 
 def broken(draw: Random, library: Library) -> Example | None:
-    """Is the sentence good English, or are its words mixed up?"""
+    """Is the sentence good English, or are some of its words mixed up?"""
     words = library.words(library.sentence(draw, 6, 36))
     answer = draw.random() < 0.5
     if not answer:
@@ -287,43 +260,64 @@ def broken(draw: Random, library: Library) -> Example | None:
         if mixed == part:
             return None
         words[start : start + len(part)] = mixed
-    questions = ("is the sentence correct", "is it good english", "is the grammar right", "is it well formed")
-    labels = (("yes", "no"), ("acceptable", "unacceptable"), ("correct", "wrong"), ("good", "bad"))
-    return decide(draw, library, questions, labels, answer, one_field(draw), [i for word in words for i in word])
+    return decide(draw, library, "correct", answer, pick(draw, "field"), flat(words))
+
+
+# --------------------------------------------------------------------------- the dictionary
+
+
+def define(draw: Random, library: Library) -> Example | None:
+    """What does a word mean, or which word has this meaning?"""
+    if not library.entries:
+        return None
+    words, gloss = draw.choice(library.entries)
+    word = draw.choice(words)
+    if draw.random() < 0.4:
+        return library.join(pick(draw, "define"), word), library.encode(gloss)[: library.max_target]
+    return library.join(pick(draw, "defined word"), gloss), library.encode(word)
+
+
+def is_definition(draw: Random, library: Library) -> Example | None:
+    """Is it the definition of the word, or of another word?"""
+    if not library.entries:
+        return None
+    place, answer = draw.randrange(len(library.entries)), draw.random() < 0.5
+    words, gloss = library.entries[place]
+    if not answer:
+        near = draw.randrange(max(0, place - 50), min(len(library.entries), place + 50))
+        other = near if draw.random() < 0.3 else draw.randrange(len(library.entries))
+        if set(library.entries[other][0]) & set(words):
+            return None
+        gloss = library.entries[other][1]
+    return decide(draw, library, "is definition", answer, "word:", draw.choice(words), "definition:", gloss)
+
+
+def synonym(draw: Random, library: Library) -> Example | None:
+    """Do two words mean the same?"""
+    if not library.synonym_words:
+        return None
+    word = draw.choice(library.synonym_words)
+    answer = draw.random() < 0.5
+    other = draw.choice(library.synonyms[word] if answer else library.synonyms[draw.choice(library.synonym_words)])
+    if other == word or (not answer and other in library.synonyms[word]):
+        return None
+    return decide(draw, library, "synonym", answer, "word1:", word, "word2:", other)
 
 
 # --------------------------------------------------------------------------- all of them
 
-# Each task and its weight in `instructions`. The order is part of what a seed draws.
-TASKS: dict[str, tuple[Objective, float]] = {
-    function.__name__: (function, weight)
-    for function, weight in (
-        (which_word, 2.0),
-        (neighbour, 2.0),
-        (contains, 2.0),
-        (count, 1.0),
-        (length, 1.0),
-        (question_or_statement, 1.5),
-        (surface, 1.5),
-        (kind_of_text, 1.5),
-        (same_meaning, 6.0),
-        (right_order, 2.5),
-        (follows, 2.5),
-        (broken, 1.5),
-        (definitions.define, 1.5),
-        (definitions.is_definition, 2.5),
-        (definitions.synonym, 1.5),
-        (polarity.sentiment_sentence, 7.0),
-        (polarity.sentiment_composed, 7.0),
-        (polarity.sentiment_word, 2.5),
-        (polarity.sentiment_gloss, 2.0),
-        (polarity.better, 1.5),
-        (polarity.same_sentiment, 1.5),
+TASKS: dict[str, Objective] = {
+    function.__name__: function
+    for function in (
+        *(which_word, neighbour, contains, count, length, question_or_statement, surface, kind_of_text, same_meaning),
+        *(right_order, follows, broken, define, is_definition, synonym),
+        *(polarity.sentiment_sentence, polarity.sentiment_composed, polarity.sentiment_word, polarity.sentiment_gloss),
+        *(polarity.better, polarity.same_sentiment),
     )
 }
 
 
 def instructions(draw: Random, library: Library) -> Example | None:
-    """One of `TASKS`, by weight."""
-    name = draw.choices(list(TASKS), [weight for _, weight in TASKS.values()])[0]
-    return TASKS[name][0](draw, library)
+    """Make an example of one of `TASKS`, drawn by weight."""
+    (name,) = draw.choices(list(WEIGHTS), list(WEIGHTS.values()))
+    return TASKS[name](draw, library)

@@ -1,12 +1,13 @@
-"""Objectives of pre-training on plain text: each makes one example, a pair (input ids, target ids) without EOS.
+"""Objectives of pre-training on plain text. Each makes one example: a pair (input ids, target ids) without EOS.
 
-An objective takes the random draw and the library of texts, and may return None when what it drew does not fit. All of
-them, the instruction tasks included, are listed in data.py.
+An objective takes the random generator `draw` and the library of texts. It returns None if the text that it drew does
+not suit it. data.py lists all objectives, those of the instruction tasks included.
 """
 
 from __future__ import annotations
 
 import functools
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -15,8 +16,9 @@ import numpy as np
 import sentencepiece
 
 from softprompt_jax.data.tokenizer import EXTRA_IDS
-from softprompt_jax.pretraining.corpus import TextFile, TokenizedText, parse_entries, tokenize_file
-from softprompt_jax.pretraining.lexicon import Lexicon
+from softprompt_jax.pretraining.corpus import TextFile, TokenizedText, read_documents, tokenize_file
+from softprompt_jax.pretraining.lexicon import Lexicon, by_polarity, parse_entry
+from softprompt_jax.pretraining.phrases import QUESTIONS, WORDS, pick
 
 Ids = list[int]
 Example = tuple[Ids, Ids]
@@ -24,10 +26,11 @@ Objective = Callable[[Random, "Library"], Example | None]
 
 
 class Library:
-    """The texts as token ids, and what objectives draw from them.
+    """The texts as token ids, and the parts of them that objectives draw.
 
-    Whitespace ends every SentencePiece piece, so the ids of texts joined by a space are their ids joined:
-    nothing is tokenised twice. `max_input` and `max_target` leave room for EOS.
+    A SentencePiece piece never crosses a space. So the ids of two texts with a space between them are the ids of the
+    first and then those of the second, and no text has to be tokenised twice. The attributes `max_input` and
+    `max_target` are one less than the arguments, which leaves room for EOS.
     """
 
     def __init__(
@@ -41,46 +44,50 @@ class Library:
     ):
         model = Path(tokenizer_folder) / "spiece.model"
         self.encoder = sentencepiece.SentencePieceProcessor(model_file=str(model))
-        pieces = [self.encoder.id_to_piece(i) for i in range(self.encoder.get_piece_size())]
-        self.pieces = pieces
-        self.begins_word = [piece.startswith("▁") for piece in pieces]
-        self.first_sentinel = len(pieces) + 99  # <extra_id_0>; the others descend from it
+        self.pieces = [self.encoder.id_to_piece(i) for i in range(self.encoder.get_piece_size())]
+        self.begins_word = [piece.startswith("▁") for piece in self.pieces]
+        self.first_sentinel = len(self.pieces) + 99  # <extra_id_0>; the others descend from it
         self.max_input, self.max_target, self.final_sentinel = max_input - 1, max_target - 1, final_sentinel
-        self.lexicon = lexicon
-        self.files = list(texts)
+        self.lexicon, self.files = lexicon, list(texts)
         self.texts: list[TokenizedText] = [tokenize_file(text, model, lexicon) for text in texts]
         shares = [len(t.tokens) * file.weight for t, file in zip(self.texts, self.files, strict=True)]
         self._all = _cumulative(shares)
         prose = [i for i, file in enumerate(self.files) if file.form == "text"] or list(range(len(self.files)))
         self._prose = _cumulative([share if i in prose else 0.0 for i, share in enumerate(shares)])
         self.polar = {good: self._polar_places(good) for good in (True, False)}
-        self.polar_words = {
-            good: [word for word, value in lexicon.valence.items() if (value > 0) == good and abs(value) >= 1.0]
-            for good in (True, False)
-        }
-        self.entries = [entry for file in self.files if file.form == "dictionary" for entry in parse_entries(file.path)]
+        self.polar_words = by_polarity(lexicon.valence, 1.0)
+        dictionaries = [read_documents(file.path) for file in self.files if file.form == "dictionary"]
+        lines = (line for documents in dictionaries for document in documents for line in document)
+        self.entries = [(words, gloss) for words, gloss in map(parse_entry, lines) if words]
         self.synonyms = _synonyms(self.entries)
         self.synonym_words = list(self.synonyms)
         self.polar_entries = _polar_entries(self.entries, lexicon)
-        adjectives = lexicon.adjectives.values()
-        self.can_compose = min(adjectives, default=0) < -1.5 and max(adjectives, default=0) > 1.5
+        self.can_compose = all(lexicon.strong_adjectives.values())
 
     def encode(self, text: str) -> Ids:
-        """Return the ids of a short text; the same text is tokenised once."""
+        """Return the ids of a short text. A text that comes again is not tokenised again."""
         return list(self._encoded(text))
 
     @functools.lru_cache(maxsize=200_000)  # noqa: B019 - lives as long as the process
     def _encoded(self, text: str) -> tuple[int, ...]:
         return tuple(self.encoder.encode(text))
 
+    def join(self, *parts: str | Ids) -> Ids:
+        """Return the ids of all parts, texts and ids, as one text with spaces between them."""
+        return [id_ for part in parts for id_ in (self.encode(part) if isinstance(part, str) else part)]
+
+    def bare_word(self, word: Ids) -> str:
+        """Return a word without the punctuation around it."""
+        return self.encoder.decode(word).strip(" .,;:!?\"'()[]“”‘’-`*")
+
     def file(self, draw: Random, prose: bool = False) -> int:
-        """Draw a file: its share is its tokens times its weight."""
+        """Draw the number of a file. Each has a share of the number of its tokens times its weight."""
         return int(np.searchsorted(self._prose if prose else self._all, draw.random(), side="right"))
 
     def passage(self, draw: Random, length: int) -> Ids:
-        """Draw up to `length` tokens of running text, from the start of a sentence, inside one document."""
+        """Draw up to `length` tokens of running text that begin with a sentence and stay in one document."""
         text = self.texts[self.file(draw)]
-        # A document in proportion to its length: through one of its sentences.
+        # Every sentence is as likely as any other, so a document is the more likely the longer it is.
         sentence = draw.randrange(len(text.sentences) - 1)
         paragraph = int(np.searchsorted(text.paragraphs, sentence, side="right")) - 1
         document = int(np.searchsorted(text.documents, paragraph, side="right")) - 1
@@ -89,11 +96,11 @@ class Library:
         return text.tokens[start : min(end, start + length)].tolist()
 
     def sentence(self, draw: Random, shortest: int = 5, longest: int = 40) -> Ids:
-        """Draw a sentence of prose with so many tokens."""
+        """Draw a sentence of prose that has `shortest` to `longest` tokens; one that has not after 200 attempts."""
         return self.sentence_at(*self.place(draw, shortest, longest))
 
     def place(self, draw: Random, shortest: int = 5, longest: int = 40) -> tuple[int, int]:
-        """Draw (file, sentence) of a sentence of prose with so many tokens."""
+        """Draw a sentence as `sentence` does, and return the number of its file and its own number in the file."""
         for _ in range(200):
             file = self.file(draw, prose=True)
             bounds = self.texts[file].sentences
@@ -103,24 +110,22 @@ class Library:
         return file, sentence
 
     def neutral(self, draw: Random) -> Ids:
-        """Draw a short sentence of prose without clear valence."""
+        """Draw a short sentence of prose that is neither clearly good nor clearly bad."""
         while True:
             file, sentence = self.place(draw, 5, 25)
             if not self.texts[file].valence[sentence]:
                 return self.sentence_at(file, sentence)
 
     def _polar_places(self, good: bool) -> np.ndarray:
-        """Return int32 [n, 2], (file, sentence) of the prose sentences of one polarity and 5 to 70 tokens."""
+        """Return int32 [n, 2], the places of the sentences of prose of one polarity that have 5 to 70 tokens."""
         places = []
         for i, (file, text) in enumerate(zip(self.files, self.texts, strict=True)):
             lengths = np.diff(text.sentences)
             fits = (text.valence > 0) if good else (text.valence < 0)
             chosen = np.flatnonzero(fits & (lengths >= 5) & (lengths <= 70))
-            contents = [text.tokens[text.sentences[k] : text.sentences[k + 1]].tobytes() for k in chosen]
-            chosen = np.sort(
-                np.asarray([chosen[k] for k in dict(zip(contents, range(len(chosen)), strict=True)).values()], np.int64)
-            )
-            # Files of little weight are thinned; of great weight repeated.
+            contents = {text.tokens[text.sentences[k] : text.sentences[k + 1]].tobytes(): k for k in chosen}
+            chosen = np.asarray(sorted(contents.values()), np.int64)  # the last of equal sentences
+            # A file of weight 2 gives its sentences twice, one of weight 0.5 every second sentence.
             repeat = round(4 * file.weight) if file.form == "text" else 0
             chosen = np.repeat(chosen, repeat // 4) if repeat >= 4 else chosen[:: 4 // repeat if repeat else 1]
             if repeat:
@@ -128,13 +133,13 @@ class Library:
         return np.concatenate(places).astype(np.int32) if places else np.zeros((0, 2), np.int32)
 
     def sentence_at(self, file: int, sentence: int) -> Ids:
-        """Return a sentence, cut to what fits into the input."""
+        """Return the ids of a sentence, cut to the length of the input."""
         text = self.texts[file]
         start, end = text.sentences[sentence], text.sentences[sentence + 1]
         return text.tokens[start : min(end, start + self.max_input)].tolist()
 
     def words(self, ids: Ids) -> list[Ids]:
-        """Split ids into words: every piece with a leading space begins one."""
+        """Split ids into words. Every piece with a space at its beginning begins a word."""
         words: list[Ids] = []
         for id_ in ids:
             if self.begins_word[id_] or not words:
@@ -144,25 +149,25 @@ class Library:
 
 
 def _synonyms(entries: Sequence[tuple[list[str], str]]) -> dict[str, list[str]]:
-    """Return the single lower-case words that share a dictionary entry, by word; words of up to 3 senses only."""
-    senses: dict[str, int] = {}
-    found: dict[str, set[str]] = {}
+    """Return, for each word of lower-case letters, the others in its dictionary entries; for 3 senses at most."""
+    senses: Counter[str] = Counter()
+    found: dict[str, set[str]] = defaultdict(set)
     for words, _ in entries:
         words = [word for word in words if word.isalpha() and word.islower()]
+        senses.update(words)
         for word in words:
-            senses[word] = senses.get(word, 0) + 1
-            found.setdefault(word, set()).update(other for other in words if other != word)
+            found[word] |= {*words} - {word}
     return {word: sorted(others) for word, others in found.items() if others and senses[word] <= 3}
 
 
 def _polar_entries(entries: Sequence[tuple[list[str], str]], lexicon: Lexicon) -> dict[bool, list[tuple[str, str]]]:
-    """Return (word, gloss) of words with a clear valence and of their synonyms, by polarity."""
+    """Return (word, gloss) of the dictionary's entries that are clearly good (True) or clearly bad (False)."""
     found: dict[bool, list[tuple[str, str]]] = {True: [], False: []}
     for words, gloss in entries:
         values = [lexicon.valence[word] for word in words if word in lexicon.valence]
         about = lexicon.clear_valence(gloss)
         mean = sum(values) / len(values) if values else 0.0
-        # The lexicon knows words, not senses: the gloss must not say the contrary.
+        # The lexicon does not tell the senses of a word apart. The gloss does, so it must not say the contrary.
         if abs(mean) >= 1.5 and about * mean >= 0 and len(gloss) < 200:
             found[mean > 0] += [(word, gloss) for word in words]
     return found
@@ -174,7 +179,7 @@ def _cumulative(shares: Sequence[float]) -> np.ndarray:
 
 
 def _spans(draw: Random, length: int, rate: float, mean_span: float) -> list[int]:
-    """Draw alternating lengths kept, masked, kept, masked...; their sum is `length` (Raffel et al., 2020)."""
+    """Draw the lengths of stretches that are kept and masked by turns; their sum is `length` (Raffel et al., 2020)."""
     masked = min(max(round(length * rate), 1), length - 1)
     count = min(max(round(masked / mean_span), 1), masked, length - masked)
 
@@ -186,11 +191,11 @@ def _spans(draw: Random, length: int, rate: float, mean_span: float) -> list[int
 
 
 def _mask(library: Library, ids: Ids, lengths: Sequence[int]) -> Example:
-    """Replace every second stretch of `lengths` by a sentinel; the target lists sentinel, stretch, sentinel..."""
+    """Put a sentinel for every second stretch of these lengths; the target has each sentinel and then its stretch."""
     inputs: Ids = []
     targets: Ids = []
     position, sentinel = 0, library.first_sentinel
-    for i, length in enumerate(lengths[: 2 * (EXTRA_IDS - library.final_sentinel)]):  # no more than there are sentinels
+    for i, length in enumerate(lengths[: 2 * (EXTRA_IDS - library.final_sentinel)]):  # as far as there are sentinels
         stretch = ids[position : position + length]
         position += length
         if i % 2:
@@ -206,8 +211,8 @@ def _mask(library: Library, ids: Ids, lengths: Sequence[int]) -> Example:
 
 
 def span_corruption(draw: Random, library: Library) -> Example | None:
-    """Mask 15% of a passage in spans of 3 pieces on average; as T5 (Raffel et al., 2020, section 3.1.4)."""
-    # Masking 15% in spans of 3 shortens by a tenth: so much more text fits.
+    """Mask 15% of a passage in spans of 3 pieces on average, as T5 did (Raffel et al., 2020, section 3.1.4)."""
+    # A sentinel for every 3 masked pieces makes the text a tenth shorter. So a passage of 1.1 times the length fits.
     ids = library.passage(draw, int(library.max_input * draw.choice((0.35, 0.7, 1.1, 1.1))))
     if len(ids) < 6:
         return None
@@ -215,45 +220,40 @@ def span_corruption(draw: Random, library: Library) -> Example | None:
 
 
 def short_spans(draw: Random, library: Library) -> Example | None:
-    """Mask one to three single words of one sentence: an easy start for reading the encoder."""
+    """Mask one to three single words of a sentence, an easy task from which the decoder learns to read the encoder."""
     words = library.words(library.sentence(draw, 6, 40))
     if len(words) < 4:
         return None
-    # Never two neighbours: each sentinel stands for one word.
+    # Two neighbours are never masked both, so that each sentinel stands for one word.
     chosen = sorted(draw.sample(range(1, len(words)), min(draw.randint(1, 3), len(words) // 3)))
     chosen = [word for i, word in enumerate(chosen) if i == 0 or word - chosen[i - 1] > 1]
     lengths, start = [], 0
     for word in chosen:
         lengths += [sum(map(len, words[start:word])), len(words[word])]
         start = word + 1
-    return _mask(library, [i for word in words for i in word], lengths)
+    return _mask(library, flat(words), lengths)
 
 
 def copy(draw: Random, library: Library) -> Example | None:
-    """Repeat the sentence, or only the part between two sentinels."""
+    """Repeat a sentence, or the part of it between two sentinels."""
     words = library.words(library.sentence(draw, 4, min(22, library.max_target)))
     if draw.random() < 0.5 or len(words) < 4:
-        return library.encode(draw.choice(_COPY)) + _flat(words), _flat(words)
+        return library.encode(pick(draw, "copy")) + flat(words), flat(words)
     start, end = sorted(draw.sample(range(len(words) + 1), 2))
     first, second = library.first_sentinel, library.first_sentinel - 1
-    marked = [*_flat(words[:start]), first, *_flat(words[start:end]), second, *_flat(words[end:])]
-    return library.encode(draw.choice(_MARKED)) + marked, _flat(words[start:end])
-
-
-_COPY = ("copy:", "repeat:", "say it again:", "repeat the sentence:", "copy the text:", "the same text:")
-_MARKED = ("copy the marked part:", "marked words:", "what is marked:", "extract the marked text:")
+    marked = [*flat(words[:start]), first, *flat(words[start:end]), second, *flat(words[end:])]
+    return library.encode(pick(draw, "copy marked")) + marked, flat(words[start:end])
 
 
 def word_order(draw: Random, library: Library) -> Example | None:
     """Put the shuffled words of a short sentence in order."""
     words = library.words(library.sentence(draw, 4, min(14, library.max_target)))
     shuffled = draw.sample(words, len(words))
-    instruction = draw.choice(("put the words in order:", "order the words:", "make a sentence of these words:"))
-    return library.encode(instruction) + _flat(shuffled), _flat(words)
+    return library.encode(pick(draw, "word order")) + flat(shuffled), flat(words)
 
 
 def prefix_lm(draw: Random, library: Library) -> Example | None:
-    """Split a passage: the first part in, the rest out; the LM adaptation of Lester et al. (2021)."""
+    """Continue a passage: its first part is the input, the rest the target. LM adaptation (Lester et al., 2021)."""
     ids = library.passage(draw, library.max_input + library.max_target)
     longest = min(len(ids) - 3, library.max_input)
     if longest < 3:
@@ -262,5 +262,32 @@ def prefix_lm(draw: Random, library: Library) -> Example | None:
     return ids[:split], ids[split : split + library.max_target]
 
 
-def _flat(words: Sequence[Ids]) -> Ids:
+def decide(draw: Random, library: Library, name: str, answer: bool, /, *text: str | Ids, **asked_for: str) -> Example:
+    """Ask the question `name` of phrases.yaml about a text; `asked_for` fills the fields of its phrasings.
+
+    A fifth of the questions name the two possible answers. All others are answered with the first pair of words, so
+    that a question always tells in which words to answer. One question in fifty assigns two unrelated words.
+    """
+    question = QUESTIONS[name]
+    asked, pair = draw.choice(question.asked).format(**asked_for), question.answers[0]
+    form = draw.random()
+    if form < 0.8:
+        asked = draw.choice((f"{asked}:", f"{asked}:", f"{asked}?", asked))
+    elif form < 0.98:
+        pair = draw.choice(question.answers)
+        first, second = draw.sample(pair, 2)
+        options = WORDS["options"] + (WORDS["bare options"] if question.bare else ())
+        asked = draw.choice(options).format(q=asked, first=first, second=second)
+    else:
+        true, false = pair
+        pair = first, second = draw.sample(WORDS["codes"], 2)
+        asked = pick(draw, "coded").format(q=asked, first=first, second=second, true=true, false=false)
+    return library.join(asked, *text), library.encode(pair[0] if answer else pair[1])
+
+
+def flat(words: Sequence[Ids]) -> Ids:
+    """Return the ids of words one after the other."""
     return [id_ for word in words for id_ in word]
+
+
+PLAIN = (span_corruption, short_spans, copy, word_order, prefix_lm)

@@ -1,50 +1,27 @@
-"""Made-up sentiment tasks for pre-training: sentences by a lexicon, opinions from a grammar, words, glosses."""
+"""Made-up tasks of sentiment for pre-training: is a sentence, a made-up opinion, a word or a definition good or bad?"""
 
 from __future__ import annotations
 
 from random import Random
 
 from softprompt_jax.pretraining import opinions
-from softprompt_jax.pretraining.objectives import Example, Ids, Library
-from softprompt_jax.pretraining.questions import PAIRS, YES_NO, decide, join
-
-POLARITY = (
-    ("positive", "negative"),
-    ("positive", "negative"),
-    ("good", "bad"),
-    ("good", "bad"),
-    ("great", "terrible"),
-    ("happy", "sad"),
-    ("like", "dislike"),
-)
-_FEELING = (
-    "sentiment",
-    "what is the sentiment",
-    "classify the sentiment",
-    "how does it sound",
-    "feeling",
-    "tone",
-    "opinion",
-    "what does the writer feel",
-)
-_IS_POSITIVE = ("is this positive", "is it good", "does it sound happy", "does the writer like it", "is it praise")
-_IS_NEGATIVE = ("is this negative", "is it bad", "does it complain", "does the writer dislike it")
-_OPINION_FIELDS = ("sentence:", "text:", "review:", "message:", "comment:", "post:", "", "")
+from softprompt_jax.pretraining.objectives import Example, Ids, Library, decide
+from softprompt_jax.pretraining.phrases import PAIRS, pick
 
 
 def _ask(draw: Random, library: Library, good: bool, ids: Ids | str) -> Example:
-    """Ask for the polarity of a text in one of many ways."""
-    field = draw.choice(_OPINION_FIELDS)
+    """Ask for the polarity of a text, or whether it is positive, or whether it is negative."""
+    field = pick(draw, "opinion field")
     form = draw.random()
     if form < 0.7:
-        return decide(draw, library, _FEELING, POLARITY, good, field, ids, bare=True)
+        return decide(draw, library, "sentiment", good, field, ids)
     if form < 0.87:
-        return decide(draw, library, _IS_POSITIVE, YES_NO, good, field, ids)
-    return decide(draw, library, _IS_NEGATIVE, YES_NO, not good, field, ids)
+        return decide(draw, library, "is positive", good, field, ids)
+    return decide(draw, library, "is negative", not good, field, ids)
 
 
 def sentiment_sentence(draw: Random, library: Library) -> Example | None:
-    """Polarity of a sentence of the corpus in which the words of the lexicon agree; classes are balanced."""
+    """Is a sentence of the corpus, whose words agree in the lexicon, good or bad? Both are equally frequent."""
     good = draw.random() < 0.5
     places = library.polar[good]
     if not len(places):
@@ -57,7 +34,7 @@ def sentiment_sentence(draw: Random, library: Library) -> Example | None:
 
 
 def sentiment_composed(draw: Random, library: Library) -> Example | None:
-    """Polarity of a made-up opinion: negation, contrast, things that lack something; now and then beside a sentence."""
+    """Is a made-up opinion good or bad? Some stand beside a second one or beside a sentence that is neither."""
     if not library.can_compose:
         return None
     good = draw.random() < 0.5
@@ -72,7 +49,7 @@ def sentiment_composed(draw: Random, library: Library) -> Example | None:
 
 
 def sentiment_word(draw: Random, library: Library) -> Example | None:
-    """Polarity of one word, or of two or three of the same polarity."""
+    """Is a word good or bad, or are two or three words?"""
     good = draw.random() < 0.5
     words = library.polar_words[good]
     if not words:
@@ -81,7 +58,7 @@ def sentiment_word(draw: Random, library: Library) -> Example | None:
 
 
 def sentiment_gloss(draw: Random, library: Library) -> Example | None:
-    """Polarity of a word of the lexicon, from its definition (with or without the word)."""
+    """Is a word good or bad by its definition, which stands alone or beside the word?"""
     good = draw.random() < 0.5
     entries = library.polar_entries[good]
     if not entries:
@@ -97,23 +74,21 @@ def better(draw: Random, library: Library) -> Example | None:
     if draw.random() < 0.6:
         good, bad = draw.choice(library.polar_words[True]), draw.choice(library.polar_words[False])
         wanted = draw.random() < 0.5
-        question = draw.choice(("which is better:", "better word:") if wanted else ("which is worse:", "worse word:"))
+        question = pick(draw, "better word" if wanted else "worse word")
         first, second = draw.sample((good, bad), 2)
-        return join(library, question, first, "or", second), library.encode(good if wanted else bad)
+        return library.join(question, first, "or", second), library.encode(good if wanted else bad)
     best_first = draw.random() < 0.5
     texts = [opinions.compose(draw, library.lexicon, good) for good in (best_first, not best_first)]
     a, b = draw.choice(PAIRS)
-    questions = ("which is better", "which one is more positive", "the better one")
-    return decide(draw, library, questions, (("first", "second"),), best_first, a, texts[0], b, texts[1])
+    return decide(draw, library, "better opinion", best_first, a, texts[0], b, texts[1])
 
 
 def same_sentiment(draw: Random, library: Library) -> Example | None:
-    """Have two opinions the same polarity?"""
+    """Are two opinions both good, or both bad?"""
     if not library.can_compose:
         return None
     answer, good = draw.random() < 0.5, draw.random() < 0.5
     a, b = draw.choice(PAIRS)
     first = opinions.compose(draw, library.lexicon, good)
     second = opinions.compose(draw, library.lexicon, good if answer else not good)
-    questions = ("do they feel the same", "same sentiment", "do they agree")
-    return decide(draw, library, questions, (("same", "different"), ("yes", "no")), answer, a, first, b, second)
+    return decide(draw, library, "same sentiment", answer, a, first, b, second)

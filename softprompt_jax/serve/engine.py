@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import heapq
+import math
 import sys
 import threading
 import time
@@ -20,81 +21,63 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from softprompt_jax.config import UserError
+from softprompt_jax.distributed.mesh import row_shards
+from softprompt_jax.inference import programs
 from softprompt_jax.inference.bank import PromptBank
-from softprompt_jax.inference.prompt_cache import HostPrompt, Structure
+from softprompt_jax.inference.prompt_cache import HostPrompt, padded
+from softprompt_jax.inference.texts import no_numbers
 from softprompt_jax.models import continuous_batching, decode, per_example
+from softprompt_jax.serve.jobs import Answer, Job
 from softprompt_jax.serve.limits import Limits, RequestError
 
-JOINED = 8  # requests that are encoded together
 _SHORTEST = 32  # encoder positions; longer ones are four times as many, up to the limit
 _STEP_S = 5.0  # seconds that `stop` waits beyond the longest request, for a step in progress
 _STEPS = 4  # decoding steps between two looks at the queue, if no request waits or streams
-
-
-@dataclasses.dataclass
-class Answer:
-    """One answer, growing in a slot."""
-
-    limit: int
-    forced: list[int] = dataclasses.field(default_factory=list)
-    seed: int | None = None  # of sampling; None: the most probable token
-    sample: int = 0  # which of the seed's samples
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    score: float = 0.0
-
-    @property
-    def done(self) -> bool:
-        """Whether it has ended, or cannot go on."""
-        return len(self.tokens) >= self.limit or bool(self.tokens and self.tokens[-1] == decode.EOS)
-
-
-@dataclasses.dataclass(eq=False)
-class Job:
-    """A request: a text, the name of its prompt, its answers, and a function to call when they change.
-
-    `notify` is called from the engine's thread: with None after new tokens (if `watched`), at the end with True or with
-    a RequestError.
-    """
-
-    prompt: str
-    ids: list[int]
-    answers: list[Answer]
-    deadline: float  # of time.monotonic()
-    notify: Callable[[Any], object]
-    watched: bool = False
-    cancelled: bool = False
-    places: list[int] = dataclasses.field(default_factory=list)
-    length: int = 0  # of the encoder's side
 
 
 class Engine:
     """Answers requests for the prompts of a bank, any mix of them at once.
 
     One thread runs the model and brings prompts onto the device. These shapes are compiled before the first request:
-    the encoder for 1 and for `JOINED` texts, a step with an eighth of the slots and with all, each for the lengths 32,
-    128, 512, ... up to the longest.
+    the encoder for 1 and for `programs.JOINED` texts, a step with an eighth of the slots (on one device) and with all,
+    each for the lengths 32, 128, 512, ... up to the longest.
     """
 
     def __init__(self, bank: PromptBank, limits: Limits):
         self.bank, self.limits = bank, limits
+        with bank.computing():
+            cut = row_shards()
+        if limits.slots % cut:
+            raise UserError(
+                f"slots: found {limits.slots}; expected a multiple of the mesh's data x fsdp, {cut}; change --limit "
+                "slots, or the mesh"
+            )
         stored = [bank.prompt(name) for name in bank.names]
-        self.decoder_rows = max([limits.max_decoder_rows, *(one.layout.lengths[1] for one in stored)])
+        settings = bank.backbone.settings
+        self._known_ends = frozenset({settings.eos, *settings.other_eos})  # which the device looks for
+        self.ends = self._known_ends | {bank.tokenizer.eos_id}
+        self.padding, causal = bank.tokenizer.form.padding, bank.tokenizer.form.causal
+        rows = 0 if causal else limits.max_decoder_rows
+        self.decoder_rows = max([rows, *(one.layout.lengths[1] for one in stored)])
         for name in bank.names:
             self.check_prompt(name, bank.prompt(name))
-        for name in [name for name in bank.names if bank.prompt(name).extras][:1]:
+        if causal:
+            bank.device.share_keys(stored)
+        for name in [name for name in bank.names if bank.device.takes_entry(bank.prompt(name))][:1]:
             bank.load({name})  # now the tables are there for all
         self.ring = limits.max_tokens + self.decoder_rows
         longest = limits.max_input_tokens + limits.max_prompt_rows
         self.lengths = [length for length in (_SHORTEST * 4**n for n in range(12)) if length < longest] + [longest]
-        self._before = sum(per_example.prefix_lengths(bank.device.entries([])[0], "cross"))  # keys of prefixes
+        attention = "decoder" if causal else "cross"
+        self._before = sum(per_example.prefix_lengths(bank.device.batch([]).tables, attention))  # keys of prefixes
         self.tokens = 0  # written so far
-        self._rows = sorted({max(1, limits.slots // 8), limits.slots})
+        self._scored: set[int] = set()  # lengths for which `score_context` is compiled
+        # Fewer slots of a mesh would all lie on its first devices.
+        self._rows = [limits.slots] if cut > 1 else sorted({max(1, limits.slots // 8), limits.slots})
         self._wake = threading.Condition()
         self._waiting: collections.deque[Job] = collections.deque()
         self._calls: collections.deque[tuple[Callable[[], Any], concurrent.futures.Future]] = collections.deque()
@@ -107,7 +90,8 @@ class Engine:
 
     def start(self) -> None:
         """Compile everything, then begin to answer."""
-        self._warm()
+        with self.bank.computing():
+            self._warm()
         self._thread.start()
 
     def check_open(self) -> None:
@@ -190,16 +174,41 @@ class Engine:
         if not self.bank.device.has_room(stored.extras):
             raise RequestError(
                 422,
-                f"prompt {name}: has a prefix or factors for which this server has compiled nothing; expected prompt "
-                "rows, or what those have with which it was started; start it with this one in its folder",
+                f"prompt {name}: has a prefix, an offset or factors for which this server has compiled nothing; "
+                "expected prompt rows, or what those have with which it was started; start it with this one in its "
+                "folder",
             )
+
+    def warm_scores(self, name: str, ids: list[int]) -> None:
+        """Compile what `score_context` runs for such a text, in a thread that nobody else waits for."""
+        length = self._length_for(len(ids) + self.bank.prompt(name).layout.lengths[0])
+        if length in self._scored:
+            return
+        with self.bank.computing():
+            batch = self.bank.device.batch([""])
+            fresh = jax.tree.map(
+                lambda part: jnp.zeros(part.shape, part.dtype), (batch.changing, batch.tables)
+            )  # not lent
+            batch = dataclasses.replace(batch, changing=fresh[0], tables=fresh[1])
+            jax.block_until_ready(programs.score_context(batch, np.full((1, length), self.padding, np.int32)))
+        self._scored.add(length)
+
+    def score_context(self, name: str, ids: list[int]) -> list[np.ndarray]:
+        """Return what `decode.score_context` does of a text under a prompt; for `call`, decoder-only models alone."""
+        self.bank.load({name})
+        around, _ = side = self.bank.sides(name, ids)
+        batch, first = self.bank.device.batch([name]), self.bank.device.layout(name).before.shape[1]
+        tokens, _ = padded([side], 1, self._length_for(len(around)), 0, self.padding)
+        found = programs.score_context(batch, tokens)
+        return [np.asarray(part)[0, first : first + len(ids)] for part in found]
 
     # ------------------------------------------------------------------------------------------- its own thread
 
     def _run(self) -> None:
         while self._has_work():
             try:
-                self._turn_once()
+                with self.bank.computing():
+                    self._turn_once()
             except Exception as error:  # a defect of ours, or an error of the device
                 traceback.print_exc(file=sys.stderr)
                 try:  # the requests in the slots fail; those in the queue go on
@@ -244,13 +253,7 @@ class Engine:
         for job in [*waiting, *working]:
             if not job.cancelled:
                 _notify(job, late)
-        places = [place for place, (job, _) in self._working.items() if job in working]
-        if places:
-            which = np.zeros(self.limits.slots, bool)
-            which[places] = True
-            self._state = _leave(self._state, which)
-            for place in places:
-                self._free_slot(place)
+        self._free_slots(working)
 
     def _next_group(self) -> list[Job]:
         """Take requests from the queue as long as there are free slots, and room on the device for their prompts."""
@@ -258,7 +261,7 @@ class Engine:
         wanted: dict[str, HostPrompt] = {}
         free = len(self._free)
         with self._wake:
-            while self._waiting and len(group) < JOINED:
+            while self._waiting and len(group) < programs.JOINED:
                 job = self._waiting[0]
                 try:
                     wanted[job.prompt] = self.bank.prompt(job.prompt)
@@ -278,32 +281,32 @@ class Engine:
             self._working |= {place: (job, answer) for place, answer in zip(job.places, job.answers, strict=True)}
         self.bank.load({job.prompt for job in group})
         sides = [self.bank.sides(job.prompt, job.ids) for job in group]
-        length = self._padded_length(max(len(encoder) for encoder, _ in sides))
-        tokens = np.zeros((1 if len(group) == 1 else JOINED, length), np.int32)
-        before = np.zeros((len(tokens), self.decoder_rows), np.int32)
-        for row, (job, (encoder, decoder)) in enumerate(zip(group, sides, strict=True)):
-            job.length = length
-            tokens[row, : len(encoder)] = encoder
-            before[row, self.decoder_rows - len(decoder) :] = decoder
-        size = self.limits.slots
+        longest = max(len(encoder) for encoder, _ in sides)
+        length, size = self._length_for(longest), self.limits.slots
         count, source, place = 0, np.zeros(size, np.int32), np.zeros(size, np.int32)
-        wanted = _no_answers(size, self.ring)
-        seeds = {answer.seed for job in group for answer in job.answers}
-        rngs = {seed: self._rngs(seed) for seed in seeds if seed is not None}
+        wanted = continuous_batching.nothing_wanted(size, self.ring, self.padding)
+        rngs = functools.cache(self._rngs)
         for row, job in enumerate(group):
+            job.length = length
             for slot, answer in zip(job.places, job.answers, strict=True):
                 source[count], place[count] = row, slot
                 wanted.limit[count] = answer.limit
                 wanted.forced[count, : len(answer.forced)] = answer.forced
-                wanted.temperature[count], wanted.top_k[count] = answer.temperature, answer.top_k
-                wanted.top_p[count] = answer.top_p
-                if answer.seed is not None:
-                    wanted.rng[count] = rngs[answer.seed][answer.sample]
+                if isinstance(how := answer.how, decode.Sampling):
+                    wanted.temperature[count], wanted.rng[count] = how.temperature, rngs(how.seed)[answer.sample]
+                    wanted.top_k[count], wanted.top_p[count] = how.top_k or 0, how.top_p or 1.0
+                wanted.repetition_penalty[count], wanted.top[count] = answer.how.repetition_penalty, answer.top > 0
                 count += 1
-        tables, entries = self.bank.device.entries([job.prompt for job in group])
-        entries = np.pad(entries, (0, len(tokens) - len(group)))
-        arguments = tokens, before, np.asarray(count, np.int32), source, place, wanted
-        self._state = _join(*self.bank.device.parts, self._state, tables, entries, *arguments)
+        texts = padded(sides, 1 if len(group) == 1 else programs.JOINED, length, self.decoder_rows, self.padding)
+        self._encode(texts, [job.prompt for job in group], np.asarray(count, np.int32), source, place, wanted)
+
+    def _length_for(self, longest: int) -> int:
+        return next(length for length in self.lengths if length >= longest)
+
+    def _encode(self, texts: tuple[np.ndarray, np.ndarray], names: list[str], *answers: Any) -> None:
+        """Read texts (what encoder and decoder see) under prompts, and put their answers into slots."""
+        batch = self.bank.device.batch([*names, *[""] * (len(texts[0]) - len(names))])
+        self._state = programs.join_slots(batch, self._state, *texts, *answers)
 
     def _advance(self) -> None:
         jobs = {id(job): job for job, _ in self._working.values()}.values()
@@ -311,31 +314,57 @@ class Engine:
         length = max(job.length for job in jobs)
         rows = next(rows for rows in self._rows if rows > max(self._working))
         steps = np.asarray(1 if watched else _STEPS, np.int32)
-        self._state, *found = _advance(*self.bank.device.parts, self._state, steps, rows, self._before + length)
-        tokens, scores = map(np.asarray, found)
+        self._state, *found = self._take_steps(steps, rows, length)
+        tokens, scores = map(np.asarray, found[:2])
+        told = any(answer.top for _, answer in self._working.values())
+        others, likeliest = map(np.asarray, found[2:]) if told else (None, None)
         changed: dict[Job, bool] = {}
+        stopped = np.zeros(self.limits.slots, bool)  # of which the device knows nothing
         for place, (job, answer) in list(self._working.items()):
-            for token, score in zip(tokens[:steps, place].tolist(), scores[:steps, place].tolist(), strict=True):
+            written = zip(tokens[:steps, place].tolist(), scores[:steps, place].tolist(), strict=True)
+            for step, (token, score) in enumerate(written):
                 if token < 0:
                     break
-                answer.tokens.append(token)
-                answer.score += score
+                answer.add(token, score)
+                if answer.top and others is not None and likeliest is not None:
+                    best = others[step, place, : answer.top].tolist(), likeliest[step, place, : answer.top].tolist()
+                    answer.others.append(dict(zip(*best, strict=True)))
                 self.tokens += 1
+                if answer.ended:
+                    break
             if answer.done:
+                stopped[place] = answer.ended and answer.tokens[-1] not in self._known_ends
                 self._free_slot(place)
             changed[job] = changed.get(job, True) and answer.done
+        if stopped.any():
+            self._state = programs.leave_slots(self._state, stopped)
+        broken = {job for job in changed if not all(math.isfinite(answer.score) for answer in job.answers)}
+        self._free_slots(broken)
         for job, done in changed.items():
+            if job in broken:
+                _notify(job, RequestError(422, no_numbers(job.prompt)))
+                continue
             if done and not any(job is other for other, _ in self._working.values()):
                 _notify(job, True)
             elif job.watched:
                 _notify(job, None)
 
+    def _take_steps(self, steps: np.ndarray, rows: int, length: int) -> Any:
+        return programs.advance_slots(self.bank.device.model, self._state, steps, rows, self._before + length)
+
+    def _free_slots(self, jobs: set[Job]) -> None:
+        """End requests whose answers are not done."""
+        places = [place for place, (job, _) in self._working.items() if job in jobs]
+        if places:
+            which = np.zeros(self.limits.slots, bool)
+            which[places] = True
+            self._state = programs.leave_slots(self._state, which)
+            for place in places:
+                self._free_slot(place)
+
     def _free_slot(self, place: int) -> None:
         del self._working[place]
         heapq.heappush(self._free, place)
-
-    def _padded_length(self, length: int) -> int:
-        return next(one for one in self.lengths if one >= length)
 
     def _fail_slots(self, reason: str) -> None:
         """Fail the requests in the slots, and begin with empty slots again."""
@@ -368,21 +397,19 @@ class Engine:
         self._working.clear()
         self._free = list(range(self.limits.slots))
         self._state: Any = None  # frees the old state before the new one is made
-        self._state = _empty(
-            *self.bank.device.parts, self.limits.slots, self.ring, self.lengths[-1], *self.bank.device.entries([""])
-        )
+        with self.bank.computing():
+            batch = self.bank.device.batch([""])
+            self._state = programs.empty_slots(batch, self.limits.slots, self.ring, self.lengths[-1])
 
     def _warm(self) -> None:
         size = self.limits.slots
-        none, places, wanted = np.asarray(0, np.int32), np.zeros(size, np.int32), _no_answers(size, self.ring)
-        for length, count in ((length, count) for length in self.lengths for count in (1, JOINED)):
-            tokens, before = np.zeros((count, length), np.int32), np.zeros((count, self.decoder_rows), np.int32)
-            tables, entries = self.bank.device.entries([""] * count)
-            arguments = tokens, before, none, places, places, wanted
-            self._state = _join(*self.bank.device.parts, self._state, tables, entries, *arguments)
+        none, places = np.asarray(0, np.int32), np.zeros(size, np.int32)
+        wanted = continuous_batching.nothing_wanted(size, self.ring, self.padding)
+        for length, count in ((length, count) for length in self.lengths for count in (1, programs.JOINED)):
+            self._encode(padded([], count, length, self.decoder_rows, self.padding), [], none, places, places, wanted)
         for length, rows in ((length, rows) for length in self.lengths for rows in self._rows):
-            self._state, *_ = _advance(*self.bank.device.parts, self._state, none, rows, self._before + length)
-        self._state = _leave(self._state, np.zeros(size, bool))
+            self._state, *_ = self._take_steps(none, rows, length)
+        self._state = programs.leave_slots(self._state, np.zeros(size, bool))
         self._rngs(0)
         for name in self.bank.names[:1]:
             self.bank.load({name})
@@ -396,58 +423,3 @@ class Engine:
 def _notify(job: Job, event: Any) -> None:
     with contextlib.suppress(RuntimeError):  # the client's event loop has closed
         job.notify(event)
-
-
-def _no_answers(size: int, ring: int) -> continuous_batching.Wanted:
-    zeros = np.zeros(size, np.int32)
-    return continuous_batching.Wanted(
-        zeros,  # type: ignore[arg-type]
-        np.zeros((size, ring), np.int32),  # type: ignore[arg-type]
-        np.zeros((size, 2), np.uint32),  # type: ignore[arg-type]
-        np.zeros(size, np.float32),  # type: ignore[arg-type]
-        zeros.copy(),  # type: ignore[arg-type]
-        np.ones(size, np.float32),  # type: ignore[arg-type]
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 3, 4, 5))
-def _empty(
-    structure: Structure,
-    table: Any,
-    frozen: Any,
-    size: int,
-    ring: int,
-    length: int,
-    tables: per_example.BatchState,
-    entries: Any,
-) -> continuous_batching.Slots:
-    return continuous_batching.empty(
-        structure.merge(table, frozen), size, ring, length, per_example.gather(tables, entries)
-    )
-
-
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
-def _join(
-    structure: Structure,
-    table: Any,
-    frozen: Any,
-    state: continuous_batching.Slots,
-    tables: per_example.BatchState,
-    entries: Any,
-    *arguments: Any,
-) -> continuous_batching.Slots:
-    return continuous_batching.join(
-        structure.merge(table, frozen), state, per_example.gather(tables, entries), *arguments
-    )
-
-
-@functools.partial(jax.jit, static_argnums=(0, 5, 6), donate_argnums=3)
-def _advance(
-    structure: Structure, table: Any, frozen: Any, state: continuous_batching.Slots, steps: Any, rows: int, length: int
-) -> Any:
-    return continuous_batching.advance(structure.merge(table, frozen), state, steps, rows, length)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _leave(state: continuous_batching.Slots, which: Any) -> continuous_batching.Slots:
-    return continuous_batching.leave(state, which)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from softprompt_jax.serve.engine import Engine
@@ -14,19 +13,21 @@ class ServerMetrics:
     """Counts answers, errors and seconds; reads the rest from the engine on request."""
 
     def __init__(self, engine: Engine):
-        from prometheus_client import CollectorRegistry, Counter, Histogram
+        from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-        self._registry = CollectorRegistry()
-        self._seconds = Histogram(
-            "softprompt_request_seconds",
-            "From a request's arrival to its answer.",
-            buckets=_SECONDS,
-            registry=self._registry,
-        )
-        self._refused = Counter(
-            "softprompt_refused_total", "Requests not answered, by HTTP status.", ["status"], registry=self._registry
-        )
-        self._registry.register(_EngineCollector(engine))  # type: ignore[arg-type]
+        self._engine, self._registry = engine, CollectorRegistry()
+        to: dict[str, Any] = {"registry": self._registry}
+        seconds = "From a request's arrival to its answer."
+        self._seconds = Histogram("softprompt_request_seconds", seconds, buckets=_SECONDS, **to)
+        self._refused = Counter("softprompt_refused_total", "Requests not answered, by HTTP status.", ["status"], **to)
+        self._tokens, self._counted = Counter("softprompt_tokens", "Tokens written.", **to), 0
+        for name, about, value in (
+            ("waiting_requests", "Requests that wait for a slot.", lambda: engine.waiting),
+            ("working_slots", "Answers that are decoded.", lambda: engine.working),
+            ("slots", "Answers that can be decoded at once.", lambda: engine.limits.slots),
+            ("prompts", "Prompts in the bank.", lambda: len(engine.bank)),
+        ):
+            Gauge(f"softprompt_{name}", about, **to).set_function(value)
 
     def answered(self, seconds: float) -> None:
         """Count an answered request."""
@@ -40,19 +41,7 @@ class ServerMetrics:
         """Return everything in Prometheus' text format."""
         from prometheus_client import generate_latest
 
+        written = self._engine.tokens
+        self._tokens.inc(written - self._counted)
+        self._counted = written
         return generate_latest(self._registry).decode()
-
-
-class _EngineCollector:
-    def __init__(self, engine: Engine):
-        self._engine = engine
-
-    def collect(self) -> Iterable[Any]:
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
-        engine = self._engine
-        yield CounterMetricFamily("softprompt_tokens", "Tokens written.", value=engine.tokens)
-        yield GaugeMetricFamily("softprompt_waiting_requests", "Requests that wait for a slot.", value=engine.waiting)
-        yield GaugeMetricFamily("softprompt_working_slots", "Answers that are decoded.", value=engine.working)
-        yield GaugeMetricFamily("softprompt_slots", "Answers that can be decoded at once.", value=engine.limits.slots)
-        yield GaugeMetricFamily("softprompt_prompts", "Prompts in the bank.", value=len(engine.bank.names))

@@ -25,10 +25,8 @@ __all__ = ["Example", "Task", "complete", "get", "load", "names", "resolve", "sp
 @functools.cache
 def _settings() -> dict[str, dict[str, Any]]:
     """Read the settings of all named tasks."""
-    found: dict[str, dict[str, Any]] = {}
-    for path in sorted(Path(__file__).parent.glob("*.yaml")):
-        found |= config.read(path)
-    return found
+    files = sorted(Path(__file__).parent.glob("*.yaml"))
+    return {name: settings for path in files for name, settings in config.read(path).items()}
 
 
 def names() -> list[str]:
@@ -48,11 +46,18 @@ def complete(value: Any) -> Any:
     """Return a mapping without a source as the named task with these settings in the stead of its own.
 
     `source: {revision: ...}`, without a kind, changes a part of the named task's source. `{kind: seqio, name: ...,
-    module: ...}` is a seqio Task with its own metrics, and further settings as in any task.
+    module: ...}` is a seqio Task with its own metrics, and further settings as in any task. `inputs` of a task with a
+    teacher is the file of its rows.
     """
     if not isinstance(value, Mapping):
         return value
-    source, kind = value.get("source", {}), SHORT_FORMS.get(value.get("kind", ""))
+    if value.get("kind") == "distill" and "inputs" in value:
+        if "source" in value:
+            raise UserError("task: found inputs and a source; expected one of them; leave the other out")
+        return {key: item for key, item in value.items() if key != "inputs"} | {
+            "source": {"kind": "inputs", "path": value["inputs"]}
+        }
+    source, kind = value.get("source", {}), SHORT_FORMS.get(str(value.get("kind", "")))
     if kind is not None and "source" not in value:
         own = {key: value[key] for key in kind.model_fields if key in value}
         rest = {key: item for key, item in value.items() if key not in own or key == "name"}
@@ -80,8 +85,8 @@ def short(task: Task) -> Any:
     return {"name": task.name, **changes} if changes else task.name
 
 
-def resolve(value: Any, where: str = "task") -> Task:
+def resolve(value: Any) -> Task:
     """Return the task that a run's settings state: a name, a mapping of settings, or a task already."""
     if isinstance(value, str):
         return get(value)
-    return value if isinstance(value, Task) else parse(Task, complete(value), where)
+    return value if isinstance(value, Task) else parse(Task, complete(value), "task")

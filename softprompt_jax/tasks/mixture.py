@@ -34,7 +34,6 @@ class Proportional(Settings):
     limit: int | None = pydantic.Field(None, gt=0)  # number of a task's examples that count at most
 
     def rates(self, counts: Sequence[int]) -> Float[np.ndarray, " N"]:
-        """Return each task's share of the examples, from the examples it has."""
         return Temperature(temperature=1.0, limit=self.limit).rates(counts)
 
 
@@ -46,7 +45,6 @@ class Temperature(Settings):
     limit: int | None = pydantic.Field(None, gt=0)  # number of a task's examples that count at most
 
     def rates(self, counts: Sequence[int]) -> Float[np.ndarray, " N"]:
-        """Return each task's share of the examples, from the examples it has."""
         counted = np.minimum(counts, self.limit or max(counts)).astype(np.float64)
         weights = (counted / counted.sum()) ** (1 / self.temperature)
         return weights / weights.sum()
@@ -59,7 +57,6 @@ class FixedRates(Settings):
     shares: list[Annotated[float, pydantic.Field(gt=0)]] = pydantic.Field(min_length=1)  # one number for each task
 
     def rates(self, counts: Sequence[int]) -> Float[np.ndarray, " N"]:
-        """Return each task's share of the examples."""
         return np.asarray(self.shares) / sum(self.shares)
 
 
@@ -186,10 +183,7 @@ def draw_mixture(counts: Sequence[int], rates: Float[np.ndarray, " N"], seed: in
 
 def _stretch(count: int, first: int, length: int, seed: list[int]) -> Int[np.ndarray, " length"]:
     """Numbers `first` to `first + length` of endless shuffled rounds through `count` examples."""
-    parts = []
-    while length:
-        lap, place = divmod(first, count)
-        order = np.random.Generator(np.random.PCG64(np.random.SeedSequence([*seed, lap]))).permutation(count)
-        parts.append(order[place : place + length])
-        first, length = first + len(parts[-1]), length - len(parts[-1])
-    return np.concatenate(parts)
+    rounds = range(first // count, (first + length - 1) // count + 1)
+    generators = (np.random.Generator(np.random.PCG64(np.random.SeedSequence([*seed, number]))) for number in rounds)
+    orders = [generator.permutation(count) for generator in generators]
+    return np.concatenate(orders)[first % count :][:length]

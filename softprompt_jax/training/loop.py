@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 import softprompt_jax
 from softprompt_jax.assembly import assemble, check_devices
+from softprompt_jax.checkpoints.backbone import Backbone
 from softprompt_jax.checkpoints.training_state import Checkpoints
 from softprompt_jax.config import Diverged, parse, settings_hash
 from softprompt_jax.data.batches import BatchCounts, count_slots
@@ -30,309 +33,341 @@ from softprompt_jax.distributed.multihost import (
 from softprompt_jax.methods import leaves, split
 from softprompt_jax.optim.gradient_free import Search
 from softprompt_jax.optim.optimizers import describe_rates
-from softprompt_jax.progress import Reporter, duration
-from softprompt_jax.run import UNHASHED_SETTINGS, Run
+from softprompt_jax.progress import Reporter, duration, in_notebook
+from softprompt_jax.run import UNHASHED_SETTINGS, Run, load_run
+from softprompt_jax.training import run_folder
+from softprompt_jax.training.callbacks import Callback, Callbacks, WandB
+from softprompt_jax.training.distill import attach_context
+from softprompt_jax.training.given import Metric, named_in
+from softprompt_jax.training.meter import Meter, Speed
 from softprompt_jax.training.run_data import ILLEGAL_HINT, PretrainingRunData, RunData, mostly_illegal
-from softprompt_jax.training.run_folder import (
-    Log,
-    at_read_revisions,
-    begin_folder,
-    check_folder,
-    create_folder,
-    default_folder,
-    leave_files,
-    scores_in,
-)
-from softprompt_jax.training.step import State, build_optimizer, first_state, make_step
+from softprompt_jax.training.step import build_optimizer, first_state, make_step
+from softprompt_jax.training.trained_run import TrainedRun
 
 SAVE_EVERY_S = 180  # wall time after which a checkpoint is written, whatever `checkpoint_every` says
 _SAVING_SHARE = 0.05  # of the wall time at most goes into checkpoints that only time asks for
 
 
-def train(run: Run, out: str | Path | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
-    """Train a run in the folder `out`, or go on where it stopped, and return its result.
+def train(
+    run: Run | str | Path,
+    out: str | Path | None = None,
+    reporter: Reporter | None = None,
+    wait: bool = False,
+    *,
+    backbone: Backbone | None = None,
+    callbacks: Sequence[Callback] = (),
+    metrics: Sequence[Metric] = (),
+    init: Float[np.ndarray | jax.Array, "P D"] | None = None,
+) -> TrainedRun:
+    """Train a run, or the config in a file, in the folder `out`, or go on where it stopped.
 
-    The result: `validation` and `test` metrics of the best checkpoint (by the mean of the task's
-    metrics), `baselines` on the same split (majority class, the prompt before training), `steps`,
-    `best_step`, `trainable_parameters` and `seconds`. Without a test split `test` is None. Default folder: `runs/HASH`.
-    A folder whose run had fewer `steps` is made longer.
+    What is returned has `scores`, `prompt` and `generate`. As a mapping it is the result: `validation` and `test`
+    metrics of the best checkpoint (by `best_by`, or the mean of the task's metrics), `baselines` on the same split
+    (majority class, the prompt before training), `steps`, `best_step`, `trainable_parameters` and `seconds`. Without a
+    test split `test` is None. Without `out` the folder is a temporary one, which is not removed. A folder whose run had
+    fewer `steps` is made longer. Where another command trains in the folder, this one is refused, or with `wait` waits
+    for its end. In a notebook the progress is shown; elsewhere it needs a `reporter`.
+
+    `backbone`: a loaded model, which stays as it is and is not copied; its name, dtype and quantisation become the
+    run's. `callbacks`: functions of a step and a dictionary of numbers, called where the run is logged, validated,
+    saved and at its end; one that returns True stops the training (training/callbacks.py). `metrics`: functions of
+    predictions and targets, lists of texts, that return `{name: number}`, more is better; they are scored beside the
+    task's metrics. `init`: rows [P, D] that the first method's prompt starts from. Functions and arrays, as rows in
+    memory, are named in the folder's `config.yaml` only: to go on with the run, pass them again.
 
     Several processes (see `multihost.connect`) call this alike and share the folder, which may be on gs://.
-    Raises Preempted after SIGTERM and Ctrl-C, with everything saved.
+    Errors: UserError for bad input. Raises Preempted after SIGTERM and Ctrl-C, with everything saved.
     """
-    run = run.expanded()
-    home = RunFolder(out if out is not None else default_folder(run))
-    reporter = reporter if reporter is not None and is_first() else Reporter(quiet=True)
+    named = named_in(run if isinstance(run, Run) else load_run(run), backbone, metrics, init).expanded()
+    home = RunFolder(out if out is not None else run_folder.temporary_folder(named))
+    reporter = (reporter or Reporter(quiet=not in_notebook())) if is_first() else Reporter(quiet=True)
     assert_same_everywhere("versions", f"softprompt_jax {softprompt_jax.__version__}, jax {jax.__version__}")
-    assert_same_everywhere("settings", settings_hash(run, without=UNHASHED_SETTINGS))
-    assert_same_everywhere("mesh", str(run.mesh))
-    mesh = run.mesh.build()
+    assert_same_everywhere("settings", settings_hash(named, without=UNHASHED_SETTINGS))
+    assert_same_everywhere("mesh", str(named.mesh))
+    mesh = named.mesh.build()
     with home.opened(), contextlib.ExitStack() as opened:
 
         def enter() -> dict[str, Any] | None:
-            create_folder(home.path)
-            home.check = opened.enter_context(lock_folder(home.place, report=reporter.line))
+            run_folder.create_folder(home.path)
+            others = functools.partial(run_folder.check_folder, named, home.path)
+            wait_s = math.inf if wait else None
+            home.check = opened.enter_context(lock_folder(home.place, wait_s, reporter.line, others))
             home.fetch()
-            return check_folder(run, home.path, home.checkpoints)
+            return run_folder.check_folder(named, home.path, home.checkpoints)
 
         if (result := run_on_process_0(enter)) is not None:
             reporter.line(f"{home.place}: finished already; delete the folder to run it again")
-            return result
-        settings = run_on_process_0(lambda: at_read_revisions(run, home.path).model_dump(mode="json"))
+            return TrainedRun(home.place, named, result, backbone)
+        settings = run_on_process_0(lambda: run_folder.at_read_revisions(named, home.path).model_dump(mode="json"))
         opened.enter_context(jax.set_mesh(mesh))
-        return _train(parse(Run, settings, str(home.place)), home, reporter, opened)
+        heard = opened.enter_context(Callbacks([*callbacks, *([WandB(named.wandb)] if named.wandb else [])]))
+        pinned = parse(Run, settings, str(home.place))
+        result = _OneRun(pinned, home, reporter, opened, backbone, heard, metrics).fit()
+    return TrainedRun(home.place, pinned, result, backbone)
 
 
-def _train(run: Run, home: RunFolder, reporter: Reporter, opened: contextlib.ExitStack) -> dict[str, Any]:
-    """Train a run whose folder is checked and locked; `opened` ends what must be ended, also after an error."""
-    folder = home.path
+class Training(Protocol):
+    """What `fit` trains, one run or N in one program: subclasses have these attributes and methods.
 
-    # ---- model, data, step
-    assembly = assemble(run)
-    check_devices(run, assembly)
-    model = sharding.shard_model(assembly.model)
-    parts = split(model)
-    about = leaves(model)
-    data = PretrainingRunData(run, assembly, parts) if run.pretraining else RunData(run, assembly, parts)
-    optimizer = build_optimizer(run, about, assembly.identity)
+    `batches` yields batches and their counts; the training ends early where they end. `take_step` changes the state and
+    returns the loss, [] or [N]. `evaluate` scores the state after a step, `save` starts to write it (the score is None
+    where it was not evaluated) and what the next line says of the steps so far, `write_line` adds to the log and
+    returns what the progress says. `ends` tells whether the step that is behind is the last, though more were planned.
+    `finish` leaves the files for others and returns the result.
+    """
 
-    begin = functools.partial(first_state, optimizer)
-    layout = sharding.state_sharding(jax.eval_shape(begin, parts.trainable), parts.trainable)
-    state = jax.jit(begin, out_shardings=layout)(parts.trainable)
-    step_function = make_step(run, parts, optimizer, layout)
-    _, shares = sharding.process_share()
-    trained = sum(leaf.size for leaf in jax.tree.leaves(parts.trainable))
-    reporter.line(
-        f"backbone {assembly.identity}: {assembly.model.settings.parameters():,} parameters, {trained:,} train; "
-        f"{sharding.describe()}, {run.dtype}"
-    )
-    if isinstance(optimizer, Search):
-        reporter.line(f"no gradients: {run.optimizer.kind}, {optimizer.population} candidates a step")
-    else:
-        reporter.line(describe_rates(run.method_names, run.optimizers, about))
-    reporter.line(data.describe())
+    run: Run  # of N runs the first, for what all have in common
+    place: str | Path
+    title: str
+    first: int  # step that is behind the state at the start
+    last: int  # step that is behind the state now
+    validated: bool  # whether the state at the start was
+    pending: Any  # what was saved with that state
+    state: Any
+    begun: Callable[[], Any]  # called after the first step of this process
+    checkpoints: Checkpoints
+    preemption: Preemption
+    reporter: Reporter
 
-    # ---- resume. The order is important:
-    # 1. The settings are written, now that everything could be built; an error before the first step takes them back.
-    # 2. The state of the latest complete checkpoint, if there is one.
-    # 3. The scores of the validations up to it decide which checkpoint is the best; some were made after a checkpoint.
-    # 4. The lines of metrics.jsonl behind it are dropped: their steps are taken again.
-    # 5. Data and random keys follow from the step.
-    preemption = opened.enter_context(Preemption())  # left last: it may end the process
-    begun = opened.enter_context(begin_folder(run, folder, home.send)) if is_first() else lambda: None
-    checkpoints = opened.enter_context(contextlib.closing(Checkpoints(home.checkpoints)))
-    first = 0
-    if (latest := checkpoints.latest()) is not None:
-        state, first = checkpoints.restore(latest, state), latest
-        reporter.line(f"resumed at step {first}")
-    scored = run_on_process_0(lambda: [(step, *score) for step, score in scores_in(folder, run).items()])
-    scored = {step: score for step, *score in scored if step <= first}
-    for step, score in scored.items():
-        checkpoints.score(step, *score)
-    # A run that began before there were validation losses ends as it would have: the earliest of equal scores.
-    losses_count = all(loss is not None for _, loss in scored.values())
-    log = opened.enter_context(contextlib.closing(Log(folder, first)))
-    if first == 0:
-        log.write({"step": 0, "data": data.measures()})
-    key = jax.random.fold_in(jax.random.key(run.seed), 2)
-    vocabulary_rows = assembly.model.settings.vocabulary_rows
+    def batches(self) -> Iterator[tuple[Any, BatchCounts]]: ...
+    def take_step(self, batch: Any) -> Any: ...
+    def evaluate(self, step: int) -> Any: ...
+    def save(self, step: int, score: Any, pending: Any = None) -> None: ...
+    def ends(self) -> bool: ...
+    def write_line(self, step: int, speed: Speed) -> str: ...
+    def finish(self) -> Any: ...
 
-    def batches() -> Iterator[tuple[Any, BatchCounts]]:
-        for batch in data.batches(first):
-            yield batch, BatchCounts(*(shares * count for count in count_slots(batch, vocabulary_rows)))
+    def fit(self) -> Any:
+        """Take the steps after `first` and finish. Raises Preempted, with the state saved, when it is time to go."""
+        run, first, reporter = self.run, self.first, self.reporter
+        if first == 0 or not self.validated:  # at 0 it shows at once whether evaluation works
+            self._score(first)
+        reporter.start(self.title, first, run.steps)
+        meter, timer, shapes = Meter(self.pending), SaveTimer(first), set()
+        self.last = first
+        planned = () if self.ends() else range(first + 1, run.steps + 1)  # it may have ended before it was interrupted
+        for number, (batch, counts) in zip(planned, self.batches(), strict=False):
+            # ---- one step; that of a new shape compiles, and is waited for
+            shape, compiling_s = tuple(rows.shape for rows in batch.values()), None
+            if shape not in shapes:
+                jax.block_until_ready(self.state)
+                start = time.monotonic()
+            loss, self.last = self.take_step(batch), number
+            if shape not in shapes:
+                jax.block_until_ready(loss)
+                compiling_s = time.monotonic() - start
+                reporter.skip(compiling_s)
+                shapes.add(shape)
+            meter.add(loss, counts, compiling_s)
+            if number == first + 1:
+                self.begun()
+            # ---- what is due after it
+            evaluated = run.evaluates(number)
+            leaving = self.preemption.reached(loss) and number < run.steps
+            planned = evaluated or number % run.checkpoint_every == 0
+            saved = planned or leaving or timer.due(number)
+            if planned or number % run.log_every == 0:  # at the same steps whenever the run is stopped
+                reporter.update(number, run.steps, self.write_line(number, meter.read()))
+                meter.restart()
+            if saved:
+                start = time.monotonic()
+                score = self._score(number) if evaluated else None
+                scored = time.monotonic()
+                self.save(number, score, meter.pending())
+                timer.saved(number, time.monotonic() - scored)
+                meter.skip(time.monotonic() - start)
+            if self.ends() and number < run.steps:
+                if not evaluated:  # the state that is left needs a score
+                    score = self._score(number)
+                    self.checkpoints.score(number, *score) if saved else self.save(number, score, meter.pending())
+                reporter.line(f"{self.place}: stopped at step {number} of {run.steps}")
+                break
+            if leaving:
+                raise self.preemption.stopped(f"{self.place}: told to stop, saved at step {number}")
+        reporter.stop()
+        self.checkpoints.wait()
+        with self._unless_preempted("the result was measured"):
+            return self.finish()
 
-    def take_step(state: State, batch: Any) -> tuple[State, Any]:
-        state, measured = step_function(state, parts.frozen, sharding.shard_local_batch(batch), key)
-        return state, measured["loss"]
+    def _score(self, number: int) -> Any:
+        with self._unless_preempted(f"step {number} was validated"):
+            try:
+                return self.evaluate(number)
+            except PreemptedDuringEval:
+                if number > self.first:
+                    self.save(number, None)
+                raise
 
-    def evaluate(step: int, state: State) -> tuple[float, float | None]:
-        scores, score = data.validate(state["trainable"], parts.frozen)
+    @contextlib.contextmanager
+    def _unless_preempted(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except PreemptedDuringEval:
+            raise self.preemption.stopped(f"{self.place}: told to stop while {what}") from None
+
+    def write_scores(self, log: run_folder.Log, step: int, scores: dict[str, float], name: str = "") -> None:
+        """Write what a validation has found, of the run of this name if there are several."""
         log.write({"step": step, "validation": scores})
-        reporter.line(f"step {step}: validation " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+        self.reporter.line(f"{name}step {step}: validation " + "  ".join(f"{k} {v:.4g}" for k, v in scores.items()))
         if step > 0 and mostly_illegal(scores):
-            reporter.once(ILLEGAL_HINT)
-        loss = scores.get("loss") if losses_count else None
-        if step == first > 0:  # its validation was cut short
-            checkpoints.score(step, score, loss)
+            self.reporter.once(ILLEGAL_HINT)
+
+
+class _OneRun(Training):
+    """The training of a run whose folder is checked and locked; `opened` ends what must be ended, also on errors."""
+
+    title = "train"
+
+    def __init__(
+        self,
+        run: Run,
+        home: RunFolder,
+        reporter: Reporter,
+        opened: contextlib.ExitStack,
+        backbone: Backbone | None,
+        callbacks: Callbacks,
+        metrics: Sequence[Metric],
+    ):
+        self.run, self.home, self.place, self.reporter = run, home, home.place, reporter
+        self.callbacks = callbacks
+
+        # ---- model, data, step
+        self.assembly = assemble(run, backbone)
+        check_devices(run, self.assembly)
+        attach_context(run, self.assembly)
+        model = sharding.shard_model(self.assembly.model)
+        self.parts = parts = split(model)
+        about = leaves(model)
+        given = run, self.assembly, parts
+        self.data = PretrainingRunData(*given) if run.pretraining else RunData(*given, metrics=metrics)
+        self.optimizer = build_optimizer(run, about, self.assembly.identity)
+        begin = functools.partial(first_state, self.optimizer)
+        layout = sharding.state_sharding(jax.eval_shape(begin, parts.trainable), parts.trainable)
+        self.state = jax.jit(begin, out_shardings=layout)(parts.trainable)
+        self.step_function = make_step(run, parts, self.optimizer, layout)
+        self.key = jax.random.fold_in(jax.random.key(run.seed), 2)
+        self.trained = sum(leaf.size for leaf in jax.tree.leaves(parts.trainable))
+        reporter.line(
+            f"backbone {self.assembly.identity}: {model.settings.parameters():,} parameters, {self.trained:,} train; "
+            f"{sharding.describe()}, {run.dtype}"
+        )
+        if isinstance(self.optimizer, Search):
+            reporter.line(f"no gradients: {run.optimizer.kind}, {self.optimizer.population} candidates a step")
+        else:
+            reporter.line(describe_rates(run.method_names, run.optimizers, about))
+        reporter.line(self.data.describe())
+
+        # ---- resume. The order is important:
+        # 1. The settings are written, now that everything could be built; an error before the first step takes them
+        #    back.
+        # 2. The state of the newest good checkpoint, if there is one, and what the next line says of steps before it.
+        # 3. The scores of the validations up to it decide which checkpoint is the best; some were made after a
+        #    checkpoint.
+        # 4. The lines of metrics.jsonl behind it are dropped: their steps are taken again.
+        # 5. Data and random keys follow from the step.
+        self.preemption = opened.enter_context(Preemption())  # left last: it may end the process
+        self.begun = lambda: None
+        if is_first():
+            self.begun = opened.enter_context(run_folder.begin_folder(run, home.path, home.send, home.check))
+        checkpoints = Checkpoints(home.checkpoints, report=reporter.line)
+        self.checkpoints = opened.enter_context(contextlib.closing(checkpoints))
+        self.first, self.pending, lines = 0, None, None
+        if (newest := self.checkpoints.restore_newest(self.state)) is not None:
+            self.state, self.first = newest
+            self.pending, lines = self.checkpoints.pending(self.first), self.checkpoints.lines(self.first)
+            reporter.line(f"resumed at step {self.first}")
+        scored = run_on_process_0(lambda: list(run_folder.scores_in(home.path, run).items()))
+        scored = {step: score for step, score in scored if step <= self.first}
+        for step, score in scored.items():
+            self.checkpoints.score(step, *score)
+        self.scored = {step: score for step, (score, _) in scored.items() if step > 0}  # the start is no candidate
+        self.validated = self.first in scored or not run.evaluates(self.first)
+        # A run that began before there were validation losses ends as it would have: the earliest of equal scores.
+        self.losses_count = all(loss is not None for _, loss in scored.values())
+        seconds = self.pending["seconds"] if self.pending else 0.0
+        log = run_folder.Log(home.path, self.first, True, seconds, home.check, lines)
+        self.log = opened.enter_context(contextlib.closing(log))
+        if self.first == 0:
+            self.log.write({"step": 0, "data": self.data.measures()})
+        callbacks.begin(run, home.path)
+
+    def ends(self) -> bool:
+        """Tell whether a callback or `patience` stops the run: so many validations did not raise its score."""
+        if self.run.patience is None or not self.scored:
+            return self.callbacks.stop
+        best = max(self.scored, key=lambda step: (self.scored[step], -step))
+        waited = sum(step > best for step in self.scored)
+        return waited >= self.run.patience or self.callbacks.stop
+
+    def batches(self) -> Iterator[tuple[Any, BatchCounts]]:
+        settings, (_, shares) = self.assembly.model.settings, sharding.process_share()
+        for batch in self.data.batches(self.first):
+            counts = count_slots(batch, settings.vocabulary_rows, settings.padding)
+            yield batch, BatchCounts(*(shares * count for count in counts))
+
+    def take_step(self, batch: Any) -> Any:
+        rows = sharding.shard_local_batch(batch)
+        self.state, measured = self.step_function(self.state, self.parts.frozen, rows, self.key)
+        return measured["loss"]
+
+    def evaluate(self, step: int) -> tuple[float, float | None]:
+        scores, score = self.data.validate(self.state["trainable"], self.parts.frozen)
+        self.write_scores(self.log, step, scores)
+        if step > 0:
+            self.scored[step] = score
+        self.callbacks(step, {"validation": scores})
+        loss = scores.get("loss") if self.losses_count else None
+        if step == self.first > 0:  # its validation was cut short
+            self.checkpoints.score(step, score, loss)
         return score, loss
 
-    def save(step: int, state: State, score: tuple[float, float | None] | None) -> None:
-        checkpoints.save(step, state, *(score or ()))
+    def save(self, step: int, score: tuple[float, float | None] | None, pending: Any = None) -> None:
+        if pending is not None:
+            self._check_finite(step, pending["loss"])
+        self.home.check()
+        self.checkpoints.save(step, self.state, *(score or (None, None)), pending, self.log.checksum())
         if is_first():
-            home.send()
+            self.home.send()
+        self.callbacks(step, {"checkpoint": step})
 
-    def write_line(step: int, speed: Speed) -> str:
+    def write_line(self, step: int, speed: Speed) -> str:
         loss = float(speed.loss)
+        self._check_finite(step, loss)
+        line = speed.line(step, self.run.learning_rate(step - 1), self.log.seconds())
+        self.log.write(line)
+        self.callbacks(step, line)
+        return f"loss {loss:.4f}  {float(speed.tokens_per_s):,.0f} tokens/s"
+
+    def _check_finite(self, step: int, loss: float) -> None:
         if not np.isfinite(loss):
             raise Diverged(
                 f"step {step}: the loss is {loss}; expected a finite number; lower the learning rate, "
                 "clip the gradient or use float32",
                 step,
             )
-        log.write(speed.line(step, run.learning_rate(step - 1), log.seconds()))
-        return f"loss {loss:.4f}  {float(speed.tokens_per_s):,.0f} tokens/s"
 
-    state = fit(
-        run,
-        home.place,
-        first,
-        state,
-        take_step,
-        batches(),
-        evaluate,
-        save,
-        write_line,
-        begun,
-        preemption,
-        reporter,
-        validated=first in scored or not run.evaluates(first),
-    )
-
-    # ---- the best checkpoint's results, files for others
-    checkpoints.wait()
-    best = checkpoints.best() if data.select_best else None
-    best = run.steps if best is None else best
-    chosen = state if best == run.steps else checkpoints.restore(best, state)
-    try:
-        measured = data.result(chosen["trainable"], parts)
-    except PreemptedDuringEval:
-        raise preemption.stopped(f"{home.place}: told to stop while its result was measured") from None
-    result = measured | {
-        "steps": run.steps,
-        "best_step": best,
-        "trainable_parameters": trained,
-        "seconds": round(log.seconds(), 1),
-    }
-    if isinstance(optimizer, Search):
-        result |= optimizer.report(parts.merge(chosen["trainable"], parts.frozen), run.steps, assembly.tokenizer.decode)
-    leave_files(run, folder, assembly.identity, parts, chosen["trainable"], result)
-    if is_first():
-        home.send()
-    reporter.line(f"{home.place}: done in {duration(result['seconds'])}")
-    return result
-
-
-def fit(
-    run: Run,
-    place: str | Path,
-    first: int,
-    state: Any,
-    step: Callable[[Any, Any], tuple[Any, Any]],
-    batches: Iterable[tuple[Any, BatchCounts]],
-    evaluate: Callable[[int, Any], Any],
-    save: Callable[[int, Any, Any], None],
-    log: Callable[[int, Speed], str],
-    begun: Callable[[], Any],
-    preemption: Preemption,
-    reporter: Reporter,
-    validated: bool = True,
-    title: str = "train",
-) -> Any:
-    """Take the steps of `run` after `first` and return the last state: of one run, or of N in one program.
-
-    `step(state, batch)` returns the new state and the loss, [] or [N]. `batches` yields batches and their counts; the
-    training ends early where they end. `evaluate(number, state)` scores a state, `save(number, state, score)` starts
-    to write it (`score` is None where it was not evaluated), `log(number, speed)` writes a line and returns what the
-    progress says. `begun` is called after the first step of this process. Unless `first` is `validated`, it is now.
-    Raises Preempted, with the state saved, when it is time to go.
-    """
-
-    def scored(number: int) -> Any:
-        try:
-            return evaluate(number, state)
-        except PreemptedDuringEval:
-            if number > first:
-                save(number, state, None)
-            raise preemption.stopped(f"{place}: told to stop while step {number} was validated") from None
-
-    if first == 0 or not validated:  # at 0 it shows at once whether evaluation works
-        scored(first)
-    reporter.start(title, first, run.steps)
-    meter, timer, shapes = Meter(), SaveTimer(first), set()
-    for number, (batch, counts) in zip(range(first + 1, run.steps + 1), batches, strict=False):
-        # ---- one step; that of a new shape compiles, and is waited for
-        shape, compiling_s = tuple(rows.shape for rows in batch.values()), None
-        if shape not in shapes:
-            jax.block_until_ready(state)
-            start = time.monotonic()
-        state, loss = step(state, batch)
-        if shape not in shapes:
-            jax.block_until_ready(loss)
-            compiling_s = time.monotonic() - start
-            reporter.skip(compiling_s)
-            shapes.add(shape)
-        meter.add(loss, counts, compiling_s)
-        if number == first + 1:
-            begun()
-        # ---- what is due after it
-        evaluated = run.evaluates(number)
-        leaving = preemption.reached(loss) and number < run.steps
-        saved = evaluated or leaving or number % run.checkpoint_every == 0 or timer.due(number)
-        if saved or number % run.log_every == 0:  # so that no mean reaches back past a checkpoint
-            reporter.update(number, run.steps, log(number, meter.read()))
-            meter.restart()
-        if saved:
-            score = scored(number) if evaluated else None
-            start = time.monotonic()
-            save(number, state, score)
-            timer.saved(number, time.monotonic() - start)
-            meter.restart()
-        if leaving:
-            raise preemption.stopped(f"{place}: told to stop, saved at step {number}")
-    reporter.stop()
-    return state
-
-
-class Speed(NamedTuple):
-    """The mean loss of some steps and how fast they were; numbers, or [N] for N runs."""
-
-    loss: Any
-    examples_per_s: Any
-    tokens_per_s: Any
-    padding: Any
-
-    def line(self, step: int, learning_rate: Any, seconds: float) -> dict[str, Any]:
-        """Return the line of metrics.jsonl: `tokens_per_s` counts text, `padding` is that of BatchCounts."""
-        return {
-            "step": step,
-            "loss": float(self.loss),
-            "learning_rate": learning_rate,
-            "examples_per_s": round(float(self.examples_per_s), 2),
-            "tokens_per_s": round(float(self.tokens_per_s), 1),
-            "padding": round(float(self.padding), 4),
-            "seconds": round(seconds, 2),
+    def finish(self) -> dict[str, Any]:
+        run, parts, optimizer = self.run, self.parts, self.optimizer
+        best = self.checkpoints.best() if self.data.select_best else None
+        best = self.last if best is None else best
+        chosen = (self.state if best == self.last else self.checkpoints.restore(best, self.state))["trainable"]
+        result = self.data.result(chosen, parts) | {
+            "steps": self.last,
+            "best_step": best,
+            "trainable_parameters": self.trained,
+            "seconds": round(self.log.seconds(), 1),
         }
-
-
-class Meter:
-    """Losses and counts of the steps since the last line; steps that compiled are left out of the speed."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin a new line."""
-        self._steps: list[tuple[Any, BatchCounts, float | None]] = []
-        self._start = time.monotonic()
-
-    def add(self, loss: Any, counts: BatchCounts, compiling_s: float | None) -> None:
-        """Add a step, and how long it took if it compiled."""
-        self._steps.append((loss, counts, compiling_s))
-
-    def read(self) -> Speed:
-        """Wait for the steps and return their means."""
-        losses, counts, compiled = zip(*self._steps, strict=True)
-        loss = np.mean([np.asarray(loss, np.float64) for loss in losses], axis=0)
-        seconds = time.monotonic() - self._start
-        fast = [counts for _, counts, compiling_s in self._steps if compiling_s is None]
-        if fast:
-            seconds -= sum(filter(None, compiled))
-        done = _total(fast or counts)
-        return Speed(loss, done.examples / seconds, done.text / seconds, _total(counts).padding)
-
-
-def _total(counts: Sequence[BatchCounts]) -> BatchCounts:
-    return BatchCounts(*(np.sum(each, axis=0) for each in zip(*counts, strict=True)))
+        if isinstance(optimizer, Search):
+            model = parts.merge(chosen, parts.frozen)
+            result |= optimizer.report(model, self.last, self.assembly.tokenizer.decode)
+        self.home.check()
+        identity, lines, mistakes = self.assembly.identity, self.log.checksum(), self.data.mistakes
+        run_folder.leave_files(run, self.home.path, identity, parts, chosen, result, lines, mistakes)
+        if is_first():
+            self.home.send()
+        self.callbacks(self.last, result)
+        self.reporter.line(f"{self.place}: done in {duration(result['seconds'])}")
+        return result
 
 
 class SaveTimer:

@@ -1,8 +1,8 @@
-"""Which activations a step keeps for its gradient: all that fit into the memory of a device, or fewer.
+"""Which activations a step keeps for its gradient: all of them if a device has the memory, else fewer.
 
-none   all of them: nothing is computed twice
-dots   the products with weights
-full   the input of each layer
+none   all activations; nothing is computed twice
+dots   the products with weights; the rest is computed again
+full   the input of each layer; the layer is computed again
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import jax
 
 from softprompt_jax.distributed import mesh
-from softprompt_jax.models.t5 import Remat
+from softprompt_jax.models.settings import Remat
 
 SHARE = 0.8  # of what weights and state leave free; the rest is for a layer's own buffers and for gaps
 
 
 def choose(kept: Callable[[Remat], int], room: int) -> Remat:
-    """Return the policy that computes least twice among those whose `kept` bytes fit into `room`."""
+    """Return the policy that recomputes least among those whose `kept` bytes fit into `room`."""
     if kept("none") <= room:
         return "none"
     return "dots" if kept("dots") <= room else "full"
@@ -29,8 +29,8 @@ def choose(kept: Callable[[Remat], int], room: int) -> Remat:
 def kept_bytes(loss: Callable[[Any, Any], jax.Array], weights: Any, batch: dict[str, Any]) -> int:
     """Return the bytes of activations that a device keeps for the gradient of `loss(weights, batch)`.
 
-    Nothing is computed: what the backward pass is given is measured for two rows a device and for one. What does not
-    grow with rows, such as weights, drops out of the difference.
+    This is an abstract evaluation; nothing is computed. It counts what the forward pass hands to the backward pass, for
+    two rows on each device and for one. What does not grow with the rows, such as weights, cancels in the difference.
     """
     shards = mesh.row_shards()
 
@@ -44,10 +44,10 @@ def kept_bytes(loss: Callable[[Any, Any], jax.Array], weights: Any, batch: dict[
 
 
 def memory() -> int | None:
-    """Return the bytes of a device; None where it does not tell, as a CPU."""
+    """Return the memory of a device in bytes; None where it does not say, as on a CPU."""
     return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
 
 
 def room(held: int, memory: int) -> int:
-    """Return the bytes for activations on a device of so many that holds others already."""
+    """Return the bytes left for activations on a device with `memory` bytes, of which `held` are in use."""
     return max(0, int(SHARE * (memory - held)))

@@ -13,13 +13,14 @@ import optax
 from softprompt_jax.checkpoints.backbone import load_adafactor
 from softprompt_jax.distributed import mesh as sharding
 from softprompt_jax.methods import Split
-from softprompt_jax.models.t5 import Remat
+from softprompt_jax.models.settings import Remat
 from softprompt_jax.optim.gradient_free import Search
 from softprompt_jax.optim.leaf import Leaf
-from softprompt_jax.optim.losses import cross_entropy, finite_mean
+from softprompt_jax.optim.losses import cross_entropy, divergence, finite_mean
 from softprompt_jax.optim.optimizers import build_for_methods, from_slots
 from softprompt_jax.run import Run
 from softprompt_jax.training import remat
+from softprompt_jax.training.distill import teacher_logits
 
 State = dict[str, Any]  # trainable, optimizer, step (which is also the data position)
 
@@ -86,7 +87,11 @@ def plain_step(
         model = parts.merge(trainable, jax.lax.stop_gradient(frozen))
         hidden = model.hidden(batch, key, policy)
         logits = model.project(hidden)
-        loss, weight = cross_entropy(logits, batch["decoder_targets"], run.z_loss, run.label_smoothing)
+        padding, targets = model.settings.padding, batch["decoder_targets"]
+        if model.context is None:
+            loss, weight = cross_entropy(logits, targets, run.z_loss, run.label_smoothing, padding)
+        else:
+            loss, weight = divergence(logits, teacher_logits(model, batch), targets, padding)
         return loss + sum(method.penalty(model, batch, hidden, logits) for method in run.methods), weight
 
     gradient = jax.value_and_grad(summed_loss, has_aux=True)
@@ -102,29 +107,21 @@ def plain_step(
     def divided(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return jax.tree.map(lambda x: x.reshape(run.accumulate, -1, *x.shape[1:]), batch)
 
-    def search_step(state: State, frozen: Any, batch: dict[str, jax.Array], key: jax.Array):
+    def search(state: State, frozen: Any, batch: dict[str, jax.Array], key: jax.Array):
         assert isinstance(optimizer, Search)
-        key = jax.random.fold_in(key, state["step"])
         candidates, drawn = optimizer.propose(state["optimizer"], state["trainable"], frozen, key)
         score = jax.vmap(lambda one, part: summed_loss(one, frozen, part, None), (0, None))
-        losses, weights = jax.tree.map(
-            lambda x: x.sum(0), jax.lax.map(lambda part: score(candidates, part), divided(batch))
-        )
-        losses = losses / jnp.maximum(weights, 1)
-        trainable, searched = optimizer.choose(state["optimizer"], state["trainable"], drawn, losses)
-        state = {"trainable": trainable, "optimizer": searched, "step": state["step"] + 1}
-        return state, {"loss": finite_mean(losses)}
+        losses, weights = jax.lax.map(lambda part: score(candidates, part), divided(batch))
+        losses = losses.sum(0) / jnp.maximum(weights.sum(0), 1)
+        return *optimizer.choose(state["optimizer"], state["trainable"], drawn, losses), finite_mean(losses)
 
-    if isinstance(optimizer, Search):
-        return search_step
-
-    def step(state: State, frozen: Any, batch: dict[str, jax.Array], key: jax.Array):
-        dropout_key = jax.random.fold_in(key, state["step"]) if run.draws_dropout else None
+    def descend(state: State, frozen: Any, batch: dict[str, jax.Array], key: jax.Array | None):
+        assert not isinstance(optimizer, Search)
         trainable = state["trainable"]
         if run.accumulate == 1:
-            loss, weight, gradients = part_gradient(trainable, frozen, batch, dropout_key)
+            loss, weight, gradients = part_gradient(trainable, frozen, batch, key)
         else:
-            keys = None if dropout_key is None else jax.random.split(dropout_key, run.accumulate)
+            keys = None if key is None else jax.random.split(key, run.accumulate)
 
             def add(total, part):
                 return jax.tree.map(jnp.add, total, part_gradient(trainable, frozen, *part)), None
@@ -135,11 +132,14 @@ def plain_step(
         if run.loss == "mean":
             gradients = jax.tree.map(lambda g: g / weight, gradients)
         updates, optimizer_state = optimizer.update(gradients, state["optimizer"], trainable)
-        new = {
-            "trainable": optax.apply_updates(trainable, updates),
-            "optimizer": optimizer_state,
-            "step": state["step"] + 1,
-        }
-        return new, {"loss": loss / weight}
+        return optax.apply_updates(trainable, updates), optimizer_state, loss / weight
+
+    def step(state: State, frozen: Any, batch: dict[str, jax.Array], key: jax.Array):
+        if isinstance(optimizer, Search):
+            trainable, changed, loss = search(state, frozen, batch, jax.random.fold_in(key, state["step"]))
+        else:
+            dropout_key = jax.random.fold_in(key, state["step"]) if run.draws_dropout else None
+            trainable, changed, loss = descend(state, frozen, batch, dropout_key)
+        return {"trainable": trainable, "optimizer": changed, "step": state["step"] + 1}, {"loss": loss}
 
     return step

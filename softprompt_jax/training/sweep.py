@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
+import math
+import operator
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -18,20 +21,21 @@ import jax
 from softprompt_jax import config
 from softprompt_jax.assembly import backbone_of
 from softprompt_jax.checkpoints import artifact
-from softprompt_jax.checkpoints.training_state import GROUPS, MEMBERS
+from softprompt_jax.checkpoints.training_state import GROUPS, MEMBERS, read_members
 from softprompt_jax.config import Diverged, UserError
-from softprompt_jax.distributed.cloud_files import is_remote
+from softprompt_jax.distributed.cloud_files import CHECKPOINTS, is_remote
 from softprompt_jax.distributed.folder_lock import lock_folder
+from softprompt_jax.files import read_object
 from softprompt_jax.inference.evaluate import run_score, score_factor, score_text
 from softprompt_jax.optim.gradient_free import GradientFree
 from softprompt_jax.progress import Reporter
-from softprompt_jax.run import Run, Scratch
+from softprompt_jax.run import Run, Scratch, load_run
 from softprompt_jax.statistics import CELL, SCORE, mean_sd_text, score_statistics
 from softprompt_jax.training.loop import train
-from softprompt_jax.training.run_folder import at_read_revisions, check_folder, create_folder
-from softprompt_jax.training.vmapped import FAILED_FILE, VmappedSweep, shape_of
+from softprompt_jax.training.run_folder import at_read_revisions, check_folder, create_folder, read_result
+from softprompt_jax.training.vmapped import FAILED_FILE, VmappedGroup, VmappedSweep, shape_of
 
-SWEEP_FILE = "sweep.json"
+MOST_RUNS = 10_000
 SHORT = {"learning_rate": "optimizer.learning_rate", "length": "methods.0.length", "init": "methods.0.init"}
 
 
@@ -52,6 +56,7 @@ def sweep(
     together: int = 8,
     stop_after: int | None = None,
     reporter: Reporter | None = None,
+    wait: bool = False,
 ) -> dict[str, Any]:
     """Train the config in `path` with every combination of the settings in `over`, and return what `sweep.json` holds.
 
@@ -59,7 +64,8 @@ def sweep(
     `out/NAME` that `train` would leave. Runs that train nothing but prompts and differ in seed, task, learning rate or
     initialisation only share one program, at most `together` at a time; all others train one after another.
     `stop_after`: a prompt stops after so many evaluations without a better validation score (of those that train
-    together). The same call goes on where a killed one stopped. Raises Preempted after SIGTERM and Ctrl-C.
+    together). `wait`: for the end of another command that trains in the folder. The same call goes on where a killed
+    one stopped. Raises Preempted after SIGTERM and Ctrl-C.
 
     Returned: `runs` (name, settings, scores or why it failed), `table` (mean, sd and best over seeds of each setting)
     and `best`, the name of the run with the best validation score.
@@ -74,9 +80,9 @@ def sweep(
     found = members(path, over, overrides)
     if stop_after is not None and (alone := [member.name for member in found if _alone(member.run)]):
         raise UserError(f"sweep: {alone[0]} trains alone; expected prompts on one backbone; leave --stop-after out")
-    train_members(found, folder, together, reporter, stop_after)
+    train_members(found, folder, together, reporter, stop_after, wait=wait)
     result = summary(found, folder)
-    artifact.dump(result, folder / SWEEP_FILE)
+    artifact.dump(result, folder / "sweep.json")
     return result
 
 
@@ -87,6 +93,7 @@ def train_members(
     reporter: Reporter,
     stop_after: int | None = None,
     before_group: Callable[[Sequence[Member]], None] = lambda group: None,
+    wait: bool = False,
 ) -> None:
     """Train the members that are not finished in `folder`/NAME; the same call goes on where a killed one stopped.
 
@@ -95,11 +102,10 @@ def train_members(
     """
     programs: dict[str, VmappedSweep] = {}
     create_folder(folder)
-    with lock_folder(folder, report=reporter.line):
+    with lock_folder(folder, math.inf if wait else None, reporter.line):
         for member in members:
             check_folder(member.run, folder / member.name)
-        runs = [at_read_revisions(member.run, folder / member.name) for member in members]
-        members = [dataclasses.replace(member, run=run) for member, run in zip(members, runs, strict=True)]
+        members = [dataclasses.replace(m, run=at_read_revisions(m.run, folder / m.name)) for m in members]
         reporter.line(f"{folder}: {len(members)} runs, {sum(_done(folder / m.name) for m in members)} of them finished")
         for group in _open_groups(members, folder, together):
             before_group(group)
@@ -108,24 +114,31 @@ def train_members(
         (folder / GROUPS).rmdir()
 
 
-def members(path: str | Path, over: Sequence[str], overrides: Sequence[str] = ()) -> list[Member]:
+def members(path: str | Path | Run, over: Sequence[str], overrides: Sequence[str] = ()) -> list[Member]:
     """Return every run of a sweep, its settings checked."""
+    source = "run" if isinstance(path, Run) else path
     axes = dict(read_axis(text) for text in over)
     if not axes or len(axes) < len(over):
         raise UserError(f"sweep: --over {' --over '.join(over)}; expected one or more settings, each once")
-    lasts = [key.rpartition(".")[2] for key in axes]
-    short = {key: last if lasts.count(last) == 1 else key for key, last in zip(axes, lasts, strict=True)}
-    found = []
+    if (count := math.prod(map(len, axes.values()))) > MOST_RUNS:
+        raise UserError(f"sweep: {count:,} runs; expected {MOST_RUNS:,} or fewer; give fewer values")
+    short, found = short_names(list(axes)), []
     for values in itertools.product(*axes.values()):
         chosen = dict(zip(axes, values, strict=True))
         changes = [*overrides, *(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in chosen.items())]
-        run = config.parse(Run, config.read(path, changes), f"{path} with {', '.join(changes)}").expanded()
+        run = config.parse(Run, config.read(path, changes), f"{source} with {', '.join(changes)}").expanded()
         varied = {short[key]: value for key, value in chosen.items()}
         found.append(Member(",".join(f"{key}={_file_name(value)}" for key, value in varied.items()), varied, run))
     names = [member.name for member in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise UserError(f"sweep: two runs would be called {twice}; expected values that differ in letters or digits")
     return found
+
+
+def short_names(keys: Sequence[str]) -> dict[str, str]:
+    """Call each setting by the last part of its path, if no other ends so."""
+    lasts = [key.rpartition(".")[2] for key in keys]
+    return {key: last if lasts.count(last) == 1 else key for key, last in zip(keys, lasts, strict=True)}
 
 
 def read_axis(text: str) -> tuple[str, list[Any]]:
@@ -135,15 +148,17 @@ def read_axis(text: str) -> tuple[str, list[Any]]:
         raise UserError(
             f"--over {text}: found no values; expected KEY=VALUES, such as seed=0..7 or learning_rate=0.1,0.3"
         )
-    span = re.fullmatch(r"\s*(-?\d+)\.\.(-?\d+)\s*", values)
+    span = re.fullmatch(r"\s*(-?\d{1,18})\.\.(-?\d{1,18})\s*", values)
     if span:
         first, last = int(span[1]), int(span[2])
         if last < first:
             raise UserError(f"--over {text}: {first} is past {last}; expected the smaller number first")
+        if last - first >= MOST_RUNS:
+            raise UserError(f"--over {text}: {last - first + 1:,} values; expected {MOST_RUNS:,} or fewer")
         found: list[Any] = list(range(first, last + 1))
     else:
         found = config.read_text(f"[{values}]", f"--over {text}")
-    if len({json.dumps(value) for value in found}) < len(found):
+    if len({json.dumps(int(v) if isinstance(v, float) and v.is_integer() else v) for v in found}) < len(found):
         raise UserError(f"--over {text}: a value stands twice; expected each once")
     return SHORT.get(key, key), found
 
@@ -159,41 +174,34 @@ def _done(folder: Path) -> bool:
     return (folder / "result.json").exists() or (folder / FAILED_FILE).exists()
 
 
-def _alone(run: Run) -> bool:
-    """Whether a run has frozen weights of its own, or no gradients to compute together."""
+def _alone(run: Run, folder: Path | None = None) -> bool:
+    """Whether a run has frozen weights of its own, no gradients to compute together, or begun alone in `folder`.
+
+    Runs that are watched by others, or scored by functions, go through `train`, too.
+    """
     own = isinstance(run.backbone, Scratch) or any(method.draws_frozen for method in run.methods)
-    return run.pretraining is not None or own or isinstance(run.optimizer, GradientFree)
-
-
-def _begun_alone(folder: Path) -> bool:
-    """Whether `train` has checkpoints in the folder; runs that train together keep theirs elsewhere."""
-    return (folder / "checkpoints").exists()
+    begun = folder is not None and (folder / CHECKPOINTS).exists()  # runs that train together keep theirs elsewhere
+    own = own or run.wandb is not None or bool(run.metric_functions)
+    return run.pretraining is not None or own or begun or isinstance(run.optimizer, GradientFree)
 
 
 def _open_groups(found: Sequence[Member], folder: Path, together: int) -> Iterator[list[Member]]:
     """Yield what is left to do: groups that have begun as they were, then the other unfinished runs by their shape."""
     known, begun = {member.name: member for member in found}, set()
     for file in sorted((folder / GROUPS).glob(f"*/{MEMBERS}")):
-        names = json.loads(file.read_text())
+        names = read_members(file)
         if any(name in known and not _done(folder / name) for name in names):
-            group = [known.get(name) or _read_member(folder, name) for name in names]
-            begun |= set(names)
-            yield group
+            begun |= set(names)  # some of which may not be asked for now
+            yield [known.get(name) or Member(name, {}, load_run(folder / name / "config.yaml")) for name in names]
     groups: dict[str, list[Member]] = {}
     for member in found:
         if member.name not in begun and not _done(folder / member.name):
-            alone = _alone(member.run) or _begun_alone(folder / member.name)
+            alone = _alone(member.run, folder / member.name)
             key = member.name if alone else json.dumps(shape_of(member.run), sort_keys=True)
             groups.setdefault(key, []).append(member)
     for group in groups.values():
         for first in range(0, len(group), together):
             yield group[first : first + together]
-
-
-def _read_member(folder: Path, name: str) -> Member:
-    """Return a run that began in a group with others and is not asked for now."""
-    path = folder / name / "config.yaml"
-    return Member(name, {}, config.parse(Run, config.read(path), str(path)))
 
 
 def _train_group(
@@ -202,11 +210,12 @@ def _train_group(
     """Train runs of one shape, together if that is possible."""
     run, runs = group[0].run, [(member.run, folder / member.name) for member in group]
     with jax.set_mesh(run.mesh.build()):
-        program = None if _alone(run) or _begun_alone(runs[0][1]) else _program(run, programs)
+        program = None if _alone(*runs[0]) else _program(run, programs)
         if program is not None and program.possible:
             names = [member.name for member in group]
             own = folder / GROUPS / hashlib.sha256("\n".join(names).encode()).hexdigest()[:12]
-            program.train(runs, own, reporter, stop_after)
+            with contextlib.ExitStack() as opened:
+                VmappedGroup(program, runs, own, reporter, stop_after, opened).fit()
             shutil.rmtree(own)  # what it held is now in the runs' folders
             return
     if stop_after is not None:
@@ -226,42 +235,46 @@ def _train_group(
 
 def _program(run: Run, programs: dict[str, VmappedSweep]) -> VmappedSweep:
     """Return the program of runs of this shape; the last backbone is kept."""
-    key, backbone = json.dumps(shape_of(run), sort_keys=True), None
+    key = json.dumps(shape_of(run), sort_keys=True)
+    weights = operator.attrgetter("backbone", "dtype", "quantize", "mesh")
     if key not in programs:
-        for other in programs.values():
-            if all(
-                getattr(other.run, name) == getattr(run, name) for name in ("backbone", "dtype", "quantize", "mesh")
-            ):
-                backbone = other.backbone
+        kept = [other.backbone for other in programs.values() if weights(other.run) == weights(run)]
         programs.clear()
-        programs[key] = VmappedSweep(run, backbone or backbone_of(run))
+        programs[key] = VmappedSweep(run, kept[0] if kept else backbone_of(run))
     return programs[key]
 
 
 def summary(found: Sequence[Member], folder: Path) -> dict[str, Any]:
     """Return the scores of each run, their table over seeds, and the best run of each task."""
-    runs, table, units, best = [], {}, {}, {}
+    runs, table, best = [], {}, {}
     for member in found:
         line: dict[str, Any] = {"name": member.name, "settings": member.varied}
         runs.append(line)
         if (folder / member.name / FAILED_FILE).exists():
-            line["failed"] = json.loads((folder / member.name / FAILED_FILE).read_text())
+            line["failed"] = _read_failure(folder / member.name / FAILED_FILE)
             continue
-        result = json.loads((folder / member.name / "result.json").read_text())
+        if (result := read_result(folder / member.name, member.run)) is None:
+            raise UserError(f"{folder / member.name}: has no result; expected one; start the same sweep again")
         scores = {s: run_score(member.run, result[s]) for s in ("validation", "test") if result[s] is not None}
         line |= {"score": scores, **{name: result[name] for name in ("validation", "test", "best_step")}}
-        key = {name: value for name, value in member.varied.items() if name != "seed"}
-        row = json.dumps([member.run.task_name, key])
-        table.setdefault(row, []).append(scores)
-        units[row] = score_factor(member.run)
+        settings = {name: value for name, value in member.varied.items() if name != "seed"}
+        row = {"task": member.run.task_name, "settings": settings, "unit": score_factor(member.run)}
+        table.setdefault(json.dumps(row), (row, []))[1].append(scores)
         if scores["validation"] > best.get(member.run.task_name, ("", -float("inf")))[1]:
             best[member.run.task_name] = member.name, scores["validation"]
     rows = []
-    for key, each in table.items():
-        task, settings = json.loads(key)
+    for row, each in table.values():
         measured = {split: score_statistics([scores[split] for scores in each]) for split in each[0]}
-        rows.append({"task": task, "settings": settings, "runs": len(each), "unit": units[key], **measured})
+        rows.append(row | {"runs": len(each), **measured})
     return {"runs": runs, "table": rows, "best": {task: name for task, (name, _) in best.items()}}
+
+
+def _read_failure(path: Path) -> dict[str, Any]:
+    expected = "a step and a reason; delete it, and the same sweep trains this run again"
+    found = read_object(path, expected)
+    if not {"step", "reason"} <= set(found):
+        raise UserError(f"{path}: found {', '.join(found) or 'nothing'}; expected {expected}")
+    return found
 
 
 def describe(result: dict[str, Any]) -> Iterator[str]:
@@ -270,7 +283,8 @@ def describe(result: dict[str, Any]) -> Iterator[str]:
     width = max([8, *map(len, titles)])
     yield f"{'setting':{width}}  {'task':20} runs  " + "  ".join(f"{s:>22}" for s in ("validation", "test"))
     for title, row in zip(titles, result["table"], strict=True):
-        cells = (_cell(row[split], row["unit"]) if split in row else "" for split in ("validation", "test"))
+        number = functools.partial(score_text, factor=row["unit"])
+        cells = (mean_sd_text(row[s], number, best=True) if s in row else "" for s in ("validation", "test"))
         yield f"{title:{width}}  {row['task']:20} {row['runs']:4}  " + "  ".join(f"{cell:>22}" for cell in cells)
     yield f"{SCORE} A cell: {CELL}."
     for task, name in result["best"].items():
@@ -278,7 +292,3 @@ def describe(result: dict[str, Any]) -> Iterator[str]:
     for run in result["runs"]:
         if "failed" in run:
             yield f"{run['name']}: failed at step {run['failed']['step']}: {run['failed']['reason']}"
-
-
-def _cell(found: dict[str, Any], times: float) -> str:
-    return mean_sd_text(found, lambda value: score_text(value, times), best=True)

@@ -30,15 +30,18 @@ from softprompt_jax.data.streaming import StreamBatches
 from softprompt_jax.distributed import mesh
 from softprompt_jax.distributed.cloud_files import CHECKPOINTS
 from softprompt_jax.distributed.folder_lock import lock_folder
-from softprompt_jax.distributed.multihost import PreemptedDuringEval, Preemption
+from softprompt_jax.distributed.multihost import Preemption
+from softprompt_jax.files import writable
 from softprompt_jax.inference.evaluate import Decoder
 from softprompt_jax.methods import Split, leaves, split
 from softprompt_jax.progress import Reporter, duration
 from softprompt_jax.run import Run
 from softprompt_jax.training import remat
-from softprompt_jax.training.loop import Speed, fit
-from softprompt_jax.training.run_data import ILLEGAL_HINT, RunData, TaskSplits, mostly_illegal
-from softprompt_jax.training.run_folder import Log, begin_folder, create_folder, leave_files, scores_in
+from softprompt_jax.training.distill import attach_context
+from softprompt_jax.training.loop import Training
+from softprompt_jax.training.meter import Speed
+from softprompt_jax.training.run_data import RunData, TaskSplits
+from softprompt_jax.training.run_folder import Log, begin_folder, create_folder, leave_files, scores_in, until_begun
 from softprompt_jax.training.step import build_optimizer, first_state, plain_step
 
 FAILED_FILE = "failed.json"  # what a run leaves whose loss is no number
@@ -51,7 +54,8 @@ def shape_of(run: Run) -> dict[str, Any]:
     settings["optimizer"].pop("learning_rate")
     for method in settings["methods"]:
         method.pop("init", None)
-    return settings | {"tasks": len(run.tasks), "own_prompts": run.own_prompts}
+    teacher = getattr(run.task, "context", None)  # what it has read is frozen, and shared
+    return settings | {"tasks": len(run.tasks), "own_prompts": run.own_prompts, "context": teacher}
 
 
 class VmappedSweep:
@@ -69,6 +73,7 @@ class VmappedSweep:
     def _assemble(self, run: Run) -> tuple[Assembly, Split]:
         assembly = assemble(run, self.backbone)
         check_devices(run, assembly)
+        attach_context(run, assembly)
         return assembly, split(mesh.shard_model(assembly.model))
 
     @property
@@ -77,18 +82,14 @@ class VmappedSweep:
         alone = getattr(self.run.optimizer, "restore", False)  # whose slots are a checkpoint's
         return self._parts.trains_prompt_only and "prompt" not in self._parts.frozen and not alone
 
-    def _optimizer(self, learning_rate: Any) -> Any:
-        optimizer = self.run.optimizer.model_copy(update={"learning_rate": learning_rate})
-        return build_optimizer(self.run.model_copy(update={"optimizer": optimizer}), self._about)
-
     def _mapped_step(self, states: Any, running: Any, rates: Any, frozen: Any, batches: Any, keys: Any) -> Any:
-        """Take a step of each run that is still running."""
-
         memory, held = remat.memory(), mesh.local_bytes(self._parts.frozen)  # beside which prompts are nothing
         room = None if memory is None else remat.room(held, memory) // len(running)
 
         def one(state: Any, running: Any, rate: Any, batch: Any, key: Any) -> Any:
-            new, measured = plain_step(self.run, self._parts, self._optimizer(rate), room)(state, frozen, batch, key)
+            own = self.run.optimizer.model_copy(update={"learning_rate": rate})
+            optimizer = build_optimizer(self.run.model_copy(update={"optimizer": own}), self._about)
+            new, measured = plain_step(self.run, self._parts, optimizer, room)(state, frozen, batch, key)
             return jax.tree.map(lambda after, before: jnp.where(running, after, before), new, state), measured["loss"]
 
         states, losses = jax.vmap(one)(states, running, rates, batches, keys)
@@ -101,25 +102,13 @@ class VmappedSweep:
             raise UserError(f"task {run.task_name}: its train split never ends; expected a finite one; train it alone")
         return data
 
-    def train(
-        self,
-        runs: Sequence[tuple[Run, Path]],
-        folder: Path,
-        reporter: Reporter,
-        stop_after: int | None = None,
-    ) -> None:
-        """Train runs in their checked folders, or go on where they stopped; their common state lies in `folder`.
 
-        `stop_after`: a run stops after so many evaluations without a better score. One whose loss is no number stops,
-        too, and leaves `failed.json` instead of a result. Raises Preempted after SIGTERM and Ctrl-C, with everything
-        saved.
-        """
-        with contextlib.ExitStack() as opened:
-            _VmappedGroup(self, runs, folder, reporter, stop_after, opened).train()
+class VmappedGroup(Training):
+    """The training of N runs at once, in their checked folders; their common state lies in `folder`.
 
-
-class _VmappedGroup:
-    """The training of these runs: what `fit` asks for, for N runs at once."""
+    `stop_after`: a run stops after so many evaluations without a better score. One whose loss is no number stops, too,
+    and leaves `failed.json` instead of a result. `opened` ends what must be ended, also on errors.
+    """
 
     def __init__(
         self,
@@ -130,23 +119,30 @@ class _VmappedGroup:
         stop_after: int | None,
         opened: contextlib.ExitStack,
     ):
-        self.shared, self.folder, self.reporter, self.stop_after = shared, folder, reporter, stop_after
+        self.shared, self.place, self.reporter = shared, folder.parents[1], reporter
+        self.stop_after = stop_after or runs[0][0].patience
         self.runs, self.folders = [run for run, _ in runs], [path for _, path in runs]
-        self.run = self.runs[0]  # for what all have in common
+        self.run, self.title = self.runs[0], f"train {len(runs)} prompts"
         for path in self.folders:
             create_folder(path)
-            opened.enter_context(lock_folder(path, report=reporter.line))
+        self.checks = [opened.enter_context(lock_folder(path, report=reporter.line)) for path in self.folders]
 
         # ---- data and the state before the first step
         self.parts: list[Split] = []
-        known: dict[tuple[str, int], RunData] = {}
         self.data: list[RunData] = []
+        unlike: dict[tuple[str, int], RunData] = {}
         for run in self.runs:
             assembly, parts = shared._assemble(run)
             self.parts.append(parts)
-            same = _task_of(run), run.seed
-            self.data.append(known.get(same) or known.setdefault(same, shared._data(run, assembly, parts)))
+            if (same := (_task_of(run), run.seed)) not in unlike:
+                unlike[same] = shared._data(run, assembly, parts)
+            self.data.append(unlike[same])
+        self.unlike = list(unlike.values())
         self.frozen = self.parts[0].frozen
+        self.rates = jnp.asarray([each.optimizer.learning_rate for each in self.runs], jnp.float32)
+        self.keys = jnp.stack([jax.random.fold_in(jax.random.key(each.seed), 2) for each in self.runs])
+        batches = [each for data in self.unlike if isinstance(each := data.train_batches, TrainBatches)]
+        self.shapes = common_shapes(batches, self.run.max_compiled_shapes, self.run.steps)
         stacked = jax.tree.map(lambda *each: jnp.stack(each), *(parts.trainable for parts in self.parts))
         count = len(self.runs)
         self.state = shared._begin(stacked)
@@ -161,18 +157,26 @@ class _VmappedGroup:
 
         # ---- resume, in the order of loop.py: settings, state, lines of metrics.jsonl, and then the scores in them
         self.preemption = opened.enter_context(Preemption())  # left last: it may end the process
-        begun = [opened.enter_context(begin_folder(run, path)) for run, path in runs]
+        begun = [
+            opened.enter_context(begin_folder(run, path, check=check))
+            for (run, path), check in zip(runs, self.checks, strict=True)
+        ]
         begun.append(opened.enter_context(_begin_group(folder, [path.name for path in self.folders])))
         self.begun = lambda: [begin() for begin in begun]
-        self.checkpoints = opened.enter_context(contextlib.closing(Checkpoints(folder / CHECKPOINTS)))
-        self.first = 0
-        if (latest := self.checkpoints.latest()) is not None:
-            self.state, self.best, marks = self.checkpoints.restore(latest, [self.state, self.best, self.marks])
+        checkpoints = Checkpoints(folder / CHECKPOINTS, report=reporter.line)
+        self.checkpoints = opened.enter_context(contextlib.closing(checkpoints))
+        self.first, self.pending, lines = 0, None, None
+        if (newest := self.checkpoints.restore_newest([self.state, self.best, self.marks])) is not None:
+            (self.state, self.best, marks), self.first = newest
             self.marks = {name: np.array(value) for name, value in marks.items()}
-            self.first = latest
-            reporter.line(f"resumed at step {latest}")
+            self.pending, lines = self.checkpoints.pending(self.first), self.checkpoints.lines(self.first)
+            reporter.line(f"resumed at step {self.first}")
         self.validated = int(self.marks["validated"]) == self.first or not self.run.evaluates(self.first)
-        logs = [Log(path, self.first, self.validated) for path in self.folders]
+        seconds = self.pending["seconds"] if self.pending else 0.0
+        logs = [
+            Log(path, self.first, self.validated, seconds, check, each)
+            for path, check, each in zip(self.folders, self.checks, lines or [None] * count, strict=True)
+        ]
         self.logs = [opened.enter_context(contextlib.closing(log)) for log in logs]
         self.best_loss = np.full(count, np.inf)
         self.losses_count = [True] * count  # False: it began before there were any, and keeps the first of equal scores
@@ -185,6 +189,13 @@ class _VmappedGroup:
                 self.best_loss[index] = loss
             if scored:
                 self.better_at[index] = max(scored, key=lambda step: (np.float32(scored[step][0]), -step))
+        reporter.line(
+            f"{count} prompts in one program; {mesh.describe()}, {self.run.dtype}; shapes "
+            + ", ".join(f"{t}/{u}" for t, u in self.shapes)
+        )
+        if self.first == 0:
+            for log, data in zip(self.logs, self.data, strict=True):
+                log.write({"step": 0, "data": data.measures()})
 
     @property
     def running(self) -> Bool[np.ndarray, " N"]:
@@ -195,64 +206,27 @@ class _VmappedGroup:
         """Return what belongs to one run."""
         return jax.tree.map(lambda leaf: leaf[index], stacked)
 
-    def train(self) -> None:
-        """Train all to their end and leave their files."""
-        run, count = self.run, len(self.runs)
-        self.rates = jnp.asarray([each.optimizer.learning_rate for each in self.runs], jnp.float32)
-        self.keys = jnp.stack([jax.random.fold_in(jax.random.key(each.seed), 2) for each in self.runs])
-        unlike = list({id(data): data for data in self.data}.values())
-        batches = [each for data in unlike if isinstance(each := data.train_batches, TrainBatches)]
-        shapes = common_shapes(batches, run.max_compiled_shapes, run.steps)
-        self.reporter.line(
-            f"{count} prompts in one program; {mesh.describe()}, {run.dtype}; shapes "
-            + ", ".join(f"{t}/{u}" for t, u in shapes)
-        )
-        if self.first == 0:
-            for log, data in zip(self.logs, self.data, strict=True):
-                log.write({"step": 0, "data": data.measures()})
-        place = self.folder.parents[1]
-        fit(
-            run,
-            place,
-            self.first,
-            self.state,
-            self.take_step,
-            self.batches(unlike, shapes),
-            self.evaluate,
-            self.save,
-            self.log,
-            self.begun,
-            self.preemption,
-            self.reporter,
-            validated=self.validated,
-            title=f"train {count} prompts",
-        )
-        self.checkpoints.wait()
-        try:
-            for index in range(count):
-                self.leave(index)
-        except PreemptedDuringEval:
-            raise self.preemption.stopped(f"{place}: told to stop while results were measured") from None
-
-    def batches(self, unlike: Sequence[RunData], shapes: list[Shape]) -> Iterator[tuple[Batch, BatchCounts]]:
+    def batches(self) -> Iterator[tuple[Batch, BatchCounts]]:
         """Yield the batches of all runs, stacked, while any of them is running."""
-        sources = [data.batches(self.first) for data in unlike]
-        source = [unlike.index(data) for data in self.data]
-        vocabulary_rows = self.shared.assembly.model.settings.vocabulary_rows
+        sources = [data.batches(self.first) for data in self.unlike]
+        source = [self.unlike.index(data) for data in self.data]
+        settings = self.shared.assembly.model.settings
         while self.running.any():
             own = [next(each) for each in sources]
-            joined = stack_batches(own, shapes)
+            joined = stack_batches(own, self.shapes)
             slots = sum(joined[name][0].size for name in ("encoder_tokens", "decoder_targets"))  # of one run
-            counted = [count_slots(batch, vocabulary_rows)._replace(slots=slots) for batch in own]
+            counted = [
+                count_slots(batch, settings.vocabulary_rows, settings.padding)._replace(slots=slots) for batch in own
+            ]
             counts = BatchCounts(*(np.array(each)[source] for each in zip(*counted, strict=True)))
             yield {name: rows[source] for name, rows in joined.items()}, counts
 
-    def take_step(self, states: Any, batches: Batch) -> tuple[Any, Any]:
-        """Take a step of each run that is still running."""
-        rows = mesh.shard_stacked_batch(batches)
-        return self.shared._step(states, self.running, self.rates, self.frozen, rows, self.keys)
+    def take_step(self, batch: Batch) -> Any:
+        rows = mesh.shard_batch(batch, stacked=True)
+        self.state, losses = self.shared._step(self.state, self.running, self.rates, self.frozen, rows, self.keys)
+        return losses
 
-    def log(self, step: int, speed: Speed) -> str:
+    def write_line(self, step: int, speed: Speed) -> str:
         """Write a line for each running run; one whose loss is no number has failed."""
         running = np.flatnonzero(self.running).tolist()
         for index in running:
@@ -267,20 +241,16 @@ class _VmappedGroup:
         note = f"loss {np.mean(finite) if finite else np.nan:.4f}"
         return f"{note}  {self.running.sum()} of {len(self.runs)} running"
 
-    def evaluate(self, step: int, state: Any) -> None:
+    def evaluate(self, step: int) -> None:
         """Score each running run on its validation split, keep the best, and stop those that no longer improve."""
         improved = np.zeros(len(self.runs), bool)
         running = np.flatnonzero(self.running).tolist()
-        found = [self.data[i].validate(self.one(state["trainable"], i), self.frozen) for i in running]
+        found = [self.data[i].validate(self.one(self.state["trainable"], i), self.frozen) for i in running]
         self.marks["validated"][...] = step
         for index, (scores, score) in zip(running, found, strict=True):
-            self.logs[index].write({"step": step, "validation": scores})
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            self.reporter.line(f"{self.folders[index].name}: step {step}: validation {shown}")
+            self.write_scores(self.logs[index], step, scores, f"{self.folders[index].name}: ")
             if step == 0:  # the start is no candidate, as in a run of its own
                 continue
-            if mostly_illegal(scores):
-                self.reporter.once(ILLEGAL_HINT)
             best, loss = self.marks["best_score"][index], scores.get("loss", np.inf)
             better = np.float32(score) > best
             lower = np.float32(score) == best and loss < self.best_loss[index] and self.losses_count[index]
@@ -294,28 +264,39 @@ class _VmappedGroup:
                 self.marks["stopped_at"][index] = step
                 self.reporter.line(f"{self.folders[index].name}: stopped at step {step}")
         if improved.any():
-            self.best = _chosen(jnp.asarray(improved), state["trainable"], self.best)
+            self.best = _chosen(jnp.asarray(improved), self.state["trainable"], self.best)
 
-    def save(self, step: int, state: Any, _: None) -> None:
-        """Start writing the state of all runs, and what each has found."""
-        self.checkpoints.save(step, [state, self.best, self.marks])
+    def save(self, step: int, score: None, pending: Any = None) -> None:
+        self._check()
+        lines = [log.checksum() for log in self.logs]
+        self.checkpoints.save(step, [self.state, self.best, self.marks], pending=pending, lines=lines)
 
-    def leave(self, index: int) -> None:
-        """Write what a finished run leaves, as `train` does, if that has not been done."""
-        folder, failed = self.folders[index], int(self.marks["failed_at"][index])
-        if failed:
-            artifact.dump({"step": failed, "reason": "the loss is no finite number"}, folder / FAILED_FILE)
-        elif not (folder / "result.json").exists():
-            best, parts = self.one(self.best, index), self.parts[index]
-            result = self.data[index].result(best, parts) | {
-                "steps": int(self.marks["stopped_at"][index]) or self.run.steps,
-                "best_step": int(self.marks["best_step"][index]),
-                "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(best)),
-                "seconds": round(self.logs[index].seconds(), 1),  # of all that trained together
-                "together": len(self.runs),
-            }
-            leave_files(self.runs[index], folder, self.shared.assembly.identity, parts, best, result)
-            self.reporter.line(f"{folder}: done in {duration(result['seconds'])}")
+    def ends(self) -> bool:
+        """Return False: each run stops by itself, and `batches` ends with the last."""
+        return False
+
+    def _check(self) -> None:
+        for check in self.checks:
+            check()
+
+    def finish(self) -> None:
+        """Write what each finished run leaves, as `train` does, if that has not been done."""
+        self._check()
+        for index, (run, folder, parts) in enumerate(zip(self.runs, self.folders, self.parts, strict=True)):
+            if failed := int(self.marks["failed_at"][index]):
+                artifact.dump({"step": failed, "reason": "the loss is no finite number"}, folder / FAILED_FILE)
+            elif not (folder / "result.json").exists():
+                best = self.one(self.best, index)
+                result = self.data[index].result(best, parts) | {
+                    "steps": int(self.marks["stopped_at"][index]) or run.steps,
+                    "best_step": int(self.marks["best_step"][index]),
+                    "trainable_parameters": sum(leaf.size for leaf in jax.tree.leaves(best)),
+                    "seconds": round(self.logs[index].seconds(), 1),  # of all that trained together
+                    "together": len(self.runs),
+                }
+                identity, lines = self.shared.assembly.identity, self.logs[index].checksum()
+                leave_files(run, folder, identity, parts, best, result, lines, self.data[index].mistakes)
+                self.reporter.line(f"{folder}: done in {duration(result['seconds'])}")
 
 
 @jax.jit
@@ -331,21 +312,12 @@ def _task_of(run: Run) -> str:
 @contextlib.contextmanager
 def _begin_group(folder: Path, names: list[str]) -> Iterator[Callable[[], None]]:
     """Note which runs share the state in `folder`; an error before the yielded function is called takes it back."""
-    new, begun = not (folder / MEMBERS).exists(), False
-
-    def begin() -> None:
-        nonlocal begun
-        begun = True
-
+    new = not (folder / MEMBERS).exists()
     if new:
-        folder.mkdir(parents=True, exist_ok=True)
-        artifact.dump(names, folder / MEMBERS)
-    try:
+        with writable(folder / MEMBERS) as path:
+            artifact.dump(names, path)
+    with until_begun(lambda: shutil.rmtree(folder) if new else None) as begin:
         yield begin
-    except BaseException:
-        if new and not begun:
-            shutil.rmtree(folder)
-        raise
 
 
 def common_shapes(sources: Sequence[TrainBatches], most: int, steps: int) -> list[Shape]:

@@ -62,8 +62,8 @@ spec:
               containers:
                 - name: train
                   image: $IMAGE
-                  command: [softprompt, train]
-                  args: $(as_yaml "${TRAIN[@]}" --out "$OUT" --coordinator "$NAME-nodes-0-0.$NAME:8476" --processes "$NODES" --process "$index")
+                  command: [softprompt, $COMMAND]
+                  args: $(as_yaml "${command[@]:1}" --coordinator "$NAME-nodes-0-0.$NAME:8476" --processes "$NODES" --process "$index")
                   ports: [{containerPort: 8476}]
                   resources:
                     limits: {nvidia.com/gpu: $GPUS_PER_NODE}

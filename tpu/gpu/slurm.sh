@@ -10,7 +10,7 @@ if [ -n "${SLURM_JOB_ID-}" ] && [[ "${1-}" =~ ^(job|task)$ ]]; then
   shift
   if [ "$part" = task ]; then
     trap : TERM # Slurm tells the run itself; this waits for its end
-    .venv/bin/softprompt train "$@" || code=$?
+    .venv/bin/softprompt "$@" || code=$?
     [ "$code" = 75 ] || exit "$code"
     # Told to go, and saved. As an error it would let srun kill those that still save, whose code would hide it.
     mkdir -p runs && touch "$saved" && exit 0
@@ -35,7 +35,7 @@ submit() {
   [ -z "$PARTITION" ] || options+=("--partition=$PARTITION")
   # SIGTERM reaches the processes two minutes before the time is over; what they wrote stays in one log.
   options+=("--time=$TIME_LIMIT" --signal=TERM@120 --requeue --open-mode=append "--output=$NAME.log" "--chdir=$root")
-  run sbatch "${options[@]}" "$root/tpu/gpu/slurm.sh" job "${TRAIN[@]}" --out "$OUT"
+  run sbatch "${options[@]}" "$root/tpu/gpu/slurm.sh" job "${command[@]}"
 }
 
 program sbatch "run this on a login node of the cluster"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from softprompt_jax.config import UserError, parse
+from softprompt_jax.models.families.common import Opened, Weight
 from softprompt_jax.models.t5 import T5Settings
 
 MODEL_TYPES = ("t5", "mt5", "umt5")
@@ -13,19 +14,15 @@ EMBEDDING, HEAD = "shared.weight", "lm_head.weight"
 _EMBEDDING_ALIASES = (EMBEDDING, "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
 # Written by old versions of transformers, never read.
 _UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
-Opened = TypeVar("Opened")  # a tensor on disk; what it is, `checkpoints/` knows
 _ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu", "swish": "silu"}
 
 
-def settings_of(config: dict[str, Any], where: str) -> tuple[T5Settings, bool | None, bool]:
-    """Return settings, whether the output is scaled (None: `config.json` does not say), and whether there is a head.
+def settings_of(config: Mapping[str, Any], where: str) -> T5Settings:
+    """Return the settings that a config states; `complete` decides `tied` and `scale_output`.
 
-    `complete` decides `tied` and `scale_output`, since it sees the weights too. Errors: UserError names the field, at
-    `where`.
+    Errors: UserError names the field, at `where`.
     """
-    kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
-        raise UserError(f"{where}: model_type is {kind!r}; expected t5, mt5 or umt5 (this project is about T5)")
+    kind, pad = config["model_type"], config.get("pad_token_id", 0)
     try:
         projection = str(config.get("feed_forward_proj", "relu"))
         gated = projection.startswith("gated-")
@@ -46,26 +43,29 @@ def settings_of(config: dict[str, Any], where: str) -> tuple[T5Settings, bool | 
             "relative_buckets": config.get("relative_attention_num_buckets", 32),
             "relative_max_distance": config.get("relative_attention_max_distance", 128),
             "epsilon": config.get("layer_norm_epsilon", 1e-6),
+            "padding": 0 if pad == 0 else -1,  # where padding is a word's id, batches have -1
+            "eos": config.get("eos_token_id", 1),
+            "start": config.get("decoder_start_token_id", pad),
         }
     except KeyError as error:
         raise UserError(f"{where}: no {error.args[0]!r}; expected it in a T5 config") from None
-    settings = parse(T5Settings, values, where)
-    headed = config.get("tie_word_embeddings", True) is False  # true says nothing: transformers 5 writes it always
-    scaled = False if kind != "t5" else config.get("scale_decoder_outputs", False if headed else None)
-    return settings, scaled, headed
+    return parse(T5Settings, values, where)
 
 
 def complete(
-    read: tuple[T5Settings, bool | None, bool],
+    config: Mapping[str, Any],
+    settings: T5Settings,
     tensors: Mapping[str, Opened],
     equal: Callable[[Opened, Opened], bool],
     where: str,
 ) -> tuple[T5Settings, dict[str, Opened]]:
-    """Return the settings that `settings_of` read, completed from the weights, and these under the names of `names`.
+    """Return the settings, completed from the weights, and these under the names of `names`.
 
     A model is untied if and only if it has a head that differs from the embedding table, which `equal` decides.
     """
-    settings, scaled, headed = read
+    headed = config.get("tie_word_embeddings", True) is False  # true says nothing: transformers 5 writes it always
+    old = config["model_type"] == "t5"
+    scaled = config.get("scale_decoder_outputs", False if headed else None) if old else False
     alias = next((name for name in _EMBEDDING_ALIASES if name in tensors), None)
     found = {name: tensor for name, tensor in tensors.items() if name not in (*_EMBEDDING_ALIASES, _UNUSED)}
     if alias is not None:
@@ -81,8 +81,8 @@ def complete(
     return settings.model_copy(update={"tied": tied, "scale_output": tied if scaled is None else scaled}), found
 
 
-def config_of(settings: T5Settings, dtype: str) -> dict[str, Any]:
-    """Return the `config.json` of a T5 whose weights are stored as `dtype`."""
+def config_of(settings: T5Settings) -> dict[str, Any]:
+    """Return the `config.json` of a T5."""
     if settings.gated:
         projections = {"gelu_tanh": "gated-gelu", "relu": "gated-relu", "silu": "gated-silu"}
     else:
@@ -108,11 +108,10 @@ def config_of(settings: T5Settings, dtype: str) -> dict[str, Any]:
         "tie_word_embeddings": settings.tied,
         "scale_decoder_outputs": settings.scale_output,
         "is_encoder_decoder": True,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-        "decoder_start_token_id": 0,
+        "pad_token_id": 0 if settings.padding == 0 else 1,
+        "eos_token_id": settings.eos,
+        "decoder_start_token_id": settings.start,
         "dropout_rate": 0.1,
-        "dtype": dtype,
     }
 
 
@@ -120,33 +119,28 @@ def _block(stack: str, depth: int, name: str) -> list[str]:
     return [f"{stack}.block.{i}.layer.{name}.weight" for i in range(depth)]
 
 
-def names(settings: T5Settings) -> dict[str, tuple[list[str], bool]]:
-    """Map each weight of ours to its Hugging Face tensors (one a layer if stacked) and "is transposed"."""
-    table: dict[str, tuple[list[str], bool]] = {"embedding": ([EMBEDDING], False)}
+def names(settings: T5Settings) -> dict[str, Weight]:
+    """Map each weight of ours to its Hugging Face tensors."""
+    table = {"embedding": Weight([EMBEDDING])}
     if not settings.tied:
-        table["head.kernel"] = ([HEAD], True)
+        table["head.kernel"] = Weight([HEAD], True)
     depths = {"encoder": settings.num_layers, "decoder": settings.num_decoder_layers}
     for stack, depth in depths.items():
-        table[f"{stack}.norm.scale"] = ([f"{stack}.final_layer_norm.weight"], False)
+        table[f"{stack}.norm.scale"] = Weight([f"{stack}.final_layer_norm.weight"])
         own_bias = settings.bias_in_every_layer
         bias = _block(stack, depth if own_bias else 1, "0.SelfAttention.relative_attention_bias")
-        table[f"{stack}.layers.bias.table" if own_bias else f"{stack}.bias.table"] = (bias, False)
+        table[f"{stack}.layers.bias.table" if own_bias else f"{stack}.bias.table"] = Weight(bias)
         attentions = [("attention", "0.SelfAttention", "0")]
         if stack == "decoder":
             attentions.append(("cross", "1.EncDecAttention", "1"))
         for ours, theirs, index in attentions:
             for part, letter in (("query", "q"), ("key", "k"), ("value", "v"), ("output", "o")):
-                table[f"{stack}.layers.{ours}.{part}.kernel"] = (_block(stack, depth, f"{theirs}.{letter}"), True)
-            table[f"{stack}.layers.{ours}_norm.scale"] = (_block(stack, depth, f"{index}.layer_norm"), False)
+                table[f"{stack}.layers.{ours}.{part}.kernel"] = Weight(_block(stack, depth, f"{theirs}.{letter}"), True)
+            table[f"{stack}.layers.{ours}_norm.scale"] = Weight(_block(stack, depth, f"{index}.layer_norm"))
         last = len(attentions)
         parts = {"gate": "wi_0", "up": "wi_1", "down": "wo"} if settings.gated else {"gate": "wi", "down": "wo"}
         for ours, theirs in parts.items():
             kernel = _block(stack, depth, f"{last}.DenseReluDense.{theirs}")
-            table[f"{stack}.layers.feed_forward.{ours}.kernel"] = (kernel, True)
-        table[f"{stack}.layers.feed_forward_norm.scale"] = (_block(stack, depth, f"{last}.layer_norm"), False)
+            table[f"{stack}.layers.feed_forward.{ours}.kernel"] = Weight(kernel, True)
+        table[f"{stack}.layers.feed_forward_norm.scale"] = Weight(_block(stack, depth, f"{last}.layer_norm"))
     return table
-
-
-def is_stacked(path: str) -> bool:
-    """Tell whether a weight of ours has a leading axis of layers."""
-    return ".layers." in path

@@ -18,7 +18,7 @@ function headers() {
 
 async function problem(response) {
   const told = await response.json().catch(() => ({}));
-  return `${response.status}: ${told.error ?? response.statusText}`;
+  return `${response.status}: ${told.error?.message ?? response.statusText}`;
 }
 
 async function list() {
@@ -30,9 +30,10 @@ async function list() {
   at("about").textContent = `${prompts.length} prompts, backbone: ${found.backbone} (frozen).`;
   const boxes = prompts.map((prompt, index) => {
     const box = made("input", { type: "checkbox", value: prompt.name, checked: index < 4 });
-    const holds = [...(prompt.rows ? [`${prompt.rows} rows`] : []), ...prompt.extras];
-    const task = ` ${[...(prompt.task ? [prompt.task] : []), ...holds].join(", ")}`;
-    return made("label", {}, box, ` ${prompt.name}`, made("span", { className: "task", textContent: task }));
+    const rows = prompt.rows ? [`${prompt.rows} row${prompt.rows === 1 ? "" : "s"}`] : [];
+    const task = [...(prompt.task ? [prompt.task] : []), ...rows, ...prompt.extras].join(", ");
+    const about = made("span", {}, `${prompt.name} `, made("span", { className: "task", textContent: task }));
+    return made("label", {}, box, about);
   });
   at("prompts").replaceChildren(...boxes);
   count();
@@ -79,7 +80,7 @@ function scores(words, best) {
     row.className = word.word === best ? "best" : "";
     return row;
   });
-  const caption = made("caption", { textContent: "Shares of these words only" });
+  const caption = made("caption", { textContent: "Among these words alone (together 100%)" });
   return made("table", {}, caption, made("tbody", {}, ...rows));
 }
 
@@ -100,14 +101,12 @@ async function ask(name, card, signal) {
     if (!response.ok) throw new Error(await problem(response));
     for await (const { kind, data } of events(response)) {
       if (kind === "text") text.textContent += data.text;
-      if (kind === "error") throw new Error(`${data.status}: ${data.error}`);
+      if (kind === "error") throw new Error(`${data.status}: ${data.error.message}`);
       if (kind !== "done") continue;
       text.textContent = data.answers.length ? data.answers[0].text || "(nothing)" : data.best_word;
+      const score = data.answers.length ? `Free answer, log-probability ${data.answers[0].score.toFixed(3)}` : "Best word";
+      card.append(made("p", { className: "score", textContent: score }));
       if (data.words.length) card.append(scores(data.words, data.best_word));
-      if (data.answers.length) {
-        const score = `log-probability ${data.answers[0].score.toFixed(3)}`;
-        card.append(made("p", { className: "score", textContent: score }));
-      }
     }
   } catch (error) {
     if (error.name === "AbortError") return;

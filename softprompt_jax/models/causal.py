@@ -1,0 +1,414 @@
+"""Decoder-only language models: one block with explicit settings, stacked and scanned, for all families.
+
+A text is one row: its context (`encoder_tokens`), then its answer (`decoder_inputs`), whose first input is the
+context's last token. Answers see the real keys of their context and, causally, their own; positions count real tokens,
+so that padding between the two parts is only hidden.
+
+Axes: B batch, T context length, U answer length, S key length, D model width, H heads, G key heads, K head width,
+F feed-forward width, V vocabulary rows, L layers. Ids >= V are prompt rows, -1 is padding. `rng` is a random key, `key`
+an attention key.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+from pydantic import Field
+
+from softprompt_jax.config import Settings
+from softprompt_jax.distributed.mesh import constrain
+from softprompt_jax.models.attention import PrefixKeyValues, Seen, attend_shared, rotate, sees_prefix, with_prefix
+from softprompt_jax.models.language_model import LanguageModel, StackBase
+from softprompt_jax.models.layers import FeedForward, LayerNorm, Linear, Norm, dropout, split_rng
+from softprompt_jax.models.settings import Factor, ModelSettings, Remat, Size
+
+FAR = 1 << 30  # position of keys that are in every window
+
+
+class Rope(Settings):
+    """Rotary positions (Su et al., 2021): base of the angles, share of a head that turns, scaling for long texts."""
+
+    base: float = Field(default=10000.0, gt=0)
+    share: float = Field(default=1.0, gt=0, le=1)  # part of a head's width that turns (GPT-NeoX)
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = Field(default=1.0, gt=0)  # how much longer texts become
+    low: float = 1.0  # llama3: turns within the original length, below which frequencies are divided
+    high: float = 4.0  # llama3: turns above which they stay
+    original: int = 8192  # llama3: original length
+
+    def frequencies(self, width: int) -> np.ndarray:
+        """Return the angles per position [R] of heads of this width, float32."""
+        turned = int(width * self.share)
+        found = 1.0 / self.base ** (np.arange(0, turned, 2, dtype=np.float32) / np.float32(turned))
+        if self.kind == "linear":
+            found = found / self.factor
+        elif self.kind == "llama3":
+            turns = self.original * found / (2 * np.pi)
+            smooth = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
+            found = (1 - smooth) * found / self.factor + smooth * found
+        return found.astype(np.float32)
+
+
+class LayerKind(Settings):
+    """What differs between the layers of a model."""
+
+    window: int | None = None  # positions back that a query sees, its own included; null: all
+    ahead: int | None = None  # positions ahead that a query of an encoder sees; null: all
+    rope: Rope | None = None  # rotary positions; null: none
+
+
+class CausalSettings(ModelSettings):
+    """Every shape and switch of a decoder-only model, and how to compute with it."""
+
+    num_key_heads: Size  # heads of keys and values, each shared by num_heads / num_key_heads query heads
+    kinds: tuple[LayerKind, ...]
+    pattern: tuple[int, ...]  # number of each layer's kind
+    norm: Literal["rms", "rms_offset", "layer"] = "rms"  # rms_offset: times 1 + weight (Gemma)
+    post_norms: bool = False  # norms after attention and feed-forward block too (Gemma 2)
+    parallel: bool = False  # attention and feed-forward block read the same input (GPT-NeoX)
+    query_key_norm: bool = False  # queries and keys normalised per head
+    attention_bias: bool = False  # bias of the query, key and value products
+    output_bias: bool = False  # bias of the attention's output product
+    feed_forward_bias: bool = False
+    score_scale: Factor  # factor of the scores before the softmax
+    score_cap: float | None = None  # soft cap of the scores
+    logit_cap: float | None = None  # soft cap of the logits
+    learned_positions: int | None = None  # rows of a table of positions (GPT-2)
+
+    @property
+    def num_decoder_layers(self) -> int:
+        """Layers of the stack that writes the answer."""
+        return self.num_layers
+
+    def parameters(self) -> int:
+        """Count the parameters of the model these settings describe."""
+        heads, keys = self.num_heads * self.d_kv, self.num_key_heads * self.d_kv
+        layer = self.d_model * (2 * heads + 2 * keys) + (3 if self.gated else 2) * self.d_model * self.d_ff
+        layer += (heads + 2 * keys) * self.attention_bias + self.d_model * self.output_bias
+        layer += (self.d_ff * (1 + self.gated) + self.d_model) * self.feed_forward_bias
+        norm = self.d_model * (2 if self.norm == "layer" else 1)
+        layer += norm * (4 if self.post_norms else 2) + 2 * self.d_kv * self.query_key_norm
+        tables = (1 if self.tied else 2) * self.vocabulary_rows + (self.learned_positions or 0)
+        return self.num_layers * layer + norm + tables * self.d_model
+
+
+class View(NamedTuple):
+    """What the layers need to know of the queries: their angles, for each kind of layer."""
+
+    cosine: Float[Array, "N B 1 T R"] | None
+    sine: Float[Array, "N B 1 T R"] | None
+
+
+def view(settings: CausalSettings, positions: Int[Array, "B T"]) -> View:
+    """Return what the layers need to know of queries at these positions."""
+    ropes = [kind.rope for kind in settings.kinds]
+    if not any(ropes):
+        return View(None, None)
+    widest = [rope.frequencies(settings.d_kv) for rope in ropes if rope is not None]
+    still = np.zeros_like(widest[0])  # angles of 0 turn nothing
+    frequencies = np.stack([still if rope is None else rope.frequencies(settings.d_kv) for rope in ropes])
+    angles = positions[None, :, None, :, None].astype(jnp.float32) * frequencies[:, None, None, None, :]
+    return View(jnp.cos(angles), jnp.sin(angles))
+
+
+def of_kind(parts: Any, kind: Any) -> Any:
+    """Return the part of a layer's kind; parts of one kind alone need no index."""
+    if parts is None:
+        return None
+    return parts[0] if len(parts) == 1 else jax.lax.dynamic_index_in_dim(parts, kind, keepdims=False)
+
+
+def windows(
+    settings: CausalSettings,
+    visible: Bool[Array, "B 1 T S"],
+    queries: Int[Array, "B T"],
+    keys: Int[Array, "B S"],
+) -> Bool[Array, "N B 1 T S"]:
+    """Return for each kind of layer which keys are visible; windows are measured in positions, not in slots."""
+    found = [kind.window for kind in settings.kinds]
+    if not any(found):
+        return visible[None]
+    distance = (queries[:, :, None] - keys[:, None, :])[:, None]
+    near = [True if window is None else distance < window for window in found]
+    far = distance <= -FAR // 2  # of keys without positions
+    ahead = [True if kind.ahead is None else (distance >= -kind.ahead) | far for kind in settings.kinds]
+    return jnp.stack([visible & back & front for back, front in zip(near, ahead, strict=True)])
+
+
+class Attention(nnx.Module):
+    """Query, key, value and output products around `attend_shared`."""
+
+    def __init__(self, rng: jax.Array, settings: CausalSettings):
+        width, inner, outer = settings.d_model, settings.num_heads * settings.d_kv, settings.num_key_heads
+        rngs, into = jax.random.split(rng, 4), ("embed", "heads")
+        bias, shared = settings.attention_bias, outer * settings.d_kv
+        self.query = Linear(rngs[0], (width, inner), into, width**-0.5, bias)
+        self.key = Linear(rngs[1], (width, shared), into, width**-0.5, bias)
+        self.value = Linear(rngs[2], (width, shared), into, width**-0.5, bias)
+        self.output = Linear(rngs[3], (inner, width), ("heads", "embed"), inner**-0.5, settings.output_bias)
+        normed = settings.query_key_norm
+        offset = settings.norm == "rms_offset"
+        self.query_norm: Any = Norm(settings.d_kv, settings.epsilon, offset) if normed else nnx.data(None)
+        self.key_norm: Any = Norm(settings.d_kv, settings.epsilon, offset) if normed else nnx.data(None)
+        self.heads, self.key_heads, self.dropout = settings.num_heads, outer, settings.dropout
+        self.scale, self.cap = settings.score_scale, settings.score_cap
+
+    def queries(self, x: Float[Array, "B T D"], rng: jax.Array | None = None) -> Float[Array, "B H T K"]:
+        """Return the queries, without their positions."""
+        split = self.query(x, rng).reshape(*x.shape[:-1], self.heads, -1).swapaxes(1, 2)
+        return split if self.query_norm is None else self.query_norm(split)
+
+    def keys_values(self, x: Float[Array, "B S D"], rng: jax.Array | None = None) -> tuple[Array, Array]:
+        """Return keys, without their positions, and values [B, G, S, K]."""
+        keys, values = (
+            part(x, rng).reshape(*x.shape[:-1], self.key_heads, -1).swapaxes(1, 2) for part in (self.key, self.value)
+        )
+        return keys if self.key_norm is None else self.key_norm(keys), values
+
+    def __call__(self, query: Array, parts: list[Seen], rng: jax.Array | None = None) -> Float[Array, "B T D"]:
+        """Attend to the visible keys of all parts."""
+        mixed = attend_shared(query, parts, self.scale, self.cap, self.dropout, rng)
+        return self.output(mixed.swapaxes(1, 2).reshape(query.shape[0], query.shape[2], -1), rng)
+
+
+class Block(nnx.Module):
+    """A layer: attention and feed-forward block, each behind a norm and, in some families, before one.
+
+    With `cross` it attends to an encoding in between.
+    """
+
+    def __init__(self, rng: jax.Array, settings: CausalSettings, cross: bool = False):
+        rngs = jax.random.split(rng, 3)
+        self.attention_norm = make_norm(settings)
+        self.attention = Attention(rngs[0], settings)
+        self.feed_forward_norm = make_norm(settings)
+        self.feed_forward = FeedForward(rngs[1], settings, settings.feed_forward_bias)
+        self.attention_post_norm: Any = make_norm(settings) if settings.post_norms else nnx.data(None)
+        self.feed_forward_post_norm: Any = make_norm(settings) if settings.post_norms else nnx.data(None)
+        self.cross: Any = Attention(rngs[2], settings) if cross else nnx.data(None)
+        self.cross_norm: Any = make_norm(settings) if cross else nnx.data(None)
+        self.cross_post_norm: Any = make_norm(settings) if cross and settings.post_norms else nnx.data(None)
+        self.parallel, self.dropout = settings.parallel, settings.dropout
+
+    def context(self, encoded: Float[Array, "B S D"], rng: jax.Array | None = None) -> tuple[Array, Array]:
+        """Return the keys and values [B, G, S, K] of an encoding; without cross attention those of self-attention."""
+        return (self.attention if self.cross is None else self.cross).keys_values(encoded, rng)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], turn: Any, see: Any, rng: jax.Array | None = None, encoding: Seen | None = None
+    ) -> Float[Array, "B T D"]:
+        """Return the layer's output.
+
+        `turn(heads)` gives queries or keys their positions; `see(keys, values)` returns the parts to attend to, to
+        which an `encoding` is added, or cross attention attends to it.
+        """
+        rngs = split_rng(rng, 6)
+        normed = self.attention_norm(x)
+        keys, values = self.attention.keys_values(normed, rngs[0])
+        parts = see(turn(keys), values)
+        if encoding is not None and self.cross is None:
+            parts = [*parts, encoding]
+        mixed = self.attention(turn(self.attention.queries(normed, rngs[0])), parts, rngs[0])
+        if self.attention_post_norm is not None:
+            mixed = self.attention_post_norm(mixed)
+        mixed = x + dropout(mixed, self.dropout, rngs[1])
+        if self.cross is not None:
+            assert encoding is not None
+            crossed = self.cross(self.cross.queries(self.cross_norm(mixed), rngs[4]), [encoding], rngs[4])
+            if self.cross_post_norm is not None:
+                crossed = self.cross_post_norm(crossed)
+            mixed = mixed + dropout(crossed, self.dropout, rngs[5])
+        fed = self.feed_forward(self.feed_forward_norm(x if self.parallel else mixed), rngs[2])
+        if self.feed_forward_post_norm is not None:
+            fed = self.feed_forward_post_norm(fed)
+        return mixed + dropout(fed, self.dropout, rngs[3])
+
+
+def make_norm(settings: CausalSettings) -> Norm | LayerNorm:
+    """Return a norm of the model's width."""
+    if settings.norm == "layer":
+        return LayerNorm(settings.d_model, settings.epsilon)
+    return Norm(settings.d_model, settings.epsilon, settings.norm == "rms_offset")
+
+
+def turner(at: View, kind: Any) -> Any:
+    """Return the function that gives queries or keys [B, H, T, K] of a layer's kind their positions."""
+    cosine, sine = of_kind(at.cosine, kind), of_kind(at.sine, kind)
+    return lambda heads: heads if cosine is None else rotate(heads, cosine, sine)
+
+
+class CausalStack(StackBase):
+    """L blocks with a leading axis L on every weight, run by one scan, and a final norm."""
+
+    def __init__(self, rng: jax.Array, settings: CausalSettings, cross: bool = False):
+        super().__init__(settings, len(settings.pattern))
+        self.layers = jax.vmap(lambda k: Block(k, settings, cross))(jax.random.split(rng, self.depth))
+        self.norm = make_norm(settings)
+        self.settings = settings
+
+    @property
+    def kind_of_layer(self) -> Int[np.ndarray, "L"]:
+        """The number of each layer's kind."""
+        return np.asarray(self.settings.pattern, np.int32)
+
+    def __call__(
+        self,
+        x: Float[Array, "B S D"],
+        visible: Bool[Array, "B 1 S S"],
+        positions: Int[Array, "B S"],
+        rng: jax.Array | None = None,
+        prompt_rows: Int[Array, "B S"] | None = None,
+        remat: Remat | None = None,
+        keep: bool = False,
+        encoded: Float[Array, "B T D"] | None = None,
+        encoded_visible: Bool[Array, "B 1 #S T"] | None = None,
+    ) -> tuple[Float[Array, "B S D"], Any]:
+        """Run the layers, without the norm.
+
+        With `keep` return for all layers what they read [L, B, S, D], keys and values [L, B, G, S, K] too.
+        """
+        first, rngs = None, None
+        if rng is not None:
+            first, scanned = jax.random.split(rng)
+            rngs = jax.random.split(scanned, self.depth)
+        (prefix, cross_prefix), (deep, put) = self.prefixes(), self.layer_prompt_rows(prompt_rows)
+        if encoded_visible is not None:
+            encoded_visible = sees_prefix(encoded_visible, cross_prefix)
+        positions = positions + self.shift()
+        at = view(self.settings, positions)
+        seen = windows(self.settings, visible, positions, positions)
+        ahead = None if prefix is None else self.sees_prefix(prefix, positions)
+
+        def run(x, scanned):
+            layer, layer_rng, kind, before, before_cross, deep = scanned
+            x, encoding = put(x, deep), None
+            kept: list[Array] = [x] if keep else []
+            if encoded is not None:
+                assert encoded_visible is not None
+                encoding = Seen(*with_prefix(before_cross, *layer.context(encoded, layer_rng)), encoded_visible)
+
+            def see(keys, values):
+                kept.extend((keys, values) if keep else ())
+                own = Seen(keys, values, of_kind(seen, kind))
+                return [own] if before is None else [prefix_part(before, of_kind(ahead, kind), keys), own]
+
+            x = layer(x, turner(at, kind), see, layer_rng, encoding)
+            return constrain(x, "rows", None, None), tuple(kept)
+
+        remat = remat or self.remat
+        if remat != "none":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "dots" else None
+            run = jax.checkpoint(run, policy=policy, prevent_cse=self.unroll)
+        x = constrain(dropout(x, self.dropout, first), "rows", None, None)
+        xs = (self.layers, rngs, self.kind_of_layer, prefix, cross_prefix, deep)
+        return jax.lax.scan(run, x, xs, unroll=self.unroll)
+
+    def shift(self) -> Int[Array, "#B 1"] | int:
+        """Return how many positions a prefix takes before the first token of each row."""
+        return 0 if self.prefix is None else self.prefix.shift()
+
+    def prefix_positions(self, rows: int) -> Int[Array, "B P"]:
+        """Return the positions of a prefix's keys in each row; the first that text has is `shift()`."""
+        before = np.concatenate([np.full(self.prefix.unpositioned, FAR), np.arange(-self.prefix.positioned, 0)])
+        return jnp.broadcast_to(before + self.shift(), (rows, len(before)))
+
+    def sees_prefix(self, prefix: PrefixKeyValues, positions: Int[Array, "B T"]) -> Bool[Array, "N B 1 T P"]:
+        """Return for each kind of layer which keys of the prefix the queries of text see."""
+        rows, length = positions.shape[0], prefix.keys.shape[-2]
+        visible = jnp.ones((rows, 1, positions.shape[1], length), bool)
+        if prefix.real is not None:
+            visible = visible & prefix.real[0][:, None, None]
+        return windows(self.settings, visible, positions, self.prefix_positions(rows))
+
+
+def prefix_part(prefix: PrefixKeyValues, visible: Array, like: Array) -> Seen:
+    """Return a layer's prefix as a part for every row of a batch."""
+    keys, values = (jnp.broadcast_to(part.astype(like.dtype), (like.shape[0], *part.shape[-3:])) for part in prefix[:2])
+    return Seen(keys, values, visible)
+
+
+class CausalLM(LanguageModel):
+    """A decoder-only language model. Methods attach a soft prompt as `prompt`: embeddings of the ids from V on."""
+
+    settings: CausalSettings
+    decoder: CausalStack
+
+    def __init__(self, settings: CausalSettings, rng: jax.Array, dtype: str = "float32"):
+        rngs = jax.random.split(rng, 4)
+        super().__init__(settings, rngs[0], rngs[1], dtype)
+        self.encoder: Any = nnx.data(None)
+        self.decoder = CausalStack(rngs[2], settings)
+        if settings.learned_positions is None:
+            self.positions: Any = nnx.data(None)
+        else:
+            shape = (settings.learned_positions, settings.d_model)
+            self.positions = nnx.Param(0.02 * jax.random.normal(rngs[3], shape), axes=("positions", "embed"))
+
+    def embed(self, tokens: Array, rng: jax.Array | None = None, positions: Array | None = None) -> Array:
+        """Look ids < V up in the frozen table and ids >= V in the prompt's rows; add learned positions."""
+        return self.at_positions(super().embed(tokens, rng), positions)
+
+    def at_positions(self, x: Float[Array, "B T D"], positions: Int[Array, "B T"] | None) -> Float[Array, "B T D"]:
+        """Add learned positions, where a model has some, to embeddings."""
+        if self.positions is None:
+            return x
+        assert positions is not None
+        return x + self.positions[...].astype(x.dtype)[jnp.clip(positions, 0, self.positions.shape[0] - 1)]
+
+    def project(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """Return float32 logits over the V vocabulary rows."""
+        logits = super().project(hidden)
+        cap = self.settings.logit_cap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def first_input(self, tokens: Int[Array, "B T"]) -> Int[Array, "B"]:
+        """Return the last token of each context, behind which its answer comes."""
+        last = jnp.maximum(self.is_real(tokens).sum(-1) - 1, 0)
+        return jnp.take_along_axis(tokens, last[:, None], 1)[:, 0]
+
+    def run(
+        self, tokens: Int[Array, "B S"], rng: jax.Array | None = None, remat: Remat | None = None, keep: bool = False
+    ) -> tuple[Float[Array, "B S D"], Any]:
+        """Run the layers over rows whose padding stands at their ends; `keep`: see `CausalStack`."""
+        real = self.is_real(tokens)
+        positions = jnp.maximum(jnp.cumsum(real, -1) - 1, 0)
+        visible = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))[None, None] & real[:, None, None, :]
+        return self.run_at(tokens, visible, positions, rng, remat, keep, tokens.shape[1])
+
+    def run_at(self, tokens, visible, positions, rng=None, remat=None, keep=False, context=0):
+        """Run the layers over tokens at these positions; the first `context` of each row are the contexts'."""
+        prompt_rng, stack_rng = split_rng(rng, 2)
+        x = self.embed(tokens, prompt_rng, positions + self.decoder.shift())
+        if self.offset is not None:
+            x = jnp.concatenate([self.with_offset(x[:, :context], tokens[:, :context]), x[:, context:]], 1)
+        prompt_rows = tokens - self.settings.vocabulary_rows
+        return self.decoder(x, visible, positions, stack_rng, prompt_rows, remat, keep)
+
+    def hidden(
+        self, batch: dict[str, Array], rng: jax.Array | None = None, remat: Remat | None = None
+    ) -> Float[Array, "B U D"]:
+        """Return what stands at the answers' positions of a batch.
+
+        `encoder_tokens` [B, T] and `decoder_inputs` [B, U] run side by side in one row; the context's last token is the
+        answer's first input, so that it is hidden where it stands. Packed rows have `*_segments` too.
+        """
+        context, answer = batch["encoder_tokens"], batch["decoder_inputs"]
+        tokens = jnp.concatenate([context, answer], 1)
+        real = self.is_real(tokens)
+        segments = real.astype(jnp.int32)
+        if "encoder_segments" in batch:
+            segments = jnp.concatenate([batch["encoder_segments"], batch["decoder_segments"]], 1) * real
+        own = segments[:, : context.shape[1]]
+        following = jnp.pad(own[:, 1:], ((0, 0), (0, 1)))
+        last = jnp.pad((own > 0) & (following != own), ((0, 0), (0, answer.shape[1])))
+        counted = jnp.where(last, 0, segments)  # 0: seen by none, and no position of its own
+        order = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
+        same = (segments[:, :, None] == counted[:, None, :]) & (counted > 0)[:, None, :] & order
+        positions = jnp.maximum(same.sum(-1) - ~last, 0)
+        hidden, _ = self.run_at(tokens, same[:, None], positions, rng, remat, context=context.shape[1])
+        return self.decoder.norm(hidden[:, context.shape[1] :])
