@@ -30,6 +30,8 @@ import machine  # noqa: E402
 from make_backbone import make  # noqa: E402
 from side_ours import of_folder  # noqa: E402
 
+from softprompt_jax.cli.process import keep_freed_memory  # noqa: E402
+
 RESULTS = Path(__file__).resolve().parent / "results" / "profile_step.jsonl"
 CLASSES = [  # the first that an instruction's text matches names it
     ("matrix products", r"\bdot\(|dot_general|__onednn|custom-call.*matmul"),
@@ -44,6 +46,7 @@ def classify(instruction: str) -> str:
 
 
 def main() -> None:
+    keep_freed_memory()  # as the command line does
     with tempfile.TemporaryDirectory() as folder:
         make(folder, arguments.size)
         side = of_folder(folder, arguments.dtype, arguments.variant, arguments.cores)

@@ -13,9 +13,17 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from worker import serve
 from workload import LEARNING_RATE, PROMPT_LENGTH, WEIGHT_DECAY, Workload, systematic_sample
 
+from softprompt_jax.cli.process import keep_freed_memory
+
 
 def of_folder(folder: str, dtype: str, variant: str, threads: int) -> Peft:
-    """Load a side; `variant`: eager or sdpa (transformers' attention), or compile (torch.compile, over sdpa)."""
+    """Load a side; `variant`: eager or sdpa (transformers' attention), or compile (torch.compile, over sdpa).
+
+    With `-kept` behind it the allocator keeps freed memory, as it does on our side.
+    """
+    variant, _, kept = variant.partition("-")
+    if kept:
+        keep_freed_memory()
     torch.set_num_threads(threads)
     workload = Workload.read(folder)
     backbone = (AutoModelForCausalLM if workload.causal else T5ForConditionalGeneration).from_pretrained(
