@@ -1,9 +1,9 @@
 """Time greedy decoding under one prompt here and in Hugging Face PEFT (`generate`), side by side on a CPU.
 
-    .venv-torch/bin/python benchmarks/decoding.py [--size small] [--batch 8] [--rounds 5]
+    .venv-torch/bin/python benchmarks/decoding.py [--size small|smollm2] [--batch 8] [--rounds 5]
 
 Each side is a process of its own on the same core; they take turns. Both load the same random weights and the same
-prompt, and must give the same tokens. A line per side is appended to results/decoding.jsonl.
+prompt, decode exactly `--tokens` for each text and must give the same ones. A line per side is appended to results/decoding.jsonl.
 """
 
 from __future__ import annotations
@@ -48,25 +48,29 @@ class Ours:
         self.tokens, self.generate = tokens, softprompt_jax.generate
 
     def __call__(self, ids: np.ndarray) -> np.ndarray:
-        return np.asarray(self.generate(self.backbone, ids, self.prompt, max_tokens=self.tokens))
+        found = self.generate(self.backbone, ids, self.prompt, max_tokens=self.tokens, stop=False)
+        return np.asarray(found)
 
 
 class Peft:
-    """PEFT's generate around transformers' T5."""
+    """PEFT's generate around transformers' model."""
 
     def __init__(self, folder: str, tokens: int):
         import torch
         from peft import PromptTuningConfig, get_peft_model
-        from transformers import T5ForConditionalGeneration
+        from transformers import AutoModelForCausalLM, T5ForConditionalGeneration
 
         torch.set_num_threads(1)
-        backbone = T5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-        config = PromptTuningConfig(
-            task_type="SEQ_2_SEQ_LM", num_virtual_tokens=PROMPT_LENGTH, num_transformer_submodules=1
-        )
+        workload = Workload.read(folder)
+        self.causal = workload.causal
+        kind = AutoModelForCausalLM if self.causal else T5ForConditionalGeneration
+        backbone = kind.from_pretrained(folder, dtype=torch.float32)
+        backbone.generation_config.eos_token_id = None  # exactly so many tokens
+        task = "CAUSAL_LM" if self.causal else "SEQ_2_SEQ_LM"
+        config = PromptTuningConfig(task_type=task, num_virtual_tokens=PROMPT_LENGTH, num_transformer_submodules=1)
         self.model, self.torch, self.tokens = get_peft_model(backbone, config).eval(), torch, tokens
         embedding = self.model.prompt_encoder["default"].embedding.weight
-        embedding.data.copy_(torch.from_numpy(Workload.read(folder).prompt(backbone.config.d_model)))
+        embedding.data.copy_(torch.from_numpy(workload.prompt(backbone.config.hidden_size)))
 
     def __call__(self, ids: np.ndarray) -> np.ndarray:
         with self.torch.inference_mode():
@@ -74,7 +78,7 @@ class Peft:
             found = self.model.generate(
                 input_ids=rows, attention_mask=self.torch.ones_like(rows), max_new_tokens=self.tokens, do_sample=False
             )
-        return found[:, 1:].numpy()  # it begins with the decoder's start
+        return found[:, ids.shape[1] if self.causal else 1 :].numpy()  # behind the text, or the decoder's start
 
 
 def worker(side: str, folder: str, tokens: int) -> None:
@@ -90,19 +94,14 @@ def worker(side: str, folder: str, tokens: int) -> None:
 
 
 def same(one: list[list[int]], other: list[list[int]]) -> float:
-    """Return the share of rows that agree up to their EOS."""
-
-    def read(row: list[int]) -> list[int]:
-        row = [token for token in row if token != 0]
-        return row[: row.index(1)] if 1 in row else row
-
-    return statistics.mean(float(read(a) == read(b)) for a, b in zip(one, other, strict=True))
+    """Return the share of rows that agree."""
+    return statistics.mean(float(a == b) for a, b in zip(one, other, strict=True))
 
 
 def main() -> None:
     """Let both sides take turns, print and append what they took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="small", help="tiny (to try this file), small, base, ...")
+    parser.add_argument("--size", default="small", help="tiny (to try this file), small, base, ..., smollm2")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=32, help="decoded for each text")
     parser.add_argument("--rounds", type=int, default=5)
