@@ -90,7 +90,7 @@ test-cloud:  ## run on gs:// and s3:// against stand-ins, in the environment of 
 
 test-http:  ## other programs against the server, in an environment of its own (.venv-http)
 	$(MAKE) install VENV=.venv-http EXTRAS=dev
-	.venv-http/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt schemathesis openai
+	.venv-http/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt schemathesis openai wandb
 	.venv-http/bin/python -m pytest -m http $(PYTEST_ARGS)
 
 test-wheel: install  ## build sdist and wheel, install them into clean environments, train from there
