@@ -180,7 +180,7 @@ def work(config: str, folder: str, *changes: str) -> None:
     """Train one run and write what it took into its folder."""
     from softprompt_jax import load_run, train
     from softprompt_jax.assembly import abstract_backbone_of, assemble
-    from softprompt_jax.cli.process import keep_freed_memory
+    from softprompt_jax.cli.allocator import keep_freed_memory
     from softprompt_jax.progress import Reporter
 
     spent = spent_file(Path(folder))
