@@ -9,15 +9,15 @@ from jaxtyping import Array, Float
 
 
 def matmul(
-    a: Float[Array, "*B M K"], b: Float[Array, "*B K N"], dtype: DTypeLike | None = None
-) -> Float[Array, "*B M N"]:
-    """Return `a @ b` with equal axes B, in `dtype` (default: that of `a`); sums are float32.
+    a: Float[Array, "*A M K"], b: Float[Array, "*B K N"], dtype: DTypeLike | None = None
+) -> Float[Array, "*C M N"]:
+    """Return `a @ b` in `dtype` (default: that of `a`); sums are float32.
 
     XLA for CPUs multiplies bfloat16 at the rate of float32 unless the product itself is float32, in the backward pass
     too. Where a CPU has units for bfloat16, this is twice as fast. On other devices it is the plain product.
     """
     made = jnp.dtype(dtype or a.dtype)
-    if a.dtype != jnp.bfloat16 or b.dtype != jnp.bfloat16:
+    if a.dtype != jnp.bfloat16 or b.dtype != jnp.bfloat16 or a.shape[:-2] != b.shape[:-2]:
         return jnp.matmul(a, b, preferred_element_type=made)
     return jax.lax.platform_dependent(
         a,
