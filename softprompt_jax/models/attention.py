@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from softprompt_jax.models.products import matmul
-
 
 def relative_buckets(
     query_positions: Int[Array, "T"],
@@ -113,7 +111,7 @@ def attend(
     H is 1 for keys and values that all heads share. Heads stand before the length: on a CPU the same products over
     [B, T, H, K] take five times as long.
     """
-    scores = matmul(query, key.swapaxes(-1, -2), jnp.float32)
+    scores = jnp.matmul(query, key.swapaxes(-1, -2), preferred_element_type=jnp.float32)
     added = jnp.where(visible, 0, -1e9)  # added, not selected: the gradient then needs no mask
     if bias is not None:
         added = added + bias.astype(jnp.float32)
@@ -125,7 +123,7 @@ def attend(
         batch, heads, _, keys = weights.shape
         kept = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, (batch, heads, 1, keys))
         weights = jnp.where(kept, weights / (1 - dropout_rate), 0).astype(value.dtype)
-    return (matmul(weights, value) / total).astype(value.dtype)
+    return ((weights @ value) / total).astype(value.dtype)
 
 
 class Seen(NamedTuple):
@@ -154,7 +152,7 @@ def attend_shared(
     grouped = query.reshape(batch, groups, heads // groups * length, width)
     scores, hidden = [], []
     for part in parts:
-        found = matmul(grouped, part.keys.swapaxes(-1, -2), jnp.float32) * scale
+        found = jnp.matmul(grouped, part.keys.swapaxes(-1, -2), preferred_element_type=jnp.float32) * scale
         scores.append(found.reshape(batch, groups, heads // groups, length, -1))
         rows = jnp.where(part.visible, 0, -1e9)[:, :, None]
         hidden.append(jnp.broadcast_to(rows, (*rows.shape[:3], length, rows.shape[-1])) if len(parts) > 1 else rows)
@@ -174,7 +172,7 @@ def attend_shared(
     for part in parts:
         own = weights[..., start : start + part.keys.shape[2]]
         start += part.keys.shape[2]
-        mixed = mixed + matmul(own.reshape(batch, groups, -1, own.shape[-1]), part.values)
+        mixed = mixed + own.reshape(batch, groups, -1, own.shape[-1]) @ part.values
     return (mixed.reshape(*total.shape[:-1], width) / total).astype(query.dtype).reshape(query.shape)
 
 

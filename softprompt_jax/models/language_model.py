@@ -11,7 +11,6 @@ from jaxtyping import Array, Bool, Float, Int
 
 from softprompt_jax.models.attention import PrefixKeyValues
 from softprompt_jax.models.layers import Linear
-from softprompt_jax.models.products import matmul
 from softprompt_jax.models.settings import ModelSettings, Remat
 
 
@@ -116,8 +115,7 @@ class LanguageModel(nnx.Module):
     def project(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """Return float32 logits over the V vocabulary rows."""
         kernel = self.embedding[...].T if self.head is None else self.head.kernel[...]
-        logits = matmul(hidden.reshape(-1, hidden.shape[-1]), kernel.astype(hidden.dtype), jnp.float32)
-        return logits.reshape(*hidden.shape[:-1], -1)
+        return jnp.matmul(hidden, kernel.astype(hidden.dtype), preferred_element_type=jnp.float32)
 
     def first_input(self, tokens: Int[Array, "B T"]) -> Int[Array, "B"]:
         """Return the first input of the answer to each context."""

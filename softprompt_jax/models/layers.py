@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from softprompt_jax.models.products import matmul
 from softprompt_jax.models.settings import ModelSettings
 
 ACTIVATIONS = {
@@ -51,7 +50,7 @@ class Linear(nnx.Module):
 
     def multiply(self, rows: Float[Array, "N in"]) -> Float[Array, "N out"]:
         """Return the product with the kernel."""
-        return matmul(rows, self.kernel[...].astype(rows.dtype))
+        return rows @ self.kernel[...].astype(rows.dtype)
 
     def __call__(self, x: Float[Array, "*B in"], rng: jax.Array | None = None) -> Float[Array, "*B out"]:
         made = self.multiply(x.reshape(-1, x.shape[-1]))  # as a matrix the weight gradient is 1.4 times faster on a CPU

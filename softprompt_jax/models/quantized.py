@@ -21,7 +21,6 @@ from softprompt_jax.config import UserError
 from softprompt_jax.models.build import abstract, build
 from softprompt_jax.models.language_model import LanguageModel
 from softprompt_jax.models.layers import Linear
-from softprompt_jax.models.products import matmul
 from softprompt_jax.models.settings import ModelSettings
 
 Quantization = Literal["int8", "nf4"]
@@ -122,8 +121,8 @@ def _block(width: int) -> int:
 
 def _forward(kind: Quantization, rows: jax.Array, packed: jax.Array, scale: jax.Array) -> jax.Array:
     if kind == "int8":  # scale the sums, not the weights: columns many times fewer
-        return matmul(rows, packed.astype(rows.dtype)) * scale.astype(rows.dtype)
-    return matmul(rows, unpack(packed, scale, kind, rows.dtype))
+        return (rows @ packed.astype(rows.dtype)) * scale.astype(rows.dtype)
+    return rows @ unpack(packed, scale, kind, rows.dtype)
 
 
 _product = jax.custom_vjp(_forward, nondiff_argnums=(0,))
@@ -138,8 +137,8 @@ def _keep(kind: Quantization, rows: jax.Array, packed: jax.Array, scale: jax.Arr
 def _backward(kind: Quantization, saved: tuple[jax.Array, jax.Array], change: jax.Array) -> Any:
     packed, scale = saved
     if kind == "int8":
-        return matmul(change * scale.astype(change.dtype), packed.astype(change.dtype).T), None, None
-    return matmul(change, unpack(packed, scale, kind, change.dtype).T), None, None
+        return (change * scale.astype(change.dtype)) @ packed.astype(change.dtype).T, None, None
+    return change @ unpack(packed, scale, kind, change.dtype).T, None, None
 
 
 _product.defvjp(_keep, _backward)
