@@ -66,7 +66,7 @@ class Contestant:
 class Worker:
     """A process with one side and variant in it."""
 
-    def __init__(self, side: str, variant: str, folder: str, dtype: str, cores: list[int], log):
+    def __init__(self, python: str, side: str, variant: str, folder: str, dtype: str, cores: list[int], log):
         threads = str(len(cores))
         environment = os.environ | dict.fromkeys(
             ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads
@@ -74,7 +74,7 @@ class Worker:
         environment |= {"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         self.name = f"{side} {variant}"
         self.process = subprocess.Popen(
-            ["taskset", "--cpu-list", ",".join(map(str, cores)), sys.executable, str(HERE / f"side_{side}.py"),
+            ["taskset", "--cpu-list", ",".join(map(str, cores)), python, str(HERE / f"side_{side}.py"),
              folder, dtype, variant, threads],  # torch and XLA size their thread pools by the cores they may use
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
         )  # fmt: skip
@@ -140,6 +140,7 @@ def report(title: str, contestants: list[Contestant], whole_epoch: bool, shared:
             f"{contestant.padding:9.0%}{best / cpu:13.2f}"
         )
         line = shared | {
+            "versions": shared["versions"][contestant.side],
             "side": contestant.side,
             "variant": contestant.variant,
             "case": contestant.case,
@@ -174,7 +175,8 @@ def measure(
     setting = f"{arguments.size}, prompt {PROMPT_LENGTH}, batch {BATCH_SIZE}, {dtype}, {cores} core(s)"
     chosen = sorted(os.sched_getaffinity(0))[:cores]
     with contextlib.ExitStack() as stack:
-        workers = {v: stack.enter_context(Worker(*v, folder, dtype, chosen, log)) for v in variants}
+        pythons = {"ours": str(arguments.ours_python), "peft": sys.executable}
+        workers = {v: stack.enter_context(Worker(pythons[v[0]], *v, folder, dtype, chosen, log)) for v in variants}
         check, _ = compete(workers, [(*v, "check") for v in variants], 1, 1)
         print(f"\nlosses before training: {check_losses(check, dtype):.1e} apart, {check[0].losses()[0]:.4f}")
         names = [(*v, "fixed") for v in variants]
@@ -218,12 +220,18 @@ def main() -> None:
         help="who competes, at least one of each side; also peft:compile (a minute to compile), ours:halves, "
         "ours:quarters, peft:sdpa-kept (with our settings of the allocator)",
     )
+    parser.add_argument(
+        "--ours-python", default=sys.executable, help="interpreter of our side: .venv/bin/python with a newer jax"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if {name.partition(":")[0] for name in arguments.variants.split(",")} != {"ours", "peft"}:
         parser.error(f"--variants {arguments.variants}: expected at least one ours:... and one peft:...")
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     about = machine.describe()
+    told = [arguments.ours_python, "-c", "import json, machine; print(json.dumps(machine.describe()['versions']))"]
+    ours = json.loads(subprocess.run(told, cwd=HERE, check=True, capture_output=True, text=True).stdout)
+    about["versions"] = {"ours": ours, "peft": about["versions"]}
     print(json.dumps(about))
     with (
         tempfile.TemporaryDirectory() as folder,

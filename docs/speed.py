@@ -15,6 +15,7 @@ TICKS = (0.5, 1, 2, 5, 10, 20)
 ROW = 44  # the height of a name and its bar
 VARIANTS = {"scan": "", "unroll": ", unrolled", "halves": ", unrolled, 2 parts", "quarters": ", unrolled, 4 parts"}
 CASES = {"fixed": "fixed lengths", "bucketed": "real lengths, 12 shapes", "bucketed-4": "real lengths, 4 shapes"}
+NEWER = ", jax 0.12"
 RENAMED = "2026-11-21T11:28"  # before, these two cases had other names
 Line = dict[str, Any]
 
@@ -51,13 +52,14 @@ def _quiet(line: Line) -> bool:
 
 
 def _training(lines: list[Line]) -> list[Speed]:
-    kinds: dict[tuple[str, str, str, str, int], list[Line]] = {}
+    kinds: dict[tuple[str, str, str, str, int, bool], list[Line]] = {}
     for line in lines:
         named = line["case"] == "fixed" or (line["case"] in CASES and line["date"] > RENAMED)
         if named and line["size"] != "tiny" and line["side"] == "ours":
-            kinds.setdefault((*(line[key] for key in ("size", "dtype", "case", "variant", "cores")),), []).append(line)
+            kind = (*(line[key] for key in ("size", "dtype", "case", "variant", "cores")), _newer(line))
+            kinds.setdefault(kind, []).append(line)
     found = []
-    for (size, dtype, case, variant, cores), of_kind in kinds.items():
+    for (size, dtype, case, variant, cores, newer), of_kind in kinds.items():
         ours = _latest(of_kind)
         fixed = case == "fixed"
         same = ("date", "size", "dtype", "cores")
@@ -70,10 +72,16 @@ def _training(lines: list[Line]) -> list[Speed]:
         peft = min((line for line in beside if line not in kept), key=lambda line: line[measure])
         rounds = min(len(line["cpu_s_rounds"]) for line in (ours, peft))
         what = f"a step, {size}, {dtype}, {CASES[case]}{VARIANTS[variant]}" + ("" if cores == 1 else f", {cores} cores")
+        what += NEWER if newer else ""
         best = peft["variant"] if fixed else f"{peft['variant']}, {peft['case']}"
         lent = min((line[measure] for line in kept), default=None)
         found.append(Speed(what, ours[measure], peft[measure], best, lent, rounds, _quiet(ours), _cpu(ours)))
     return sorted(found, key=lambda speed: ("float32" not in speed.what, "small" not in speed.what, speed.what))
+
+
+def _newer(line: Line) -> bool:
+    """Say whether our side ran on the jax that Python 3.12 and later have."""
+    return "0.12" in line.get("versions", {}).get("jax", "")
 
 
 def _cpu(line: Line) -> str:
