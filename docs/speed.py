@@ -13,6 +13,13 @@ from plot import COLOURS, GRID, INK, TOP, WIDTH, frame
 QUIET = 0.1  # the share of the machine that others may use at most
 TICKS = (0.5, 1, 2, 5, 10, 20)
 ROW = 44  # the height of a name and its bar
+FIVE = {  # what a reader cares about, and how the names of its comparisons begin; the first of them counts
+    "a step of T5 small": "a step, small, float32, fixed lengths",
+    "a step of SmolLM2": "a step, smollm2, float32, fixed lengths",
+    "a step of T5 small, texts of unlike lengths": "a step, small, float32, real lengths",
+    "SmolLM2 answers 32 texts under 32 prompts": "32 texts under 32 prompts, smollm2",
+    "SmolLM2 writes 8 x 32 tokens": "decoding 8 x 32 tokens, smollm2",
+}
 VARIANTS = {"scan": "", "unroll": ", unrolled", "halves": ", unrolled, 2 parts", "quarters": ", unrolled, 4 parts"}
 CASES = {"fixed": "fixed lengths", "bucketed": "real lengths, 12 shapes", "bucketed-4": "real lengths, 4 shapes"}
 NEWER = ", jax 0.12"
@@ -114,6 +121,12 @@ def _mixed(results: Path) -> list[Speed]:
             what = f"32 texts under {prompts}, {backbone.removeprefix('t5-v1_1-')}"
             found.append(Speed(what, ours, peft, "", None, rounds, _quiet(line), _cpu(line)))
     return found
+
+
+def five(found: list[Speed]) -> list[Speed]:
+    """Return the comparisons that a reader cares about, by names that can be read alone."""
+    chosen = {title: next((one for one in found if one.what.startswith(begin)), None) for title, begin in FIVE.items()}
+    return [one._replace(what=title) for title, one in chosen.items() if one is not None]
 
 
 def table(found: list[Speed]) -> str:
