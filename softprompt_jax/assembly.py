@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -38,6 +39,7 @@ from softprompt_jax.models.settings import ModelSettings
 from softprompt_jax.run import Run, Scratch
 from softprompt_jax.trust import check_backbone, named_backbone, reader
 
+_POSITIONS = ("n_positions", "max_position_embeddings", "n_ctx")  # what config.json of Hugging Face calls them
 _LARGE = 100_000  # a method's length or width from which its weights are counted before they are made
 
 
@@ -59,6 +61,17 @@ class Assembly:
 def layout_of(model: LanguageModel) -> PromptLayout:
     """Return where the ids of a model's prompt rows, from V on, stand around a text; empty without a prompt."""
     return NO_PROMPT if model.prompt is None else model.prompt.layout
+
+
+def positions_of(settings: ModelSettings, folder: Path) -> int | None:
+    """Return how many positions a model says that it knows: those it has learned, or those of its `config.json`."""
+    if (learned := getattr(settings, "learned_positions", None)) is not None:
+        return learned
+    try:
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return next((int(about[name]) for name in _POSITIONS if about.get(name) is not None), None)
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def own_mesh(artifacts: Iterable[Artifact]) -> mesh.Mesh:

@@ -71,7 +71,7 @@ class Tokenizer:
     """Text to ids and back.
 
     `pieces` lists every piece by id; `stop_ids` end an answer as EOS does; `pad_id`, `eos_id`, `unk_id` and the
-    sentinels are the `special_ids`, which `decode` skips. `fingerprint` changes whenever an encoding might. `form` says
+    sentinels are the `special_ids`, which `decode` skips. `prefix_id`, BOS or else EOS, stands in for a context. `fingerprint` changes whenever an encoding might. `form` says
     what the model reads, `bos` are the ids that the tokenizer puts before a text of a decoder-only model, `begin` and
     `end` those before and behind every input, `target_prefix` is the text before every target.
     """
@@ -86,7 +86,7 @@ class Tokenizer:
 
     def __init__(self, source: str, pieces: Sequence[str], pad_id: int, eos_id: int, unk_id: int, fingerprint: str):
         self.source, self.pieces, self.fingerprint = source, list(pieces), fingerprint
-        self.pad_id, self.eos_id, self.unk_id = pad_id, eos_id, unk_id
+        self.pad_id, self.eos_id, self.unk_id, self.prefix_id = pad_id, eos_id, unk_id, eos_id
         numbered = [(SENTINEL.fullmatch(piece.removeprefix("▁")), id_) for id_, piece in enumerate(self.pieces)]
         self._sentinels = {int(match.group(1)): id_ for match, id_ in numbered if match}
         self.special_ids = frozenset({pad_id, eos_id, unk_id, *self._sentinels.values()})
@@ -104,7 +104,7 @@ class Tokenizer:
             before, behind = self._chat()
             self.begin, self.end, prefix = tuple(self.encode(before)), tuple(self.encode(behind)), ""
         self.target_prefix = prefix if text.target_prefix is None else text.target_prefix
-        self.stop_ids = self._stop_ids()
+        self.stop_ids = self.pieces_with([] if text.stop is None else [text.stop])
 
     def reading(self, text: TextSettings) -> Tokenizer:
         """Return the same tokenizer with other settings; no file is read. Errors: as `use`."""
@@ -139,6 +139,18 @@ class Tokenizer:
 
     def _around_messages(self, messages: Sequence[dict[str, str]]) -> list[str]:
         """Return what the chat template puts before, between and behind the contents of messages."""
+        marks = [f"[TEXT {number}]" for number in range(len(messages))]
+        whole = self.chat_text([message | {"content": mark} for message, mark in zip(messages, marks, strict=True)])
+        parts = re.split(r"(\[TEXT \d+\])", whole)
+        if parts[1::2] != marks:
+            raise UserError(f"{self.source}: its chat template does not hold each message once; expected plain text")
+        return parts[::2]
+
+    def chat_text(self, messages: Sequence[dict[str, str]], next_answer: bool = True) -> str:
+        """Return a conversation as the chat template writes it, up to its next answer, or within its last message.
+
+        Errors: as `chat_ids`.
+        """
         raise UserError(f"{self.source}: the tokenizer has no chat template; expected one; set text.template to plain")
 
     @property
@@ -244,12 +256,16 @@ class Tokenizer:
                 kept.append(id_)
         return self._text(kept) if kept else ""
 
-    def _stop_ids(self) -> tuple[int, ...]:
-        """Return the pieces that hold the whole stop text; a text may also have it in parts."""
-        if self.text.stop is None:
-            return ()
-        stop = self.text.stop.replace(" ", "▁")
-        return tuple(id_ for id_, text in enumerate(self.piece_texts()) if stop in text)
+    def pieces_with(self, stops: Sequence[str]) -> tuple[int, ...]:
+        """Return the pieces that hold one of the texts whole; what is written may also have it in parts."""
+        wanted = [stop.replace(" ", "▁") for stop in stops]
+        pieces = enumerate(self.piece_texts()) if wanted else ()
+        return tuple(id_ for id_, text in pieces if any(stop in text for stop in wanted))
+
+    def text_behind(self, context: Sequence[int], ids: Sequence[int]) -> str:
+        """Return the text of ids behind those of a context, with the space that it may begin with."""
+        last = [id_ for id_ in context[-1:] if self.form.causal and id_ not in self.special_ids]
+        return self.text_of([*last, *ids])[len(self.text_of(last)) :]
 
     def _text(self, ids: list[int]) -> str:
         raise NotImplementedError
@@ -310,6 +326,7 @@ class _Transformers(Tokenizer):
         ids = special["pad"], special["eos"], special["unk"]
         super().__init__(source, pieces, *ids, hashlib.sha256(state.encode()).hexdigest())
         self.special_ids |= frozenset(tokenizer.all_special_ids)
+        self.prefix_id = self.eos_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
     def piece_texts(self) -> list[str]:
         decode = self._decode_bytes
@@ -336,19 +353,14 @@ class _Transformers(Tokenizer):
     def has_chat_template(self) -> bool:
         return bool(self._tokenizer.chat_template)
 
-    def _around_messages(self, messages: Sequence[dict[str, str]]) -> list[str]:
+    def chat_text(self, messages: Sequence[dict[str, str]], next_answer: bool = True) -> str:
         if not self.has_chat_template:
-            return super()._around_messages(messages)
-        marks = [f"[TEXT {number}]" for number in range(len(messages))]
-        marked = [message | {"content": mark} for message, mark in zip(messages, marks, strict=True)]
+            return super().chat_text(messages)
+        ending = {"add_generation_prompt": next_answer, "continue_final_message": not next_answer}
         try:
-            whole = self._tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
+            return self._tokenizer.apply_chat_template([*messages], tokenize=False, **ending)
         except Exception as error:  # the template's own, such as for roles that it does not know
             raise UserError(f"{self.source}: its chat template refuses this ({first_line(error)})") from None
-        parts = re.split(r"(\[TEXT \d+\])", whole)
-        if parts[1::2] != marks:
-            raise UserError(f"{self.source}: its chat template does not hold each message once; expected plain text")
-        return parts[::2]
 
     def encode_batch(self, texts: Iterable[str]) -> list[list[int]]:
         texts = [_valid(text) for text in texts]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float
 
 from softprompt_jax.config import UserError
 from softprompt_jax.data import metrics
@@ -51,6 +51,7 @@ class Batching:
     max_tokens: int
     layout: PromptLayout = NO_PROMPT
     shapes: list[Shape] | None = None  # of batches; None: some that suit the set
+    progress: Callable[[int], object] | None = None  # called with how many examples a finished batch had
 
 
 class Decoder:
@@ -117,11 +118,18 @@ class Decoder:
 
     def likelihoods(self, trainable: Any, frozen: Any, tokenized: TokenizedSet, how: Batching) -> np.ndarray:
         """Return the log-probability of every example's target, EOS included, float32 [examples]."""
-        model, found = DeviceModel(self._structure, trainable, frozen), np.zeros(len(tokenized), np.float32)
+        return self.target_scores(trainable, frozen, tokenized, how)[0]
+
+    def target_scores(
+        self, trainable: Any, frozen: Any, tokenized: TokenizedSet, how: Batching
+    ) -> tuple[Float[np.ndarray, " examples"], Bool[np.ndarray, " examples"]]:
+        """Return the log-probability of every example's target, and whether it is what greedy decoding writes."""
+        model = DeviceModel(self._structure, trainable, frozen)
+        log_p, greedy = np.zeros(len(tokenized), np.float32), np.zeros(len(tokenized), bool)
         for batch, ids in _batches(tokenized, how):
-            values = mesh.gather(_target_likelihoods(model, mesh.shard_batch(batch)))
-            found[ids[ids >= 0]] = values[ids >= 0]
-        return found
+            values, best = map(mesh.gather, _score_targets(model, mesh.shard_batch(batch)))
+            log_p[ids[ids >= 0]], greedy[ids[ids >= 0]] = values[ids >= 0], best[ids >= 0]
+        return log_p, greedy
 
     def _real(self, tokens: np.ndarray) -> list[int]:
         return [int(token) for token in tokens if token > self._tokenizer.form.padding]
@@ -134,11 +142,8 @@ def _word_likelihoods(model: DeviceModel, tokens: jax.Array, before: jax.Array, 
 
 
 @jax.jit
-def _target_likelihoods(model: DeviceModel, batch: dict[str, jax.Array]) -> jax.Array:
-    merged, targets = model.merge(), batch["decoder_targets"]
-    log_p = jax.nn.log_softmax(merged(batch))
-    picked = jnp.take_along_axis(log_p, jnp.maximum(targets, 0)[..., None], -1)[..., 0]
-    return jnp.sum(picked * merged.is_real(targets), -1)
+def _score_targets(model: DeviceModel, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return decode.score_targets(model.merge(), batch)
 
 
 def _given(batch: dict[str, np.ndarray], how: Batching) -> tuple[Any, Any]:
@@ -153,6 +158,8 @@ def _batches(tokenized: TokenizedSet, how: Batching) -> Iterator[tuple[dict[str,
     for batch, ids in evaluation_batches(tokenized, batch_size, how.layout, shapes=how.shapes):
         raise_if_preempted()
         yield batch, ids
+        if how.progress is not None:
+            how.progress(int((ids >= 0).sum()))
 
 
 def score(

@@ -19,7 +19,7 @@ from softprompt_jax.models.language_model import LanguageModel
 
 MAX_TOKENS = 64  # of an answer, where no other limit is given
 NEVER = -1e9  # score of what is impossible
-_PLACES = 32  # tokens of a context whose logits are there at once
+_PLACES = 32  # places of a text whose logits are there at once
 
 Read = Callable[[Int[Array, "B U"], Any, Caches], tuple[Float[Array, "B U V"], Caches]]
 
@@ -341,16 +341,31 @@ def score_context(
     """
     hidden, _ = model.run(tokens)
     following = jnp.minimum(tokens[:, 1:], model.settings.vocabulary_rows - 1)  # a prompt row is never foretold
+    parts = _score_places(model, model.decoder.norm(hidden)[:, :-1], following, top)
+    padded = (jnp.pad(part, ((0, 0), (1, 0), *((0, 0),) * (part.ndim - 2))) for part in parts)
+    return tuple(padded)  # pyright: ignore[reportReturnType]
 
-    def score(hidden_next: tuple[Float[Array, "B D"], Int[Array, "B"]]) -> Any:
-        hidden, following = hidden_next
-        log_p = jax.nn.log_softmax(model.project(hidden))
-        return jnp.take_along_axis(log_p, following[:, None], -1)[:, 0], *jax.lax.top_k(log_p, top)
 
-    by_place = model.decoder.norm(hidden)[:, :-1].swapaxes(0, 1), following.T
-    own, values, ids = jax.lax.map(score, by_place, batch_size=_PLACES)  # all logits at once would be T x V
-    parts = (jnp.pad(part, ((1, 0), *((0, 0),) * (part.ndim - 1))).swapaxes(0, 1) for part in (own, ids, values))
-    return tuple(parts)  # pyright: ignore[reportReturnType]
+def score_targets(model: LanguageModel, batch: dict[str, Array]) -> tuple[Float[Array, "B"], Bool[Array, "B"]]:
+    """Return the log-probability of each target of a batch, and whether each of its tokens is the most likely one."""
+    targets = batch["decoder_targets"]
+    real = model.is_real(targets)
+    log_p, best, _ = _score_places(model, model.hidden(batch), jnp.maximum(targets, 0), 1)
+    return jnp.sum(jnp.where(real, log_p, 0), -1), jnp.all((best[..., 0] == targets) | ~real, -1)
+
+
+def _score_places(
+    model: LanguageModel, hidden: Float[Array, "B U D"], tokens: Int[Array, "B U"], top: int
+) -> tuple[Float[Array, "B U"], Int[Array, "B U K"], Float[Array, "B U K"]]:
+    """Return the log-probability of a token at each place, and the K = `top` most likely ones with theirs."""
+
+    def score(here: tuple[Float[Array, "B D"], Int[Array, "B"]]) -> Any:
+        log_p = jax.nn.log_softmax(model.project(here[0]))
+        return jnp.take_along_axis(log_p, here[1][:, None], -1)[:, 0], *jax.lax.top_k(log_p, top)
+
+    by_place = hidden.swapaxes(0, 1), tokens.T
+    own, values, ids = jax.lax.map(score, by_place, batch_size=_PLACES)  # all logits at once would be U x V
+    return own.T, ids.swapaxes(0, 1), values.swapaxes(0, 1)
 
 
 def score_words(

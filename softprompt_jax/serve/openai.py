@@ -154,7 +154,7 @@ class Completion:
         kind, prefix = (chat, "chatcmpl") if isinstance(asked, ChatRequest) else ("text_completion", "cmpl")
         name = f"{prefix}-{uuid.uuid4().hex}"
         self._about = {"id": name, "object": kind, "created": int(time.time()), "model": self.model}
-        self._decode = [self._decoder(ids) for ids in self.texts]
+        self._decode = [functools.partial(self.reader.text_behind, ids) for ids in self.texts]
         self._stream = TextStream([decode for decode in self._decode for _ in range(self.n)], self.stops)
         self._told: list[int] = [-1] * len(self.texts) * self.n  # tokens in chunks so far; -1: no chunk
         self._offsets = [[0] for _ in self._told]  # where the texts of an answer's tokens begin
@@ -202,12 +202,6 @@ class Completion:
             )
         if asked.best_of not in (None, self.n):
             raise RequestError(400, f"best_of: found {asked.best_of}; expected n, {self.n}, or nothing", "best_of")
-
-    def _decoder(self, ids: list[int]) -> Callable[[list[int]], str]:
-        """Return what gives the text of an answer to a text, with the space that it may begin with."""
-        last = ids[-1:] if self._causal and ids[-1] not in self.reader.special_ids else []
-        first = len(self.reader.text_of(last))
-        return lambda tokens: self.reader.text_of([*last, *tokens])[first:]
 
     # ---------------------------------------------------------------------------------------------- to the engine
 

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from softprompt_jax.assembly import Assembly, layout_of
+from softprompt_jax.assembly import Assembly, layout_of, positions_of
 from softprompt_jax.checkpoints import artifact
 from softprompt_jax.config import UserError, cache_folder, values_hash
 from softprompt_jax.data.examples import Example, known_target
@@ -86,7 +86,8 @@ def attach_context(run: Run, assembly: Assembly) -> None:
     if layout.after.size or layout.decoder.size:
         raise UserError("task distill: the prompt stands not only before the input; expected place: before")
     text, begin = read_context(task.context, tokenizer), list(tokenizer.begin) if model.encoder is None else []
-    longest, most = len(begin) + len(text) + run.max_input_tokens + run.max_target_tokens, _positions(assembly)
+    longest = len(begin) + len(text) + run.max_input_tokens + run.max_target_tokens
+    most = positions_of(model.settings, assembly.tokenizer_folder) if model.encoder is None else None
     if most is not None and longest > most:
         raise UserError(
             f"context {task.context}: {len(text)} tokens, with an input and its answer up to {longest}; expected at "
@@ -97,19 +98,6 @@ def attach_context(run: Run, assembly: Assembly) -> None:
         raise UserError(
             f"task distill: {', '.join(run.method_names)} changes the teacher too; expected a prompt or a prefix"
         )
-
-
-def _positions(assembly: Assembly) -> int | None:
-    """Return how many positions a decoder-only backbone knows, where it says so."""
-    if assembly.model.encoder is not None:
-        return None
-    if (learned := assembly.model.settings.learned_positions) is not None:
-        return learned
-    try:
-        about = json.loads((assembly.tokenizer_folder / "config.json").read_text(encoding="utf-8"))
-        return int(about["max_position_embeddings"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def _bare(model: LanguageModel) -> LanguageModel:
