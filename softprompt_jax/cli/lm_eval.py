@@ -15,7 +15,6 @@ _WITHOUT_DEFAULTS = ("ls", "validate", "-h", "--help", "-C", "--config")  # comm
 
 
 def lm_eval(
-    context: typer.Context,
     arguments: Annotated[
         list[str] | None,
         typer.Argument(
@@ -30,16 +29,12 @@ def lm_eval(
     --model_args may also say backbone, task, any_backbone, trust, dtype, quantize, mesh, batch_size, max_length,
     max_tokens (of an answer) and eos (whether EOS behind a continuation counts).
     """
-    given = arguments or []
-    if given in (["--help"], ["-h"]):
-        print(context.get_help())
-        return
     from softprompt_jax.inference.lm_eval import register
 
     register(note)
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
-    sys.argv = ["lm-eval", *with_defaults(given)]
+    sys.argv = ["lm-eval", *with_defaults(arguments or [])]
     try:
         cli_evaluate()
     except ValueError as error:
@@ -57,10 +52,7 @@ def with_defaults(arguments: list[str]) -> list[str]:
 
 
 COMMANDS = {"lm-eval": lm_eval}
-# The harness reads its own options; from its first word on nothing is looked at, so that `run --help` is its help.
+# The harness reads its own options. From its first word on nothing is looked at, so that `run --help` is its help.
 SETTINGS: dict[str, dict[str, Any]] = {
-    "lm-eval": {
-        "add_help_option": False,
-        "context_settings": {"ignore_unknown_options": True, "allow_interspersed_args": False},
-    }
+    "lm-eval": {"context_settings": {"ignore_unknown_options": True, "allow_interspersed_args": False}}
 }

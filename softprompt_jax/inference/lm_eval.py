@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -28,13 +28,14 @@ class ModelArguments(Settings):
     bank: str | None = None  # folder of prompts and runs
     prompt: str | None = None  # name of one in the bank
     backbone: str | None = None  # frozen model: alone, or where the prompt names none or it has moved
+    model: str | None = None  # name of the model in the harness's files, for --output_path; null: a random one
     task: str | None = None  # name of a task, of a run that has a prompt for each
     any_backbone: bool = False  # whether a prompt may be used with another backbone than its own
     trust: bool = False  # permission to read, fetch or import what the settings of the run name
     dtype: Literal["float32", "bfloat16"] | None = None  # type of weights and activations, of a backbone alone
     quantize: Literal["int8", "nf4"] | None = None  # layers in 8 or 4 bits, of a backbone alone
     mesh: str | dict[str, Any] | None = None  # division of the work among devices; null: the run's own
-    batch_size: int | Literal["auto"] = Field("auto", gt=0)  # rows of a batch; auto: fewer where texts are long
+    batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"  # rows of a batch; auto: fewer where texts are long
     max_length: int | None = Field(None, ge=1)  # positions of a text; null: those that the model knows
     max_tokens: int = Field(256, ge=1)  # longest answer in tokens, where the task does not say
     eos: bool | None = None  # whether EOS behind a continuation counts; null: for encoder-decoders
@@ -100,19 +101,22 @@ def decoding_of(asked: dict[str, Any]) -> Decoding:
     return parse(Sampling, {"temperature": temperature or 1.0} | cuts | penalty, "generation_kwargs")
 
 
-def register(note: Callable[[str], object]) -> None:
-    """Add the model `softprompt` to the harness's own; `note` is told in a line of texts that were cut.
+def register(note: Callable[[str], object] = print) -> None:
+    """Add the model `softprompt` to the harness's own, once; `note` is told in a line of texts that were cut.
 
     Errors: UserError where lm_eval is not installed.
     """
     try:
         from lm_eval import utils  # pyright: ignore[reportMissingImports]
         from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
-        from lm_eval.api.registry import register_model  # pyright: ignore[reportMissingImports]
+        from lm_eval.api.registry import model_registry, register_model  # pyright: ignore[reportMissingImports]
         from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
         from tqdm import tqdm
     except ImportError as error:
         raise UserError(f"lm-eval: {error.name} is not installed; expected it; pip install lm_eval") from None
+
+    if "softprompt" in model_registry:
+        return
 
     @register_model("softprompt")
     class SoftPrompt(LM):
@@ -120,8 +124,9 @@ def register(note: Callable[[str], object]) -> None:
 
         def __init__(self, **values: Any):
             super().__init__()
-            for name in _IGNORED:
-                values.pop(name, None)
+            values = {name: value for name, value in values.items() if name not in _IGNORED}
+            if str(values.get("batch_size", "")).startswith("auto:"):  # how often the harness is to look for the size
+                values["batch_size"] = "auto"
             self.arguments = parse(ModelArguments, values, _WHERE)
             self.scorer = load(self.arguments)
 
