@@ -91,8 +91,8 @@ test-cloud:  ## run on gs:// and s3:// against stand-ins, in the environment of 
 	.venv-tpu/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt gcp-storage-emulator 'moto[server]'
 	.venv-tpu/bin/python -m pytest -m cloud $(PYTEST_ARGS)
 
-test-http:  ## other programs against the server, in an environment of its own (.venv-http)
-	$(MAKE) install VENV=.venv-http EXTRAS=dev
+test-http:  ## other programs (clients of the server, wandb, lm-evaluation-harness) in an environment of its own (.venv-http)
+	$(MAKE) install VENV=.venv-http EXTRAS=dev,lm-eval
 	.venv-http/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt schemathesis openai wandb
 	.venv-http/bin/python -m pytest -m http $(PYTEST_ARGS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import jax
@@ -11,8 +12,8 @@ import pytest
 import tiny_lm
 
 from softprompt_jax import Greedy, Sampling, UserError, generate, load_backbone, load_predictor, logits, train
-from softprompt_jax.cli.lm_eval import with_defaults
-from softprompt_jax.inference.lm_eval import ModelArguments, decoding_of, load
+from softprompt_jax.cli.harness import with_defaults
+from softprompt_jax.inference.harness import ModelArguments, decoding_of, load
 from softprompt_jax.inference.predictor import Predictor
 from softprompt_jax.inference.scorer import Scorer
 from softprompt_jax.methods.prompt import attach_rows
@@ -69,7 +70,8 @@ def test_scores_of_a_decoder_only_model_are_the_sums_of_its_logits(folder, promp
     expected, greedy = directly(folder, pairs, rows)
     assert [log_p for log_p, _ in found] == pytest.approx(expected, rel=1e-4)
     assert [best for _, best in found] == greedy
-    assert found[-1][1] and not found[0][1]
+    assert found[-1][1]
+    assert not found[0][1]
     in_threes = scorer(folder, rows, batch_size=3).scores(pairs)
     assert [log_p for log_p, _ in in_threes] == pytest.approx([log_p for log_p, _ in found], rel=1e-4)
 
@@ -148,6 +150,19 @@ def test_what_is_longer_than_the_models_positions_is_cut_on_the_left_and_counted
     assert scorer(path, rows, max_length=9).max_length == 9
 
 
+def test_positions_are_those_of_config_json_or_as_many_as_the_harness_supposes(small, tmp_path):
+    assert scorer(small.backbone).max_length == 2048
+    copy = shutil.copytree(small.backbone, tmp_path / "t5")
+    about = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(about | {"n_positions": 20}))
+    made = scorer(copy, rows_for(copy))
+    assert made.max_length == 17
+    long, own = made.pair("the garden is warm " * 8, "yes")
+    cut = [*long[-17:-1], made.reader.eos_id]  # EOS stays
+    assert made.scores([(long, own)]) == made.scores([(cut, own)])
+    assert made.truncated == 1
+
+
 def test_answers_are_those_of_generate_with_their_space_cut_at_the_stop_texts(folder):
     rows = rows_for(folder)
     made, backbone = scorer(folder, rows), load_backbone(folder)
@@ -170,7 +185,8 @@ def test_an_answer_ends_at_a_token_that_holds_a_stop_text(folder):
     model = made._ending_at(["ing"])
     assert model.settings.ends == made.reader.pieces_with(["ing"])
     assert made.model.settings.ends == ()
-    assert model.settings.ends and all("ing" in made.reader.token_text(id_) for id_ in model.settings.ends)
+    assert model.settings.ends
+    assert all("ing" in made.reader.token_text(id_) for id_ in model.settings.ends)
 
 
 def test_numbers_that_are_nan_are_an_error(folder):
@@ -221,7 +237,7 @@ def test_arguments_that_name_nothing_or_too_much_are_refused(arguments, message)
 
 def test_a_prompt_that_the_bank_lacks_is_refused_with_those_it_has(tmp_path):
     np.save(tmp_path / "intents.npy", np.zeros((2, 32), np.float32))
-    with pytest.raises(UserError, match="prompt 'intent': not in .*; found intents; did you mean intents"):
+    with pytest.raises(UserError, match=r"prompt 'intent': not in .*; found intents; did you mean intents"):
         load(ModelArguments(bank=str(tmp_path), prompt="intent", backbone="embedded"))
 
 

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from softprompt_jax import __version__
-from softprompt_jax.cli import analyse, benchmarks, data, lm_eval, process, share, signals, train, use
+from softprompt_jax.cli import analyse, benchmarks, data, harness, process, share, signals, train, use
 from softprompt_jax.cli.options import note
 from softprompt_jax.config import UserError
 
@@ -66,7 +66,7 @@ def program(
     """Adapt a frozen language model to text-to-text tasks by training a soft prompt."""
 
 
-for _group in (data, train, use, lm_eval, analyse, share, benchmarks):
+for _group in (data, train, use, harness, analyse, share, benchmarks):
     for _name, _command in _group.COMMANDS.items():
         # Each paragraph on one line, so that the terminal breaks it where it ends.
         _help = "\n\n".join(" ".join(part.split()) for part in (_command.__doc__ or "").split("\n\n"))

@@ -71,9 +71,10 @@ class Tokenizer:
     """Text to ids and back.
 
     `pieces` lists every piece by id; `stop_ids` end an answer as EOS does; `pad_id`, `eos_id`, `unk_id` and the
-    sentinels are the `special_ids`, which `decode` skips. `prefix_id`, BOS or else EOS, stands in for a context. `fingerprint` changes whenever an encoding might. `form` says
-    what the model reads, `bos` are the ids that the tokenizer puts before a text of a decoder-only model, `begin` and
-    `end` those before and behind every input, `target_prefix` is the text before every target.
+    sentinels are the `special_ids`, which `decode` skips. `prefix_id`, BOS or else EOS, stands in for a context.
+    `fingerprint` changes whenever an encoding might. `form` says what the model reads, `bos` are the ids that the
+    tokenizer puts before a text of a decoder-only model, `begin` and `end` those before and behind every input,
+    `target_prefix` is the text before every target.
     """
 
     form = T5_FORMAT

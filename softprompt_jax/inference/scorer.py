@@ -60,7 +60,8 @@ class Scorer:
         settings, prompt = self.model.settings, self.layout.lengths[0]
         if self.causal:
             prompt += self.layout.lengths[1] + int(np.max(np.asarray(self.model.decoder.shift())))
-        known = positions_of(settings, Path(self.reader.source)) or DEFAULT_POSITIONS
+        source = Path(self.reader.source)
+        known = positions_of(settings, source if source.is_dir() else source.parent) or DEFAULT_POSITIONS
         self.max_length = known - prompt if max_length is None else max_length
         learned = getattr(settings, "learned_positions", None) or max(known, self.max_length + prompt)
         if self.max_length < 1 or self.max_length + prompt > learned:

@@ -17,9 +17,7 @@ _WITHOUT_DEFAULTS = ("ls", "validate", "-h", "--help", "-C", "--config")  # comm
 def lm_eval(
     arguments: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="ARGUMENTS", help="Arguments of lm_eval as they are; run --help prints all of them."
-        ),
+        typer.Argument(metavar="ARGUMENTS", help="Arguments of lm_eval as they are; run --help prints all of them."),
     ] = None,
 ) -> None:
     """Run EleutherAI's lm-evaluation-harness (pip install lm_eval) with our models, and with its own arguments.
@@ -29,7 +27,7 @@ def lm_eval(
     --model_args may also say backbone, task, any_backbone, trust, dtype, quantize, mesh, batch_size, max_length,
     max_tokens (of an answer) and eos (whether EOS behind a continuation counts).
     """
-    from softprompt_jax.inference.lm_eval import register
+    from softprompt_jax.inference.harness import register
 
     register(note)
     from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
@@ -40,7 +38,9 @@ def lm_eval(
     except ValueError as error:
         if not str(error).startswith("Tasks not found"):
             raise
-        raise UserError(f"lm-eval: {error}; expected tasks of softprompt lm-eval ls tasks, or of --include_path") from None
+        raise UserError(
+            f"lm-eval: {error}; expected tasks of softprompt lm-eval ls tasks, or of --include_path"
+        ) from None
 
 
 def with_defaults(arguments: list[str]) -> list[str]:

@@ -35,7 +35,9 @@ class ModelArguments(Settings):
     dtype: Literal["float32", "bfloat16"] | None = None  # type of weights and activations, of a backbone alone
     quantize: Literal["int8", "nf4"] | None = None  # layers in 8 or 4 bits, of a backbone alone
     mesh: str | dict[str, Any] | None = None  # division of the work among devices; null: the run's own
-    batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"  # rows of a batch; auto: fewer where texts are long
+    batch_size: Annotated[int, Field(gt=0)] | Literal["auto"] = (
+        "auto"  # rows of a batch; auto: fewer where texts are long
+    )
     max_length: int | None = Field(None, ge=1)  # positions of a text; null: those that the model knows
     max_tokens: int = Field(256, ge=1)  # longest answer in tokens, where the task does not say
     eos: bool | None = None  # whether EOS behind a continuation counts; null: for encoder-decoders
@@ -187,9 +189,14 @@ def register(note: Callable[[str], object] = print) -> None:
             return found
 
         def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-            if self.scorer.reader.text.template == "chat":
+            reader = self.scorer.reader
+            if reader.text.template == "chat":
                 raise UserError("--apply_chat_template: the run puts its inputs into the template itself; leave it out")
-            return self.scorer.reader.chat_text(chat_history, add_generation_prompt)
+            if not reader.has_chat_template:
+                raise UserError(
+                    f"--apply_chat_template: {reader.source}: the tokenizer has no chat template; leave it out"
+                )
+            return reader.chat_text(chat_history, add_generation_prompt)
 
         def chat_template(self, chat_template: bool | str = False) -> str | None:
             if isinstance(chat_template, str):
