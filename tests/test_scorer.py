@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 import tiny_lm
+from flax import nnx
 
 from softprompt_jax import Greedy, Sampling, UserError, generate, load_backbone, load_predictor, logits, train
 from softprompt_jax.cli.harness import with_defaults
@@ -190,7 +191,8 @@ def test_an_answer_ends_at_a_token_that_holds_a_stop_text(folder):
 
 
 def test_numbers_that_are_nan_are_an_error(folder):
-    made = scorer(folder, np.full((2, 32), 3e38, np.float32))
+    made = scorer(folder)
+    made.model.embedding = nnx.Param(made.model.embedding[...] * np.nan, axes=("vocab", "embed"))
     with pytest.raises(UserError, match="its answers are NaN"):
         made.scores([([5, 6], [7])])
     with pytest.raises(UserError, match="its answers are NaN"):
