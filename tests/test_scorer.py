@@ -98,6 +98,7 @@ def test_context_and_continuation_are_one_text_whose_spaces_belong_to_the_contin
     assert made.pair("a warm film ", "positive") == (encode("a warm film"), encode(" positive"))
     assert made.pair("a warm film", " positive") == (encode("a warm film"), encode(" positive"))
     assert made.pair("", " positive") == ([made.reader.prefix_id], encode(" positive"))
+    assert made.context("") == [made.reader.prefix_id]
     for context, continuation in (("a film", ""), ("posi", "tive")):  # "positive" is one token
         with pytest.raises(UserError, match=f"continuation '{continuation}': has no token of its own"):
             made.pair(context, continuation)
@@ -269,9 +270,10 @@ def test_without_lm_eval_one_line_says_what_to_install(refused, monkeypatch):
     assert found == "softprompt: lm-eval: lm_eval is not installed; expected it; pip install lm_eval\n"
 
 
-def test_the_batch_size_that_suits_us_is_added_to_a_run_that_names_none():
-    added = ["--batch_size", "auto"]
-    assert with_defaults(["run", "--tasks", "a"]) == ["run", "--tasks", "a", *added]
-    assert with_defaults(["--tasks", "a", "b"]) == ["--tasks", "a", "b", *added]
-    for given in ([], ["ls", "tasks"], ["run", "--help"], ["--config", "a.yaml"], ["--tasks", "a", "--batch_size=4"]):
+def test_our_model_and_a_batch_size_that_suits_it_are_added_to_a_run_that_names_none():
+    model, size = ["--model", "softprompt"], ["--batch_size", "auto"]
+    assert with_defaults(["run", "--tasks", "a"]) == ["run", "--tasks", "a", *model, *size]
+    assert with_defaults(["--tasks", "a", "--batch_size=4"]) == ["--tasks", "a", "--batch_size=4", *model]
+    assert with_defaults(["-M", "hf", "--tasks", "a", "b"]) == ["-M", "hf", "--tasks", "a", "b", *size]
+    for given in ([], ["ls", "tasks"], ["run", "--help"], ["--config", "a.yaml"], ["-M", "softprompt", "-b", "4"]):
         assert with_defaults(given) == given

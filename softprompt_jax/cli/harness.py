@@ -44,11 +44,13 @@ def lm_eval(
 
 
 def with_defaults(arguments: list[str]) -> list[str]:
-    """Add the batch size that suits us, where there is none: the harness's own default is 1, and unknown to models."""
+    """Add our model, and the batch size that suits it, to a run that names none: the harness's own are hf and 1."""
     options = {argument.partition("=")[0] for argument in arguments}
-    if not arguments or options & {*_WITHOUT_DEFAULTS, "-b", "--batch_size"}:
+    if not arguments or options & {*_WITHOUT_DEFAULTS}:
         return arguments
-    return [*arguments, "--batch_size", "auto"]
+    model = [] if options & {"-M", "--model"} else ["--model", "softprompt"]
+    size = [] if options & {"-b", "--batch_size"} else ["--batch_size", "auto"]
+    return [*arguments, *model, *size]
 
 
 COMMANDS = {"lm-eval": lm_eval}

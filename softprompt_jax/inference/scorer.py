@@ -79,16 +79,15 @@ class Scorer:
         return ids if ids[: len(begin)] == begin else [*begin, *ids]
 
     def context(self, text: str) -> list[int]:
-        """Return the ids of a context: an input, as a run has read it."""
-        return self.reader.input_ids(text) if self.apart else self.encode(text)
+        """Return the ids of a context: an input, as a run has read it. An empty one becomes BOS, or EOS without one."""
+        return self.reader.input_ids(text) if self.apart else self.encode(text) or [self.reader.prefix_id]
 
     def pair(self, context: str, continuation: str) -> Pair:
         """Return the ids of a context and its continuation.
 
         In a decoder-only model both are tokenised as one text, and the spaces at the end of the context belong to the
-        continuation, as in lm-evaluation-harness; an empty context becomes BOS, or EOS where there is none. Behind an
-        encoder or a chat template the continuation is a target, without spaces before it. Errors: UserError for a
-        continuation without tokens.
+        continuation, as in lm-evaluation-harness. Behind an encoder or a chat template the continuation is a target,
+        without spaces before it. Errors: UserError for a continuation without tokens.
         """
         end = [self.reader.eos_id] if self.ends else []
         if self.apart:
