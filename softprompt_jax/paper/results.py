@@ -15,7 +15,7 @@ import softprompt_jax
 from softprompt_jax.data.metrics import most_frequent
 from softprompt_jax.data.task import Task
 from softprompt_jax.inference.evaluate import mean_score, score
-from softprompt_jax.paper.measures import MEASURES, targets
+from softprompt_jax.paper.measures import MEASURES, columns, targets
 from softprompt_jax.statistics import mean_sd_text, score_statistics
 from softprompt_jax.tasks import load, splits
 from softprompt_jax.training.run_folder import read_result
@@ -43,10 +43,7 @@ def collect(grid: Grid, members: Sequence[Member], runs: Path) -> dict[str, Any]
         "seeds": 1 + max((member.varied["seed"] for member in members), default=0),
         "cells": len(there),
         "missing": [label(member) for member in members if member.name not in finished],
-        "lines": {
-            line: {column: percent_statistics(found) for column, found in columns.items()}
-            for line, columns in values.items()
-        },
+        "lines": {line: _cells(grid, line, values.get(line, {})) for line in grid.lines},
         "majority": _majority(grid, there),
         **extra,
         "seconds_per_run": round(statistics.mean(seconds), 1) if seconds else None,
@@ -54,6 +51,14 @@ def collect(grid: Grid, members: Sequence[Member], runs: Path) -> dict[str, Any]
         "versions": {"python": platform.python_version(), "softprompt_jax": softprompt_jax.__version__}
         | {package: version(package) for package in ("jax", "flax", "optax")},
     }
+
+
+def _cells(grid: Grid, name: str, values: dict[str, list[float]]) -> dict[str, Any]:
+    """Return the statistics of a line by column, null where no seed is finished."""
+    own = grid.lines[name].points if grid.measure == "score" else None
+    planned = [column for column in columns(grid) if own is None or column in own]
+    found = {column: percent_statistics(each) for column, each in values.items()}
+    return found if all(column in found for column in planned) else dict.fromkeys(planned) | found
 
 
 def percent_statistics(values: Sequence[float]) -> dict[str, Any]:
@@ -82,17 +87,18 @@ def _majority(grid: Grid, finished: Sequence[Member]) -> dict[str, float]:
     """
     transfer = grid.measure == "transfer"
     scored = targets(grid) if transfer else {task.name: task for member in finished for task in member.run.tasks}
-    levels = {name: _majority_score(task.model_dump_json(), transfer) for name, task in scored.items() if finished}
+    limit = finished[0].run.result_examples if finished else None
+    levels = {n: _majority_score(task.model_dump_json(), transfer, limit) for n, task in scored.items() if finished}
     return {name: round(100 * level, 2) for name, level in levels.items() if level is not None}
 
 
 @functools.cache
-def _majority_score(task_json: str, first_metric: bool) -> float | None:
+def _majority_score(task_json: str, first_metric: bool, limit: int | None) -> float | None:
     task = Task.model_validate_json(task_json)
     known = splits(task)
     if task.words is None or "train" not in known:
         return None
-    examples = load(task, "test" if "test" in known else "validation")
+    examples = load(task, "test" if "test" in known else "validation")[:limit]
     answer = most_frequent(example.target for example in load(task, "train"))
     scores = score(task, [answer] * len(examples), examples)
     return scores[task.metrics[0]] if first_metric else mean_score(task, scores)
@@ -101,11 +107,11 @@ def _majority_score(task_json: str, first_metric: bool) -> float | None:
 def table(result: dict[str, Any]) -> str:
     """Write a result as a Markdown table: a row for each line, mean ± sd over the seeds."""
     fullest = sorted(result["lines"].values(), key=len, reverse=True)  # has the columns in their order
-    columns = list(dict.fromkeys(column for line in fullest for column in line))
-    if not columns:
+    shown = list(dict.fromkeys(column for line in fullest for column in line))
+    if not any(cell for line in fullest for cell in line.values()):
         return "(no result yet)"
-    lines = [f"| {' | '.join(['', *columns])} |", f"|{'---|' * (1 + len(columns))}"]
+    lines = [f"| {' | '.join(['', *shown])} |", f"|{'---|' * (1 + len(shown))}"]
     for line, values in result["lines"].items():
-        cells = (mean_sd_text(values[column]) if column in values else "" for column in columns)
+        cells = (mean_sd_text(cell) if (cell := values.get(column)) else "" for column in shown)
         lines.append(f"| {' | '.join([line, *cells])} |")
     return "\n".join(lines)
