@@ -138,7 +138,7 @@ def paper(
         with preemptible() as reporter:
             done = dict(engine.run_all(form, runs, to or runs / form, seeds, together or 1, reporter, settings))
         for name, result in done.items():
-            print(f"{name}\n\n{table(result)}\n")
+            print(f"{name}\n\n{table(result['lines'], engine.load_form(name, form)[2].reported)}\n")
         return
     for given, is_wrong in ((to, Path.is_dir), (configs, Path.is_file)):
         if given is not None and is_wrong(given):
@@ -166,7 +166,7 @@ def paper(
     together = together or (8 if form == "miniature" else 1)
     with preemptible() as reporter:
         result = engine.run_experiment(experiment, form, runs, to, seeds, together, reporter, settings)
-    print(table(result))
+    print(table(result["lines"], engine.load_form(experiment, form)[2].reported))
     note(f"wrote {to}")
 
 

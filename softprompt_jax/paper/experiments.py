@@ -14,7 +14,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
@@ -48,6 +48,13 @@ class Line(Settings):
     read: Literal["trained", "untrained"] = "trained"  # untrained: the score before the first step
 
 
+class Reported(Settings):
+    """Published values in percent, by line and column: a mean, or a mean and a standard deviation."""
+
+    source: str
+    lines: dict[str, dict[str, Annotated[list[float], Field(min_length=1, max_length=2)]]]
+
+
 class Grid(Settings):
     """The runs of an experiment: lines x points x tasks x seeds, and what is measured on them.
 
@@ -66,6 +73,10 @@ class Grid(Settings):
     seeds: int = Field(3, gt=0)
     measure: Measure = "score"
     score_on: dict[str, list[str]] = Field(default={})  # of transfer: the trained task, and the tasks to score it on
+    means: dict[str, list[str]] = Field(
+        default={}
+    )  # a name, and the points (with measure: ensemble, lines) it averages
+    reported: Reported | None = None  # what was published of the same runs
     cost: str  # what all of it takes, and on what
 
     @model_validator(mode="after")
@@ -74,6 +85,10 @@ class Grid(Settings):
             raise ValueError(
                 "score_on names where each of `tasks` is scored with measure: transfer; expected all or none"
             )
+        for name, of in self.means.items():
+            known = self.lines if self.measure == "ensemble" else self.points
+            if unknown := [one for one in of if one not in known]:
+                raise ValueError(f"means.{name}: no {unknown[0]!r}; expected some of {', '.join(known)}")
         for name, line in self.lines.items():
             if unknown := [point for point in line.points or () if point not in self.points]:
                 raise ValueError(f"lines.{name}: no point {unknown[0]!r}; expected some of {', '.join(self.points)}")

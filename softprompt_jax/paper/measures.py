@@ -188,10 +188,26 @@ def _answers(
     return [words[name][int(np.argmax(found))] for name, found in zip(names, scores, strict=True)]
 
 
+def add_means(grid: Grid, values: Values) -> None:
+    """Add the columns, or of an ensemble the rows, that are means of others, where all of these are there."""
+    for name, of in grid.means.items():
+        if grid.measure == "ensemble":
+            if all(line in values for line in of):
+                values[name] = {column: _mean([values[line][column] for line in of]) for column in values[of[0]]}
+        else:
+            for found in values.values():
+                if all(len(found.get(point, ())) == len(found.get(of[0], ())) > 0 for point in of):
+                    found[name] = _mean([found[point] for point in of])
+
+
+def _mean(each: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.fmean(of_seed) for of_seed in zip(*each, strict=True)]
+
+
 def columns(grid: Grid) -> list[str]:
     """Return the columns that a line has when all its runs are finished; label words are not found for every task."""
     return {
-        "score": [point or "score" for point in grid.points],
+        "score": [*(point or "score" for point in grid.points), *grid.means],
         "transfer": list(targets(grid)),
         "ensemble": ["average", "best", "majority vote", "mean log-probability"],
         "neighbours": ["distinct nearest", "cosine"],

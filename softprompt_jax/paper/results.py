@@ -15,14 +15,14 @@ import softprompt_jax
 from softprompt_jax.data.metrics import most_frequent
 from softprompt_jax.data.task import Task
 from softprompt_jax.inference.evaluate import mean_score, score
-from softprompt_jax.paper.measures import MEASURES, columns, targets
+from softprompt_jax.paper.measures import MEASURES, Values, add_means, columns, targets
 from softprompt_jax.statistics import mean_sd_text, score_statistics
 from softprompt_jax.tasks import load, splits
 from softprompt_jax.training.run_folder import read_result
 from softprompt_jax.training.sweep import Member
 
 if TYPE_CHECKING:
-    from softprompt_jax.paper.experiments import Grid
+    from softprompt_jax.paper.experiments import Grid, Reported
 
 
 def label(member: Member) -> str:
@@ -36,6 +36,7 @@ def collect(grid: Grid, members: Sequence[Member], runs: Path) -> dict[str, Any]
     finished = {member.name: result for member in members if (result := read_result(runs / member.name)) is not None}
     there = [member for member in members if member.name in finished]
     values, extra = MEASURES[grid.measure](grid, members, runs)
+    add_means(grid, values)
     # Of runs that trained together each states the time of all.
     seconds = [result["seconds"] / result.get("together", 1) for result in finished.values()]
     return {
@@ -43,7 +44,7 @@ def collect(grid: Grid, members: Sequence[Member], runs: Path) -> dict[str, Any]
         "seeds": 1 + max((member.varied["seed"] for member in members), default=0),
         "cells": len(there),
         "missing": [label(member) for member in members if member.name not in finished],
-        "lines": {line: _cells(grid, line, values.get(line, {})) for line in grid.lines},
+        "lines": cells(grid, values),
         "majority": _majority(grid, there),
         **extra,
         "seconds_per_run": round(statistics.mean(seconds), 1) if seconds else None,
@@ -53,12 +54,16 @@ def collect(grid: Grid, members: Sequence[Member], runs: Path) -> dict[str, Any]
     }
 
 
-def _cells(grid: Grid, name: str, values: dict[str, list[float]]) -> dict[str, Any]:
-    """Return the statistics of a line by column, null where no seed is finished."""
-    own = grid.lines[name].points if grid.measure == "score" else None
-    planned = [column for column in columns(grid) if own is None or column in own]
-    found = {column: percent_statistics(each) for column, each in values.items()}
-    return found if all(column in found for column in planned) else dict.fromkeys(planned) | found
+def cells(grid: Grid, values: Values) -> dict[str, dict[str, Any]]:
+    """Return the statistics by line and column, null where no seed is finished."""
+    lines: dict[str, dict[str, Any]] = {}
+    for name in [*grid.lines, *(grid.means if grid.measure == "ensemble" else ())]:
+        line = grid.lines.get(name)
+        own = None if line is None or line.points is None else {*line.points, *grid.means}
+        found = {column: percent_statistics(each) for column, each in values.get(name, {}).items()}
+        planned = [column for column in columns(grid) if own is None or column in own]
+        lines[name] = found if all(column in found for column in planned) else dict.fromkeys(planned) | found
+    return lines
 
 
 def percent_statistics(values: Sequence[float]) -> dict[str, Any]:
@@ -104,14 +109,24 @@ def _majority_score(task_json: str, first_metric: bool, limit: int | None) -> fl
     return scores[task.metrics[0]] if first_metric else mean_score(task, scores)
 
 
-def table(result: dict[str, Any]) -> str:
-    """Write a result as a Markdown table: a row for each line, mean ± sd over the seeds."""
-    fullest = sorted(result["lines"].values(), key=len, reverse=True)  # has the columns in their order
+def table(lines: dict[str, dict[str, Any]], reported: Reported | None = None, counts: bool = False) -> str:
+    """Write cells as a Markdown table: a row for each line, mean ± sd over the seeds, empty where none is finished.
+
+    `reported`: these values stand in brackets behind ours, lines that only they have below ours. `counts`: with the
+    number of seeds of each cell.
+    """
+    published = {} if reported is None else reported.lines
+    fullest = sorted([*lines.values(), *published.values()], key=len, reverse=True)  # has the columns in their order
     shown = list(dict.fromkeys(column for line in fullest for column in line))
-    if not any(cell for line in fullest for cell in line.values()):
-        return "(no result yet)"
-    lines = [f"| {' | '.join(['', *shown])} |", f"|{'---|' * (1 + len(shown))}"]
-    for line, values in result["lines"].items():
-        cells = (mean_sd_text(cell) if (cell := values.get(column)) else "" for column in shown)
-        lines.append(f"| {' | '.join([line, *cells])} |")
-    return "\n".join(lines)
+    rows = [f"| {' | '.join(['', *shown])} |", f"|{'---|' * (1 + len(shown))}"]
+    for line in dict.fromkeys([*lines, *published]):
+        own, others = lines.get(line, {}), published.get(line, {})
+        written = (_cell(own.get(column), others.get(column), counts) for column in shown)
+        rows.append(f"| {' | '.join([line, *written])} |")
+    return "\n".join(rows)
+
+
+def _cell(found: dict[str, Any] | None, published: Sequence[float] | None, counts: bool) -> str:
+    own = "" if found is None else mean_sd_text(found) + (f" (n {len(found['values'])})" if counts else "")
+    said = "" if published is None else f"[{' ± '.join(f'{value:.1f}' for value in published)}]"
+    return " ".join(filter(None, (own, said)))
