@@ -109,7 +109,7 @@ def experiment_page(name: str, experiment: paper.Experiment, real: dict[str, Any
         if published.reported:
             parts.append(results.table(results.cells(published, {}), published.reported))
             parts.append(
-                f"In brackets what was published: {published.reported.source}. The command prints ours before."
+                f"In brackets what was published: {published.reported.source}. The command prints ours before them."
             )
         parts += [plan_table(plan)] if plan else []
     if "miniature" in experiment.forms:

@@ -64,7 +64,7 @@ def test_a_plot_shows_every_mean():
     value = {"mean": 70.0, "sd": 2.0, "values": [68.0, 72.0]}
     lines = {"one": {"a": value, "b": value | {"mean": 80.0, "sd": None}}, "two": {"a": value | {"mean": 60.0}}}
     for kind, mark in (("bars", "<rect"), ("lines", "<circle")):
-        picture = build.plot("A title & more", lines, kind, "accuracy, %", {"task": 55.0})
+        picture = build.paper_pages.plot("A title & more", lines, kind, "accuracy, %", {"task": 55.0})
         xml.etree.ElementTree.fromstring(picture)
         assert "A title &amp; more" in picture
         assert "majority class task 55.0" in picture
@@ -75,12 +75,12 @@ def test_a_plot_shows_every_mean():
 def test_a_plot_has_numbers_to_scale_and_colours_that_mean_the_same_everywhere():
     value = {"mean": 70.0, "sd": None, "values": [70.0]}
     lines = {"model tuning": dict.fromkeys(("0", "10%", "100%", "1000%"), value)}
-    picture = build.plot("t", lines, "lines", "accuracy, %", None, "steps")
+    picture = build.paper_pages.plot("t", lines, "lines", "accuracy, %", None, "steps")
     places = [float(place) for place in re.findall(r'cx="([\d.]+)"', picture)]
     distances = [b - a for a, b in itertools.pairwise(places)]
     assert distances[1] == pytest.approx(distances[2], abs=0.2)  # equal factors are equal distances; 0 stands apart
     assert "steps (logarithmic scale)" in picture
-    two = build.plot("t", lines | {"model tuning, with spam": {"0": value}}, "bars", "accuracy, %")
+    two = build.paper_pages.plot("t", lines | {"model tuning, with spam": {"0": value}}, "bars", "accuracy, %")
     (colour,) = set(re.findall(r'stroke="(#\w+)" stroke-width="2.5"', picture))
     assert two.count(f'fill="{colour}" fill-opacity="1"') == 5  # its bars and the legend's area
     assert two.count(f'fill="{colour}" fill-opacity="0.4"') == 2  # of a variant, paler

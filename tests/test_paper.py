@@ -30,7 +30,8 @@ from softprompt_jax.training.sweep import Member
 
 COMMITTED = Path(__file__).resolve().parents[1] / "benchmarks" / "results" / "paper"
 ISSUE = {"scale", "length", "initialisation", "objective", "lm_steps", "domain_shift", "paraphrase", "ensemble"}
-ISSUE |= {"interpretability", "mixed_tasks", "optimizer", "examples"}
+ISSUE |= {"interpretability", "mixed_tasks", "optimizer", "examples", "released", "t5_base", "scale_pythia"}
+METRICS = ("accuracy", "f1", "accuracy", "accuracy")
 NAMES = sorted(experiments.experiments())
 
 
@@ -117,9 +118,79 @@ def test_a_published_run_is_built_without_weights():
     assert build(xxl) == 150 * 4096
 
 
+@pytest.fixture
+def released(tmp_path, monkeypatch):
+    """Put prompts of the shape of the released ones where the experiment looks for them."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "released").mkdir(parents=True)
+    for name in ("sst2", "mrpc", "rte"):
+        np.save(tmp_path / "runs" / "released" / f"{name}.npy", np.zeros((100, 768), np.float32))
+
+
+def test_the_released_prompts_are_built_and_their_score_is_that_of_before_training(released):
+    members = planned("released", "published")
+    assert [member.varied["point"] for member in members] == [
+        "SST-2 accuracy", "MRPC F1", "MRPC accuracy", "RTE accuracy",
+    ]  # fmt: skip
+    assert all(member.run.tasks[0].metrics == [metric] for member, metric in zip(members, METRICS, strict=True))
+    assert build(members[0]) == 100 * 768
+    shutil.rmtree("runs")
+    with pytest.raises(UserError, match=r"runs/released/sst2\.npy"):
+        build(members[0])
+
+
+def test_runs_on_t5_base_have_the_splits_and_sizes_of_the_tables(released):
+    members = {(m.varied["line"], m.varied["point"]): m.run for m in planned("t5_base", "published", 1)}
+    assert len(members) == 4 * 13
+    for (_, point), run in members.items():
+        (task,), large = run.tasks, point in ("MNLI", "QQP", "QNLI", "SST-2")
+        assert task.source.splits["test"].endswith("]") != large
+        assert task.source.splits["validation"] == ("train[:1000]" if large else "validation[:50%]")
+        assert (run.steps, task.hidden) == (100_000 if point in ("MNLI", "QQP", "QNLI") else 40_000, [])
+        assert task.words is None or all(word.isdigit() for word in task.words)
+    for line, count in (("DePT", 76_800), ("ULPT r=2", 1736)):  # as the tables have them
+        assert build(Member("", {}, members[line, "CB"])) == count
+
+
+def test_published_values_stand_beside_ours():
+    _, _, grid = experiments.load_form("ensemble", "published")
+    values = {line: {"average": [0.9, 0.92], "best": [0.92]} for line in grid.lines}
+    measures.add_means(grid, values)
+    rows = results.table(results.cells(grid, values), grid.reported).splitlines()
+    assert rows[0] == "|  | average | best | majority vote | mean log-probability |"
+    assert rows[2] == "| BoolQ | 91.0 ± 1.4 [91.1] | 92.0 [91.3] | [91.7] |  |"
+    assert rows[-1] == "| SuperGLUE | 91.0 ± 1.4 [90.5] | 92.0 [91.0] | [91.3] |  |"
+
+
+@pytest.mark.parametrize("name", with_form("published"))
+def test_published_values_belong_to_columns_of_the_experiment(name):
+    _, _, grid = experiments.load_form(name, "published")
+    if grid.reported is not None:
+        lines = results.cells(grid, {})
+        assert set(grid.lines) <= set(grid.reported.lines)
+        assert all(set(found) <= set(measures.columns(grid)) for found in grid.reported.lines.values())
+        assert all(
+            len(found) == len(grid.points) + len(grid.means) for found in lines.values() if grid.points != {"": {}}
+        )
+
+
+def test_a_mean_needs_all_that_it_averages(grid):
+    points = {"2": {}, "3": {}}
+    file = grid(points=points, lines={"one": {"change": {"methods.0.length": "{point}"}}}, means={"both": ["2", "3"]})
+    _, _, found = experiments.load_form(str(file), "miniature")
+    values = {"one": {"2": [0.5, 0.7], "3": [0.7]}}
+    measures.add_means(found, values)
+    assert "both" not in values["one"]
+    values["one"]["3"].append(0.9)
+    measures.add_means(found, values)
+    assert values["one"]["both"] == pytest.approx([0.6, 0.8])
+    with pytest.raises(UserError, match=r"means\.both: no '4'"):
+        experiments.load_form(str(grid(points=points, means={"both": ["2", "4"]})), "miniature")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", with_form("published"))
-def test_every_published_run_is_built_without_weights(name):
+def test_every_published_run_is_built_without_weights(name, released):
     """One run of each setting but seeds, texts, losses and numbers of steps, on which a step does not depend."""
     unlike = {
         (member.run.model_dump_json(exclude={"seed", "task", "loss", "steps"}), len(member.run.tasks)): member
@@ -129,7 +200,10 @@ def test_every_published_run_is_built_without_weights(name):
         assert build(member) > 0
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("initialisation", 5), ("optimizer", 1), ("length", 25)])
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("initialisation", 5), ("optimizer", 1), ("length", 25), ("released", 1), ("t5_base", 8), ("scale_pythia", 16)],
+)
 def test_steps_of_one_size_are_planned_once_whatever_they_begin_with(name, sizes):
     assert len(experiments.steps_of_one_size(planned(name, "published", 1))) == sizes
 

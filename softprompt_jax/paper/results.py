@@ -128,5 +128,6 @@ def table(lines: dict[str, dict[str, Any]], reported: Reported | None = None, co
 
 def _cell(found: dict[str, Any] | None, published: Sequence[float] | None, counts: bool) -> str:
     own = "" if found is None else mean_sd_text(found) + (f" (n {len(found['values'])})" if counts else "")
-    said = "" if published is None else f"[{' ± '.join(f'{value:.1f}' for value in published)}]"
+    digits = ((value, 1 if round(value, 1) == value else 2) for value in published or ())
+    said = "" if published is None else f"[{' ± '.join(f'{value:.{count}f}' for value, count in digits)}]"
     return " ".join(filter(None, (own, said)))
