@@ -83,6 +83,8 @@ def all_pages() -> Iterator[tuple[Path, str]]:
     yield _filled(ROOT / "benchmarks" / "README.md", {"speed": speed.table(compared)})
     yield _filled(ROOT / "docs" / "reliability.md", {"faults": faults_table()})
     yield _filled(ROOT / "docs" / "experiments" / "README.md", {"paper": paper_pages.listing(RESULTS / "paper")})
+    if "<!-- real -->" in (ROOT / "README.md").read_text("utf-8"):
+        yield _filled(ROOT / "README.md", {"real": paper_pages.readme(RESULTS / "paper")})
     yield _filled(ROOT / "docs" / "tune.md", {"tune": tune_table(_rows("tune"))})
     yield _filled(ROOT / "docs" / "compress.md", {"compress": compress_table(_rows("compress"))})
 

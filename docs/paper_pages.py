@@ -23,8 +23,11 @@ def pages(folder: Path) -> Iterator[tuple[str, str]]:
     for name in paper.experiments():
         experiment, real, small = paper.load(name)[0], _read(folder / "real" / name), _read(folder / name)
         yield f"{name}.md", experiment_page(name, experiment, real, _read(folder / f"{name}-published-plan"))
-        for form, result, file in (("real", real, name), ("miniature", small, f"miniature_{name}")):
-            if picture := picture_of(experiment, experiment.forms.get(form), result):
+        for grid, result, file in (
+            (experiment.real, real, name),
+            (experiment.miniature, small, f"miniature_{name}"),
+        ):
+            if picture := picture_of(experiment, grid, result):
                 yield f"{file}.svg", picture
     yield MINIATURE, miniature_page(folder)
 
@@ -55,7 +58,7 @@ def finished(result: dict[str, Any] | None, grid: paper.Grid) -> str:
     if result is None:
         return "a command, not run yet"
     total = len(result["missing"]) + result["cells"]
-    fewer = f" of {result['seeds']} seeds, not {grid.seeds}" if result["seeds"] < grid.seeds else ""
+    fewer = f" of {_seeds(result['seeds'])}, not {grid.seeds}" if result["seeds"] < grid.seeds else ""
     return (f"{result['cells']} of {total} runs" if result["missing"] else f"all {total} runs") + fewer
 
 
@@ -84,7 +87,9 @@ def found(name: str, form: paper.FormName, result: dict[str, Any] | None, said: 
     if missing := result["missing"]:
         seeds = collections.Counter(label.rpartition(", seed ")[0] or "all" for label in missing)
         listed = "; ".join(f"{what} ({count})" for what, count in seeds.items())
-        parts.append(f"Not run yet, with the number of seeds: {listed}. A cell without any seed is empty.")
+        parts.append(f"Not run yet, with the number of seeds: {listed}.")
+    if any(cell is None for line in result["lines"].values() for cell in line.values()):
+        parts.append("An empty cell waits for runs that it needs.")
     if picture_of(experiment, grid, result):
         parts.append(f"![{experiment.title}: the table as a plot]({file}.svg)")
     parts += [f"{line}: {_pieces(rows)}" for line, rows in result.get("nearest", {}).items()]
@@ -199,8 +204,11 @@ def _grid(experiment: paper.Experiment, grid: paper.Grid) -> str:
     x = f" ({experiment.x})" if experiment.x else ""
     axes = {"line": list(grid.lines), f"point of the x axis{x}": [*filter(None, grid.points)], "task": list(grid.tasks)}
     named = [f"{name}: {'; '.join(values)}" for name, values in axes.items() if values]
-    seeds = "1 seed" if grid.seeds == 1 else f"{grid.seeds} seeds"
-    return f"A run for each {'. Each '.join(named)}. {seeds} of each."
+    return f"A run for each {'. Each '.join(named)}. {_seeds(grid.seeds)} of each."
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' * (count != 1)}"
 
 
 def listing(folder: Path) -> str:
@@ -214,6 +222,19 @@ def listing(folder: Path) -> str:
         rows.append(f"| [{experiment.title}]({name}.md) | {experiment.source} | {run} | {forms} | {said} |")
     head = "| experiment | in the paper | on SmolLM2 | other forms | what came out |"
     return f"{head}\n|---|---|---|---|---|\n" + "\n".join(rows)
+
+
+def readme(folder: Path) -> str:
+    """Return the table and the plot that the README shows: other domains, and numbers of examples, on SmolLM2."""
+    shown = {name: _read(folder / "real" / name) for name in ("domain_shift", "examples")}
+    parts = []
+    if shown["domain_shift"]:
+        parts.append(results.table(shown["domain_shift"]["lines"], counts=True))
+        parts.append("Accuracy on the first 200 test sentences of each domain, after training on movie sentences.")
+    experiment, _, grid = paper.load_form("examples", "real")
+    if picture_of(experiment, grid, shown["examples"]):
+        parts.append("![Accuracy by number of training examples](docs/experiments/examples.svg)")
+    return "\n\n".join(parts) or "Not measured yet."
 
 
 def said_above(text: str) -> str:

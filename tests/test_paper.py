@@ -144,8 +144,9 @@ def test_runs_on_t5_base_have_the_splits_and_sizes_of_the_tables(released):
     assert len(members) == 4 * 13
     for (_, point), run in members.items():
         (task,), large = run.tasks, point in ("MNLI", "QQP", "QNLI", "SST-2")
-        assert task.source.splits["test"].endswith("]") != large
-        assert task.source.splits["validation"] == ("train[:1000]" if large else "validation[:50%]")
+        splits = task.source.model_dump()["splits"]
+        assert splits["test"].endswith("]") != large
+        assert splits["validation"] == ("train[:1000]" if large else "validation[:50%]")
         assert (run.steps, task.hidden) == (100_000 if point in ("MNLI", "QQP", "QNLI") else 40_000, [])
         assert task.words is None or all(word.isdigit() for word in task.words)
     for line, count in (("DePT", 76_800), ("ULPT r=2", 1736)):  # as the tables have them
@@ -465,6 +466,8 @@ def test_places_that_are_taken_are_one_line(grid, refused, tmp_path):
     (tmp_path / "file").write_text("")
     assert "is a folder; expected a file to write to" in refused("paper", grid(), "--to", tmp_path)
     assert "is a file; expected a folder to write to" in refused("paper", grid(), "--configs", tmp_path / "file")
+    assert "is a file; expected a folder to write to" in refused("paper", "all", "--to", tmp_path / "file")
+    assert "expected the name of one experiment" in refused("paper", "all", "--topology", "v5e:1x1")
 
 
 def test_runs_become_configs_that_are_runs(grid, tmp_path, softprompt):

@@ -130,26 +130,19 @@ def paper(
             print(line)
         return
     name, settings = Path(experiment).stem, overrides or []
-    if experiment == "all":
-        if topology or configs is not None:
-            raise UserError(
-                "paper all: found --topology or --configs; expected a name with these; list them without one"
-            )
-        with preemptible() as reporter:
-            done = dict(engine.run_all(form, runs, to or runs / form, seeds, together or 1, reporter, settings))
-        for name, result in done.items():
-            print(f"{name}\n\n{table(result['lines'], engine.load_form(name, form)[2].reported)}\n")
-        return
-    for given, is_wrong in ((to, Path.is_dir), (configs, Path.is_file)):
+    every = experiment == "all"
+    if every and (topology or configs is not None):
+        raise UserError("paper all: found --topology or --configs; expected the name of one experiment with these")
+    for given, is_wrong in ((to, Path.is_file if every else Path.is_dir), (configs, Path.is_file)):
         if given is not None and is_wrong(given):
-            found, expected = ("folder", "file") if given is to else ("file", "folder")
+            found, expected = ("file", "folder") if given is configs or every else ("folder", "file")
             raise UserError(f"{given}: is a {found}; expected a {expected} to write to; give another name")
     if configs is not None:
         files = engine.write_configs(experiment, form, configs, seeds, settings)
         note(f"wrote {len(files)} configs to {configs}")
         return
-    to = to or runs / f"{name}-{form}{'-plan' if topology else ''}.json"
-    for folder in (to.parent, runs):
+    to = to or runs / (form if every else f"{name}-{form}{'-plan' if topology else ''}.json")
+    for folder in (to if every else to.parent, runs):
         with writable(folder, folder=True):
             pass
     if topology:
@@ -164,6 +157,12 @@ def paper(
         fits = all(answer["fits"] for step in steps for answer in step["plans"].values())
         raise typer.Exit(0 if fits else plan.DOES_NOT_FIT)
     together = together or (8 if form == "miniature" else 1)
+    if every:
+        with preemptible() as reporter:
+            done = dict(engine.run_all(form, runs, to, seeds, together, reporter, settings))
+        for name, result in done.items():
+            print(f"{name}\n\n{table(result['lines'], engine.load_form(name, form)[2].reported)}\n")
+        return
     with preemptible() as reporter:
         result = engine.run_experiment(experiment, form, runs, to, seeds, together, reporter, settings)
     print(table(result["lines"], engine.load_form(experiment, form)[2].reported))
