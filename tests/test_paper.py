@@ -563,6 +563,23 @@ def test_a_real_experiment_goes_on_from_its_json_alone(grid, tmp_path, train_gro
         assert (trained, again["lines"]) == ([0, 1, 0], whole["lines"])  # the weights of seed 1 were still there
 
 
+def test_results_of_an_older_version_are_known_by_their_settings(grid, tmp_path, train_group):
+    file, runs, to = grid(seeds=1), tmp_path / "runs", tmp_path / "to" / "lengths.json"
+    train_group(lambda group, folder: [write_result(folder / member.name, 0.5) for member in group])
+    before = experiments.run_experiment(str(file), "real", runs, to, together=1)
+    shutil.rmtree(runs)
+    older = json.loads(to.read_text())
+    older["runs"] = {f"{number:012x}": run for number, run in enumerate(older["runs"].values())}
+    to.write_text(json.dumps(older))
+    train_group(lambda group, folder: pytest.fail("a finished run is trained again"))
+    again = experiments.run_experiment(str(file), "real", runs, to, together=1)
+    assert (again["lines"], again["missing"]) == (before["lines"], [])
+    with pytest.raises(
+        UserError, match=r"holds results with no other settings; expected evaluate_every=2; give another"
+    ):
+        experiments.run_experiment(str(file), "real", runs, to, overrides=["evaluate_every=2"])
+
+
 def test_all_experiments_train_one_seed_before_the_next(grid, tmp_path, train_group, monkeypatch, softprompt):
     lengths = grid()
     other = lengths.with_name("other.yaml")

@@ -273,14 +273,15 @@ def run_experiment(
     """
     experiment, path, grid = load_form(name, form)
     reporter = reporter or Reporter(quiet=True)
+    planned = list(members(grid, path, seeds, overrides))
+    if form == "real":
+        records.check_place(to, overrides)
+        records.restore(to.parent, planned, runs)
     known = folders_by_hash(runs)  # some have the name that an older version gave to the same settings
-    planned = members(grid, path, seeds, overrides)
     whole = [dataclasses.replace(member, name=known.get(member.name, member.name)) for member in planned]
     labels = {member.name: results.label(member) for member in whole}
     about = {"experiment": path.stem, "form": form, "title": experiment.title}
     about |= {"settings": list(overrides)} if overrides else {}
-    if form == "real":
-        records.restore(to.parent, whole, runs)
 
     def collect() -> dict[str, Any]:
         if form == "real":

@@ -7,6 +7,7 @@ their results. The JSON of an experiment holds both, so that the folders of runs
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,8 +15,10 @@ from typing import Any
 
 from softprompt_jax import config
 from softprompt_jax.checkpoints import artifact
-from softprompt_jax.config import values_hash
+from softprompt_jax.config import UserError, settings_hash, values_hash
 from softprompt_jax.distributed.cloud_files import CHECKPOINTS
+from softprompt_jax.files import read_object
+from softprompt_jax.run import UNHASHED_SETTINGS, Run
 from softprompt_jax.training.sweep import Member
 
 MEASURED = "measured"
@@ -50,35 +53,60 @@ def _place(runs: Path, what: str, group: Sequence[Member]) -> Path:
 
 
 def of(members: Sequence[Member], labels: Sequence[str], runs: Path) -> dict[str, Any]:
-    """Return what the JSON of an experiment keeps: the result of each run, null while it is to do, and the measures."""
+    """Return what an experiment's JSON keeps: settings and result of each run, null while it is to do, and measures."""
     results: dict[str, Any] = {}
     for member, label in zip(members, labels, strict=True):
         path = runs / member.name / "result.json"
         result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        results.setdefault(member.name, {"runs": [], "result": result})["runs"].append(label)
+        held = {"runs": [], "config": config.to_yaml(member.run), "result": result}
+        results.setdefault(member.name, held)["runs"].append(label)
     measured = {file.name: json.loads(file.read_text(encoding="utf-8")) for file in (runs / MEASURED).glob("*.json")}
     own = {name: held for name, held in sorted(measured.items()) if set(held["of"]) <= set(results)}
     return {"runs": results, MEASURED: own}
 
 
 def restore(folder: Path, members: Sequence[Member], runs: Path) -> None:
-    """Write the results that the JSON files in `folder` hold and `runs` lacks, so that their runs count as finished."""
+    """Write the results that the JSON files in `folder` hold and `runs` lacks, so that their runs count as finished.
+
+    A run is known by its settings, which other versions of the library may name by another hash.
+    """
+    wanted = {member.name for member in members}
     for file in sorted(folder.glob("*.json")):
         try:
             held = json.loads(file.read_text(encoding="utf-8"))
-            results = {name: run["result"] for name, run in held["runs"].items() if run["result"] is not None}
+            found = {name: run for name, run in held["runs"].items() if not (runs / name).exists() and run["result"]}
+            configs = {name: config.read_text(run["config"], str(file)) for name, run in found.items()}
             measured = dict(held[MEASURED])
-        except (ValueError, KeyError, TypeError):  # a result of another kind
+        except (ValueError, KeyError, TypeError, UserError):  # a result of another kind
             continue
-        for member in members:
-            if member.name in results and not (runs / member.name).exists():
-                (runs / member.name).mkdir(parents=True)
-                (runs / member.name / "config.yaml").write_text(config.to_yaml(member.run), encoding="utf-8")
-                artifact.dump(results[member.name], runs / member.name / "result.json")
+        for name, values in configs.items():
+            if not re.fullmatch("[0-9a-f]{12}", name) or _hash(values, file) not in wanted:
+                continue
+            (runs / name).mkdir(parents=True)
+            (runs / name / "config.yaml").write_text(found[name]["config"], encoding="utf-8")
+            artifact.dump(found[name]["result"], runs / name / "result.json")
         for name, value in measured.items():
             if Path(name).name == name and not (runs / MEASURED / name).exists():
                 (runs / MEASURED).mkdir(parents=True, exist_ok=True)
                 artifact.dump(value, runs / MEASURED / name)
+
+
+def _hash(values: Any, file: Path) -> str | None:
+    try:
+        return settings_hash(config.parse(Run, values, str(file)), without=UNHASHED_SETTINGS)
+    except UserError:  # settings that this version refuses
+        return None
+
+
+def check_place(to: Path, settings: Sequence[str]) -> None:
+    """Refuse to replace results of other settings. Errors: UserError naming both."""
+    if to.exists() and (held := read_object(to, "a result of `softprompt paper`").get("settings", [])) != list(
+        settings
+    ):
+        raise UserError(
+            f"{to}: holds results with {' '.join(held) or 'no other settings'}; expected "
+            f"{' '.join(settings) or 'no other settings'}; give another --to"
+        )
 
 
 def forget(folders: Sequence[Path]) -> None:
