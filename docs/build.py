@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import itertools
 import json
 import re
 import statistics
@@ -25,12 +24,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 
 import commands  # noqa: E402
+import paper_pages  # noqa: E402
 import settings  # noqa: E402
 import speed  # noqa: E402
-from plot import curves, plot  # noqa: E402
+from plot import curves  # noqa: E402
 
-from softprompt_jax.paper import experiments as paper  # noqa: E402
-from softprompt_jax.paper import results  # noqa: E402
 from softprompt_jax.run import Run  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -59,21 +57,8 @@ def outdated() -> dict[Path, str]:
 
 def all_pages() -> Iterator[tuple[Path, str]]:
     """Yield every file that is written here and its text."""
-    experiments = {name: paper.load(name)[0] for name in paper.experiments()}
-    for name, experiment in experiments.items():
-        result = _result(name)
-        page = experiment_page(name, experiment, result, _result(f"{name}-published-plan"))
-        yield ROOT / "docs" / "experiments" / f"{name}.md", HEAD + page
-        if result is not None and result["lines"]:
-            lines = {
-                line: {column: v for column, v in values.items() if column not in ("cosine", "same answers")}
-                for line, values in result["lines"].items()
-            }
-            neighbours = experiment.miniature.measure == "neighbours"
-            y = f"{'share' if neighbours else 'score' if ';' in result['metric'] else result['metric']}, %"
-            majority = None if neighbours else result["majority"]
-            picture = plot(experiment.title, lines, experiment.plot, y, majority, experiment.x)
-            yield ROOT / "docs" / "experiments" / f"{name}.svg", picture
+    for name, text in paper_pages.pages(RESULTS / "paper"):
+        yield ROOT / "docs" / "experiments" / name, text if name.endswith(".svg") else HEAD + text
     yield ROOT / "docs" / "settings.md", HEAD + settings.page(Run)
     yield ROOT / "docs" / "command-line.md", HEAD + commands.page()
     methods = dict(method_pages())
@@ -99,7 +84,9 @@ def all_pages() -> Iterator[tuple[Path, str]]:
         ROOT / "benchmarks" / "README.md", {"five": speed.table(speed.five(compared)), "speed": speed.table(compared)}
     )
     yield _filled(ROOT / "docs" / "reliability.md", {"faults": faults_table()})
-    yield _filled(ROOT / "docs" / "experiments" / "README.md", {"paper": paper_table(experiments)})
+    yield _filled(ROOT / "docs" / "experiments" / "README.md", {"paper": paper_pages.listing(RESULTS / "paper")})
+    if "<!-- real -->" in (ROOT / "README.md").read_text("utf-8"):
+        yield _filled(ROOT / "README.md", {"real": paper_pages.readme(RESULTS / "paper")})
     yield _filled(ROOT / "docs" / "tune.md", {"tune": tune_table(_rows("tune"))})
     yield _filled(ROOT / "docs" / "compress.md", {"compress": compress_table(_rows("compress"))})
 
@@ -194,144 +181,6 @@ def notebook(text: str) -> str:
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     whole = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
     return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
-
-
-# --------------------------------------------------------------------------------------------- experiments
-
-
-def _result(name: str) -> Any:
-    path = RESULTS / "paper" / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def finished(result: dict[str, Any] | None, seeds: int) -> str:
-    """Say how much of a miniature has been run."""
-    if result is None:
-        return "a command, not run yet"
-    total = len(result["missing"]) + result["cells"]
-    fewer = f" of {result['seeds']} seeds, not {seeds}" if result["seeds"] < seeds else ""
-    return (f"{result['cells']} of {total} runs" if result["missing"] else f"all {total} runs") + fewer
-
-
-def metric_of(experiment: paper.Experiment, result: dict[str, Any]) -> str:
-    """Say what the numbers of a miniature are."""
-    spread = "mean ± standard deviation over seeds"
-    if experiment.miniature.measure == "neighbours":
-        return f"Shares of label words and of rows, and the cosine to the nearest piece, all times 100, {spread}"
-    return f"In percent, {spread}. Metric: {result['metric']}"
-
-
-def experiment_page(name: str, experiment: paper.Experiment, result: dict[str, Any] | None, plan: Any = None) -> str:
-    """Return the page of an experiment with its miniature's result and the plan of its published runs."""
-    miniature, published = experiment.miniature, experiment.published
-    parts = [f"# {experiment.title}", f"{experiment.source}. {experiment.question}", "## Miniature"]
-    parts.append(f"    softprompt paper {name}")
-    parts.append(f"{_grid(experiment, miniature)} Cost: {miniature.cost}.")
-    parts.append(trained(name, miniature))
-    if result is None:
-        parts.append("Not run yet: there is no result to show.")
-    else:
-        parts += [results.table(result), f"{metric_of(experiment, result)} ({finished(result, miniature.seeds)})."]
-        if miniature.measure != "neighbours":
-            levels = {column.rpartition(" to ")[2]: value for column, value in result["majority"].items()}
-            level = ", ".join(f"{task} {value:.1f}" for task, value in levels.items())
-            parts[-1] += f" Always saying the most frequent label comes to {level} in the same metric."
-        if missing := result["missing"]:
-            seeds = collections.Counter(label.rpartition(", seed ")[0] for label in missing)
-            listed = "; ".join(f"{what} ({count})" for what, count in seeds.items())
-            parts.append(f"Not run yet, with the number of seeds: {listed}.")
-        parts.append(f"![{experiment.title}: the table as a plot]({name}.svg)")
-        if "nearest" in result:
-            parts += [f"{line}: {_pieces(rows)}" for line, rows in result["nearest"].items()]
-        parts.append(f"Numbers: [{name}.json](../../benchmarks/results/paper/{name}.json), {result['date']}, jax "
-                     f"{result['versions']['jax']}.")  # fmt: skip
-    parts += [" ".join(experiment.found)] if experiment.found else []
-    needs = said_above(paper.experiments()[name].read_text("utf-8").partition("\n")[2])
-    parts += ["## Published setting", *([needs] if needs else []), f"    softprompt paper {name} --form published"]
-    parts.append(
-        "The command trains the runs that are missing and writes the same table. Each prompt has a program of its own, "
-        "as it was planned; `--together N` trains N prompts in one. For several machines: `--configs FOLDER` writes "
-        "each run as `FOLDER/KEY.yaml`, where KEY is the hash of its settings; `softprompt train FOLDER/KEY.yaml --out "
-        "runs/paper/KEY` trains it; the command above then collects the results, where all of `runs/paper` is. "
-        "`--topology v5p:2x2x1` trains nothing and says what each step of another size takes on that TPU (extra `tpu`, "
-        "no TPU needed, about a minute of compiling a step)."
-    )
-    parts.append(
-        f"{_grid(experiment, published)} Cost: {published.cost}. None of these runs was trained. Tests build one run "
-        "of each distinct step without weights."
-    )
-    parts += [plan_table(plan)] if plan else []
-    return (
-        "\n\n".join([*parts, f"Both are stated in [configs/paper/{name}.yaml](../../configs/paper/{name}.yaml)."])
-        + "\n"
-    )
-
-
-def plan_table(steps: list[dict[str, Any]]) -> str:
-    """Return what `softprompt paper --topology` said of each distinct step of an experiment's published runs."""
-    lines = ["| compiled for | | runs | fits | peak of GiB a chip | TFLOP a step | examples/s |", "|---" * 7 + "|"]
-    for step in steps:
-        what = f"{', '.join(step['lines'])}{': ' if step['points'] else ''}{', '.join(step['points'])}"
-        for topology, plan in step["plans"].items():
-            peak = "?" if plan["peak_bytes"] is None else f"{plan['peak_bytes'] / 2**30:.1f}"
-            rate = "" if plan["examples_per_s"] is None else f"{plan['examples_per_s']:,.0f}"
-            work = float(f"{plan['flops'] / 1e12:.3g}")
-            lines.append(
-                f"| {topology} | {what} | {step['runs']} | {'yes' if plan['fits'] else 'no'} | {peak} of "
-                f"{plan['limit_bytes'] / 2**30:.0f} | {work:,.10g} | {rate} |"
-            )
-    share = next(iter(steps[0]["plans"].values()))["utilisation"]
-    return "\n".join(lines) + f"\n\nExamples/s are estimated: if the chips reach {share:.0%} of their peak."
-
-
-def _pieces(rows: list[list[str]]) -> str:
-    said = "; ".join(" ".join(f"`{piece}`" for piece in row) for row in rows)
-    return f"nearest pieces of each of the first rows, seed 0, a semicolon after each row: {said}"
-
-
-def trained(name: str, form: paper.Grid) -> str:
-    """Say what each line of an experiment trains, without what differs among its points."""
-    runs = collections.defaultdict(list)
-    for member in paper.members(form, paper.load(name)[1], seeds=1):
-        line = member.varied["line"]
-        runs[line].append((form.lines[line].read, member.run))
-    lines = collections.defaultdict(list)
-    for line, found in runs.items():
-        facts = zip(*(_facts(*each) for each in found), strict=True)
-        lines[", ".join(each[0] for each in facts if each[0] and len(set(each)) == 1)].append(line)
-    whose = [f"{'; '.join(names)}: {said}" if len(lines) > 1 else said for said, names in lines.items()]
-    return "\n".join(["What is trained:", "", *(f"- {text}" for text in whose)])
-
-
-def _facts(read: str, run: Run) -> list[str]:
-    if read == "untrained":
-        return ["nothing"]
-    (method,) = run.methods
-    rows = getattr(method, "length", None)
-    what = ["all weights" if method.kind == "full" else method.kind, f"{rows} rows" if rows else ""]
-    optimizer = f"{run.optimizer.kind} at {run.optimizer.learning_rate:g}"
-    schedule = "" if run.schedule.decay == "constant" else f", {run.schedule.decay} decay"
-    steps = f"{run.steps:,} steps of {run.batch_size} examples"
-    backbone = run.backbone if isinstance(run.backbone, str) else "random weights"
-    return [*what, optimizer + schedule, steps, f"on the backbone {backbone}"]
-
-
-def _grid(experiment: paper.Experiment, grid: paper.Grid) -> str:
-    """Say which runs a grid has."""
-    x = f" ({experiment.x})" if experiment.x else ""
-    axes = {"line": list(grid.lines), f"point of the x axis{x}": [*filter(None, grid.points)], "task": list(grid.tasks)}
-    named = [f"{name}: {'; '.join(values)}" for name, values in axes.items() if values]
-    return f"A run for each {'. Each '.join(named)}. {grid.seeds} seeds of each."
-
-
-def paper_table(experiments: dict[str, paper.Experiment]) -> str:
-    """Return the list of experiments with the first of what was found."""
-    rows = []
-    for name, experiment in experiments.items():
-        said = experiment.found[0] if _result(name) else ""
-        run = finished(_result(name), experiment.miniature.seeds)
-        rows.append(f"| [{experiment.title}]({name}.md) | {experiment.source} | {run} | {said} |")
-    return "| experiment | in the paper | miniature | what came out |\n|---|---|---|---|\n" + "\n".join(rows)
 
 
 def embedded_table() -> str:
@@ -458,7 +307,7 @@ def method_pages() -> Iterator[tuple[str, str]]:
             if kind in map(_kind_of, yaml.safe_load(text).get("methods", [])):
                 where = path.relative_to(ROOT)
                 command = f"    softprompt train {where} --out runs/{path.stem}"
-                parts.append(f"[{where}](../../{where}): {said_above(text)}\n\n{command}")
+                parts.append(f"[{where}](../../{where}): {paper_pages.said_above(text)}\n\n{command}")
                 if path.parent.name == "methods" and path.stem in measured:
                     parts.append(measured[path.stem])
         yield kind, "\n\n".join(parts) + "\n"
@@ -468,16 +317,6 @@ def _kind_of(method: dict[str, Any]) -> str:
     """Return on whose page a method of a config stands."""
     made_of = method.get("reparameterization")
     return made_of["kind"] if isinstance(made_of, dict) else made_of or str(method.get("kind"))
-
-
-def said_above(text: str) -> str:
-    """Return a config's comments as Markdown: lines that are set in are commands."""
-    lines = [line[1:].rstrip() for line in text.splitlines() if line.startswith("#")]
-    parts = []
-    for is_command, found in itertools.groupby(lines, lambda line: line.startswith("   ")):
-        stripped = [line.strip() for line in found]
-        parts.append("\n".join(f"    {line}" for line in stripped) if is_command else " ".join(stripped))
-    return "\n\n".join(parts)
 
 
 if __name__ == "__main__":

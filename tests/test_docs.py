@@ -64,7 +64,7 @@ def test_a_plot_shows_every_mean():
     value = {"mean": 70.0, "sd": 2.0, "values": [68.0, 72.0]}
     lines = {"one": {"a": value, "b": value | {"mean": 80.0, "sd": None}}, "two": {"a": value | {"mean": 60.0}}}
     for kind, mark in (("bars", "<rect"), ("lines", "<circle")):
-        picture = build.plot("A title & more", lines, kind, "accuracy, %", {"task": 55.0})
+        picture = build.paper_pages.plot("A title & more", lines, kind, "accuracy, %", {"task": 55.0})
         xml.etree.ElementTree.fromstring(picture)
         assert "A title &amp; more" in picture
         assert "majority class task 55.0" in picture
@@ -75,12 +75,12 @@ def test_a_plot_shows_every_mean():
 def test_a_plot_has_numbers_to_scale_and_colours_that_mean_the_same_everywhere():
     value = {"mean": 70.0, "sd": None, "values": [70.0]}
     lines = {"model tuning": dict.fromkeys(("0", "10%", "100%", "1000%"), value)}
-    picture = build.plot("t", lines, "lines", "accuracy, %", None, "steps")
+    picture = build.paper_pages.plot("t", lines, "lines", "accuracy, %", None, "steps")
     places = [float(place) for place in re.findall(r'cx="([\d.]+)"', picture)]
     distances = [b - a for a, b in itertools.pairwise(places)]
     assert distances[1] == pytest.approx(distances[2], abs=0.2)  # equal factors are equal distances; 0 stands apart
     assert "steps (logarithmic scale)" in picture
-    two = build.plot("t", lines | {"model tuning, with spam": {"0": value}}, "bars", "accuracy, %")
+    two = build.paper_pages.plot("t", lines | {"model tuning, with spam": {"0": value}}, "bars", "accuracy, %")
     (colour,) = set(re.findall(r'stroke="(#\w+)" stroke-width="2.5"', picture))
     assert two.count(f'fill="{colour}" fill-opacity="1"') == 5  # its bars and the legend's area
     assert two.count(f'fill="{colour}" fill-opacity="0.4"') == 2  # of a variant, paler
@@ -90,18 +90,17 @@ def test_a_plan_is_a_row_for_each_step_and_topology():
     fits = {"fits": True, "peak_bytes": 3 << 30, "limit_bytes": 16 << 30, "flops": 2.5e12, "examples_per_s": 1234.5}
     other = fits | {"fits": False, "peak_bytes": None, "examples_per_s": None}
     plans = {"v5e:2x2": fits | {"utilisation": 0.4}, "v5e:1x1": other}
-    table = build.plan_table([{"lines": ["small", "base"], "points": ["20"], "runs": 6, "plans": plans}])
+    table = build.paper_pages.plan_table([{"lines": ["small", "base"], "points": ["20"], "runs": 6, "plans": plans}])
     assert "| v5e:2x2 | small, base: 20 | 6 | yes | 3.0 of 16 | 2.5 | 1,234 |" in table
     assert "| v5e:1x1 | small, base: 20 | 6 | no | ? of 16 | 2.5 |  |" in table
     assert table.endswith("if the chips reach 40% of their peak.")
 
 
 def test_a_page_says_what_each_line_trains_without_what_its_points_change():
-    scale, length = (experiments.load(name)[0].miniature for name in ("scale", "length"))
-    assert build.trained("length", length).splitlines()[2:] == [
+    assert build.paper_pages.trained("length", "miniature").splitlines()[2:] == [
         "- prompt, adafactor at 0.3, 500 steps of 32 examples, on the backbone embedded"
     ]
-    assert build.trained("scale", scale).splitlines()[2:] == [
+    assert build.paper_pages.trained("scale", "miniature").splitlines()[2:] == [
         "- prompt tuning: prompt, 20 rows, adafactor at 0.3, 500 steps of 32 examples",
         "- model tuning: all weights, adamw at 0.0005, linear decay, 750 steps of 32 examples",
         "- prompt design: nothing",
@@ -111,7 +110,7 @@ def test_a_page_says_what_each_line_trains_without_what_its_points_change():
 def test_comments_that_are_set_in_are_commands():
     text = "# A method.\n# First:\n#   softprompt train a.yaml\n#   softprompt train b.yaml\n# Then.\ntask: cb  # no\n"
     commands = "    softprompt train a.yaml\n    softprompt train b.yaml"
-    assert build.said_above(text) == f"A method. First:\n\n{commands}\n\nThen."
+    assert build.paper_pages.said_above(text) == f"A method. First:\n\n{commands}\n\nThen."
 
 
 def tutorial() -> nbformat.NotebookNode:
@@ -159,23 +158,29 @@ def test_the_tutorial_runs_as_a_notebook(tmp_path):
 def test_numbers_that_experiments_found_are_in_their_results():
     """A number with a decimal is a mean, a deviation, a majority class, or a difference within a line or column."""
     for name, path in experiments.experiments().items():
-        experiment, result = experiments.load(str(path))[0], build.RESULTS / "paper" / f"{name}.json"
-        if not result.exists():
-            continue
-        result = json.loads(result.read_text())
-        lines = result["lines"]
-        columns = {column: [line[column] for line in lines.values() if column in line]
-                   for line in lines.values() for column in line}  # fmt: skip
-        known = list(result["majority"].values())
-        for cells in [list(line.values()) for line in lines.values()] + list(columns.values()):
-            known += [cell[key] for cell in cells for key in ("mean", "sd") if cell[key] is not None]
-            known += [abs(one["mean"] - other["mean"]) for one, other in itertools.combinations(cells, 2)]
-        scale = 100 if experiment.miniature.measure == "neighbours" else 1
-        names = " ".join([*experiment.miniature.lines, *experiment.miniature.points])
-        for number in re.findall(r"\d+\.\d+\b(?! million)", " ".join(experiment.found)):
-            half = 0.51 * 10.0 ** -len(number.partition(".")[2])
-            found = number in names or any(abs(float(number) - value / scale) <= half for value in known)
-            assert found, f"{name}: {number} is not in {result['experiment']}.json"
+        experiment, _ = experiments.load(str(path))
+        for grid, place, found in (
+            (experiment.real, f"real/{name}", experiment.found),
+            (experiment.miniature, name, experiment.found_in_miniature),
+        ):
+            result = build.RESULTS / "paper" / f"{place}.json"
+            if grid is None or not result.exists():
+                continue
+            result = json.loads(result.read_text())
+            lines = [{column: cell for column, cell in line.items() if cell} for line in result["lines"].values()]
+            columns = [
+                [line[column] for line in lines if column in line] for column in {c for line in lines for c in line}
+            ]
+            known = list(result["majority"].values())
+            for cells in [list(line.values()) for line in lines] + columns:
+                known += [cell[key] for cell in cells for key in ("mean", "sd") if cell[key] is not None]
+                known += [abs(one["mean"] - other["mean"]) for one, other in itertools.combinations(cells, 2)]
+            scale = 100 if grid.measure == "neighbours" else 1
+            names = " ".join([*grid.lines, *grid.points])
+            for number in re.findall(r"\d+\.\d+\b(?! million)", " ".join(found)):
+                half = 0.51 * 10.0 ** -len(number.partition(".")[2])
+                is_known = number in names or any(abs(float(number) - value / scale) <= half for value in known)
+                assert is_known, f"{name}: {number} is not in {place}.json"
 
 
 def test_speed_is_that_of_the_latest_quiet_run_beside_pefts_best(tmp_path):

@@ -135,6 +135,8 @@ def test_converted_hub_repository_is_read_by_config_and_split(tmp_path, monkeypa
     )
     assert [row for _, row in source.rows("validation", "here")] == [{"text": "cb dev", "label": 1}]
     assert len(list(source.rows("train", "here"))) == len(ROWS)
+    sliced = source.model_copy(update={"splits": {"train": "train[:1]", "validation": "train[1:]"}})
+    assert [len(list(sliced.rows(split, "here"))) for split in ("train", "validation")] == [1, len(ROWS) - 1]
     with pytest.raises(UserError, match="converted: the conversion has a folder per config; expected `config`"):
         parse(Hub, {"name": "x", "converted": True}, "source")
 

@@ -11,6 +11,7 @@ from softprompt_jax.cli.options import (
     Backbone,
     Coordinator,
     Mesh,
+    Overrides,
     Process,
     Processes,
     Source,
@@ -67,12 +68,18 @@ def average(
 
 def paper(
     experiment: Annotated[
-        str | None, typer.Argument(metavar="[EXPERIMENT]", help="Name or file of an experiment.")
+        str | None,
+        typer.Argument(
+            metavar="[EXPERIMENT]",
+            help="Name or file of an experiment; all: each that has the form, the cheapest first, seed after seed.",
+        ),
     ] = None,
+    overrides: Overrides = None,
     form: Annotated[
-        Literal["miniature", "published"],
+        Literal["miniature", "real", "published"],
         typer.Option(
-            help="miniature: the embedded T5, or those of `make ladder`, on a CPU. published: T5s of the hub, on a TPU."
+            help="miniature: the embedded T5, or those of `make ladder`, on a CPU, a test of the machinery. real: "
+            "SmolLM2, on a CPU. published: models of the hub, on an accelerator."
         ),
     ] = "miniature",
     seeds: Annotated[
@@ -82,14 +89,17 @@ def paper(
         Path, typer.Option(metavar="DIR", help="Folder for the runs, each named by a hash of its settings.")
     ] = Path("runs") / "paper",
     to: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="JSON file to write.", show_default="DIR/EXPERIMENT-FORM.json")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="JSON file to write; of all: the folder.", show_default="DIR/EXPERIMENT-FORM.json"
+        ),
     ] = None,
     together: Annotated[
         int | None,
         typer.Option(
             min=1,
             help="Number of prompts of one shape that train in one program, as in `softprompt sweep`.",
-            show_default="8; published: 1, as planned",
+            show_default="8; real and published: 1",
         ),
     ] = None,
     topology: Annotated[
@@ -108,7 +118,8 @@ def paper(
     """Reproduce a figure or table of Lester et al. (2021) and print it.
 
     Without a name, list all experiments with their cost. The runs train as a sweep: prompts of one shape in one
-    program. Experiments share runs. The same command continues where a stopped one was.
+    program. Experiments share runs. The same command continues where a stopped one was; `timeout 3h softprompt paper
+    ...` stops it, with everything saved.
     """
     from softprompt_jax.checkpoints import artifact
     from softprompt_jax.paper import experiments as engine
@@ -118,23 +129,26 @@ def paper(
         for line in engine.listing():
             print(line)
         return
-    name = Path(experiment).stem
-    for given, is_wrong in ((to, Path.is_dir), (configs, Path.is_file)):
+    name, settings = Path(experiment).stem, overrides or []
+    every = experiment == "all"
+    if every and (topology or configs is not None):
+        raise UserError("paper all: found --topology or --configs; expected the name of one experiment with these")
+    for given, is_wrong in ((to, Path.is_file if every else Path.is_dir), (configs, Path.is_file)):
         if given is not None and is_wrong(given):
-            found, expected = ("folder", "file") if given is to else ("file", "folder")
+            found, expected = ("file", "folder") if given is configs or every else ("folder", "file")
             raise UserError(f"{given}: is a {found}; expected a {expected} to write to; give another name")
     if configs is not None:
-        files = engine.write_configs(experiment, form, configs, seeds)
+        files = engine.write_configs(experiment, form, configs, seeds, settings)
         note(f"wrote {len(files)} configs to {configs}")
         return
-    to = to or runs / f"{name}-{form}{'-plan' if topology else ''}.json"
-    for folder in (to.parent, runs):
+    to = to or runs / (form if every else f"{name}-{form}{'-plan' if topology else ''}.json")
+    for folder in (to if every else to.parent, runs):
         with writable(folder, folder=True):
             pass
     if topology:
         from softprompt_jax.analysis import plan
 
-        steps = engine.plan_experiment(experiment, form, runs, topology, seeds, note)
+        steps = engine.plan_experiment(experiment, form, runs, topology, seeds, note, settings)
         artifact.dump(steps, to)
         for step in steps:
             print(f"{' / '.join(step['lines'])}: {', '.join(step['points']) or 'all'} ({step['runs']} runs)")
@@ -143,9 +157,15 @@ def paper(
         fits = all(answer["fits"] for step in steps for answer in step["plans"].values())
         raise typer.Exit(0 if fits else plan.DOES_NOT_FIT)
     together = together or (8 if form == "miniature" else 1)
+    if every:
+        with preemptible() as reporter:
+            done = dict(engine.run_all(form, runs, to, seeds, together, reporter, settings))
+        for name, result in done.items():
+            print(f"{name}\n\n{table(result['lines'], engine.load_form(name, form)[2].reported)}\n")
+        return
     with preemptible() as reporter:
-        result = engine.run_experiment(experiment, form, runs, to, seeds, together, reporter)
-    print(table(result))
+        result = engine.run_experiment(experiment, form, runs, to, seeds, together, reporter, settings)
+    print(table(result["lines"], engine.load_form(experiment, form)[2].reported))
     note(f"wrote {to}")
 
 

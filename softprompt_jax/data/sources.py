@@ -76,7 +76,7 @@ class Inputs(Source):
 
 
 class Hub(Source):
-    """A data set of the hub, through `datasets`; `splits` maps our names to the hub's.
+    """A data set of the hub, through `datasets`; `splits` maps our names to the hub's, or to slices (`train[:1000]`).
 
     `converted` reads the hub's own conversion to parquet, for repositories whose rows come out of a script,
     which today's `datasets` does not run. `revision` is a branch, a tag or a commit (of the conversion, if
@@ -138,7 +138,8 @@ class Hub(Source):
         found, revision = self.splits[split], self.revision or self._branch
         name, files = self.config, None
         if self.converted:
-            name, files = None, {found: f"{self.config}/{found}/*.parquet"}
+            whole = found.partition("[")[0]  # without a slice, such as that of train[:1000]
+            name, files = None, {whole: f"{self.config}/{whole}/*.parquet"}
         try:
             rows = datasets.load_dataset(self.name, name, data_files=files, split=found, revision=revision)
         except Exception as error:  # unreachable, unknown, gated, without that split: one line for each

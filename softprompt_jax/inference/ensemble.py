@@ -154,13 +154,17 @@ def ensemble(
     any_backbone: bool = False,
     trust: bool = False,
     mesh: AnyMesh | None = None,
+    limit: int | None = None,
 ) -> EnsembleScores:
-    """Score prompts of one task by themselves and together on a split, in one pass over it, on a `mesh` of devices."""
+    """Score prompts of one task by themselves and together on a split, in one pass over it, on a `mesh` of devices.
+
+    `limit`: on the first so many examples only.
+    """
     joined = Ensemble(sources, backbone, task, any_backbone, trust, mesh)
     chosen = joined.task
     if chosen is None:
         raise UserError(f"{sources[0]}: says no task; expected one; add --task NAME")
-    examples = load(chosen, split)
+    examples = load(chosen, split)[:limit]
     found = joined.answers(examples, chosen)
     each = [found.of(prompt) for prompt in range(len(joined.members))]
     scores = [score(chosen, texts, examples) for texts in each]

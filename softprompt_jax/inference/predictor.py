@@ -288,11 +288,11 @@ class Predictor:
         rows = self.model.settings.vocabulary_rows
         return tokenize(examples, self.tokenizer, rows, self.max_input_tokens, self.max_tokens)
 
-    def evaluate(self, task: Task, split_name: str) -> dict[str, float]:
-        """Return the metrics of a task's split."""
+    def evaluate(self, task: Task, split_name: str, limit: int | None = None) -> dict[str, float]:
+        """Return the metrics of a task's split, or of its first `limit` examples."""
         task = with_limits(self._checked(task), self.max_input_tokens, self.max_tokens)
         task.source.check(self.tokenizer, metrics=False)
-        examples, likelihoods = load(task, split_name), None
+        examples, likelihoods = load(task, split_name)[:limit], None
         if wants_likelihoods(task):
             state, tokenized = (self._parts.trainable, self._parts.frozen), self._tokenized(examples)
             with sharding.entered(self.mesh):

@@ -5,7 +5,8 @@ A value is there as soon as all the runs that it needs are finished.
 
 from __future__ import annotations
 
-import json
+import functools
+import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,12 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from softprompt_jax.analysis.inspect import inspect
-from softprompt_jax.checkpoints import artifact
 from softprompt_jax.data.task import Example, Task
 from softprompt_jax.inference.bank import PromptBank
 from softprompt_jax.inference.ensemble import ensemble
 from softprompt_jax.inference.evaluate import mean_score, run_score, score
-from softprompt_jax.inference.predictor import load_predictor
+from softprompt_jax.inference.predictor import Predictor, load_predictor
+from softprompt_jax.paper import records
 from softprompt_jax.tasks import load, resolve, splits
 from softprompt_jax.training.run_folder import read_result
 from softprompt_jax.training.sweep import Member
@@ -62,20 +63,21 @@ def scores(grid: Grid, members: Sequence[Member], runs: Path) -> tuple[Values, d
 
 
 def transfer_scores(grid: Grid, members: Sequence[Member], runs: Path) -> tuple[Values, dict[str, Any]]:
-    """Return the first metric of other tasks under what each run has learnt; it is kept in the run's folder."""
+    """Return the first metric of other tasks under what each run has learnt, predicted as its own task is."""
     values: Values = {}
     for (member,) in _finished(members, runs, "line", "point", "task", "seed"):
-        kept, predictor = runs / member.name / "scored_on.json", None
-        known = json.loads(kept.read_text()) if kept.exists() else {}
+        (own,), limit = member.run.tasks, member.run.result_examples
+        loaded = functools.cache(functools.partial(load_predictor, runs / member.name, trust=True))
         for target in grid.score_on[member.varied["task"]]:
-            task = resolve(target)
-            if target not in known:
-                predictor = predictor or load_predictor(runs / member.name, trust=True)
-                known[target] = predictor.evaluate(task, _scored_on(task))
-                artifact.dump(known, kept)
+            task = resolve(target).model_copy(update={"predict_by": own.predict_by})
+            found = records.kept(runs, f"on {target}", [member], functools.partial(_evaluate, loaded, task, limit))
             column = _transfer_column(grid, member.varied["task"], target)
-            values.setdefault(member.varied["line"], {}).setdefault(column, []).append(known[target][task.metrics[0]])
+            values.setdefault(member.varied["line"], {}).setdefault(column, []).append(found[task.metrics[0]])
     return values, {}
+
+
+def _evaluate(loaded: Callable[[], Predictor], task: Task, limit: int | None) -> dict[str, float]:
+    return loaded().evaluate(task, _scored_on(task), limit)
 
 
 def targets(grid: Grid) -> dict[str, Task]:
@@ -93,8 +95,13 @@ def ensemble_scores(grid: Grid, members: Sequence[Member], runs: Path) -> tuple[
     for group in _finished(members, runs, "line"):
         if len(group) < 2:
             continue
-        task = group[0].run.tasks[0]
-        found = ensemble([runs / member.name for member in group], split=_scored_on(task))
+        (task,), folders, limit = group[0].run.tasks, [runs / m.name for m in group], group[0].run.result_examples
+        found = records.kept(
+            runs,
+            "ensemble",
+            group,
+            lambda task=task, folders=folders, limit=limit: ensemble(folders, split=_scored_on(task), limit=limit),
+        )
         alone = [{name: value for name, value in each.items() if name != "source"} for each in found["prompts"]]
         columns = values[group[0].varied["line"]] = {"average": [mean_score(task, each) for each in alone]}
         ways = ("best", "best"), ("majority vote", "vote"), ("mean log-probability", "log_probability")
@@ -112,20 +119,22 @@ def neighbour_shares(grid: Grid, members: Sequence[Member], runs: Path) -> tuple
     """
     values: Values = {}
     nearest: dict[str, list[list[str]]] = {}
-    of_backbone: dict[str, list[Member]] = {}
+
+    def read(member: Member) -> dict[str, Any]:
+        (prompt,) = inspect([runs / member.name], neighbours=NEIGHBOURS)["prompts"]
+        labels, rows = prompt["labels"], prompt["rows"]
+        columns = {} if labels is None else {"label words found": labels["survive"] / labels["of"]}
+        columns["distinct nearest"] = prompt["nearest_pieces"] / prompt["length"]
+        columns["cosine"] = statistics.fmean(row["cosine"][0][1] for row in rows)
+        return {"columns": columns, "pieces": [[piece for piece, _ in row["cosine"]] for row in rows[:SHOWN_ROWS]]}
+
     for (member,) in _finished(members, runs, "line", "point", "task", "seed"):
-        of_backbone.setdefault(str(member.run.backbone), []).append(member)
-    for group in of_backbone.values():
-        prompts = inspect([runs / member.name for member in group], neighbours=NEIGHBOURS)["prompts"]
-        for member, prompt in zip(group, prompts, strict=True):
-            columns, labels = values.setdefault(member.varied["line"], {}), prompt["labels"]
-            found = {} if labels is None else {"label words found": labels["survive"] / labels["of"]}
-            found["distinct nearest"] = prompt["nearest_pieces"] / prompt["length"]
-            found["cosine"] = statistics.fmean(row["cosine"][0][1] for row in prompt["rows"])
-            for column, value in found.items():
-                columns.setdefault(column, []).append(value)
-            pieces = [[piece.replace("▁", "") for piece, _ in row["cosine"]] for row in prompt["rows"][:SHOWN_ROWS]]
-            nearest.setdefault(member.varied["line"], pieces)
+        found = records.kept(runs, "neighbours", [member], functools.partial(read, member))
+        columns = values.setdefault(member.varied["line"], {})
+        for column, value in found["columns"].items():
+            columns.setdefault(column, []).append(value)
+        pieces = [[re.sub("[▁Ġ]", "", piece) for piece in row] for row in found["pieces"]]
+        nearest.setdefault(member.varied["line"], pieces)
     return values, {"nearest": nearest}
 
 
@@ -137,28 +146,73 @@ def mixed_batch_scores(grid: Grid, members: Sequence[Member], runs: Path) -> tup
     """
     values: Values = {}
     for group in _finished(members, runs, "line", "seed"):
-        run, columns = group[0].run, values.setdefault(group[0].varied["line"], {})
-        bank = PromptBank(str(run.backbone), max_input_tokens=run.max_input_tokens, dtype=run.dtype)
-        longest = max(member.run.max_target_tokens for member in group)
-        each: dict[str, tuple[Task, list[Example]]] = {}
-        for member in group:
-            bank.add(member.varied["task"], runs / member.name)
-            task = member.run.tasks[0]
-            each[member.varied["task"]] = task, load(task, _scored_on(task))
-        asked = [(example.input, name) for name, (_, examples) in each.items() for example in examples]
-        order = np.random.default_rng(group[0].varied["seed"]).permutation(len(asked))
-        texts, names = zip(*(asked[i] for i in order), strict=True)
-        shuffled = bank.generate(texts, names, longest)
-        mixed = dict(zip(order.tolist(), (answer for answer, _ in shuffled), strict=True))
-        same, first = [], 0
-        for name, (task, examples) in each.items():
-            alone = [answer for answer, _ in bank.generate([example.input for example in examples], name, longest)]
-            own = [mixed[first + number] for number in range(len(examples))]
-            columns.setdefault(name, []).append(mean_score(task, score(task, own, examples)))
-            same += [one == other for one, other in zip(own, alone, strict=True)]
-            first += len(examples)
-        columns.setdefault("same answers", []).append(statistics.fmean(same))
+        found = records.kept(runs, "mixed", group, functools.partial(_mixed, group, runs))
+        columns = values.setdefault(group[0].varied["line"], {})
+        for column, value in found.items():
+            columns.setdefault(column, []).append(value)
     return values, {}
+
+
+def _mixed(group: Sequence[Member], runs: Path) -> dict[str, float]:
+    run, columns = group[0].run, {}
+    bank = PromptBank(str(run.backbone), max_input_tokens=run.max_input_tokens, dtype=run.dtype)
+    longest = max(member.run.max_target_tokens for member in group)
+    each: dict[str, tuple[Task, list[Example]]] = {}
+    for member in group:
+        bank.add(member.varied["task"], runs / member.name)
+        (task,) = member.run.tasks
+        each[member.varied["task"]] = task, load(task, _scored_on(task))[: member.run.result_examples]
+    asked = [(example.input, name) for name, (_, examples) in each.items() for example in examples]
+    order = np.random.default_rng(group[0].varied["seed"]).permutation(len(asked))
+    words = {name: task.choices for name, (task, _) in each.items()}
+    shuffled = _answers(bank, [asked[i] for i in order], words, longest)
+    mixed = dict(zip(order.tolist(), shuffled, strict=True))
+    same, first = [], 0
+    for name, (task, examples) in each.items():
+        alone = _answers(bank, [(example.input, name) for example in examples], words, longest)
+        own = [mixed[first + number] for number in range(len(examples))]
+        columns[name] = mean_score(task, score(task, own, examples))
+        same += [one == other for one, other in zip(own, alone, strict=True)]
+        first += len(examples)
+    return columns | {"same answers": statistics.fmean(same)}
+
+
+def _answers(
+    bank: PromptBank, asked: Sequence[tuple[str, str]], words: dict[str, list[str]], longest: int
+) -> list[str]:
+    """Return the answer to each (text, name): the likeliest of the name's label words, or what is decoded."""
+    texts, names = zip(*asked, strict=True)
+    if not any(words.values()):
+        return [answer for answer, _ in bank.generate(texts, names, longest)]
+    scores = bank.score_words(texts, names, [words[name] for name in names], longest)
+    return [words[name][int(np.argmax(found))] for name, found in zip(names, scores, strict=True)]
+
+
+def add_means(grid: Grid, values: Values) -> None:
+    """Add the columns, or of an ensemble the rows, that are means of others, where all of these are there."""
+    for name, of in grid.means.items():
+        if grid.measure == "ensemble":
+            if all(line in values for line in of):
+                values[name] = {column: _mean([values[line][column] for line in of]) for column in values[of[0]]}
+        else:
+            for found in values.values():
+                if all(len(found.get(point, ())) == len(found.get(of[0], ())) > 0 for point in of):
+                    found[name] = _mean([found[point] for point in of])
+
+
+def _mean(each: Sequence[Sequence[float]]) -> list[float]:
+    return [statistics.fmean(of_seed) for of_seed in zip(*each, strict=True)]
+
+
+def columns(grid: Grid) -> list[str]:
+    """Return the columns that a line has when all its runs are finished; label words are not found for every task."""
+    return {
+        "score": [*(point or "score" for point in grid.points), *grid.means],
+        "transfer": list(targets(grid)),
+        "ensemble": ["average", "best", "majority vote", "mean log-probability"],
+        "neighbours": ["distinct nearest", "cosine"],
+        "mixed": [*grid.tasks, "same answers"],
+    }[grid.measure]
 
 
 # From a grid, its runs and their folder to values, and what else the result holds.

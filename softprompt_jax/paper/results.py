@@ -15,14 +15,14 @@ import softprompt_jax
 from softprompt_jax.data.metrics import most_frequent
 from softprompt_jax.data.task import Task
 from softprompt_jax.inference.evaluate import mean_score, score
-from softprompt_jax.paper.measures import MEASURES, targets
+from softprompt_jax.paper.measures import MEASURES, Values, add_means, columns, targets
 from softprompt_jax.statistics import mean_sd_text, score_statistics
 from softprompt_jax.tasks import load, splits
 from softprompt_jax.training.run_folder import read_result
 from softprompt_jax.training.sweep import Member
 
 if TYPE_CHECKING:
-    from softprompt_jax.paper.experiments import Grid
+    from softprompt_jax.paper.experiments import Grid, Reported
 
 
 def label(member: Member) -> str:
@@ -36,6 +36,7 @@ def collect(grid: Grid, members: Sequence[Member], runs: Path) -> dict[str, Any]
     finished = {member.name: result for member in members if (result := read_result(runs / member.name)) is not None}
     there = [member for member in members if member.name in finished]
     values, extra = MEASURES[grid.measure](grid, members, runs)
+    add_means(grid, values)
     # Of runs that trained together each states the time of all.
     seconds = [result["seconds"] / result.get("together", 1) for result in finished.values()]
     return {
@@ -43,10 +44,7 @@ def collect(grid: Grid, members: Sequence[Member], runs: Path) -> dict[str, Any]
         "seeds": 1 + max((member.varied["seed"] for member in members), default=0),
         "cells": len(there),
         "missing": [label(member) for member in members if member.name not in finished],
-        "lines": {
-            line: {column: percent_statistics(found) for column, found in columns.items()}
-            for line, columns in values.items()
-        },
+        "lines": cells(grid, values),
         "majority": _majority(grid, there),
         **extra,
         "seconds_per_run": round(statistics.mean(seconds), 1) if seconds else None,
@@ -54,6 +52,18 @@ def collect(grid: Grid, members: Sequence[Member], runs: Path) -> dict[str, Any]
         "versions": {"python": platform.python_version(), "softprompt_jax": softprompt_jax.__version__}
         | {package: version(package) for package in ("jax", "flax", "optax")},
     }
+
+
+def cells(grid: Grid, values: Values) -> dict[str, dict[str, Any]]:
+    """Return the statistics by line and column, null where no seed is finished."""
+    lines: dict[str, dict[str, Any]] = {}
+    for name in [*grid.lines, *(grid.means if grid.measure == "ensemble" else ())]:
+        line = grid.lines.get(name)
+        own = None if line is None or line.points is None else {*line.points, *grid.means}
+        found = {column: percent_statistics(each) for column, each in values.get(name, {}).items()}
+        planned = [column for column in columns(grid) if own is None or column in own]
+        lines[name] = found if all(column in found for column in planned) else dict.fromkeys(planned) | found
+    return lines
 
 
 def percent_statistics(values: Sequence[float]) -> dict[str, Any]:
@@ -82,30 +92,42 @@ def _majority(grid: Grid, finished: Sequence[Member]) -> dict[str, float]:
     """
     transfer = grid.measure == "transfer"
     scored = targets(grid) if transfer else {task.name: task for member in finished for task in member.run.tasks}
-    levels = {name: _majority_score(task.model_dump_json(), transfer) for name, task in scored.items() if finished}
+    limit = finished[0].run.result_examples if finished else None
+    levels = {n: _majority_score(task.model_dump_json(), transfer, limit) for n, task in scored.items() if finished}
     return {name: round(100 * level, 2) for name, level in levels.items() if level is not None}
 
 
 @functools.cache
-def _majority_score(task_json: str, first_metric: bool) -> float | None:
+def _majority_score(task_json: str, first_metric: bool, limit: int | None) -> float | None:
     task = Task.model_validate_json(task_json)
     known = splits(task)
     if task.words is None or "train" not in known:
         return None
-    examples = load(task, "test" if "test" in known else "validation")
+    examples = load(task, "test" if "test" in known else "validation")[:limit]
     answer = most_frequent(example.target for example in load(task, "train"))
     scores = score(task, [answer] * len(examples), examples)
     return scores[task.metrics[0]] if first_metric else mean_score(task, scores)
 
 
-def table(result: dict[str, Any]) -> str:
-    """Write a result as a Markdown table: a row for each line, mean ± sd over the seeds."""
-    fullest = sorted(result["lines"].values(), key=len, reverse=True)  # has the columns in their order
-    columns = list(dict.fromkeys(column for line in fullest for column in line))
-    if not columns:
-        return "(no result yet)"
-    lines = [f"| {' | '.join(['', *columns])} |", f"|{'---|' * (1 + len(columns))}"]
-    for line, values in result["lines"].items():
-        cells = (mean_sd_text(values[column]) if column in values else "" for column in columns)
-        lines.append(f"| {' | '.join([line, *cells])} |")
-    return "\n".join(lines)
+def table(lines: dict[str, dict[str, Any]], reported: Reported | None = None, counts: bool = False) -> str:
+    """Write cells as a Markdown table: a row for each line, mean ± sd over the seeds, empty where none is finished.
+
+    `reported`: these values stand in brackets behind ours, lines that only they have below ours. `counts`: with the
+    number of seeds of each cell.
+    """
+    published = {} if reported is None else reported.lines
+    fullest = sorted([*lines.values(), *published.values()], key=len, reverse=True)  # has the columns in their order
+    shown = list(dict.fromkeys(column for line in fullest for column in line))
+    rows = [f"| {' | '.join(['', *shown])} |", f"|{'---|' * (1 + len(shown))}"]
+    for line in dict.fromkeys([*lines, *published]):
+        own, others = lines.get(line, {}), published.get(line, {})
+        written = (_cell(own.get(column), others.get(column), counts) for column in shown)
+        rows.append(f"| {' | '.join([line, *written])} |")
+    return "\n".join(rows)
+
+
+def _cell(found: dict[str, Any] | None, published: Sequence[float] | None, counts: bool) -> str:
+    own = "" if found is None else mean_sd_text(found) + (f" (n {len(found['values'])})" if counts else "")
+    digits = ((value, 1 if round(value, 1) == value else 2) for value in published or ())
+    said = "" if published is None else f"[{' ± '.join(f'{value:.{count}f}' for value, count in digits)}]"
+    return " ".join(filter(None, (own, said)))
