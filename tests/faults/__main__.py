@@ -45,7 +45,9 @@ def settle(folder: Path) -> None:
     """Set the environment of all children, then import everything; JAX must not start here."""
     folder.mkdir(parents=True, exist_ok=True)
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    quick += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    quick += " --xla_cpu_parallel_codegen_split_count=1"
+    if sys.version_info < (3, 12):  # jax 0.12 aborts where it does not know a flag
+        quick += " --xla_cpu_use_fusion_emitters=false"
     os.environ |= {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(folder / "jax"),
