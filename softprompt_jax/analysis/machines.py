@@ -28,6 +28,7 @@ _MOST_DEVICES = 2**16
 LARGER_STACK = "--fibers_default_thread_stack_size=4194304"
 # Without a device nothing can be timed: XLA takes its default algorithms, and cuBLAS for every product.
 _NOTHING_TIMED = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+_LEAST_CUDNN = ("9", "10", "1")  # that JAX takes
 _FRACTION = 0.75  # of a GPU's memory, which JAX takes unless XLA_CLIENT_MEM_FRACTION says otherwise
 
 
@@ -60,7 +61,10 @@ class Chip:
         gpu = self.gpu
         assert gpu is not None
         major, minor = gpu.capability.split(".")
-        cudnn = importlib.metadata.version(f"nvidia-cudnn-cu{cuda}").split(".")
+        try:
+            cudnn = importlib.metadata.version(f"nvidia-cudnn-cu{cuda}").split(".")
+        except importlib.metadata.PackageNotFoundError:  # the machine's own
+            cudnn = _LEAST_CUDNN
         device = {
             "threads_per_block_limit": 1024,
             "threads_per_warp": 32,

@@ -51,7 +51,8 @@ def plan(
     does not say), `limit_bytes`, `weights_bytes`, `state_bytes`, `cache_bytes` (of answers: keys and values; None in
     training), `temporary_bytes` (activations and copies), `rows_per_device`, `batch` (examples of a step, texts at
     once, or slots), `largest_batch` (the most that were found to fit; None if not even one a device does), `advice`,
-    `quantized` (the frozen layers), `estimated`, `compile_s`. Of training alone: `flops` (matrix products of a step on
+    `quantized` (the frozen layers), `compiler`, `estimated` (it is not the machine's own), `kernels` (calls of NVIDIA's
+    libraries in the program, by kind), `compile_s`. Of training alone: `flops` (matrix products of a step on
     all devices), `collectives` (bytes that a device sends or receives in a step, by kind), `examples_per_s` (if the
     chips reach the share `utilisation` of their peak), `packed` (as if no two examples shared a row).
     """
@@ -313,6 +314,8 @@ def describe(answer: dict[str, Any]) -> str:
             f"  {answer['flops'] / 1e12:.3g} TFLOP a step; "
             + (", ".join(f"{kind} {gib(size)}" for kind, size in answer["collectives"].items()) or "no collectives")
         )
+    if answer["kernels"]:
+        lines.append("  libraries: " + ", ".join(f"{name} {count}" for name, count in answer["kernels"].items()))
     if answer["examples_per_s"] is not None:
         share = f"{answer['utilisation']:.0%} of its peak"
         lines.append(f"  {answer['examples_per_s']:,.5g} examples/s, if it reaches {share}")
