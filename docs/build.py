@@ -130,10 +130,8 @@ def _mean(found: dict[str, Any]) -> str:
 def gpu_table(path: Path) -> str:
     """Return what the programs take that were compiled for GPUs."""
     result = json.loads(path.read_text("utf-8"))
-    lines = [
-        "| program | for | peak of a GPU, GiB | in it | sent or received by a GPU | largest batch |",
-        "|---" * 6 + "|",
-    ]
+    head = ("program", "for", "peak of a GPU, GiB", "in it", "sent or received by a GPU", "largest batch")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in result["rows"]:
         peak = f"{row['peak_bytes'] / 2**30:.2f} of {row['limit_bytes'] / 2**30:.1f}"
         kernels = ", ".join(f"{name} {count}" for name, count in row["kernels"].items())
@@ -141,9 +139,9 @@ def gpu_table(path: Path) -> str:
         lines.append(f"| {row['name']} | {row['topology']} | {peak} | {kernels} | {sent} | {row['largest_batch']:,} |")
     s, versions = result["settings"], ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     return "\n".join(lines) + (
-        f"\n\nCompiled on {result['date']} ({versions}) by `benchmarks/gpu_programs.py`, no GPU at hand: {s['dtype']}, batch "
-        f"{s['batch_size']}, 100 prompt rows and {s['max_input_tokens']} tokens of text, {s['max_target_tokens']} of target. "
-        "A call in the loop over layers counts once."
+        f"\n\nCompiled on {result['date']} ({versions}) by `benchmarks/gpu_programs.py`, no GPU at hand: {s['dtype']}, "
+        f"batch {s['batch_size']}, 100 prompt rows and {s['max_input_tokens']} tokens of text, "
+        f"{s['max_target_tokens']} of target. A call in the loop over layers counts once."
     )
 
 

@@ -189,9 +189,12 @@ class Topology:
 def _memory_fraction() -> float:
     told = os.environ.get("XLA_CLIENT_MEM_FRACTION") or os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION") or _FRACTION
     try:
-        return float(told)
+        share = float(told)
     except ValueError:
-        raise UserError(f"XLA_CLIENT_MEM_FRACTION: found {told!r}; expected a number, such as 0.9") from None
+        share = math.nan
+    if not 0 < share <= 1:
+        raise UserError(f"XLA_CLIENT_MEM_FRACTION: found {told}; expected a number over 0, 1 at most, such as 0.9")
+    return share
 
 
 def parse_topology(text: str) -> Topology:
