@@ -46,6 +46,7 @@ def compiler():
     with pytest.MonkeyPatch.context() as patch:
         for name, value in machines.parse_topology("h100:1").environment().items():
             patch.setenv(name, value)
+        jax.config.update("jax_enable_compilation_cache", False)  # read from the environment before
         yield
 
 

@@ -152,12 +152,13 @@ class Topology:
                 "TPU_ACCELERATOR_TYPE": self.chip.accelerator_type,
                 "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
             }
-        mine = _NOTHING_TIMED
+        theirs = os.environ.get("XLA_FLAGS", "")
         if self.is_estimated:
-            mine = f"--xla_force_host_platform_device_count={math.prod(self.shape)}"
+            return found | {"XLA_FLAGS": f"{theirs} --xla_force_host_platform_device_count={math.prod(self.shape)}"}
         return found | {
-            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {mine}",
+            "XLA_FLAGS": f"{theirs} {_NOTHING_TIMED}",
             "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # asks the driver
+            "JAX_ENABLE_COMPILATION_CACHE": "false",  # programs for devices that are not here cannot be read from it
         }
 
     def devices(self) -> Sequence[Any]:

@@ -52,7 +52,7 @@ def plan(
     training), `temporary_bytes` (activations and copies), `rows_per_device`, `batch` (examples of a step, texts at
     once, or slots), `largest_batch` (the most that were found to fit; None if not even one a device does), `advice`,
     `quantized` (the frozen layers), `compiler`, `estimated` (it is not the machine's own), `kernels` (calls of NVIDIA's
-    libraries in the program, by kind), `compile_s`. Of training alone: `flops` (matrix products of a step on
+    libraries in the last program, by kind), `compile_s`. Of training alone: `flops` (matrix products of a step on
     all devices), `collectives` (bytes that a device sends or receives in a step, by kind), `examples_per_s` (if the
     chips reach the share `utilisation` of their peak), `packed` (as if no two examples shared a row).
     """
@@ -150,12 +150,19 @@ def measure(run: Run, topology: Topology, utilisation: float, purpose: Purpose =
             "packed": training and run.packing is not None,
             "estimated": topology.is_estimated,
             "compiler": topology.compiler,
-            "plain_attention": not (topology.is_tpu or isinstance(abstract_backbone_of(run).settings, T5Settings)),
+            "plain_attention": not topology.is_tpu and _is_plain(run, text, topology),
             "utilisation": utilisation,
             "examples_per_s": round(run.batch_size / seconds, 2) if fits and training else None,
             "compile_s": round(time.monotonic() - began, 1),
         }
     return answer | {"advice": [] if fits else advice(run, answer, len(devices))}
+
+
+def _is_plain(run: Run, program: str, topology: Topology) -> bool:
+    """Whether no attention is the fused kernel's; where another compiler stands in, whether the family has none."""
+    if topology.is_estimated:
+        return not isinstance(abstract_backbone_of(run).settings, T5Settings)
+    return "cuDNN attention" not in library_kernels(program)
 
 
 def _compile(work: Work, topology: Topology) -> tuple[Any, int | None, int | None]:
@@ -320,7 +327,9 @@ def describe(answer: dict[str, Any]) -> str:
         share = f"{answer['utilisation']:.0%} of its peak"
         lines.append(f"  {answer['examples_per_s']:,.5g} examples/s, if it reaches {share}")
     if answer["plain_attention"]:
-        lines.append("  attention is plain on the GPU, too: cuDNN's is for T5 (heads of 128 at most, no soft cap)")
+        lines.append(
+            "  attention is plain on the GPU: cuDNN's is for T5s in bfloat16 (heads up to 128, rows not packed)"
+        )
     if answer["advice"]:
         lines.append(f"  try {', or '.join(answer['advice'])}")
     return "\n".join(lines)
