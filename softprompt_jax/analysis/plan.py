@@ -94,6 +94,13 @@ def _child() -> None:
         answer = measure(load_run(config, overrides), topology, utilisation, purpose)
     except UserError as error:
         answer = {"error": f"{name}: {error}"}
+    except RuntimeError as error:
+        if topology.is_tpu or "cuDNN" not in str(error):
+            raise
+        told = (
+            f"{topology.compiler}: {str(error).rstrip('.')}; expected NVIDIA's libraries; install the extra cuda13 anew"
+        )
+        answer = {"error": f"{name}: {told}"}
     print(json.dumps(answer))
 
 
