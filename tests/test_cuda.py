@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import json
 import math
-import os
 import re
 import sys
 from pathlib import Path
@@ -245,14 +244,3 @@ def test_a_plan_says_that_it_compiled_and_which_kernels_it_found(tmp_path):
     told = plan.describe(answer)
     assert f"(compiled by {answer['compiler']})" in told
     assert "cuDNN attention 1, cuDNN attention backward 1" in told
-
-
-def test_a_missing_library_is_told_in_one_line(tmp_path, monkeypatch):
-    """A package `nvidia.cudnn` without libraries stands in front of the real one."""
-    (tmp_path / "nvidia" / "cudnn").mkdir(parents=True)
-    (tmp_path / "nvidia" / "cudnn" / "__init__.py").touch()
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-    config = tmp_path / "run.yaml"
-    config.write_text(json.dumps(gpu_programs.SETTINGS | {"backbone": "google/t5-v1_1-small"}))
-    with pytest.raises(UserError, match=r"^h100:1: XLA for CUDA \d+: cuDNN .*; expected NVIDIA's libraries; install"):
-        plan.plan(str(config), [], ["h100:1"])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import math
 import shutil
@@ -312,6 +314,20 @@ def test_a_gpu_is_estimated_and_says_so(tmp_path):
     assert "attention is plain on the GPU" not in plan.describe(alone)
     (other,) = plan.plan(write(tmp_path / "other.yaml", backbone="pythia-70m", **lengths), [], ["h200:1"])
     assert "attention is plain on the GPU" in plan.describe(other)
+
+
+def test_a_missing_library_of_nvidias_is_told_in_one_line_and_other_errors_are_defects(tmp_path, monkeypatch, capsys):
+    def measure(*_):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(plan, "measure", measure)
+    request = json.dumps([write(tmp_path / "run.yaml"), [], "h100:1", 0.4, "train"])
+    for message, told in (("cuDNN not found.", True), ("something else", False)):
+        monkeypatch.setattr("sys.stdin", io.StringIO(request))
+        with contextlib.nullcontext() if told else pytest.raises(RuntimeError, match=message):
+            plan._child()
+    expected = "h100:1: cuDNN not found; expected NVIDIA's libraries; install the extra cuda13 or cuda12 anew"
+    assert json.loads(capsys.readouterr().out) == {"error": expected}
 
 
 def test_bad_settings_are_told_before_anything_is_compiled(tmp_path):

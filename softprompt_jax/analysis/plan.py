@@ -97,10 +97,8 @@ def _child() -> None:
     except RuntimeError as error:
         if topology.is_tpu or "cuDNN" not in str(error):
             raise
-        told = (
-            f"{topology.compiler}: {str(error).rstrip('.')}; expected NVIDIA's libraries; install the extra cuda13 anew"
-        )
-        answer = {"error": f"{name}: {told}"}
+        found = str(error).rstrip(".")
+        answer = {"error": f"{name}: {found}; expected NVIDIA's libraries; install the extra cuda13 or cuda12 anew"}
     print(json.dumps(answer))
 
 
