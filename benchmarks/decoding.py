@@ -3,7 +3,8 @@
     .venv-torch/bin/python benchmarks/decoding.py [--size small|smollm2] [--batch 8] [--rounds 5]
 
 Each side is a process of its own on the same core; they take turns. Both load the same random weights and the same
-prompt, decode exactly `--tokens` for each text and must give the same ones. A line per side is appended to results/decoding.jsonl.
+prompt, decode exactly `--tokens` for each text and must give the same ones. A line per side is appended to
+results/decoding.jsonl.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Ours:
 
     def __init__(self, folder: str, tokens: int):
         import softprompt_jax
-        from softprompt_jax.cli.process import keep_freed_memory
+        from softprompt_jax.cli.allocator import keep_freed_memory
 
         keep_freed_memory()
         self.backbone = softprompt_jax.load_backbone(folder)

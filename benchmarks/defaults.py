@@ -17,7 +17,7 @@ from typing import Any
 import machine
 
 from softprompt_jax import Run, tasks, train
-from softprompt_jax.cli.process import keep_freed_memory
+from softprompt_jax.cli.allocator import keep_freed_memory
 from softprompt_jax.inference.evaluate import run_score
 from softprompt_jax.progress import Reporter
 from softprompt_jax.training.run_folder import read_metrics

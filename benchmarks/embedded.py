@@ -16,7 +16,7 @@ from pathlib import Path
 import machine
 
 from softprompt_jax import load_run, train
-from softprompt_jax.cli.process import keep_freed_memory
+from softprompt_jax.cli.allocator import keep_freed_memory
 from softprompt_jax.progress import Reporter
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -77,7 +77,7 @@ def child(side: str, folder: str) -> None:
         import jax.numpy as jnp
 
         import softprompt_jax.checkpoints.backbone  # noqa: F401
-        from softprompt_jax.cli.process import keep_freed_memory
+        from softprompt_jax.cli.allocator import keep_freed_memory
 
         keep_freed_memory()  # as the command line does
         jax.block_until_ready(jnp.zeros(1))

@@ -4,7 +4,7 @@
 
 Trains `configs/methods/*.yaml` on the task that they name with the embedded backbone, each run in a process of its own
 (so that its memory is its own), all of a seed before the next. What is done is kept, a killed run goes on. Then writes
-`results/methods.json`, the plot `results/methods.svg` and the table in `methods.md`. Needs the extra `report`.
+`results/methods.json` and the table in `methods.md`.
 A row is of runs of as many steps as asked for; others in the same folder are left out.
 
     python benchmarks/methods.py --backbone smollm2 [--seeds 3] [--only lora ia3] [--runs runs/methods]
@@ -35,7 +35,7 @@ import yaml
 ROOT = machine.ROOT
 CONFIGS = ROOT / "configs" / "methods"
 HERE = Path(__file__).resolve().parent
-RESULTS, PLOT, PAGE = HERE / "results" / "methods.json", HERE / "results" / "methods.svg", HERE / "methods.md"
+RESULTS, PAGE = HERE / "results" / "methods.json", HERE / "methods.md"
 SMOLLM2 = HERE / "methods_smollm2.yaml"
 BETWEEN = "<!-- made by methods.py -->"
 TASK = "sentiment_movie"
@@ -76,7 +76,6 @@ def main() -> None:
     rows.sort(key=lambda row: -row["accuracy_mean"])
     about = {"about": machine.describe(), "steps": arguments.steps, "rows": rows}
     RESULTS.write_text(json.dumps(about, indent=1) + "\n")
-    draw(rows)
     before, _, after = PAGE.read_text().split(BETWEEN)
     PAGE.write_text(BETWEEN.join([before, "\n" + table(rows) + "\n", after]))
     print(table(rows))
@@ -181,7 +180,7 @@ def work(config: str, folder: str, *changes: str) -> None:
     """Train one run and write what it took into its folder."""
     from softprompt_jax import load_run, train
     from softprompt_jax.assembly import abstract_backbone_of, assemble
-    from softprompt_jax.cli.process import keep_freed_memory
+    from softprompt_jax.cli.allocator import keep_freed_memory
     from softprompt_jax.progress import Reporter
 
     spent = spent_file(Path(folder))
@@ -265,40 +264,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {step} | {row['peak_gib']:.2f} | {row['bytes'] / 1000:,.1f} |"
         )
     return "\n".join(lines)
-
-
-def draw(rows: list[dict[str, Any]]) -> None:
-    """Draw what the table says: a line for each method, a panel for each column."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "methods"  # equal numbers give equal files
-    from matplotlib import pyplot
-
-    columns = {
-        "accuracy_mean": "test accuracy, mean and sd",
-        "trainable": "trainable parameters",
-        "step_cpu_s": "CPU s a step",
-        "peak_gib": "peak memory, GiB",
-        "bytes": "bytes on disk",
-    }
-    sizes = {"width_ratios": [2, 1, 1, 1, 1]}
-    figure, panels = pyplot.subplots(1, 5, figsize=(13, 1 + 0.27 * len(rows)), sharey=True, gridspec_kw=sizes)
-    for panel, (column, label) in zip(panels, columns.items(), strict=True):
-        for place, row in enumerate(reversed(rows)):
-            if row[column] is not None:
-                spread = row["accuracy_sd"] if column == "accuracy_mean" else None
-                panel.errorbar(row[column], place, xerr=spread, fmt="o", color="#1b6ca8", capsize=2, markersize=4)
-        panel.set_xlabel(label)
-        panel.grid(axis="both", linewidth=0.4)
-        if column in ("trainable", "step_cpu_s", "bytes"):
-            panel.set_xscale("log")
-    panels[0].axvline(rows[0]["majority"], linewidth=1, linestyle=":", color="grey")
-    panels[0].set_title("dotted: the majority class", fontsize=8, color="grey", loc="left")
-    panels[0].set_yticks(range(len(rows)), [row["method"] for row in reversed(rows)])
-    figure.tight_layout()
-    figure.savefig(PLOT, metadata={"Date": None})
-    PLOT.write_text("\n".join(line.rstrip() for line in PLOT.read_text().splitlines()) + "\n")
 
 
 if __name__ == "__main__":

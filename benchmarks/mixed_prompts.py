@@ -120,7 +120,7 @@ def main() -> None:
     from flax import nnx
 
     from softprompt_jax import PromptBank, load_backbone
-    from softprompt_jax.cli.process import keep_freed_memory
+    from softprompt_jax.cli.allocator import keep_freed_memory
     from softprompt_jax.inference.programs import DeviceModel
     from softprompt_jax.methods.prompt import attach_rows
     from softprompt_jax.models import decode

@@ -14,7 +14,7 @@ import machine
 from make_backbone import make
 from side_ours import of_folder
 
-from softprompt_jax.cli.process import keep_freed_memory
+from softprompt_jax.cli.allocator import keep_freed_memory
 from softprompt_jax.data.batches import examples_in
 
 RESULTS = Path(__file__).resolve().parent / "results" / "packing.jsonl"

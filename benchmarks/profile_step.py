@@ -30,7 +30,7 @@ import machine  # noqa: E402
 from make_backbone import make  # noqa: E402
 from side_ours import of_folder  # noqa: E402
 
-from softprompt_jax.cli.process import keep_freed_memory  # noqa: E402
+from softprompt_jax.cli.allocator import keep_freed_memory  # noqa: E402
 
 RESULTS = Path(__file__).resolve().parent / "results" / "profile_step.jsonl"
 CLASSES = [  # the first that an instruction's text matches names it

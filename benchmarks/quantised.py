@@ -22,7 +22,7 @@ import numpy as np
 
 from softprompt_jax import load_run, train
 from softprompt_jax.checkpoints.backbone import load_backbone
-from softprompt_jax.cli.process import keep_freed_memory
+from softprompt_jax.cli.allocator import keep_freed_memory
 from softprompt_jax.data.task import load
 from softprompt_jax.data.tokenizer import load_tokenizer
 from softprompt_jax.methods import split

@@ -12,7 +12,7 @@ from workload import LEARNING_RATE, PROMPT_LENGTH, WEIGHT_DECAY, Workload, syste
 
 from softprompt_jax import load_backbone
 from softprompt_jax.assembly import layout_of, with_settings
-from softprompt_jax.cli.process import keep_freed_memory
+from softprompt_jax.cli.allocator import keep_freed_memory
 from softprompt_jax.data.batches import TrainBatches, collate
 from softprompt_jax.data.packing import Packing
 from softprompt_jax.data.tokenized import TokenizedSet

@@ -13,7 +13,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 from worker import serve
 from workload import LEARNING_RATE, PROMPT_LENGTH, WEIGHT_DECAY, Workload, systematic_sample
 
-from softprompt_jax.cli.process import keep_freed_memory
+from softprompt_jax.cli.allocator import keep_freed_memory
 
 
 def of_folder(folder: str, dtype: str, variant: str, threads: int) -> Peft:

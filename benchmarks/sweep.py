@@ -46,7 +46,7 @@ def write_task(folder: Path, lengths: str) -> dict[str, Any]:
 def child(folder: Path, side: str, prompts: int) -> None:
     """Train one run, or all together, and print what it took."""
     from softprompt_jax import load_run, sweep, train
-    from softprompt_jax.cli.process import keep_freed_memory
+    from softprompt_jax.cli.allocator import keep_freed_memory
     from softprompt_jax.progress import Reporter
 
     keep_freed_memory()

@@ -66,7 +66,7 @@ class Contestant:
 class Worker:
     """A process with one side and variant in it."""
 
-    def __init__(self, side: str, variant: str, folder: str, dtype: str, cores: list[int], log):
+    def __init__(self, python: str, side: str, variant: str, folder: str, dtype: str, cores: list[int], log):
         threads = str(len(cores))
         environment = os.environ | dict.fromkeys(
             ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads
@@ -74,7 +74,7 @@ class Worker:
         environment |= {"JAX_PLATFORMS": "cpu", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         self.name = f"{side} {variant}"
         self.process = subprocess.Popen(
-            ["taskset", "--cpu-list", ",".join(map(str, cores)), sys.executable, str(HERE / f"side_{side}.py"),
+            ["taskset", "--cpu-list", ",".join(map(str, cores)), python, str(HERE / f"side_{side}.py"),
              folder, dtype, variant, threads],  # torch and XLA size their thread pools by the cores they may use
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
         )  # fmt: skip
@@ -126,7 +126,8 @@ def run_rounds(contestants: list[Contestant], rounds: int, steps: int) -> float:
 
 def report(title: str, contestants: list[Contestant], whole_epoch: bool, shared: dict[str, Any], file) -> None:
     """Print a table and append a JSON line for every contestant."""
-    best = min(c.cpu_s(whole_epoch) for c in contestants if c.side == "peft")
+    usual = [c for c in contestants if c.side == "peft" and not c.variant.endswith("-kept")]
+    best = min(c.cpu_s(whole_epoch) for c in usual)
     print(f"\n{title}   (others used {shared['others']:.0%} of the machine)")
     print(
         f"{'':26}{'CPU s/step':>12}{'spread':>16}{'wall s/step':>13}{'ex./CPU s':>11}{'padding':>9}{'x best PEFT':>13}"
@@ -139,6 +140,7 @@ def report(title: str, contestants: list[Contestant], whole_epoch: bool, shared:
             f"{contestant.padding:9.0%}{best / cpu:13.2f}"
         )
         line = shared | {
+            "versions": shared["versions"][contestant.side],
             "side": contestant.side,
             "variant": contestant.variant,
             "case": contestant.case,
@@ -173,7 +175,8 @@ def measure(
     setting = f"{arguments.size}, prompt {PROMPT_LENGTH}, batch {BATCH_SIZE}, {dtype}, {cores} core(s)"
     chosen = sorted(os.sched_getaffinity(0))[:cores]
     with contextlib.ExitStack() as stack:
-        workers = {v: stack.enter_context(Worker(*v, folder, dtype, chosen, log)) for v in variants}
+        pythons = {"ours": str(arguments.ours_python), "peft": sys.executable}
+        workers = {v: stack.enter_context(Worker(pythons[v[0]], *v, folder, dtype, chosen, log)) for v in variants}
         check, _ = compete(workers, [(*v, "check") for v in variants], 1, 1)
         print(f"\nlosses before training: {check_losses(check, dtype):.1e} apart, {check[0].losses()[0]:.4f}")
         names = [(*v, "fixed") for v in variants]
@@ -182,12 +185,12 @@ def measure(
         shape = f"{workload.input_tokens}/{workload.target_tokens}"
         report(f"fixed lengths {shape}: {setting}", fixed, False, shared, file)
         if arguments.sample and cores == 1 and dtype in arguments.lengths_dtypes.split(","):
-            ours, peft = (
-                min((c for c in fixed if c.side == side), key=lambda c: c.cpu_s(False)).variant
-                for side in ("ours", "peft")
-            )
-            names = [("ours", ours, "bucketed"), ("ours", ours, "bucketed-4"), ("ours", ours, "padded")]
-            names += [("peft", peft, "grouped"), ("peft", peft, "dynamic")]
+            best: dict[str, str] = {}
+            for one in sorted(fixed, key=lambda one: one.cpu_s(False)):
+                best.setdefault("kept" if one.variant.endswith("-kept") else one.side, one.variant)
+            names = [("ours", best["ours"], case) for case in ("bucketed", "bucketed-4", "padded")]
+            names += [("peft", best["peft"], "grouped"), ("peft", best["peft"], "dynamic")]
+            names += [("peft", best["kept"], "grouped")] if "kept" in best else []
             rounds = min(8, arguments.sample)
             uneven, others = compete(workers, names, rounds, arguments.sample // rounds)
             shared |= {"losses_apart": None, "others": round(others, 3)}
@@ -215,7 +218,10 @@ def main() -> None:
         "--variants",
         default="ours:scan,ours:unroll,peft:eager,peft:sdpa",
         help="who competes, at least one of each side; also peft:compile (a minute to compile), ours:halves, "
-        "ours:quarters",
+        "ours:quarters, peft:sdpa-kept (with our settings of the allocator)",
+    )
+    parser.add_argument(
+        "--ours-python", default=sys.executable, help="interpreter of our side: .venv/bin/python with a newer jax"
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -223,6 +229,9 @@ def main() -> None:
         parser.error(f"--variants {arguments.variants}: expected at least one ours:... and one peft:...")
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     about = machine.describe()
+    told = [arguments.ours_python, "-c", "import json, machine; print(json.dumps(machine.describe()['versions']))"]
+    ours = json.loads(subprocess.run(told, cwd=HERE, check=True, capture_output=True, text=True).stdout)
+    about["versions"] = {"ours": ours, "peft": about["versions"]}
     print(json.dumps(about))
     with (
         tempfile.TemporaryDirectory() as folder,

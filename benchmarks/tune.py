@@ -83,7 +83,7 @@ def main() -> None:
 def child(side: str, case: str, folder: Path, seeds: int) -> None:
     """Train one side of a case; CPU seconds are noted as it goes, those before a kill too."""
     from softprompt_jax import load_run, sweep, train, tune
-    from softprompt_jax.cli.process import keep_freed_memory
+    from softprompt_jax.cli.allocator import keep_freed_memory
     from softprompt_jax.progress import Reporter
     from softprompt_jax.training.tune import default_space
 

@@ -13,8 +13,16 @@ from plot import COLOURS, GRID, INK, TOP, WIDTH, frame
 QUIET = 0.1  # the share of the machine that others may use at most
 TICKS = (0.5, 1, 2, 5, 10, 20)
 ROW = 44  # the height of a name and its bar
+FIVE = {  # what a reader cares about, and how the names of its comparisons begin; the first of them counts
+    "a step of T5 small": "a step, small, float32, fixed lengths",
+    "a step of SmolLM2": "a step, smollm2, float32, fixed lengths",
+    "a step of T5 small, texts of unlike lengths": "a step, small, float32, real lengths",
+    "SmolLM2 answers 32 texts under 32 prompts": "32 texts under 32 prompts, smollm2",
+    "SmolLM2 writes 8 x 32 tokens": "decoding 8 x 32 tokens, smollm2",
+}
 VARIANTS = {"scan": "", "unroll": ", unrolled", "halves": ", unrolled, 2 parts", "quarters": ", unrolled, 4 parts"}
 CASES = {"fixed": "fixed lengths", "bucketed": "real lengths, 12 shapes", "bucketed-4": "real lengths, 4 shapes"}
+NEWER = ", jax 0.12"
 RENAMED = "2026-11-21T11:28"  # before, these two cases had other names
 Line = dict[str, Any]
 
@@ -26,6 +34,7 @@ class Speed(NamedTuple):
     ours: float
     peft: float
     best: str  # which of PEFT's variants that is
+    kept: float | None  # the same of PEFT's best in a process whose allocator keeps freed memory, as ours does
     rounds: int
     quiet: bool
     cpu: str  # family/model
@@ -50,13 +59,14 @@ def _quiet(line: Line) -> bool:
 
 
 def _training(lines: list[Line]) -> list[Speed]:
-    kinds: dict[tuple[str, str, str, str, int], list[Line]] = {}
+    kinds: dict[tuple[str, str, str, str, int, bool], list[Line]] = {}
     for line in lines:
         named = line["case"] == "fixed" or (line["case"] in CASES and line["date"] > RENAMED)
         if named and line["size"] != "tiny" and line["side"] == "ours":
-            kinds.setdefault((*(line[key] for key in ("size", "dtype", "case", "variant", "cores")),), []).append(line)
+            kind = (*(line[key] for key in ("size", "dtype", "case", "variant", "cores")), _newer(line))
+            kinds.setdefault(kind, []).append(line)
     found = []
-    for (size, dtype, case, variant, cores), of_kind in kinds.items():
+    for (size, dtype, case, variant, cores, newer), of_kind in kinds.items():
         ours = _latest(of_kind)
         fixed = case == "fixed"
         same = ("date", "size", "dtype", "cores")
@@ -65,12 +75,20 @@ def _training(lines: list[Line]) -> list[Speed]:
             if line["side"] == "peft" and (line["case"] == "fixed") == fixed and all(line[k] == ours[k] for k in same)
         ]  # fmt: skip
         measure = "cpu_s_per_step" if cores == 1 else "wall_s_per_step"
-        peft = min(beside, key=lambda line: line[measure])
+        kept = [line for line in beside if line["variant"].endswith("-kept")]
+        peft = min((line for line in beside if line not in kept), key=lambda line: line[measure])
         rounds = min(len(line["cpu_s_rounds"]) for line in (ours, peft))
         what = f"a step, {size}, {dtype}, {CASES[case]}{VARIANTS[variant]}" + ("" if cores == 1 else f", {cores} cores")
+        what += NEWER if newer else ""
         best = peft["variant"] if fixed else f"{peft['variant']}, {peft['case']}"
-        found.append(Speed(what, ours[measure], peft[measure], best, rounds, _quiet(ours), _cpu(ours)))
+        lent = min((line[measure] for line in kept), default=None)
+        found.append(Speed(what, ours[measure], peft[measure], best, lent, rounds, _quiet(ours), _cpu(ours)))
     return sorted(found, key=lambda speed: ("float32" not in speed.what, "small" not in speed.what, speed.what))
+
+
+def _newer(line: Line) -> bool:
+    """Say whether our side ran on the jax that Python 3.12 and later have."""
+    return "0.12" in line.get("versions", {}).get("jax", "")
 
 
 def _cpu(line: Line) -> str:
@@ -85,7 +103,7 @@ def _decoding(results: Path) -> list[Speed]:
         (peft,) = (line for line in lines if line["date"] == ours["date"] and line["side"] == "peft")
         what = f"decoding 8 x {ours['tokens']} tokens, {size}, texts of {ours['input_tokens']}"
         seconds = ours["cpu_s_per_batch"], peft["cpu_s_per_batch"]
-        found.append(Speed(what, *seconds, "", len(ours["rounds"]), _quiet(ours), _cpu(ours)))
+        found.append(Speed(what, *seconds, "", None, len(ours["rounds"]), _quiet(ours), _cpu(ours)))
     return found
 
 
@@ -101,16 +119,23 @@ def _mixed(results: Path) -> list[Speed]:
             ours, peft = (line["cpu_seconds_a_batch"][f"{side}, {title}"] for side in ("bank", "peft"))
             rounds = len(range(4, line["settings"]["rounds"] + 2, 4))  # PEFT is timed in every fourth, after two
             what = f"32 texts under {prompts}, {backbone.removeprefix('t5-v1_1-')}"
-            found.append(Speed(what, ours, peft, "", rounds, _quiet(line), _cpu(line)))
+            found.append(Speed(what, ours, peft, "", None, rounds, _quiet(line), _cpu(line)))
     return found
+
+
+def five(found: list[Speed]) -> list[Speed]:
+    """Return the comparisons that a reader cares about, by names that can be read alone."""
+    chosen = {title: next((one for one in found if one.what.startswith(begin)), None) for title, begin in FIVE.items()}
+    return [one._replace(what=title) for title, one in chosen.items() if one is not None]
 
 
 def table(found: list[Speed]) -> str:
     """Return the comparisons as a Markdown table."""
     lines = ["| CPU seconds (2 cores: wall) | here | PEFT's best | times | rounds | CPU |", "|---" * 6 + "|"]
-    for what, ours, peft, best, rounds, quiet, cpu in found:
+    for what, ours, peft, best, kept, rounds, quiet, cpu in found:
         times = f"**{peft / ours:.2f}**"
         best = f"{peft:.3g} ({best})" if best else f"{peft:.3g}"
+        best += "" if kept is None else f"; {kept:.3g} with our allocator"
         lines.append(f"| {what} | {ours:.3g} | {best} | {times} | {rounds} | {cpu}{'' if quiet else ', shared'} |")
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -431,13 +432,34 @@ def test_a_task_under_slurm_waits_for_a_run_that_saves(place):
     assert (place.folder / "runs" / "saved-7").exists()
 
 
-def test_the_image_leaves_out_what_git_ignores_and_brings_what_kubernetes_needs():
-    ignored = (ROOT / "tpu" / "Dockerfile.dockerignore").read_text().split()
+def test_the_image_is_built_of_what_the_checkout_pins():
+    """Its Python is one that we state and test, and every pip obeys the constraints and names extras that exist."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = (ROOT / "tpu" / "Dockerfile").read_text().splitlines()
+    steps = [line.split(maxsplit=1) for line in lines if line and not line.startswith("#")]
+    assert [step for step, _ in steps] == ["FROM", "ARG", "WORKDIR", "COPY", "RUN"]
+    told = dict(steps)
+    version = re.fullmatch(r"python:(\d\.\d+)-slim", told["FROM"])[1]
+    assert f"Programming Language :: Python :: {version}" in project["classifiers"]
+    assert told["COPY"] == ". ."
+    assert "--constraint constraints.txt" in told["RUN"]
+    (wanted,) = re.findall(r"\[(.*?)\]", told["RUN"])
+    name, default = told["ARG"].split("=")
+    assert {default if extra == f"${name}" else extra for extra in wanted.split(",")} <= {
+        *project["optional-dependencies"]
+    }
+    stated = [re.match(r"[\w-]+", each)[0] for each in project["optional-dependencies"]["kubernetes"]]
+    pinned = re.findall(r"^([\w-]+)==\d", (ROOT / "constraints.txt").read_text(), re.M)
+    assert {*stated} <= {*pinned}
+
+
+def test_the_image_leaves_out_what_git_ignores_and_nothing_that_is_kept():
+    ignored = [line for line in (ROOT / "tpu" / "Dockerfile.dockerignore").read_text().splitlines() if line[0] != "#"]
     assert {".git", ".venv*", "runs", ".pytest_cache", "**/__pycache__"} <= {*ignored}
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert "kubernetes]" in (ROOT / "tpu" / "Dockerfile").read_text()
-    assert [re.match(r"[\w-]+", wanted)[0] for wanted in extras["kubernetes"]] == ["kubernetes"]
-    assert re.search(r"^kubernetes==\d", (ROOT / "constraints.txt").read_text(), re.M)
+    kept = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    left_out = [name for name in kept for rule in ignored if fnmatch.fnmatch(name.split("/")[0], rule)]
+    assert left_out == []
+    assert "constraints.txt" in kept
 
 
 def test_skypilots_file_restarts_what_was_preempted_and_its_command_is_whole(tmp_path):

@@ -473,8 +473,9 @@ def test_what_passed_silently_is_refused(lm):
 # ---------------------------------------------------------------------------------------- trackers, notebooks
 
 
+@pytest.mark.http
 def test_wandb_gets_the_numbers_of_a_run(lm, task, tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb", reason="the package wandb is not installed")
+    wandb = pytest.importorskip("wandb", reason="see make test-http")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))

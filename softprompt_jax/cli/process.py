@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import logging
 import os
-import platform
 import sys
 import threading
 import traceback
 from pathlib import Path
 
-# From glibc's malloc.h.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
+from softprompt_jax.cli.allocator import keep_freed_memory
 
 
 def prepare() -> None:
@@ -63,18 +60,3 @@ def keep_results_apart() -> None:
     results = os.dup(sys.stdout.fileno())
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     sys.stdout = os.fdopen(results, "w", encoding=sys.stdout.encoding)
-
-
-def keep_freed_memory() -> bool:
-    """Tell glibc's allocator to keep large buffers that were freed; say whether it could. Without glibc do nothing.
-
-    On a CPU every step frees and takes the same buffers. Each time they would be fresh zeroed pages, which costs 20% to
-    30% of a step's CPU time. No size is an exception: a step of SmolLM2 takes 5 GiB in one piece. Call this before JAX
-    starts its threads.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return False
-    libc = ctypes.CDLL(None)
-    changes = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 2**28), (_ARENA_MAX, 1))  # -1: never trim
-    accepted = [libc.mallopt(name, value) == 1 for name, value in changes]
-    return all(accepted)

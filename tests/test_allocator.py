@@ -1,0 +1,45 @@
+"""The command line's allocator: freed memory is kept, until the process holds too much of it."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import resource, sys, time
+from softprompt_jax.cli import allocator
+
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+def take(mib):
+    before = faults()
+    b'x' * (mib << 20)
+    return faults() - before
+
+room = [1 << 40]
+allocator._available_bytes = lambda: room[0]
+assert allocator.keep_freed_memory()
+kept = [take(300) for _ in range(3)]
+held = allocator._resident_bytes()
+room[0] = 1 << 20
+deadline = time.monotonic() + 20
+while allocator._resident_bytes() > held - (200 << 20) and time.monotonic() < deadline:
+    time.sleep(0.05)
+print(*kept, held, allocator._resident_bytes(), take(300))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the allocator is glibc's")
+def test_freed_memory_is_kept_until_the_process_holds_too_much():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second, third, held, after, anew = map(int, done.stdout.split())
+    assert first > 10_000
+    assert second < 1_000
+    assert third < 1_000
+    assert held - after > 200 << 20  # what nobody used went back to the machine
+    assert anew > 10_000
