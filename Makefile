@@ -26,7 +26,7 @@ STAMP = $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo demo-lm paper ladder docs site test test-slow test-torch test-libtpu test-network test-seqio test-cloud test-http test-wheel test-faults benchmark lint format clean
+.PHONY: help install demo demo-lm paper ladder docs site test test-slow test-torch test-libtpu test-cuda test-network test-seqio test-cloud test-http test-wheel test-faults benchmark lint format clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,7 +66,7 @@ test: install  ## run the default tests (no torch, no network, under 8 minutes)
 
 test-slow: install  ## run the long tests
 	$(VENV)/bin/python -m pytest $(TWO) $(PYTEST_ARGS) \
-		-m "slow and not network and not torch and not seqio and not cloud and not http and not tpu and not libtpu and not gpu"
+		-m "slow and not network and not torch and not seqio and not cloud and not http and not tpu and not libtpu and not gpu and not cuda"
 
 test-torch:  ## compare with PyTorch and PEFT, in an environment of its own (.venv-torch)
 	$(MAKE) install VENV=.venv-torch EXTRAS=dev,torch PYTHON=python3.11
@@ -76,6 +76,10 @@ test-torch:  ## compare with PyTorch and PEFT, in an environment of its own (.ve
 test-libtpu:  ## compile for TPUs without one, in the environment of a TPU VM (.venv-tpu)
 	$(MAKE) install VENV=.venv-tpu EXTRAS=dev,tpu,cloud
 	.venv-tpu/bin/python -m pytest -m libtpu $(PYTEST_ARGS)
+
+test-cuda:  ## compile for NVIDIA GPUs without one, in an environment of its own (.venv-cuda, 5 GB)
+	$(MAKE) install VENV=.venv-cuda EXTRAS=dev,cuda13 PYTHON=python3.11
+	.venv-cuda/bin/python -m pytest tests/test_cuda.py -m cuda $(PYTEST_ARGS)
 
 test-network: install  ## run the tests that download
 	HF_HUB_OFFLINE=0 $(VENV)/bin/python -m pytest $(TWO) -m "network and not torch and not slow" $(PYTEST_ARGS)
@@ -129,4 +133,4 @@ format: install  ## format and mend what ruff can mend
 	$(VENV)/bin/ruff format .
 
 clean:  ## remove environments and caches, keep runs
-	rm -rf .venv .venv-torch .venv-seqio .venv-http .venv-tpu .pytest_cache .ruff_cache build dist *.egg-info
+	rm -rf .venv .venv-torch .venv-seqio .venv-http .venv-tpu .venv-cuda .pytest_cache .ruff_cache build dist *.egg-info

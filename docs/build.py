@@ -83,6 +83,7 @@ def all_pages() -> Iterator[tuple[Path, str]]:
     yield _filled(
         ROOT / "benchmarks" / "README.md", {"five": speed.table(speed.five(compared)), "speed": speed.table(compared)}
     )
+    yield _filled(ROOT / "tpu" / "README.md", {"gpu programs": gpu_table(RESULTS / "gpu_programs.json")})
     yield _filled(ROOT / "docs" / "reliability.md", {"faults": faults_table()})
     yield _filled(ROOT / "docs" / "experiments" / "README.md", {"paper": paper_pages.listing(RESULTS / "paper")})
     if "<!-- real -->" in (ROOT / "README.md").read_text("utf-8"):
@@ -113,6 +114,24 @@ def _rows(name: str) -> list[dict[str, Any]]:
 
 def _mean(found: dict[str, Any]) -> str:
     return f"{found['mean']:.1f}" + ("" if found["sd"] is None else f" ± {found['sd']:.1f}")
+
+
+def gpu_table(path: Path) -> str:
+    """Return what the programs take that were compiled for GPUs."""
+    result = json.loads(path.read_text("utf-8"))
+    head = ("program", "for", "peak of a GPU, GiB", "in it", "sent or received by a GPU", "largest batch")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for row in result["rows"]:
+        peak = f"{row['peak_bytes'] / 2**30:.2f} of {row['limit_bytes'] / 2**30:.1f}"
+        kernels = ", ".join(f"{name} {count}" for name, count in row["kernels"].items())
+        sent = ", ".join(f"{kind} {size / 2**20:,.1f} MiB" for kind, size in row["collectives"].items()) or "nothing"
+        lines.append(f"| {row['name']} | {row['topology']} | {peak} | {kernels} | {sent} | {row['largest_batch']:,} |")
+    s, versions = result["settings"], ", ".join(f"{name} {number}" for name, number in result["versions"].items())
+    return "\n".join(lines) + (
+        f"\n\nCompiled on {result['date']} ({versions}) by `benchmarks/gpu_programs.py`, no GPU at hand: {s['dtype']}, "
+        f"batch {s['batch_size']}, 100 prompt rows and {s['max_input_tokens']} tokens of text, "
+        f"{s['max_target_tokens']} of target. A call in the loop over layers counts once."
+    )
 
 
 def tune_table(rows: list[dict[str, Any]]) -> str:

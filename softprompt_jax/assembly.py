@@ -99,7 +99,8 @@ def check_devices(run: Run, assembly: Assembly, platform: str | None = None) -> 
             f"max_input_tokens {run.max_input_tokens}: with prompt and target {longest} positions; expected at most "
             f"{most}, which this backbone has learned; set max_input_tokens or max_target_tokens lower"
         )
-    check_model(run.attention, platform or mesh.platform(), run.dtype, settings.d_kv, run.packing is not None)
+    devices, packed = platform or mesh.platform(), run.packing is not None
+    check_model(run.attention, devices, run.dtype, settings.d_kv, settings.family, packed)
 
 
 def assemble(

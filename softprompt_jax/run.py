@@ -138,7 +138,7 @@ class Run(Settings):
     # ---- how it is computed
 
     # kernel of the encoder's self-attention: plain; flash: cuDNN's, which keeps no scores in memory, or an error that
-    # says why not; auto: cuDNN's where it can be had (NVIDIA GPUs, bfloat16, no dropout)
+    # says why not; auto: cuDNN's where it can be had (T5s on NVIDIA GPUs, bfloat16)
     attention: Implementation = "auto"
     # activations that are computed again for the gradient; auto: those that would not fit into a device's memory
     remat: Literal["auto", "none", "dots", "full"] = "auto"
@@ -199,8 +199,6 @@ class Run(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Run:
-        if self.attention == "flash" and self.dropout != 0:
-            raise ValueError("attention flash: cannot drop attention weights; expected dropout: 0, or attention: auto")
         if self.batch_size % self.accumulate:
             raise ValueError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
         if isinstance(self.backbone, Scratch) and getattr(self.optimizer, "restore", False):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from small_runs import rows, write_backbone, write_config, write_rows
 
 import softprompt_jax
 from softprompt_jax import load_predictor, load_prompt
+from softprompt_jax.cli import process
 from softprompt_jax.cli.main import app
 from softprompt_jax.data.tokenizer import load_tokenizer
 
@@ -492,3 +494,33 @@ def test_similar_ranks_and_recycle_carries_over(softprompt, refused, small, tmp_
     assert json.loads(out)["rows"] == [3, 24]
     assert load_prompt(to).shape == (3, 24)
     assert "says no backbone" in refused("recycle", target, "--onto", wide, "--to", to)
+
+
+# ----------------------------------------------------------------------------------------------- devices
+
+
+def test_devices_that_are_not_here_are_told_in_one_line():
+    environment = os.environ | {"JAX_PLATFORMS": "cuda", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "softprompt_jax", "train", "configs/quickstart.yaml", "--out", "none/of/this"]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stderr.startswith("softprompt: JAX_PLATFORMS=cuda: JAX cannot compute there (")
+    expected = (
+        "expected the device, its driver and the extra cuda13, cuda12 or tpu; install them, or unset JAX_PLATFORMS"
+    )
+    assert ran.stderr.endswith(f"{expected}\n")
+    assert ran.stderr.count("\n") == 1
+
+
+def test_a_library_that_a_plugin_misses_is_told_without_a_traceback(caplog):
+    log = logging.getLogger("jax._src.xla_bridge")
+    log.addFilter(process._in_one_line)
+    try:
+        raise RuntimeError("Unable to load cuDNN. Is it installed?")
+    except RuntimeError:
+        log.exception("Jax plugin configuration error: %s", "cuda13")
+    finally:
+        log.removeFilter(process._in_one_line)
+    (record,) = caplog.records
+    assert record.exc_info is None
+    assert record.getMessage() == "Jax plugin configuration error: cuda13: Unable to load cuDNN. Is it installed?"

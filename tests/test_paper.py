@@ -222,6 +222,7 @@ def test_each_distinct_step_is_planned_once(softprompt, tmp_path, monkeypatch):
             "weights_bytes": 5, "state_bytes": 5, "temporary_bytes": 5, "flops": 1e12, "rows_per_device": 8,
             "collectives": {}, "estimated": False, "examples_per_s": 7.0, "utilisation": 0.4, "advice": [],
             "packed": False, "plain_attention": False, "purpose": "train", "batch": 32, "largest_batch": 64,
+            "compiler": "libtpu", "kernels": {},
         }]  # fmt: skip
 
     monkeypatch.setattr(plan, "plan", fake)
@@ -230,7 +231,8 @@ def test_each_distinct_step_is_planned_once(softprompt, tmp_path, monkeypatch):
     sizes, lengths = ("small", "base", "large", "xl", "xxl"), (1, 5, 20, 100, 150)
     assert asked == [(f"google/t5-{size}-lm-adapt", length, "v5p:2x2x1") for size in sizes for length in lengths]
     assert code == plan.DOES_NOT_FIT
-    assert "small: 1 (24 runs)\nv5p:2x2x1: fits; peak 1.00 GiB of 16.00 GiB on each of 4 device(s)\n" in out
+    told = "v5p:2x2x1: fits; peak 1.00 GiB of 16.00 GiB on each of 4 device(s) (compiled by libtpu)"
+    assert f"small: 1 (24 runs)\n{told}\n" in out
     assert out.count("does not fit") == 5
     (first, *rest) = json.loads((tmp_path / "length-published-plan.json").read_text())
     assert (first["lines"], first["points"], first["runs"], len(rest)) == (["small"], ["1"], 24, 24)

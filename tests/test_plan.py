@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import math
 import shutil
@@ -14,7 +16,8 @@ import tiny
 import yaml
 
 from softprompt_jax import load_run
-from softprompt_jax.analysis import plan
+from softprompt_jax.analysis import machines, plan
+from softprompt_jax.analysis.program import bytes_of_refusal, library_kernels
 from softprompt_jax.assembly import abstract_backbone_of, assemble, check_devices
 from softprompt_jax.config import UserError
 from softprompt_jax.distributed import mesh
@@ -66,10 +69,10 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_the_compilers_refusal_says_how_much_it_would_need():
-    assert plan._used("RESOURCE_EXHAUSTED: Used 23.50G of 15.75G hbm. Exceeded") == int(23.5 * plan.GIB)
+    assert bytes_of_refusal("RESOURCE_EXHAUSTED: Used 23.50G of 15.75G hbm. Exceeded") == int(23.5 * plan.GIB)
     newer = "the total memory required for HLO temporaries (22.50G) exceeds available HBM (15.75G)."
-    assert plan._used(f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, {newer}") == int(22.5 * plan.GIB)
-    assert plan._used("RESOURCE_EXHAUSTED: something else") is None
+    assert bytes_of_refusal(f"RESOURCE_EXHAUSTED: Ran out of memory on HBM, {newer}") == int(22.5 * plan.GIB)
+    assert bytes_of_refusal("RESOURCE_EXHAUSTED: something else") is None
 
 
 def test_products_are_those_of_the_paper_model_counted_by_hand(tmp_path):
@@ -122,7 +125,7 @@ def test_pre_training_is_planned_with_its_own_lengths():
     assert shapes == {"encoder_tokens": 96, "decoder_inputs": 48, "decoder_targets": 48}
 
 
-GPU = plan.Topology("test:1", plan.Chip(memory_gib=1, tflops=1), (1,))
+GPU = plan.Topology("test:1", machines.Chip(memory_gib=1, tflops=1), (1,))
 
 
 @pytest.mark.slow
@@ -132,9 +135,9 @@ def test_the_largest_batch_fits_by_the_compilers_own_figures(small, tmp_path, pu
     answer = plan.measure(run, GPU, 0.4, purpose)
     assert answer["fits"]
     assert answer["batch"] < answer["largest_batch"]
-    work = plan._work(run, purpose, plan.GIB, "gpu", answer["largest_batch"])
+    work = plan._work(run, purpose, GPU.limit, "gpu", answer["largest_batch"])
     _, peak, _ = plan._compile(work, GPU)
-    assert plan.GIB / 4 < peak <= plan.GIB or answer["largest_batch"] == plan._MOST_ROWS
+    assert GPU.limit / 4 < peak <= GPU.limit or answer["largest_batch"] == plan._MOST_ROWS
     assert (answer["cache_bytes"] is None) is (purpose == "train")
 
 
@@ -274,7 +277,29 @@ def test_packed_rows_are_planned_with_their_segments(tmp_path):
     )
 
 
+def test_a_gpu_has_as_much_memory_as_jax_takes_of_it(monkeypatch):
+    for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    h100 = plan.parse_topology("h100:8")
+    assert h100.limit == int(0.75 * 79.1 * plan.GIB)
+    assert plan.parse_topology("v5e:1x1").limit == 16 * plan.GIB
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "0.9")
+    assert h100.limit == int(0.9 * 79.1 * plan.GIB)
+    for wrong in ("most", "0", "-1", "1.2", "nan"):
+        monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", wrong)
+        with pytest.raises(UserError, match=f"found {wrong}; expected a number over 0, 1 at"):
+            _ = h100.limit
+
+
+def test_the_calls_of_nvidias_libraries_are_counted_by_kind():
+    calls = ("__cublas$lt$matmul", "__cublas$gemm", "__cudnn$fmhaScaleBiasSoftmax", "__cudnn$fmhaSoftmaxBackward", "x")
+    program = "\n".join(f'%c = f32[2] custom-call(%a), custom_call_target="{call}"' for call in calls)
+    expected = {"cuBLAS products": 2, "cuDNN attention": 1, "cuDNN attention backward": 1}
+    assert library_kernels(program) == expected
+
+
 @pytest.mark.slow
+@pytest.mark.skipif(machines.cuda_compiler() is not None, reason="a compiler for GPUs is here; see test_cuda.py")
 def test_a_gpu_is_estimated_and_says_so(tmp_path):
     lengths = {"batch_size": 4, "max_input_tokens": 12}
     config = write(tmp_path / "run.yaml", **lengths)
@@ -284,10 +309,25 @@ def test_a_gpu_is_estimated_and_says_so(tmp_path):
     assert alone["collectives"] == {}
     assert shared["collectives"]["all-reduce"] >= 4 * 100 * 512  # the prompt's gradient
     assert shared["flops"] == alone["flops"]
-    assert "estimated" in plan.describe(alone)
+    assert "(estimated with XLA for CPUs and plain attention; the extra `cuda13`" in plan.describe(alone)
+    assert alone["kernels"] == {}
     assert "attention is plain on the GPU" not in plan.describe(alone)
     (other,) = plan.plan(write(tmp_path / "other.yaml", backbone="pythia-70m", **lengths), [], ["h200:1"])
     assert "attention is plain on the GPU" in plan.describe(other)
+
+
+def test_a_missing_library_of_nvidias_is_told_in_one_line_and_other_errors_are_defects(tmp_path, monkeypatch, capsys):
+    def measure(*_):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(plan, "measure", measure)
+    request = json.dumps([write(tmp_path / "run.yaml"), [], "h100:1", 0.4, "train"])
+    for message, told in (("cuDNN not found.", True), ("something else", False)):
+        monkeypatch.setattr("sys.stdin", io.StringIO(request))
+        with contextlib.nullcontext() if told else pytest.raises(RuntimeError, match=message):
+            plan._child()
+    expected = "h100:1: cuDNN not found; expected NVIDIA's libraries; install the extra cuda13 or cuda12 anew"
+    assert json.loads(capsys.readouterr().out) == {"error": expected}
 
 
 def test_bad_settings_are_told_before_anything_is_compiled(tmp_path):

@@ -1,7 +1,8 @@
 """Predict what a run takes on other machines: its real step, or what answers, is compiled ahead of time for them.
 
-TPU slices are compiled by libtpu (extra `tpu`), which needs no TPU; its memory figures and refusals are the machine's.
-For GPUs XLA's CPU backend compiles for simulated devices: an estimate, and marked as one.
+The compilers are those of the machines (see machines.py): libtpu, whose memory figures and refusals are a TPU's, and
+XLA for CUDA, whose program is a GPU's up to the choice of algorithms, which only a device can time. Where no compiler
+for GPUs is installed, XLA's CPU compiler stands in: an estimate, and marked as one.
 """
 
 from __future__ import annotations
@@ -9,24 +10,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import os
-import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
+from softprompt_jax.analysis.machines import GIB, LARGER_STACK, Topology, parse_topology
 from softprompt_jax.analysis.plan_answers import Purpose, predicting, serving
+from softprompt_jax.analysis.program import bytes_of_refusal, collective_bytes, library_kernels, product_flops
 from softprompt_jax.assembly import Assembly, abstract_backbone_of, assemble, check_devices, check_memory
 from softprompt_jax.checkpoints.backbone import EMBEDDED
-from softprompt_jax.config import UserError, nearest, read
+from softprompt_jax.config import UserError
 from softprompt_jax.data.tokenizer import T5_FORMAT, load_tokenizer
 from softprompt_jax.distributed import mesh
 from softprompt_jax.methods import leaves, split
@@ -34,49 +33,8 @@ from softprompt_jax.models.t5 import T5Settings
 from softprompt_jax.run import Run, load_run
 from softprompt_jax.training.step import build_optimizer, first_state, make_step
 
-GIB = 2**30
-_MOST_DEVICES = 2**16
 _MOST_ROWS = 2**16  # a device, in the search for the largest batch
 DOES_NOT_FIT = 3  # exit code
-# Stack of the threads that compile: with the default of 64 KiB libtpu 0.0.42 overflows it on wide layers.
-_LARGER_STACK = "--fibers_default_thread_stack_size=4194304"
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """One device as JAX sees it, from the vendors' data sheets."""
-
-    memory_gib: int
-    tflops: float | int  # of dense products in bfloat16
-    accelerator_type: str | None = None  # libtpu's name of a slice; None: not a TPU
-
-
-CHIPS = {name: Chip(**about) for name, about in read(Path(__file__).with_name("chips.yaml")).items()}
-
-
-@dataclasses.dataclass(frozen=True)
-class Topology:
-    """A kind of chip and how many: `v5e:2x4`, `h200:8`."""
-
-    name: str
-    chip: Chip
-    shape: tuple[int, ...]
-
-    @property
-    def is_tpu(self) -> bool:
-        """Whether libtpu compiles for it."""
-        return self.chip.accelerator_type is not None
-
-
-def parse_topology(text: str) -> Topology:
-    """Read `CHIP:SHAPE`, e.g. `v5e:2x4`, `v5p:4x4x4` or `h100:8`."""
-    name, _, shape = text.partition(":")
-    if name not in CHIPS:
-        raise UserError(f"topology {text!r}: unknown chip; expected one of {', '.join(CHIPS)}{nearest(name, CHIPS)}")
-    sizes = [int(size) for size in shape.split("x")] if re.fullmatch(r"[1-9]\d{0,5}(x[1-9]\d{0,5}){0,2}", shape) else []
-    if not 1 <= math.prod(sizes) * bool(sizes) <= _MOST_DEVICES:
-        raise UserError(f"topology {text!r}: expected CHIP:SHAPE, such as v5e:2x4, v5p:2x2x1 or h100:8")
-    return Topology(text, CHIPS[name], tuple(sizes))
 
 
 def plan(
@@ -93,7 +51,8 @@ def plan(
     does not say), `limit_bytes`, `weights_bytes`, `state_bytes`, `cache_bytes` (of answers: keys and values; None in
     training), `temporary_bytes` (activations and copies), `rows_per_device`, `batch` (examples of a step, texts at
     once, or slots), `largest_batch` (the most that were found to fit; None if not even one a device does), `advice`,
-    `quantized` (the frozen layers), `estimated`, `compile_s`. Of training alone: `flops` (matrix products of a step on
+    `quantized` (the frozen layers), `compiler`, `estimated` (it is not the machine's own), `kernels` (calls of NVIDIA's
+    libraries in the last program, by kind), `compile_s`. Of training alone: `flops` (matrix products of a step on
     all devices), `collectives` (bytes that a device sends or receives in a step, by kind), `examples_per_s` (if the
     chips reach the share `utilisation` of their peak), `packed` (as if no two examples shared a row).
     """
@@ -106,24 +65,12 @@ def _in_a_child(
     config: str, overrides: list[str], topology: Topology, utilisation: float, purpose: Purpose
 ) -> dict[str, Any]:
     """Compile in a process of its own: libtpu reads its environment when JAX starts, and takes a lock."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "2"}
-    flags = os.environ.get("LIBTPU_INIT_ARGS", "")
-    if topology.chip.accelerator_type is not None:
-        environment |= {
-            "LIBTPU_INIT_ARGS": f"{_LARGER_STACK} {flags}",
-            "TPU_SKIP_MDS_QUERY": "1",
-            "TPU_WORKER_HOSTNAMES": "localhost",
-            "TPU_ACCELERATOR_TYPE": topology.chip.accelerator_type,
-            "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-        }
-    else:
-        count = math.prod(topology.shape)
-        environment["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+    environment = os.environ | topology.environment()
     request = json.dumps([config, overrides, topology.name, utilisation, purpose])
     command = [sys.executable, "-c", f"from {__name__} import _child; _child()"]
     done = subprocess.run(command, input=request, capture_output=True, text=True, env=environment)
-    if "Unknown command line flag" in done.stderr and flags != environment.get("LIBTPU_INIT_ARGS"):
-        environment["LIBTPU_INIT_ARGS"] = flags  # another version of libtpu
+    if "Unknown command line flag" in done.stderr and LARGER_STACK in environment.get("LIBTPU_INIT_ARGS", ""):
+        environment["LIBTPU_INIT_ARGS"] = os.environ.get("LIBTPU_INIT_ARGS", "")  # another version of libtpu
         done = subprocess.run(command, input=request, capture_output=True, text=True, env=environment)
     for line in reversed(done.stdout.splitlines()):
         if line.startswith("{"):
@@ -147,24 +94,15 @@ def _child() -> None:
         answer = measure(load_run(config, overrides), topology, utilisation, purpose)
     except UserError as error:
         answer = {"error": f"{name}: {error}"}
+    except RuntimeError as error:
+        if topology.is_tpu or "cuDNN" not in str(error):
+            raise
+        found = str(error).rstrip(".")
+        answer = {"error": f"{name}: {found}; expected NVIDIA's libraries; install the extra cuda13 or cuda12 anew"}
     print(json.dumps(answer))
 
 
 # ------------------------------------------------------------------------------------- in the child
-
-
-def devices_of(topology: Topology) -> Sequence[Any]:
-    """Return descriptions of the devices, which cannot run anything."""
-    if not topology.is_tpu:
-        return jax.devices()
-    single = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(topology.shape) == 1 else {}
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **single).devices
-    except Exception as error:  # a missing libtpu and a wrong shape come as errors of many types
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"libtpu cannot describe it ({reason}); expected the extra `tpu` and a shape that exists"
-        ) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,13 +124,14 @@ class Work:
 
 def measure(run: Run, topology: Topology, utilisation: float, purpose: Purpose = "train") -> dict[str, Any]:
     """Compile what a run does for a topology and describe what it takes."""
-    devices = devices_of(topology)
-    began, limit = time.monotonic(), int(topology.chip.memory_gib * GIB)
+    devices = topology.devices()
+    began, limit = time.monotonic(), topology.limit
     with mesh.entered(run.mesh.build(devices)):
-        make = functools.partial(_work, run, purpose, limit, "tpu" if topology.is_tpu else "gpu")
+        make = functools.partial(_work, run, purpose, limit, topology.platform)
         work, training = make(None), purpose == "train"
         compiled, peak, temporary = _compile(work, topology)
         fits = compiled is not None and peak is not None and peak <= limit
+        text = "" if compiled is None else compiled.as_text()
         flops = product_flops(work.traced[0].jaxpr.jaxpr) if training else 0
         seconds = flops / (len(devices) * topology.chip.tflops * 1e12 * utilisation)
         answer = {
@@ -207,19 +146,28 @@ def measure(run: Run, topology: Topology, utilisation: float, purpose: Purpose =
             "cache_bytes": work.cache_bytes,
             "temporary_bytes": temporary,
             "flops": flops,
-            "collectives": collective_bytes(compiled.as_text()) if training and compiled is not None else {},
+            "collectives": collective_bytes(text) if training else {},
+            "kernels": library_kernels(text),
             "rows_per_device": work.rows // mesh.row_shards(),
             "batch": work.batch,
             "largest_batch": _largest(work, make, topology, limit, peak, fits),
             "quantized": any(leaf.dtype.kind in "iu" for leaf in jax.tree.leaves(work.frozen)),
             "packed": training and run.packing is not None,
-            "estimated": not topology.is_tpu,
-            "plain_attention": not (topology.is_tpu or isinstance(abstract_backbone_of(run).settings, T5Settings)),
+            "estimated": topology.is_estimated,
+            "compiler": topology.compiler,
+            "plain_attention": not topology.is_tpu and _is_plain(run, text, topology),
             "utilisation": utilisation,
             "examples_per_s": round(run.batch_size / seconds, 2) if fits and training else None,
             "compile_s": round(time.monotonic() - began, 1),
         }
     return answer | {"advice": [] if fits else advice(run, answer, len(devices))}
+
+
+def _is_plain(run: Run, program: str, topology: Topology) -> bool:
+    """Whether no attention is the fused kernel's; where another compiler stands in, whether the family has none."""
+    if topology.is_estimated:
+        return not isinstance(abstract_backbone_of(run).settings, T5Settings)
+    return "cuDNN attention" not in library_kernels(program)
 
 
 def _compile(work: Work, topology: Topology) -> tuple[Any, int | None, int | None]:
@@ -231,10 +179,10 @@ def _compile(work: Work, topology: Topology) -> tuple[Any, int | None, int | Non
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            return None, _used(str(error)), None
+            return None, bytes_of_refusal(str(error)), None
         memory = compiled.memory_analysis()
         held = memory.argument_size_in_bytes + memory.temp_size_in_bytes  # XLA's CPU backend tells no peak
-        peaks.append(memory.peak_memory_in_bytes if topology.is_tpu else held)
+        peaks.append(held if topology.is_estimated else memory.peak_memory_in_bytes)
         temporary.append(max(0, peaks[-1] - memory.argument_size_in_bytes))
     return compiled, max(peaks), max(temporary)
 
@@ -270,8 +218,9 @@ def _assembled(run: Run, memory: int | None, platform: str | None) -> Assembly:
     # Where the tokenizer's files are not here another one will do: only numbers of ids are asked for.
     here = backbone.folder.is_dir()
     tokenizer = load_tokenizer(backbone.folder if here else EMBEDDED, backbone.text_format if here else T5_FORMAT)
-    # XLA's CPU compiler, which stands in for a GPU's, does not have its attention.
-    computed = run.model_copy(update={"attention": "plain"}) if platform == "gpu" else run
+    # XLA's CPU compiler, which may stand in for a GPU's, does not have its attention.
+    stands_in = platform == "gpu" != mesh.platform()
+    computed = run.model_copy(update={"attention": "plain"}) if stands_in else run
     return assemble(computed, backbone, platform, tokenizer)
 
 
@@ -327,73 +276,6 @@ def abstract_step(run: Run, memory: int | None = None, platform: str | None = No
     return make_step(run, parts, optimizer, layout, memory), arguments, parts
 
 
-def product_flops(jaxpr: Any) -> float:
-    """Count the floating-point operations of matrix products; those in a scan count as often as it runs."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
-        assert equation.primitive.name != "while", "a loop of unknown length"
-        if equation.primitive.name == "cond":  # one branch runs: count the largest
-            total += max(product_flops(branch.jaxpr) for branch in equation.params["branches"])
-            continue
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else [value]:
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    total += times * product_flops(inner)
-    return total
-
-
-_SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}
-_COLLECTIVE = re.compile(r"= (.*?) (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
-
-
-def collective_bytes(program: str) -> dict[str, int]:
-    """Sum the bytes of a compiled program's collectives by kind; those in a loop count as often as it runs."""
-    computations: dict[str, list[str]] = {}
-    entry = name = ""
-    for line in program.splitlines():
-        if opened := re.match(r"(ENTRY )?%?([\w.\-]+) .*\{$", line):
-            name = opened.group(2)
-            computations[name] = []
-            entry = name if opened.group(1) else entry
-        elif name:
-            computations[name].append(line)
-
-    def walk(name: str, times: int) -> Iterator[tuple[str, int]]:
-        for line in computations.get(name, ()):
-            if found := _COLLECTIVE.search(line):
-                yield found.group(2), times * _bytes(found.group(1))
-            trips = re.search(r'"known_trip_count":\{"n":"(\d+)"', line)
-            for called in re.findall(r"(?:body|calls|to_apply)=%?([\w.\-]+)", line):
-                yield from walk(called, times * (int(trips.group(1)) if trips else 1))
-
-    total: dict[str, int] = {}
-    for kind, size in walk(entry, 1):
-        total[kind] = total.get(kind, 0) + size
-    return total
-
-
-def _bytes(shapes: str) -> int:
-    return sum(
-        _SIZES.get(dtype, 4) * math.prod(int(size) for size in sizes.split(",") if size)
-        for dtype, sizes in re.findall(r"\b([a-z]+\d*)\[([\d,]*)\]", shapes)
-    )
-
-
-def _used(message: str) -> int | None:
-    """Read from the compiler's refusal how many bytes it would have needed, weights included."""
-    found = re.search(r"[Uu]sed ([\d.]+)([KMGT]) of|\(([\d.]+)([KMGT])\) exceeds", message)
-    if found is None:
-        return None
-    number, unit = (part for part in found.groups() if part)
-    return int(float(number) * 1024 ** ("KMGT".index(unit) + 1))
-
-
 def advice(run: Run, answer: dict[str, Any], devices: int) -> list[str]:
     """Say what to change so that the step fits, the cheapest change first."""
     said = []
@@ -422,10 +304,14 @@ def describe(answer: dict[str, Any]) -> str:
         return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.3g} MiB"
 
     verdict, training = "fits" if answer["fits"] else "does not fit", answer["purpose"] == "train"
-    estimate = " (estimated with XLA's CPU compiler and plain attention)" if answer["estimated"] else ""
+    how = (
+        "estimated with XLA for CPUs and plain attention; the extra `cuda13` or `cuda12` compiles it"
+        if answer["estimated"]
+        else f"compiled by {answer['compiler']}"
+    )
     lines = [
         f"{answer['topology']}: {verdict}; peak {gib(answer['peak_bytes'])} of {gib(answer['limit_bytes'])} "
-        f"on each of {answer['devices']} device(s){estimate}",
+        f"on each of {answer['devices']} device(s) ({how})",
         f"  weights {gib(answer['weights_bytes'])}, state {gib(answer['state_bytes'])}, "
         + ("" if training else f"caches {gib(answer['cache_bytes'])}, ")
         + f"activations and buffers {gib(answer['temporary_bytes'])}; "
@@ -440,11 +326,15 @@ def describe(answer: dict[str, Any]) -> str:
             f"  {answer['flops'] / 1e12:.3g} TFLOP a step; "
             + (", ".join(f"{kind} {gib(size)}" for kind, size in answer["collectives"].items()) or "no collectives")
         )
+    if answer["kernels"]:
+        lines.append("  libraries: " + ", ".join(f"{name} {count}" for name, count in answer["kernels"].items()))
     if answer["examples_per_s"] is not None:
         share = f"{answer['utilisation']:.0%} of its peak"
         lines.append(f"  {answer['examples_per_s']:,.5g} examples/s, if it reaches {share}")
     if answer["plain_attention"]:
-        lines.append("  attention is plain on the GPU, too: cuDNN's is for T5 (heads of 128 at most, no soft cap)")
+        lines.append(
+            "  attention is plain on the GPU: cuDNN's is for T5s in bfloat16 (heads up to 128, rows not packed)"
+        )
     if answer["advice"]:
         lines.append(f"  try {', or '.join(answer['advice'])}")
     return "\n".join(lines)

@@ -92,6 +92,10 @@ def main() -> None:
         _fail(
             f"{error.filename or 'output'}: cannot be written ({error.strerror}); expected a writable place with space"
         )
+    except (AssertionError, RuntimeError) as error:
+        if (told := process.told_of_devices(error)) is None:
+            raise
+        _fail(told)
     if code == signals.INTERRUPTED:
         note("softprompt: interrupted")
     sys.exit(code if isinstance(code, int) else 0)

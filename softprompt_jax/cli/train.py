@@ -65,7 +65,8 @@ def plan(
     """Estimate memory and speed of a run on machines that you do not have, by compiling its step for them.
 
     With --for predict or serve that of its answers: weights, caches, and the most texts that are answered at once.
-    TPUs need the extra `tpu`, but no TPU. The exit code is 3 if the run does not fit on one of the machines.
+    TPUs need the extra `tpu`, but no TPU; GPUs the extra `cuda13` or `cuda12`, without which the figures are estimates,
+    and say so. The exit code is 3 if the run does not fit on one of the machines.
     """
     from softprompt_jax.analysis import plan as planning
 

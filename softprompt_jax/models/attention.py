@@ -126,6 +126,16 @@ def attend(
     return ((weights @ value) / total).astype(value.dtype)
 
 
+def drop_keys(values: Float[Array, "B H S K"], dropout_rate: float, dropout_rng: jax.Array) -> Float[Array, "B H S K"]:
+    """Return the values with which attention without dropout gives what `attend` gives with it.
+
+    A key that is dropped for all queries of a head adds nothing, as if its value were 0, and softmax still counts it.
+    """
+    batch, heads, keys, _ = values.shape
+    kept = jax.random.bernoulli(dropout_rng, 1 - dropout_rate, (batch, heads, 1, keys))
+    return jnp.where(kept.swapaxes(-1, -2), values / (1 - dropout_rate), 0).astype(values.dtype)
+
+
 class Seen(NamedTuple):
     """Keys and values of G heads, each of which H / G query heads share, and which of them a query sees."""
 

@@ -1,7 +1,8 @@
 """Attention whose scores are never in memory: cuDNN's fused kernel, for the encoder's self-attention on NVIDIA GPUs.
 
 Keys are hidden by length: a row's real positions stand first. The bias [1, H, T, S] is shared by all rows. Scores and
-softmax are float32, as in the plain attention. The decoder's attention and cross attention are always plain: their
+softmax are float32, as in the plain attention. Dropout, which in a T5 drops a key for all queries of a head, drops its
+value (`drop_keys`). The decoder's attention and cross attention are always plain: their
 queries are few.
 """
 
@@ -31,40 +32,27 @@ def model_refusal(platform: str, dtype: Any, head_width: int) -> str | None:
     return None
 
 
-def batch_refusal(queries: int, keys: int, lengths: Int[Array, "B"] | None, drops_weights: bool) -> str | None:
-    """Return why the kernel cannot compute a batch of so many positions a row; None if it can."""
-    if drops_weights:
-        return "found dropout of attention weights; expected dropout 0"
-    if lengths is None:
-        return _NO_LENGTHS
-    if queries % 2 or keys % 2:  # the gradient of the bias needs even lengths
-        return f"found {queries} queries and {keys} keys a row; expected even numbers"
-    return None
-
-
 def check_model(
-    implementation: Implementation, platform: str, dtype: Any, head_width: int, packed: bool = False
+    implementation: Implementation, platform: str, dtype: Any, head_width: int, family: str, packed: bool
 ) -> None:
     """Refuse `attention: flash` for a model, devices or packed rows that cannot have it."""
-    _is_possible(implementation, model_refusal(platform, dtype, head_width) or (_NO_LENGTHS if packed else None))
+    reason = None if family == "t5" else f"found a {family}, whose attention is always plain; expected a T5"
+    reason = reason or model_refusal(platform, dtype, head_width)
+    _is_possible(implementation, reason or (_NO_LENGTHS if packed else None))
 
 
 def uses_flash(
-    implementation: Implementation,
-    platform: str,
-    query: Float[Array, "B H T K"],
-    key: Float[Array, "B H S K"],
-    lengths: Int[Array, "B"] | None,
-    drops_weights: bool,
+    implementation: Implementation, platform: str, query: Float[Array, "B H T K"], lengths: Int[Array, "B"] | None
 ) -> bool:
     """Decide for one attention of one batch; `auto` takes the kernel where it can, `flash` is refused where it cannot.
 
+    `lengths`: how many keys at the start of each row are real; None: they are elsewhere.
     Errors: UserError that says why `flash` cannot be had.
     """
     if implementation == "plain":
         return False
     reason = model_refusal(platform, query.dtype, query.shape[-1])
-    return _is_possible(implementation, reason or batch_refusal(query.shape[2], key.shape[2], lengths, drops_weights))
+    return _is_possible(implementation, reason or (_NO_LENGTHS if lengths is None else None))
 
 
 def _is_possible(implementation: Implementation, reason: str | None) -> bool:
@@ -81,13 +69,18 @@ def cudnn(
     lengths: Int[Array, "B"],
 ) -> Float[Array, "B H T K"]:
     """Attend by cuDNN's fused kernel; keys past a row's length are not read."""
+    queries, keys = query.shape[2], key.shape[2]
+    more = [(0, 0), (0, 0), (0, queries % 2), (0, keys % 2)]  # the gradient of the bias needs even lengths
+    if bias is not None:
+        bias = jnp.pad(bias.astype(query.dtype), more)
+    query, key, value = (jnp.pad(x, [*more[:2], (0, x.shape[2] % 2), (0, 0)]) for x in (query, key, value))
     swapped = (each.swapaxes(1, 2) for each in (query, key, value))
     mixed = jax.nn.dot_product_attention(
         *swapped,
-        bias=None if bias is None else bias.astype(query.dtype),
+        bias=bias,
         scale=1.0,
-        query_seq_lengths=jnp.full(len(query), query.shape[2], jnp.int32),
+        query_seq_lengths=jnp.full(len(query), queries, jnp.int32),
         key_value_seq_lengths=jnp.maximum(lengths, 1).astype(jnp.int32),  # a row of padding alone is read by none
         implementation="cudnn",
     )
-    return mixed.swapaxes(1, 2)
+    return mixed.swapaxes(1, 2)[:, :, :queries]

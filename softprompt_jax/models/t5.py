@@ -22,6 +22,7 @@ from softprompt_jax.models.attention import (
     PrefixKeyValues,
     attend,
     bias_before,
+    drop_keys,
     relative_buckets,
     same_segment,
     sees_prefix,
@@ -111,12 +112,14 @@ class Attention(nnx.Module):
         `lengths`, where given, says the same as `visible`: how many keys at the start of each row are real.
         """
         query = self.split_heads(self.query(x, rng))
-        drops_weights = rng is not None and self.dropout > 0
-        if uses_flash(self.implementation, self.platform, query, keys_values[0], lengths, drops_weights):
+        keys, values = keys_values
+        if uses_flash(self.implementation, self.platform, query, lengths):
             assert lengths is not None
-            mixed = cudnn(query, *keys_values, bias, lengths)
+            if rng is not None and self.dropout > 0:
+                values = drop_keys(values, self.dropout, rng)
+            mixed = cudnn(query, keys, values, bias, lengths)
         else:
-            mixed = attend(query, *keys_values, bias, visible, self.dropout, rng)
+            mixed = attend(query, keys, values, bias, visible, self.dropout, rng)
         return self.output(mixed.swapaxes(1, 2).reshape(*x.shape[:-1], -1), rng)
 
     def cross_attend(
