@@ -32,7 +32,8 @@ if TYPE_CHECKING:  # what type checkers and editors see; the table below is what
     from softprompt_jax.distributed.mesh import Mesh
     from softprompt_jax.inference.bank import PromptBank
     from softprompt_jax.inference.ensemble import ensemble
-    from softprompt_jax.inference.predictor import generate, load_predictor, logits
+    from softprompt_jax.inference.from_arrays import generate, logits
+    from softprompt_jax.inference.predictor import load_predictor
     from softprompt_jax.methods import (
         IA3,
         Adapter,
@@ -111,7 +112,8 @@ _NAMES = {
     "distributed.mesh": "Mesh",
     "inference.bank": "PromptBank",
     "inference.ensemble": "ensemble",
-    "inference.predictor": "generate load_predictor logits",
+    "inference.from_arrays": "generate logits",
+    "inference.predictor": "load_predictor",
     "methods": "Adapter Bias BlackBox DePT Full Hard IA3 LoRA Multitask Norms PTuning PTuningV2 Prefix Prompt Wayward",
     "models.decode": "Beam Greedy LengthPenalty Sampling",
     "optim.gradient_free": "CMAES GreedyWords NoTraining",

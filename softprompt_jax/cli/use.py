@@ -138,7 +138,7 @@ def _share(source: str, input: str, output: str, mesh: str | None) -> tuple[Any,
     from softprompt_jax.assembly import own_mesh
     from softprompt_jax.checkpoints.artifact import load_artifact
     from softprompt_jax.distributed.mesh import make_mesh, process_block
-    from softprompt_jax.inference.bank import artifacts_in, is_bank
+    from softprompt_jax.inference.bank_folder import artifacts_in, is_bank
     from softprompt_jax.inference.shares import ALL, Share, part_name
 
     if jax.process_count() == 1:
@@ -160,7 +160,7 @@ def _answered(
     source: str, input: str, backbone: str | None, any_backbone: bool, how: Any, trust: bool, devices: Any, share: Any
 ) -> tuple[Any, Iterator[dict[str, Any]]]:
     """Return the predictor or the bank of a source, and the lines of the input with their predictions."""
-    from softprompt_jax.inference.bank import is_bank
+    from softprompt_jax.inference.bank_folder import is_bank
 
     if is_bank(folder := cloud_files.local(source)):
         bank = softprompt_jax.PromptBank.open(folder, backbone, trust, any_backbone=any_backbone, mesh=devices)

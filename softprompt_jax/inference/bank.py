@@ -20,26 +20,22 @@ from jaxtyping import Float
 
 from softprompt_jax import methods
 from softprompt_jax.assembly import own_mesh, run_of, with_trained
-from softprompt_jax.checkpoints.artifact import CONFIG_FILE, PROMPT_FILE, TRAINED_FILE, Artifact, load_artifact
+from softprompt_jax.checkpoints.artifact import Artifact, load_artifact
 from softprompt_jax.checkpoints.backbone import Backbone, load_backbone
-from softprompt_jax.config import UserError, nearest, parse
+from softprompt_jax.config import UserError, nearest
 from softprompt_jax.data import prompt_layout
 from softprompt_jax.data.prompt_layout import NO_PROMPT, PromptLayout
-from softprompt_jax.data.tokenizer import TextSettings, Tokenizer, load_tokenizer
-from softprompt_jax.distributed.cloud_files import CHECKPOINTS
+from softprompt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from softprompt_jax.distributed.mesh import AnyMesh, entered, gather, make_mesh, round_rows, shard_batch
 from softprompt_jax.inference import programs
+from softprompt_jax.inference.bank_folder import SUFFIXES, about, artifacts_in, check_artifact, why_unfit
 from softprompt_jax.inference.programs import DeviceModel
 from softprompt_jax.inference.prompt_cache import DevicePromptCache, HostPrompt, padded
 from softprompt_jax.inference.shares import CHUNK
 from softprompt_jax.inference.texts import answer_lines, check_texts, is_number, one_for_each
-from softprompt_jax.methods.base import MethodSettings
 from softprompt_jax.models.decode import MAX_TOKENS, Decoding, Greedy
 from softprompt_jax.models.quantized import Quantization
-from softprompt_jax.tasks import resolve
 from softprompt_jax.trust import named_backbone, reader
-
-_SUFFIXES = (".safetensors", ".npy")
 
 
 class PromptBank:
@@ -90,7 +86,7 @@ class PromptBank:
         found = artifacts_in(folder)
         if not found:
             raise UserError(f"{folder}: no prompt; expected .safetensors, .npy or the folders of runs")
-        unfit = {path.name: reason for path, artifact in found.items() if (reason := _unfit(artifact))}
+        unfit = {path.name: reason for path, artifact in found.items() if (reason := why_unfit(artifact))}
         if unfit:
             raise UserError(
                 f"{folder}: {'; '.join(f'{name}: {reason}' for name, reason in unfit.items())}; expected prompts, "
@@ -105,7 +101,7 @@ class PromptBank:
         devices = make_mesh(None, own_mesh(found.values())) if given is None else devices
         bank = cls(str(backbone), mesh=devices, **settings)
         for path, artifact in found.items():
-            name = path.stem if path.suffix in _SUFFIXES else path.name
+            name = path.stem if path.suffix in SUFFIXES else path.name
             if name in bank:
                 raise UserError(f"{folder}: two prompts of the name {name!r}; expected one of each; rename {path.name}")
             bank.add(name, artifact, trust)
@@ -173,7 +169,7 @@ class PromptBank:
             where = f"prompt {name}"
             artifact.check_backbone(self.backbone.fingerprint(), self.backbone.identity, where=where)
         if artifact.rows is not None:
-            return self._host_prompt(name, artifact.rows, artifact.place, _about(artifact))
+            return self._host_prompt(name, artifact.rows, artifact.place, about(artifact))
         run = run_of(artifact)
         assert run is not None  # by check_artifact
         run = run.finished() if artifact.step is None else run
@@ -187,7 +183,7 @@ class PromptBank:
                     table, place = gather(model.prompt.table()), model.prompt.place
         except UserError as error:
             raise UserError(f"prompt {name}: {error}") from None
-        return self._host_prompt(name, table, place, _about(artifact) | {"extras": extras})
+        return self._host_prompt(name, table, place, about(artifact) | {"extras": extras})
 
     def _host_prompt(self, name: str, rows: np.ndarray, place: str, about: dict[str, Any]) -> HostPrompt:
         with np.errstate(over="ignore"):  # infinity is refused below
@@ -415,67 +411,6 @@ class PromptBank:
         """Return what encoder and decoder read for a text's ids under a prompt that `load` has brought."""
         layout = self.device.layout(name)
         return layout.around(ids), layout.before_decoder()
-
-
-def is_bank(folder: Path) -> bool:
-    """Tell whether a folder is one of prompts and runs, not a run's."""
-    return folder.is_dir() and not (folder / CONFIG_FILE).exists()
-
-
-def artifacts_in(folder: str | Path) -> dict[Path, Artifact]:
-    """Read the prompts and runs of a bank's folder."""
-    return {path: load_artifact(path) for path in sorted(Path(folder).iterdir()) if _may_be_prompt(path)}
-
-
-def check_artifact(name: str, artifact: Artifact) -> None:
-    """Refuse what no bank can hold, by its settings alone: nothing is attached, and no device is used.
-
-    Errors: UserError, which calls it by its name.
-    """
-    if reason := _unfit(artifact):
-        raise UserError(
-            f"prompt {name}: {reason}; expected a prompt, a prefix or ia3, of which each text of a batch can have its "
-            "own; use the run by itself"
-        )
-
-
-def _unfit(artifact: Artifact) -> str | None:
-    """Say why a bank cannot hold what a run has trained; None: it can."""
-    if artifact.rows is not None:
-        return None
-    run = run_of(artifact)
-    if run is None:
-        return "holds neither a prompt nor a run's settings"
-    if run.own_prompts:
-        return "has a prompt for each task, whose files are in its folder prompts/"
-    for method in run.methods:
-        if type(method).per_example_state is MethodSettings.per_example_state:
-            return f"{method.kind} changes the model for every text, so that it cannot be in a bank"
-    return None
-
-
-def _may_be_prompt(path: Path) -> bool:
-    """Tell whether a file or folder of a bank's folder is a prompt's; a run counts from its first checkpoint on."""
-    if path.suffix in _SUFFIXES or any((path / file).exists() for file in (PROMPT_FILE, TRAINED_FILE)):
-        return True
-    return (path / CONFIG_FILE).exists() and any(step.name.isdigit() for step in path.glob(f"{CHECKPOINTS}/*"))
-
-
-def _about(artifact: Artifact) -> dict[str, Any]:
-    """Return what a prompt says of its task: name, label words, and whether answers begin with <extra_id_0>."""
-    about: dict[str, Any] = {"task": artifact.metadata.get("task"), "step": artifact.step}
-    settings = artifact.settings or {}
-    if "text" in settings:
-        about["text"] = parse(TextSettings, settings["text"], artifact.source)
-    try:
-        task = resolve(settings["task"])
-    except (KeyError, ValueError, TypeError, UserError):  # such as a task that is known where it was trained only
-        return about
-    return about | {
-        "task": task.name,
-        "label_words": tuple(task.words or ()),
-        "target_sentinel": bool(settings.get("target_sentinel")),
-    }
 
 
 def _few(size: int, least: int) -> int:

@@ -20,7 +20,8 @@ from softprompt_jax.checkpoints.artifact import Artifact, load_artifact
 from softprompt_jax.config import UserError
 from softprompt_jax.data.task import Example, Task
 from softprompt_jax.distributed.mesh import AnyMesh, entered, make_mesh
-from softprompt_jax.inference.bank import PromptBank, check_artifact
+from softprompt_jax.inference.bank import PromptBank
+from softprompt_jax.inference.bank_folder import check_artifact
 from softprompt_jax.inference.evaluate import mean_score, score
 from softprompt_jax.inference.predictor import named_task
 from softprompt_jax.models.decode import MAX_TOKENS

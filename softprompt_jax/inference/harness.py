@@ -12,7 +12,7 @@ from pydantic import Field
 from softprompt_jax.checkpoints.backbone import load_backbone
 from softprompt_jax.config import Settings, UserError, nearest, parse
 from softprompt_jax.data.tokenizer import load_tokenizer
-from softprompt_jax.inference.bank import artifacts_in
+from softprompt_jax.inference.bank_folder import artifacts_in
 from softprompt_jax.inference.predictor import Predictor, load_predictor
 from softprompt_jax.inference.scorer import Scorer
 from softprompt_jax.models.decode import Beam, Decoding, Greedy, Sampling
