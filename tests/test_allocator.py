@@ -9,7 +9,7 @@ import sys
 import pytest
 
 SCRIPT = """
-import resource, sys, time
+import resource, sys, threading, time
 from softprompt_jax.cli import allocator
 
 def faults():
@@ -23,6 +23,8 @@ def take(mib):
 room = [1 << 40]
 allocator._available_bytes = lambda: room[0]
 assert allocator.keep_freed_memory()
+assert allocator.keep_freed_memory()
+assert sum(thread.name == "allocator" for thread in threading.enumerate()) == 1
 kept = [take(300) for _ in range(3)]
 held = allocator._resident_bytes()
 room[0] = 1 << 20

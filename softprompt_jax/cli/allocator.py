@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import threading
@@ -16,6 +17,7 @@ _LARGEST = 2**31 - 1
 _EVERY_S = 0.1
 
 
+@functools.cache  # one thread watches, however often the command line is called in a process
 def keep_freed_memory(share: float = 0.5) -> bool:
     """Tell glibc's allocator to keep buffers that were freed; say whether it could. Without glibc do nothing.
 
