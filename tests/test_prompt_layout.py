@@ -19,7 +19,8 @@ from softprompt_jax.config import UserError, parse
 from softprompt_jax.data.batches import TrainBatches, evaluation_batches
 from softprompt_jax.data.prompt_layout import PromptLayout, place
 from softprompt_jax.data.tokenized import TokenizedSet
-from softprompt_jax.inference.predictor import generate, load_predictor
+from softprompt_jax.inference.from_arrays import generate
+from softprompt_jax.inference.predictor import load_predictor
 from softprompt_jax.methods import Context, Prompt, split
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.models.attention import same_segment
