@@ -15,9 +15,8 @@ PREFIX, EMBEDDING, HEAD = "transformer.", "transformer.wte.weight", "lm_head.wei
 
 def settings_of(config: Mapping[str, Any], where: str) -> CausalSettings:
     """Return the settings that a config states; `complete` decides `tied`."""
-    width, heads, layers = (common.count(config, where, name) for name in ("hidden_size", "num_heads", "num_layers"))
-    if layers > 10_000:
-        raise common.UserError(f"{where}: num_layers is {layers}; expected at most 10,000 layers")
+    width, heads = (common.count(config, where, name) for name in ("hidden_size", "num_heads"))
+    layers = common.layer_count(config, where, "num_layers")
     types = config.get("attention_layers")
     if types is None:  # the lengths are judged before the list is made
         pairs = field(config, where, "attention_types")
