@@ -67,7 +67,7 @@ def transfer_scores(grid: Grid, members: Sequence[Member], runs: Path) -> tuple[
     values: Values = {}
     for (member,) in _finished(members, runs, "line", "point", "task", "seed"):
         (own,), limit = member.run.tasks, member.run.result_examples
-        loaded = functools.cache(functools.partial(load_predictor, runs / member.name, trust=True))
+        loaded = functools.cache(functools.partial(load_predictor, runs / member.name))
         for target in grid.score_on[member.varied["task"]]:
             task = resolve(target).model_copy(update={"predict_by": own.predict_by})
             found = records.kept(runs, f"on {target}", [member], functools.partial(_evaluate, loaded, task, limit))
