@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import pydoc
 import re
@@ -289,15 +290,22 @@ def test_runs_share_a_loaded_backbone_without_copies_and_leave_it_alone(lm, task
     pointer = lm.model.embedding[...].unsafe_buffer_pointer()
     live = []
 
+    def embeddings():
+        gc.collect()  # what tests before this one left in cycles
+        return {array.unsafe_buffer_pointer() for array in jax.live_arrays() if array.shape == (160, 16)}
+
     def look(step, numbers):
-        live.append({array.unsafe_buffer_pointer() for array in jax.live_arrays() if array.shape == (160, 16)})
+        live.append(embeddings())
+
+    held = embeddings()
 
     runs = [
         sp.train(run_of(task, seed=seed, steps=2), tmp_path / str(seed), backbone=lm, callbacks=[look])
         for seed in (1, 2)
     ]
     assert [run.settings.backbone for run in runs] == [lm.identity] * 2
-    assert all(pointers == live[0] and pointer in pointers for pointers in live)
+    assert live
+    assert all(pointer in pointers and pointers <= held for pointers in live)
     runs[0].generate(["the garden is warm today"])
     assert runs[0].predictor().model.embedding[...].unsafe_buffer_pointer() == pointer
     assert lm.model.prompt is None
