@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, help="default: 500; with smollm2 what its file says")
     parser.add_argument("--only", nargs="+", help="names of configs; the table then has what is done")
+    parser.add_argument("--tasks", nargs="+", help="with smollm2: names of tasks")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "methods")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--cells", type=Path, default=SMOLLM2, help=argparse.SUPPRESS)
@@ -142,9 +143,7 @@ def measure_cells(arguments: argparse.Namespace) -> int:
     while cell := next(missing(), None):
         name, config, settings = cell
         folder = arguments.runs / arguments.backbone / name
-        if (folder / "measured.json").exists() or run_apart(
-            config, folder, [f"{key}={json.dumps(value)}" for key, value in settings.items()], arguments.runs
-        ):
+        if (folder / "measured.json").exists() or run_apart(config, folder, changes_of(settings), arguments.runs):
             line = {"cell": name, **json.loads((folder / "measured.json").read_text()), "settings": settings}
             results.mkdir(parents=True, exist_ok=True)
             part = results / f"{name}.part"  # renamed, so that a killed command leaves no half file
@@ -165,10 +164,15 @@ def cells(arguments: argparse.Namespace) -> Iterator[tuple[str, Path, dict[str, 
         for method, own in stated["methods"].items():
             only, own = own.get("only", {}), {key: value for key, value in own.items() if key != "only"}
             for task, config in stated["tasks"].items():
-                wanted = arguments.only is None or method in arguments.only
+                wanted = method in (arguments.only or [method]) and task in (arguments.tasks or [task])
                 if wanted and task in only.get("tasks", [task]) and seed in only.get("seeds", [seed]):
                     limits = {} if arguments.steps is None else {"steps": arguments.steps}
                     yield f"{task}-{method}-{seed}", ROOT / config, stated["settings"] | own | limits | {"seed": seed}
+
+
+def changes_of(settings: dict[str, Any]) -> list[str]:
+    """Return settings as KEY=VALUE."""
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items()]
 
 
 def spent_file(folder: Path) -> Path:

@@ -90,6 +90,7 @@ def all_pages() -> Iterator[tuple[Path, str]]:
         yield _filled(ROOT / "README.md", {"real": paper_pages.readme(RESULTS / "paper")})
     yield _filled(ROOT / "docs" / "tune.md", {"tune": tune_table(_rows("tune"))})
     yield _filled(ROOT / "docs" / "compress.md", {"compress": compress_table(_rows("compress"))})
+    yield _filled(ROOT / "docs" / "coming-from-peft.md", {"quality": quality_table(RESULTS)})
 
 
 def _filled(path: Path, tables: dict[str, str]) -> tuple[Path, str]:
@@ -252,6 +253,39 @@ def method_result(row: dict[str, Any]) -> str:
     )
 
 
+def _accuracy(runs: list[dict[str, Any]]) -> str:
+    """Return mean and standard deviation of the accuracies of some seeds; nothing where none is done."""
+    scores = [run["accuracy"] for run in runs]
+    if len(scores) < 2:
+        return "".join(f"{score:.1f} (one seed)" for score in scores)
+    return f"{statistics.mean(scores):.1f} ± {statistics.stdev(scores):.1f} ({len(scores)})"
+
+
+def quality_table(results: Path) -> str:
+    """Return what `benchmarks/quality.py` has measured so far: a row for each way to train a prompt."""
+    ways = {
+        ("quality", "peft_default"): "PEFT: random rows; AdamW, 0.0001",
+        ("quality", "peft_vocabulary"): "PEFT: sampled vocabulary; AdamW, 0.001",
+        ("quality", "peft_guide"): "PEFT: rows of a text; AdamW, 0.03",
+        ("methods/smollm2", "prompt"): "here: default settings",
+        ("methods/smollm2", "prompt_tuned"): "here: after `softprompt tune`",
+    }
+    tasks = ("movies", "intents")
+    lines = [["20 rows on SmolLM2, 200 steps of 8", *tasks, "untrained", "CPU s a step"], ["---"] * 5]
+    for (folder, side), title in ways.items():
+        each = [
+            [
+                json.loads(path.read_text("utf-8"))
+                for path in sorted((results / folder).glob(f"{task}-{side}-[0-9].json"))
+            ]
+            for task in tasks
+        ]
+        untrained = ", ".join(f"{statistics.mean(run['untrained'] for run in runs):.1f}" for runs in each if runs)
+        clocks = ", ".join(f"{statistics.median(run['step_cpu_s'] for run in runs):.2f}" for runs in each if runs)
+        lines.append([title, *map(_accuracy, each), untrained, clocks])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def smollm2_table(stated: Path, cells: Path) -> str:
     """Return what `benchmarks/methods.py --backbone smollm2` has measured so far: a row for each method it knows."""
     known = yaml.safe_load(stated.read_text("utf-8"))
@@ -264,12 +298,6 @@ def smollm2_table(stated: Path, cells: Path) -> str:
         """Say what the plain model comes to, which is what `norms` starts from."""
         runs = [run for (of, method), runs in found.items() if of == task and method == "norms" for run in runs]
         return f"{runs[0][key] * (100 if key == 'majority' else 1):.1f}" if runs else ""
-
-    def accuracy(runs: list[dict[str, Any]]) -> str:
-        scores = [run["accuracy"] for run in runs]
-        if len(scores) < 2:
-            return "".join(f"{score:.1f} (one seed)" for score in scores)
-        return f"{statistics.mean(scores):.1f} ± {statistics.stdev(scores):.1f} ({len(scores)})"
 
     def median(runs: list[dict[str, Any]], key: str, unit: float = 1.0) -> str:
         values = [run[key] / unit for run in runs if run[key] is not None]
@@ -288,7 +316,7 @@ def smollm2_table(stated: Path, cells: Path) -> str:
         facts = ["", ""] if first is None else [f"{first['trainable']:,}", str(first["rows"])]
         clocks = [median(runs, "step_cpu_s") for runs in each] + [median(runs, "run_cpu_s", 60) for runs in each]
         size = "" if first is None else f"{first['bytes'] / 1000:,.1f}"
-        lines.append([method, *map(accuracy, each), *facts, *clocks, size])
+        lines.append([method, *map(_accuracy, each), *facts, *clocks, size])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -42,7 +42,7 @@ def _needed(jaxpr: Jaxpr, active: list[bool]) -> tuple[float, list[bool]]:
         if equation.primitive.name == "dot_general":
             total += _product(equation) * (1 + sum(inputs))
         if equation.primitive.name == "scan":
-            first, carried = equation.params["num_consts"], equation.params["num_carry"]
+            first, carried = _carried(equation, inner[0])
             while True:  # what a step makes active is active in the next one
                 needed, outputs = _needed(inner[0], inputs)
                 again = [*inputs]
@@ -60,6 +60,16 @@ def _needed(jaxpr: Jaxpr, active: list[bool]) -> tuple[float, list[bool]]:
             outputs = [any(inputs) and equation.primitive.name != "stop_gradient"] * len(equation.outvars)
         known |= {variable for variable, on in zip(equation.outvars, outputs, strict=True) if on}
     return total, [on(variable) for variable in jaxpr.outvars]
+
+
+def _carried(scan: Any, step: Jaxpr) -> tuple[int, int]:
+    """Return where the carried inputs of a scan's step begin, and how many there are; others have an axis of steps."""
+
+    def unstacked(outside: list[Any], inside: list[Any]) -> int:
+        return sum(o.aval.ndim == i.aval.ndim for o, i in zip(outside, inside, strict=True))
+
+    carried = unstacked(scan.outvars, step.outvars)
+    return unstacked(scan.invars, step.invars) - carried, carried
 
 
 def _product(equation: Any) -> float:

@@ -7,10 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
+import tiny_lm
 import yaml
 from test_docs import build
 
+import softprompt_jax as sp
 from softprompt_jax import load_run
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -119,3 +123,54 @@ def test_each_cell_of_the_table_of_methods_is_a_file_and_what_is_done_is_not_don
     assert rows["prompt"].split("|")[3:5] == [" 48 ", " 3 "]
     assert set(rows["lora"].split("|")[2:]) == {"  ", ""}  # not done yet
     assert rows["*majority class*"].split("|")[2] == " 50.0 "
+
+
+@pytest.mark.torch
+def test_peft_trains_and_answers_beside_ours(small, tmp_path):
+    backbone = tiny_lm.folder(tmp_path / "backbone")
+    task = small.task | {"predict_by": "likelihood", "metrics": ["accuracy"]}
+    config, cells, results = (tmp_path / name for name in ("task.json", "cells.yaml", "results"))
+    config.write_text(json.dumps(small.short | {"backbone": str(backbone), "task": task, "max_input_tokens": 64}))
+    prompt = {"methods": [{"kind": "prompt", "length": 3}]}
+    stated = {"tasks": {"movies": str(config)}, "settings": {"log_every": 5}, "methods": {"prompt": prompt}}
+    cells.write_text(yaml.safe_dump(stated))
+    given = ["--only", "movies", "--seeds", 1, "--steps", 20, "--cells", cells, "--results", results]
+    given += ["--sides", "prompt", "peft_default", "peft_vocabulary", "peft_guide", "--runs", tmp_path / "runs"]
+    said = [line.partition(":")[0] for line in run("quality", *given).splitlines() if "CPU minutes" in line]
+    assert said == ["movies-prompt-0"] * 2 + [f"movies-peft_{kind}-0" for kind in ("default", "vocabulary", "guide")]
+    guide, default = (
+        json.loads((results / "quality" / f"movies-peft_{kind}-0.json").read_text()) for kind in ("guide", "default")
+    )
+    assert guide["trainable"] == default["trainable"] == 3 * 32
+    assert guide["losses"]["last 10"] < guide["losses"]["first"] - 0.1  # it learns which words are answers
+    assert guide["losses"]["first"] != default["losses"]["first"]  # other rows at the start
+    assert guide["run_cpu_s"] > 20 * guide["step_cpu_s"] > 0
+    table = build.quality_table(results).splitlines()
+    assert f"| {guide['accuracy']:.1f} (one seed) |" in next(line for line in table if "rows of a text" in line)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PEFT about transformers
+def test_peft_chooses_words_as_ours_does(tmp_path, monkeypatch):
+    import peft
+    import transformers
+
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import quality
+
+    folder, draw = tiny_lm.folder(tmp_path / "backbone"), np.random.default_rng(0)
+    inner = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    model = peft.get_peft_model(inner, peft.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=3)).eval()
+    rows = model.prompt_encoder["default"].embedding.weight.detach().numpy()
+    texts = [draw.integers(3, 400, size) for size in (9, 4, 6, 9, 2, 7, 12, 3)]
+    words = [np.array([5, 2]), np.array([19, 2]), np.array([7, 31, 2])]
+    backbone, expected = sp.load_backbone(folder), []
+    for text in texts:
+        scores = []
+        for word in words:
+            whole = np.concatenate([text, word])
+            log_p = jax.nn.log_softmax(sp.logits(backbone, [whole.tolist()], prompt=rows)[0])
+            scores.append(float(sum(log_p[place - 1, whole[place]] for place in range(len(text), len(whole)))))
+        expected.append(int(np.argmax(scores)))
+    assert len(set(expected)) > 1
+    assert quality.likeliest(model, texts, words, batch_size=3) == expected
