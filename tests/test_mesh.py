@@ -185,7 +185,12 @@ def test_one_device_needs_no_mesh():
 
 @pytest.mark.parametrize(
     ("settings", "devices", "sizes"),
-    [({}, 8, (8, 1, 1)), ({"data": 2, "fsdp": -1}, 8, (2, 4, 1)), ({"data": 1, "tensor": -1}, 4, (1, 1, 4))],
+    [
+        ({}, 8, (8, 1, 1)),
+        ({"fsdp": -1}, 8, (1, 8, 1)),
+        ({"data": 2, "fsdp": -1}, 8, (2, 4, 1)),
+        ({"data": 1, "tensor": -1}, 4, (1, 1, 4)),
+    ],
 )
 def test_minus_one_is_what_the_others_leave(settings, devices, sizes):
     assert Mesh(**settings).sizes(devices) == sizes

@@ -33,9 +33,16 @@ Model = TypeVar("Model", bound=nnx.Module)
 class Mesh(Settings):
     """Sizes of the mesh axes; -1 for one of them: all devices that the others leave."""
 
-    data: int = Field(default=-1, ge=-1)  # rows of the batch; weights are whole on each
+    data: int = Field(default=-1, ge=-1)  # rows of the batch; weights are whole on each; 1 if another axis is -1
     fsdp: int = Field(default=1, ge=-1)  # rows of the batch, and weights along the model width
     tensor: int = Field(default=1, ge=-1)  # weights along heads, feed-forward width and vocabulary
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rest_to_the_stated_axis(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "data" not in values and -1 in (values.get("fsdp"), values.get("tensor")):
+            return {**values, "data": 1}
+        return values
 
     @model_validator(mode="after")
     def _sizes(self) -> Mesh:
