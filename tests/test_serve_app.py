@@ -247,7 +247,7 @@ def test_others_are_answered_while_an_uploaded_file_is_read(port, engine, monkey
 
 
 def test_a_client_does_not_wait_for_a_step_without_end(small, monkeypatch):
-    stuck, held = served.engine_of(small.backbone, timeout_s=0.2), threading.Event()
+    stuck, held = served.engine_of(small.backbone, timeout_s=1), threading.Event()
     monkeypatch.setattr(stuck, "_advance", lambda: held.wait(20))
     stuck.start()
     try:

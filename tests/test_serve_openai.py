@@ -126,11 +126,11 @@ def test_an_echo_tells_the_log_probabilities_of_the_text(port, llama, name):
 def test_scoring_takes_no_longer_than_a_request_may(port, llama, monkeypatch):
     body = {"model": "p2", "prompt": [TEXT] * 40, "max_tokens": 0, "echo": True, "logprobs": 0}
     assert ask(port, "POST", "/v1/completions", body)[0] == 200
-    monkeypatch.setattr(llama, "warm_scores", lambda *_: time.sleep(0.05))
-    monkeypatch.setattr(llama, "limits", llama.limits.model_copy(update={"timeout_s": 0.2}))
+    monkeypatch.setattr(llama, "warm_scores", lambda *_: time.sleep(0.1))
+    monkeypatch.setattr(llama, "limits", llama.limits.model_copy(update={"timeout_s": 1}))
     with served.serving(llama) as port:
         status, told, _ = ask(port, "POST", "/v1/completions", body)
-    assert (status, "took longer than 0.2 s" in told["error"]["message"]) == (504, True)
+    assert (status, "took longer than 1 s" in told["error"]["message"]) == (504, True)
 
 
 def test_a_text_is_scored_as_words_are(port, llama):
