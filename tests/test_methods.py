@@ -1,6 +1,6 @@
 """The contract that every method keeps. It runs on each member of the union and knows none by name.
 
-Methods differ here only in what they say of themselves (`methods/contract.py`); a new one needs no line in this file.
+Methods differ here only in what they say of themselves (`methods/base.py`); a new one needs no line in this file.
 """
 
 from __future__ import annotations

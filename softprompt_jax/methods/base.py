@@ -1,4 +1,4 @@
-"""What every method states about itself. Only its own file and the union `Method` know a method by name."""
+"""What every method states about itself. The logic elsewhere knows methods by this only, none by its name."""
 
 from __future__ import annotations
 

@@ -56,10 +56,10 @@ def make_step(
     state_shardings: Any = None,
     memory: int | None = None,
 ) -> Callable:
-    """Return the jitted `step(state, frozen, batch, key) -> state, metrics`; `state` is donated.
+    """Return `plain_step`, which has the mathematics, jitted: `step(state, frozen, batch, key) -> state, metrics`.
 
-    `state_shardings` keeps the state where it lies, which XLA would be free to change. `memory` are the bytes of a
-    device, by default what it tells itself.
+    `state` is donated. `state_shardings` keeps the state where it lies, which XLA would be free to change. `memory` are
+    the bytes of a device, by default what it tells itself.
     """
     memory, room = memory or remat.memory(), None
     if run.remat == "auto" and memory is not None:

@@ -1,24 +1,58 @@
 """One file a family of models: from its `config.json` to settings and back, and the names of its tensors.
 
 Knows no files on disk: `checkpoints/` opens them and asks here what a name means. To add a family, copy the file that
-is nearest and add it to `_FAMILIES`.
+is nearest and add it to `_FAMILIES`; `Family` says what it must have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from softprompt_jax.config import UserError, nearest
 from softprompt_jax.models.families import gemma, gpt2, gpt_neo, gpt_neox, llama, t5, t5gemma
 from softprompt_jax.models.families.common import Opened, Weight
 from softprompt_jax.models.settings import ModelSettings
 
-_FAMILIES: tuple[Any, ...] = (t5, t5gemma, llama, gemma, gpt2, gpt_neo, gpt_neox)
-MODEL_TYPES = {kind: family for family in _FAMILIES for kind in family.MODEL_TYPES}
+
+@runtime_checkable
+class Family(Protocol):
+    """What the file of a family has. `settings` are those of its own class."""
+
+    @property
+    def MODEL_TYPES(self) -> Sequence[str]:
+        """Return the values of `model_type` that it reads."""
+        ...
+
+    def settings_of(self, config: Mapping[str, Any], where: str) -> ModelSettings:
+        """Return the settings that a `config.json` states. Errors: UserError names the field."""
+        ...
+
+    def complete(
+        self,
+        config: Mapping[str, Any],
+        settings: Any,
+        tensors: Mapping[str, Opened],
+        equal: Callable[[Opened, Opened], bool],
+        where: str,
+    ) -> tuple[ModelSettings, dict[str, Opened]]:
+        """Return the settings, with what only the weights tell (`tied`), and the tensors under the names of `names`."""
+        ...
+
+    def config_of(self, settings: Any) -> dict[str, Any]:
+        """Return the `config.json` of a model."""
+        ...
+
+    def names(self, settings: Any) -> dict[str, Weight]:
+        """Map each weight of ours to its Hugging Face tensors."""
+        ...
 
 
-def family_of(model_type: Any, where: str) -> Any:
+_FAMILIES: tuple[Family, ...] = (t5, t5gemma, llama, gemma, gpt2, gpt_neo, gpt_neox)
+MODEL_TYPES: dict[str, Family] = {kind: family for family in _FAMILIES for kind in family.MODEL_TYPES}
+
+
+def family_of(model_type: Any, where: str) -> Family:
     """Return the family of a `model_type`.
 
     Errors: UserError says which there are.

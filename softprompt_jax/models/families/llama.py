@@ -115,6 +115,7 @@ def config_of(settings: CausalSettings) -> dict[str, Any]:
         found["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
     if settings.family == "smollm3":
         found["no_rope_layers"] = [int(settings.kinds[i].rope is not None) for i in settings.pattern]
+        found |= {"pad_token_id": None, "bos_token_id": None}  # transformers' defaults are ids of the published size
     return found
 
 
