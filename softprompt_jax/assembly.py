@@ -100,7 +100,7 @@ def check_devices(run: Run, assembly: Assembly, platform: str | None = None) -> 
             f"{most}, which this backbone has learned; set max_input_tokens or max_target_tokens lower"
         )
     devices, packed = platform or mesh.platform(), run.packing is not None
-    check_model(run.attention, devices, run.dtype, settings.d_kv, settings.family, packed)
+    check_model(run.attention, devices, run.dtype, settings.d_kv, settings.always_plain, packed)
 
 
 def assemble(

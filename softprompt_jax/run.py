@@ -137,8 +137,8 @@ class Run(Settings):
 
     # ---- how it is computed
 
-    # kernel of the encoder's self-attention: plain; flash: cuDNN's, which keeps no scores in memory, or an error that
-    # says why not; auto: cuDNN's where it can be had (T5s on NVIDIA GPUs, bfloat16)
+    # kernel of self-attention over texts: plain; flash: cuDNN's, which keeps no scores in memory, or an error that says
+    # why not; auto: cuDNN's where it can be had (T5s and most decoder-only models on NVIDIA GPUs, bfloat16)
     attention: Implementation = "auto"
     # activations that are computed again for the gradient; auto: those that would not fit into a device's memory
     remat: Literal["auto", "none", "dots", "full"] = "auto"

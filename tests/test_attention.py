@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 from scipy import special
 
 from softprompt_jax.assembly import abstract_backbone_of, assemble, check_devices
 from softprompt_jax.checkpoints.backbone import EMBEDDED
 from softprompt_jax.config import UserError, parse
 from softprompt_jax.data.tokenizer import load_tokenizer
+from softprompt_jax.methods import Context, Prefix
+from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models import flash, t5
-from softprompt_jax.models.attention import attend, drop_keys, relative_buckets, same_segment
+from softprompt_jax.models.attention import Seen, attend, attend_shared, drop_keys, relative_buckets, same_segment
+from softprompt_jax.models.causal_settings import LayerKind, Rope
 from softprompt_jax.run import Run
 
 TEXT = {"kind": "prompt", "length": 3, "init": {"kind": "vocabulary"}}
@@ -198,12 +204,99 @@ def test_the_platform_is_in_no_file_and_no_hash():
     assert "platform" not in tiny.settings(platform="gpu").model_dump(mode="json")
 
 
-def test_flash_is_refused_for_a_model_whose_attention_is_plain():
-    run = parse(Run, {"task": "boolq", "backbone": "pythia-70m", "attention": "flash", "dtype": "bfloat16"}, "run")
+@pytest.mark.parametrize(
+    ("backbone", "reason"),
+    [
+        ("gemma-2-2b", "found a gemma2, whose scores have a soft cap; expected a model without; use att"),
+        ("gemma-3-1b", "found a gemma3_text, whose layers have unlike windows; expected a model of one; use att"),
+        ("pythia-70m", None),
+    ],
+)
+def test_flash_is_refused_for_a_model_whose_attention_is_plain(backbone, reason):
+    run = parse(Run, {"task": "boolq", "backbone": backbone, "attention": "flash", "dtype": "bfloat16"}, "run")
     assembly = assemble(run, abstract_backbone_of(run), "gpu", load_tokenizer(EMBEDDED))
-    with pytest.raises(UserError, match="found a gpt_neox, whose attention is always plain; expected a T5; use att"):
+    if reason is None:
         check_devices(run, assembly, "gpu")
+    else:
+        with pytest.raises(UserError, match=reason):
+            check_devices(run, assembly, "gpu")
     check_devices(run.model_copy(update={"attention": "auto"}), assembly, "gpu")
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    """Let XLA's form of the same function stand in for cuDNN's, in float32 too; return the shapes of the queries."""
+    function, calls = jax.nn.dot_product_attention, []
+
+    def stand_in(*arrays, implementation, **settings):
+        assert implementation == "cudnn"
+        calls.append(arrays[0].shape)
+        return function(*arrays, implementation="xla", **settings)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    monkeypatch.setattr(flash, "model_refusal", lambda platform, *_: None if platform == "gpu" else "found no GPU")
+    return calls
+
+
+def gap_batch(prompt: int) -> dict[str, jax.Array]:
+    """Return contexts and answers of unlike lengths, padded in between and at the end; a row has no answer."""
+    draw, first = np.random.default_rng(0), tiny.ROWS
+    contexts, answers = np.full((3, 9 + prompt), -1, np.int32), np.full((3, 5), -1, np.int32)
+    for row, (length, count) in enumerate([(9, 5), (4, 3), (6, 0)]):
+        contexts[row, : prompt + length] = [*range(first, first + prompt), *draw.integers(3, first, length)]
+        answers[row, :count] = [contexts[row, prompt + length - 1], *draw.integers(3, first, 5)][:count]
+    return {"encoder_tokens": jnp.asarray(contexts), "decoder_inputs": jnp.asarray(answers)}
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", pytest.param("window", marks=pytest.mark.slow)])
+def test_a_decoder_only_model_gives_the_same_by_the_kernel_whose_rows_have_no_gaps(name, kernel):
+    of, changes = name, {"num_heads": 4}
+    if name == "window":
+        of, changes = "llama", {"kinds": (LayerKind(window=4, rope=Rope()),)}
+    batch = gap_batch(prompt=3)
+    real = np.asarray(batch["decoder_inputs"] >= 0)
+    outcomes = []
+    for settings in ({"attention": "plain"}, {"platform": "gpu", "attention": "flash"}):
+        model = tiny.model(prompt=3, of=of, **changes | settings)
+        graphdef, trainable, rest = nnx.split(model, Trainable, ...)
+
+        def loss(trainable, graphdef=graphdef, rest=rest):
+            hidden = nnx.merge(graphdef, trainable, rest).hidden(batch)
+            return (hidden.astype(jnp.float32) ** 2 * real[..., None]).sum(), hidden
+
+        (_, hidden), gradient = jax.value_and_grad(loss, has_aux=True)(trainable)
+        outcomes.append((np.asarray(hidden)[real], *map(np.asarray, jax.tree.leaves(gradient))))
+        assert len(kernel) == ("platform" in settings)  # traced once, in the scan
+    for plain, fused in zip(*outcomes, strict=True):
+        np.testing.assert_allclose(fused, plain, atol=1e-4, rtol=1e-4)
+    context = batch["encoder_tokens"]
+    by_kernel, alone = (tiny.model(prompt=3, of=of, **changes, platform=p).run(context)[0] for p in ("gpu", "cpu"))
+    seen = np.asarray(context >= 0)
+    np.testing.assert_allclose(np.asarray(by_kernel)[seen], np.asarray(alone)[seen], atol=1e-4, rtol=1e-4)
+
+
+def test_packed_rows_and_prefixes_of_a_decoder_only_model_stay_plain(kernel):
+    batch, model = gap_batch(prompt=0), tiny.model(of="llama", platform="gpu")
+    packed = batch | {
+        f"{side}_segments": (batch[name] >= 0).astype(jnp.int32)
+        for side, name in (("encoder", "encoder_tokens"), ("decoder", "decoder_inputs"))
+    }
+    real = np.asarray(batch["decoder_inputs"] >= 0)
+    plain = np.asarray(model.hidden(packed))
+    assert not kernel
+    np.testing.assert_allclose(np.asarray(model.hidden(batch))[real], plain[real], atol=1e-4, rtol=1e-4)
+    assert len(kernel) == 1
+    cpu, gpu = (tiny.model(of="llama", platform=platform) for platform in ("cpu", "gpu"))
+    for each in (cpu, gpu):
+        Prefix(length=2, network=None).attach(each, jax.random.key(0), Context())
+    np.testing.assert_allclose(
+        np.asarray(gpu.hidden(batch))[real], np.asarray(cpu.hidden(batch))[real], atol=1e-4, rtol=1e-4
+    )
+    assert len(kernel) == 1
+    refused = tiny.model(of="llama", platform="gpu", attention="flash")
+    Prefix(length=2, network=None).attach(refused, jax.random.key(0), Context())
+    with pytest.raises(UserError, match="attention flash: found a prefix before the keys; expected none"):
+        refused.hidden(batch)
 
 
 def test_a_key_without_its_value_is_a_dropped_key(arrays):
@@ -233,6 +326,32 @@ def test_the_kernel_is_given_even_lengths_and_what_it_must_know(monkeypatch, que
     for one, other in zip(expected, found, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
     assert given == [[queries + queries % 2, *[keys + keys % 2] * 2]]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 20])
+def test_cudnns_causal_attention_gives_the_plain_values_and_gradients(window):
+    draw, length = np.random.default_rng(0), 131
+    sizes = [(2, 4, length, 64), *[(2, 2, length, 64)] * 2]
+    inputs = [jnp.asarray(draw.normal(size=size) / 4, jnp.bfloat16) for size in sizes]
+    lengths, place = jnp.asarray([length, length - 40]), np.arange(length)
+    near = place[:, None] - place < (window or length)
+    seen = (place <= place[:, None]) & near & (place < np.asarray(lengths)[:, None, None])
+    real = (place < np.asarray(lengths)[:, None])[:, None, :, None]
+
+    def loss(attention, *inputs):
+        mixed = jnp.where(real, attention(*inputs).astype(jnp.float32), 0)
+        return (mixed**2).sum(), mixed
+
+    def plain(query, key, value):
+        return attend_shared(query, [Seen(key, value, jnp.asarray(seen)[:, None])], 0.125)
+
+    outcomes = []
+    for attention in (plain, lambda *arrays: flash.causal(*arrays, lengths, 0.125, window)):
+        (_, mixed), gradients = jax.value_and_grad(partial(loss, attention), (0, 1, 2), has_aux=True)(*inputs)
+        outcomes.append([np.asarray(each, np.float32) for each in (mixed, *gradients)])
+    for one, other in zip(*outcomes, strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-2 * np.abs(one).max())
 
 
 @pytest.mark.gpu

@@ -18,7 +18,7 @@ from softprompt_jax.methods import Bias, Context, Hard, LoRA, Prefix, PTuningV2,
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.models import decode
 from softprompt_jax.models.build import build
-from softprompt_jax.models.causal import LayerKind, Rope
+from softprompt_jax.models.causal_settings import LayerKind, Rope
 from softprompt_jax.optim.gradient_free import GreedyWords
 from softprompt_jax.optim.losses import cross_entropy
 

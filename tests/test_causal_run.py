@@ -12,7 +12,7 @@ import tiny_lm
 from softprompt_jax import UserError, generate, load_backbone, load_predictor, load_run, logits, train
 from softprompt_jax.assembly import assemble
 from softprompt_jax.data.tokenizer import TextSettings, load_tokenizer
-from softprompt_jax.models.causal import LayerKind
+from softprompt_jax.models.causal_settings import LayerKind
 from softprompt_jax.models.families import family_of
 
 CHAT = (

@@ -16,7 +16,7 @@ import tiny_lm
 from softprompt_jax import PromptBank, generate, load_backbone
 from softprompt_jax.data.tokenizer import TextSettings, load_tokenizer
 from softprompt_jax.inference import prompt_cache
-from softprompt_jax.models.causal import LayerKind, Rope
+from softprompt_jax.models.causal_settings import LayerKind, Rope
 from softprompt_jax.models.decode import Beam, Greedy, Sampling
 from softprompt_jax.serve.engine import Engine, Job
 from softprompt_jax.serve.limits import Limits

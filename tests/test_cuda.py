@@ -145,7 +145,7 @@ def test_an_odd_prompt_length_gets_cudnns_attention_too():
     [
         ({"dtype": "float32"}, "found float32; expected dtype bfloat16"),
         ({"packing": True}, "found packed rows, .*expected rows whose real keys all come first"),
-        ({"backbone": "pythia-70m"}, "found a gpt_neox, whose attention is always plain; expected a T5"),
+        ({"backbone": "gemma-2-2b"}, "found a gemma2, whose scores have a soft cap; expected a model without"),
     ],
 )
 def test_what_the_kernel_cannot_compute_is_plain_by_auto_and_told_in_one_line_by_flash(changes, found):
@@ -197,7 +197,15 @@ def test_the_server_encodes_with_cudnns_attention_and_writes_its_caches_in_place
         assert program.memory_analysis().alias_size_in_bytes >= server.work.cache_bytes
 
 
-def test_a_decoder_only_model_keeps_scores_only_where_memory_allows_it():
+@pytest.mark.parametrize("backbone", ["smollm2-135m", "pythia-70m", "mistral-7b"])
+def test_auto_attention_of_a_decoder_only_model_is_cudnns_and_no_scores_are_kept(backbone):
+    """Keys that heads share, part of a head's width that turns, and a window."""
+    found, length = compiled("SmolLM2 135M, a step", backbone=backbone), 412 + P + 32
+    assert found.kernels().keys() == FUSED.keys()  # Mistral's forward pass twice: it is computed again for the gradient
+    assert not scores(found, 8, length)
+
+
+def test_plain_attention_of_a_decoder_only_model_keeps_scores_where_memory_allows_it():
     """`remat: auto` keeps everything of SmolLM2, and recomputes in Gemma 3, whose layers are wider."""
     length = 412 + P + 32
 
@@ -205,9 +213,9 @@ def test_a_decoder_only_model_keeps_scores_only_where_memory_allows_it():
         one = B * heads * length**2
         return max((math.prod(shape) / one for shape in scores(found, heads, length)), default=0)
 
-    name = "SmolLM2 135M, a step"
-    assert layers(compiled(name), 9) == 30
-    assert layers(compiled(name, remat="dots"), 9) <= 1
+    plain = {"attention": "plain"}
+    assert layers(compiled("SmolLM2 135M, a step", **plain), 9) == 30
+    assert layers(compiled("SmolLM2 135M, a step", remat="dots", **plain), 9) <= 1
     assert layers(compiled("Gemma 3 1B, a step"), 4) <= 1
 
 

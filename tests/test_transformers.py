@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from softprompt_jax.checkpoints.backbone import load_backbone, save_backbone
-from softprompt_jax.models.causal import LayerKind, Rope
+from softprompt_jax.models.causal_settings import LayerKind, Rope
 
 pytestmark = pytest.mark.torch
 _ROPE, _WINDOW = LayerKind(rope=Rope()), LayerKind(window=4, rope=Rope())

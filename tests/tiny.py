@@ -12,7 +12,7 @@ from flax import nnx
 
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.models.build import abstract, settings_class
-from softprompt_jax.models.causal import LayerKind, Rope
+from softprompt_jax.models.causal_settings import LayerKind, Rope
 from softprompt_jax.models.settings import ModelSettings
 from softprompt_jax.models.t5 import T5, T5Settings
 from softprompt_jax.optim.losses import cross_entropy

@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from softprompt_jax.checkpoints.backbone import save_backbone
 from softprompt_jax.models.build import build
-from softprompt_jax.models.causal import CausalSettings, LayerKind, Rope
+from softprompt_jax.models.causal_settings import CausalSettings, LayerKind, Rope
 from softprompt_jax.models.settings import ModelSettings
 
 TEXTS = (

@@ -29,7 +29,6 @@ from softprompt_jax.config import UserError
 from softprompt_jax.data.tokenizer import T5_FORMAT, load_tokenizer
 from softprompt_jax.distributed import mesh
 from softprompt_jax.methods import leaves, split
-from softprompt_jax.models.t5 import T5Settings
 from softprompt_jax.run import Run, load_run
 from softprompt_jax.training.step import build_optimizer, first_state, make_step
 
@@ -166,7 +165,7 @@ def measure(run: Run, topology: Topology, utilisation: float, purpose: Purpose =
 def _is_plain(run: Run, program: str, topology: Topology) -> bool:
     """Whether no attention is the fused kernel's; where another compiler stands in, whether the family has none."""
     if topology.is_estimated:
-        return not isinstance(abstract_backbone_of(run).settings, T5Settings)
+        return abstract_backbone_of(run).settings.always_plain is not None
     return "cuDNN attention" not in library_kernels(program)
 
 
@@ -333,7 +332,8 @@ def describe(answer: dict[str, Any]) -> str:
         lines.append(f"  {answer['examples_per_s']:,.5g} examples/s, if it reaches {share}")
     if answer["plain_attention"]:
         lines.append(
-            "  attention is plain on the GPU: cuDNN's is for T5s in bfloat16 (heads up to 128, rows not packed)"
+            "  attention is plain on the GPU: cuDNN's is for T5s, and decoder-only models without soft caps and unlike "
+            "windows; in bfloat16, heads up to 128, rows not packed"
         )
     if answer["advice"]:
         lines.append(f"  try {', or '.join(answer['advice'])}")

@@ -11,7 +11,7 @@ import numpy as np
 from softprompt_jax.checkpoints.gguf import Gguf, open_gguf
 from softprompt_jax.checkpoints.tensors import Tensor, same
 from softprompt_jax.config import UserError, nearest
-from softprompt_jax.models.causal import Rope
+from softprompt_jax.models.causal_settings import Rope
 from softprompt_jax.models.families import read
 from softprompt_jax.models.settings import ModelSettings
 

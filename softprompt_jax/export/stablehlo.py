@@ -26,7 +26,6 @@ from softprompt_jax.files import writable
 from softprompt_jax.methods import finish, split
 from softprompt_jax.models import decode
 from softprompt_jax.models.language_model import LanguageModel
-from softprompt_jax.models.t5 import T5
 from softprompt_jax.trees import flatten, unflatten
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -54,8 +53,8 @@ def write_program(model: LanguageModel, tokenizer_folder: Path, to: Path, max_to
     Errors: UserError where there is no prompt that could be an input.
     """
     model = finish(model)
-    if isinstance(model, T5):
-        model.encoder.layers.attention.implementation = "plain"  # the program runs on every platform
+    for stack in model.stacks.values():
+        stack.layers.attention.implementation = "plain"  # the program runs on every platform
     layout, padding, eos = layout_of(model), model.settings.padding, model.settings.eos
     if layout.tasks:
         raise UserError("export: has a prompt for each task; expected one; export one of the files in prompts/")

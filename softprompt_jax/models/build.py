@@ -8,7 +8,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from softprompt_jax.models.causal import CausalLM, CausalSettings
+from softprompt_jax.models.causal import CausalLM
+from softprompt_jax.models.causal_settings import CausalSettings
 from softprompt_jax.models.language_model import LanguageModel
 from softprompt_jax.models.settings import ModelSettings
 from softprompt_jax.models.t5 import T5, T5Settings

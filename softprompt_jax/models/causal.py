@@ -11,90 +11,31 @@ an attention key.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
-from pydantic import Field
 
-from softprompt_jax.config import Settings
 from softprompt_jax.distributed.mesh import constrain
-from softprompt_jax.models.attention import PrefixKeyValues, Seen, attend_shared, rotate, sees_prefix, with_prefix
+from softprompt_jax.models.attention import (
+    PrefixKeyValues,
+    Seen,
+    attend_shared,
+    drop_keys,
+    rotate,
+    sees_prefix,
+    with_prefix,
+)
+from softprompt_jax.models.causal_settings import CausalSettings
+from softprompt_jax.models.flash import Implementation, causal, is_possible, uses_flash
 from softprompt_jax.models.language_model import LanguageModel, StackBase
 from softprompt_jax.models.layers import FeedForward, LayerNorm, Linear, Norm, dropout, split_rng
-from softprompt_jax.models.settings import Factor, ModelSettings, Remat, Size
+from softprompt_jax.models.settings import Remat
 
 FAR = 1 << 30  # position of keys that are in every window
-
-
-class Rope(Settings):
-    """Rotary positions (Su et al., 2021): base of the angles, share of a head that turns, scaling for long texts."""
-
-    base: float = Field(default=10000.0, gt=0)
-    share: float = Field(default=1.0, gt=0, le=1)  # part of a head's width that turns (GPT-NeoX)
-    kind: Literal["default", "linear", "llama3"] = "default"
-    factor: float = Field(default=1.0, gt=0)  # how much longer texts become
-    low: float = 1.0  # llama3: turns within the original length, below which frequencies are divided
-    high: float = 4.0  # llama3: turns above which they stay
-    original: int = 8192  # llama3: original length
-
-    def frequencies(self, width: int) -> np.ndarray:
-        """Return the angles per position [R] of heads of this width, float32."""
-        turned = int(width * self.share)
-        found = 1.0 / self.base ** (np.arange(0, turned, 2, dtype=np.float32) / np.float32(turned))
-        if self.kind == "linear":
-            found = found / self.factor
-        elif self.kind == "llama3":
-            turns = self.original * found / (2 * np.pi)
-            smooth = np.clip((turns - self.low) / (self.high - self.low), 0, 1)
-            found = (1 - smooth) * found / self.factor + smooth * found
-        return found.astype(np.float32)
-
-
-class LayerKind(Settings):
-    """What differs between the layers of a model."""
-
-    window: int | None = None  # positions back that a query sees, its own included; null: all
-    ahead: int | None = None  # positions ahead that a query of an encoder sees; null: all
-    rope: Rope | None = None  # rotary positions; null: none
-
-
-class CausalSettings(ModelSettings):
-    """Every shape and switch of a decoder-only model, and how to compute with it."""
-
-    num_key_heads: Size  # heads of keys and values, each shared by num_heads / num_key_heads query heads
-    kinds: tuple[LayerKind, ...]
-    pattern: tuple[int, ...]  # number of each layer's kind
-    norm: Literal["rms", "rms_offset", "layer"] = "rms"  # rms_offset: times 1 + weight (Gemma)
-    post_norms: bool = False  # norms after attention and feed-forward block too (Gemma 2)
-    parallel: bool = False  # attention and feed-forward block read the same input (GPT-NeoX)
-    query_key_norm: bool = False  # queries and keys normalised per head
-    attention_bias: bool = False  # bias of the query, key and value products
-    output_bias: bool = False  # bias of the attention's output product
-    feed_forward_bias: bool = False
-    score_scale: Factor  # factor of the scores before the softmax
-    score_cap: float | None = None  # soft cap of the scores
-    logit_cap: float | None = None  # soft cap of the logits
-    learned_positions: int | None = None  # rows of a table of positions (GPT-2)
-
-    @property
-    def num_decoder_layers(self) -> int:
-        """Layers of the stack that writes the answer."""
-        return self.num_layers
-
-    def parameters(self) -> int:
-        """Count the parameters of the model these settings describe."""
-        heads, keys = self.num_heads * self.d_kv, self.num_key_heads * self.d_kv
-        layer = self.d_model * (2 * heads + 2 * keys) + (3 if self.gated else 2) * self.d_model * self.d_ff
-        layer += (heads + 2 * keys) * self.attention_bias + self.d_model * self.output_bias
-        layer += (self.d_ff * (1 + self.gated) + self.d_model) * self.feed_forward_bias
-        norm = self.d_model * (2 if self.norm == "layer" else 1)
-        layer += norm * (4 if self.post_norms else 2) + 2 * self.d_kv * self.query_key_norm
-        tables = (1 if self.tied else 2) * self.vocabulary_rows + (self.learned_positions or 0)
-        return self.num_layers * layer + norm + tables * self.d_model
 
 
 class View(NamedTuple):
@@ -156,7 +97,9 @@ class Attention(nnx.Module):
         self.query_norm: Any = Norm(settings.d_kv, settings.epsilon, offset) if normed else nnx.data(None)
         self.key_norm: Any = Norm(settings.d_kv, settings.epsilon, offset) if normed else nnx.data(None)
         self.heads, self.key_heads, self.dropout = settings.num_heads, outer, settings.dropout
-        self.scale, self.cap = settings.score_scale, settings.score_cap
+        self.scale, self.cap, self.window = settings.score_scale, settings.score_cap, settings.kinds[0].window
+        self.implementation: Implementation = settings.attention
+        self.platform = settings.platform
 
     def queries(self, x: Float[Array, "B T D"], rng: jax.Array | None = None) -> Float[Array, "B H T K"]:
         """Return the queries, without their positions."""
@@ -170,9 +113,21 @@ class Attention(nnx.Module):
         )
         return keys if self.key_norm is None else self.key_norm(keys), values
 
-    def __call__(self, query: Array, parts: list[Seen], rng: jax.Array | None = None) -> Float[Array, "B T D"]:
-        """Attend to the visible keys of all parts."""
-        mixed = attend_shared(query, parts, self.scale, self.cap, self.dropout, rng)
+    def __call__(
+        self, query: Array, parts: list[Seen], rng: jax.Array | None = None, lengths: Int[Array, "B"] | None = None
+    ) -> Float[Array, "B T D"]:
+        """Attend to the visible keys of all parts.
+
+        `lengths`, where given, says the same as the one part's `visible`: keys up to the query's own position, of which
+        so many at the start of each row are real.
+        """
+        if lengths is not None and uses_flash(self.implementation, self.platform, query, lengths):
+            keys, values, _ = parts[0]
+            if rng is not None and self.dropout > 0:
+                values = drop_keys(values, self.dropout, rng)
+            mixed = causal(query, keys, values, lengths, self.scale, self.window)
+        else:
+            mixed = attend_shared(query, parts, self.scale, self.cap, self.dropout, rng)
         return self.output(mixed.swapaxes(1, 2).reshape(query.shape[0], query.shape[2], -1), rng)
 
 
@@ -200,12 +155,18 @@ class Block(nnx.Module):
         return (self.attention if self.cross is None else self.cross).keys_values(encoded, rng)
 
     def __call__(
-        self, x: Float[Array, "B T D"], turn: Any, see: Any, rng: jax.Array | None = None, encoding: Seen | None = None
+        self,
+        x: Float[Array, "B T D"],
+        turn: Any,
+        see: Any,
+        rng: jax.Array | None = None,
+        encoding: Seen | None = None,
+        lengths: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B T D"]:
         """Return the layer's output.
 
         `turn(heads)` gives queries or keys their positions; `see(keys, values)` returns the parts to attend to, to
-        which an `encoding` is added, or cross attention attends to it.
+        which an `encoding` is added, or cross attention attends to it. `lengths`: see `Attention`.
         """
         rngs = split_rng(rng, 6)
         normed = self.attention_norm(x)
@@ -213,7 +174,7 @@ class Block(nnx.Module):
         parts = see(turn(keys), values)
         if encoding is not None and self.cross is None:
             parts = [*parts, encoding]
-        mixed = self.attention(turn(self.attention.queries(normed, rngs[0])), parts, rngs[0])
+        mixed = self.attention(turn(self.attention.queries(normed, rngs[0])), parts, rngs[0], lengths)
         if self.attention_post_norm is not None:
             mixed = self.attention_post_norm(mixed)
         mixed = x + dropout(mixed, self.dropout, rngs[1])
@@ -267,8 +228,9 @@ class CausalStack(StackBase):
         keep: bool = False,
         encoded: Float[Array, "B T D"] | None = None,
         encoded_visible: Bool[Array, "B 1 #S T"] | None = None,
+        lengths: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B S D"], Any]:
-        """Run the layers, without the norm.
+        """Run the layers, without the norm. `lengths`: see `Attention`.
 
         With `keep` return for all layers what they read [L, B, S, D], keys and values [L, B, G, S, K] too.
         """
@@ -283,6 +245,7 @@ class CausalStack(StackBase):
         at = view(self.settings, positions)
         seen = windows(self.settings, visible, positions, positions)
         ahead = None if prefix is None else self.sees_prefix(prefix, positions)
+        lengths = self._for_kernel(lengths, prefix is not None, rng is not None)
 
         def run(x, scanned):
             layer, layer_rng, kind, before, before_cross, deep = scanned
@@ -297,7 +260,7 @@ class CausalStack(StackBase):
                 own = Seen(keys, values, of_kind(seen, kind))
                 return [own] if before is None else [prefix_part(before, of_kind(ahead, kind), keys), own]
 
-            x = layer(x, turner(at, kind), see, layer_rng, encoding)
+            x = layer(x, turner(at, kind), see, layer_rng, encoding, lengths)
             return constrain(x, "rows", None, None), tuple(kept)
 
         remat = remat or self.remat
@@ -307,6 +270,15 @@ class CausalStack(StackBase):
         x = constrain(dropout(x, self.dropout, first), "rows", None, None)
         xs = (self.layers, rngs, self.kind_of_layer, prefix, cross_prefix, deep)
         return jax.lax.scan(run, x, xs, unroll=self.unroll)
+
+    def _for_kernel(self, lengths: Int[Array, "B"] | None, prefix: bool, training: bool) -> Int[Array, "B"] | None:
+        """Return the lengths where cuDNN's kernel can compute what is asked for. Errors: UserError for `flash`."""
+        settings, reason = self.settings, self.settings.always_plain
+        if prefix:
+            reason = reason or "found a prefix before the keys; expected none"
+        if training and settings.dropout > 0 and settings.num_key_heads != settings.num_heads:
+            reason = reason or "found dropout of keys that heads share; expected dropout 0"
+        return lengths if lengths is not None and is_possible(settings.attention, reason) else None
 
     def shift(self) -> Int[Array, "#B 1"] | int:
         """Return how many positions a prefix takes before the first token of each row."""
@@ -378,16 +350,22 @@ class CausalLM(LanguageModel):
         real = self.is_real(tokens)
         positions = jnp.maximum(jnp.cumsum(real, -1) - 1, 0)
         visible = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))[None, None] & real[:, None, None, :]
-        return self.run_at(tokens, visible, positions, rng, remat, keep, tokens.shape[1])
+        return self.run_at(tokens, visible, positions, rng, remat, keep, tokens.shape[1], lengths=real.sum(-1))
 
-    def run_at(self, tokens, visible, positions, rng=None, remat=None, keep=False, context=0):
-        """Run the layers over tokens at these positions; the first `context` of each row are the contexts'."""
+    def run_at(self, tokens, visible, positions, rng=None, remat=None, keep=False, context=0, order=None, lengths=None):
+        """Run the layers over tokens at these positions; the first `context` of each row are the contexts'.
+
+        `order` [B, S]: places of the tokens in the order in which they run. `lengths`: see `Attention`.
+        """
         prompt_rng, stack_rng = split_rng(rng, 2)
         x = self.embed(tokens, prompt_rng, positions + self.decoder.shift())
         if self.offset is not None:
             x = jnp.concatenate([self.with_offset(x[:, :context], tokens[:, :context]), x[:, context:]], 1)
+        if order is not None:
+            x = jnp.take_along_axis(x, order[..., None], 1)
+            tokens, positions = (jnp.take_along_axis(each, order, 1) for each in (tokens, positions))
         prompt_rows = tokens - self.settings.vocabulary_rows
-        return self.decoder(x, visible, positions, stack_rng, prompt_rows, remat, keep)
+        return self.decoder(x, visible, positions, stack_rng, prompt_rows, remat, keep, lengths=lengths)
 
     def hidden(
         self, batch: dict[str, Array], rng: jax.Array | None = None, remat: Remat | None = None
@@ -395,7 +373,8 @@ class CausalLM(LanguageModel):
         """Return what stands at the answers' positions of a batch.
 
         `encoder_tokens` [B, T] and `decoder_inputs` [B, U] run side by side in one row; the context's last token is the
-        answer's first input, so that it is hidden where it stands. Packed rows have `*_segments` too.
+        answer's first input, so that it is hidden where it stands. Packed rows have `*_segments` too. On a GPU, whose
+        attention wants keys without gaps, what is hidden in other rows goes to their ends.
         """
         context, answer = batch["encoder_tokens"], batch["decoder_inputs"]
         tokens = jnp.concatenate([context, answer], 1)
@@ -410,5 +389,14 @@ class CausalLM(LanguageModel):
         order = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
         same = (segments[:, :, None] == counted[:, None, :]) & (counted > 0)[:, None, :] & order
         positions = jnp.maximum(same.sum(-1) - ~last, 0)
-        hidden, _ = self.run_at(tokens, same[:, None], positions, rng, remat, context=context.shape[1])
-        return self.decoder.norm(hidden[:, context.shape[1] :])
+        if self.settings.platform != "gpu" or "encoder_segments" in batch:
+            hidden, _ = self.run_at(tokens, same[:, None], positions, rng, remat, context=context.shape[1])
+            return self.decoder.norm(hidden[:, context.shape[1] :])
+        seen = counted > 0
+        places = jnp.argsort(~seen, axis=1, stable=True)
+        visible = order[None, None] & jnp.take_along_axis(seen, places, 1)[:, None, None]
+        hidden, _ = self.run_at(
+            tokens, visible, positions, rng, remat, context=context.shape[1], order=places, lengths=seen.sum(-1)
+        )
+        answers = jnp.argsort(places, axis=1)[:, context.shape[1] :, None]  # where the answers' tokens have gone
+        return self.decoder.norm(jnp.take_along_axis(hidden, answers, 1))

@@ -1,9 +1,9 @@
-"""Attention whose scores are never in memory: cuDNN's fused kernel, for the encoder's self-attention on NVIDIA GPUs.
+"""Attention whose scores are never in memory: cuDNN's fused kernel, on NVIDIA GPUs.
 
-Keys are hidden by length: a row's real positions stand first. The bias [1, H, T, S] is shared by all rows. Scores and
-softmax are float32, as in the plain attention. Dropout, which in a T5 drops a key for all queries of a head, drops its
-value (`drop_keys`). The decoder's attention and cross attention are always plain: their
-queries are few.
+For the self-attention of a T5's encoder, and of a decoder-only model over whole texts. Keys are hidden by length: a
+row's real positions stand first. A T5's bias [1, H, T, S] is shared by all rows. Scores and softmax are float32, as in
+the plain attention. Dropout, which drops a key for all queries of a head, drops its value (`drop_keys`). What has few
+queries is always plain: a T5's decoder, its cross attention, and answers token by token.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ def model_refusal(platform: str, dtype: Any, head_width: int) -> str | None:
 
 
 def check_model(
-    implementation: Implementation, platform: str, dtype: Any, head_width: int, family: str, packed: bool
+    implementation: Implementation, platform: str, dtype: Any, head_width: int, always_plain: str | None, packed: bool
 ) -> None:
-    """Refuse `attention: flash` for a model, devices or packed rows that cannot have it."""
-    reason = None if family == "t5" else f"found a {family}, whose attention is always plain; expected a T5"
-    reason = reason or model_refusal(platform, dtype, head_width)
-    _is_possible(implementation, reason or (_NO_LENGTHS if packed else None))
+    """Refuse `attention: flash` for a model, devices or packed rows that cannot have it.
+
+    `always_plain`: why this model cannot have it anywhere.
+    """
+    reason = always_plain or model_refusal(platform, dtype, head_width)
+    is_possible(implementation, reason or (_NO_LENGTHS if packed else None))
 
 
 def uses_flash(
@@ -52,13 +54,38 @@ def uses_flash(
     if implementation == "plain":
         return False
     reason = model_refusal(platform, query.dtype, query.shape[-1])
-    return _is_possible(implementation, reason or (_NO_LENGTHS if lengths is None else None))
+    return is_possible(implementation, reason or (_NO_LENGTHS if lengths is None else None))
 
 
-def _is_possible(implementation: Implementation, reason: str | None) -> bool:
+def is_possible(implementation: Implementation, reason: str | None) -> bool:
+    """Tell whether nothing stands against the kernel. Errors: UserError with the reason for `flash`."""
     if implementation == "flash" and reason is not None:
         raise UserError(f"attention flash: {reason}; use attention: auto, or plain")
     return reason is None
+
+
+def causal(
+    query: Float[Array, "B H T K"],
+    key: Float[Array, "B G T K"],
+    value: Float[Array, "B G T K"],
+    lengths: Int[Array, "B"],
+    scale: float,
+    window: int | None,
+) -> Float[Array, "B H T K"]:
+    """Attend by cuDNN's fused kernel to the key of the same position and those before it, of `window` at most.
+
+    Keys past a row's length are not read; what their own positions give is nothing that counts.
+    """
+    mixed = jax.nn.dot_product_attention(
+        *(each.swapaxes(1, 2) for each in (query, key, value)),
+        scale=scale,
+        is_causal=True,
+        query_seq_lengths=jnp.full(len(query), query.shape[2], jnp.int32),
+        key_value_seq_lengths=jnp.maximum(lengths, 1).astype(jnp.int32),
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
+    return mixed.swapaxes(1, 2)
 
 
 def cudnn(

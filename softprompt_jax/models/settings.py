@@ -45,8 +45,8 @@ class ModelSettings(Settings):
     embedding_scale: Factor = 1.0  # factor of the embeddings of text
     scales_prompt: bool = False  # the same factor for prompt rows (T5Gemma 1)
     dropout: float = 0.0
-    attention: Implementation = "auto"  # kernel of the encoder's self-attention: plain; flash: cuDNN's, or an error
-    # that says why not; auto: cuDNN's where it can be had
+    attention: Implementation = "auto"  # kernel of self-attention over texts: plain; flash: cuDNN's, or an error that
+    # says why not; auto: cuDNN's where it can be had
     platform: Platform = Field(default="cpu", exclude=True)  # devices that compute; set while loading
     remat: Remat = "none"
     unroll: bool = False  # scan over layers written out: compiles longer, runs about a tenth faster on a CPU
@@ -59,6 +59,11 @@ class ModelSettings(Settings):
     def decoder_depth(self) -> int:
         """Layers of the stack that writes the answer."""
         return getattr(self, "num_decoder_layers", self.num_layers)
+
+    @property
+    def always_plain(self) -> str | None:
+        """Why a model cannot have cuDNN's attention on any device; None if it can."""
+        return f"found a {self.family}, whose attention is always plain"
 
     def parameters(self) -> int:
         """Count the parameters of the model these settings describe."""

@@ -64,6 +64,11 @@ class T5Settings(ModelSettings):
         """Heads of keys and values."""
         return self.num_heads
 
+    @property
+    def always_plain(self) -> str | None:
+        """None: the encoder's can be cuDNN's."""
+        return None
+
     def parameters(self) -> int:
         """Count the parameters of the model these settings describe."""
         inner = self.num_heads * self.d_kv

@@ -14,7 +14,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from softprompt_jax.models.attention import same_segment
-from softprompt_jax.models.causal import CausalSettings, CausalStack, LayerKind
+from softprompt_jax.models.causal import CausalStack
+from softprompt_jax.models.causal_settings import CausalSettings, LayerKind
 from softprompt_jax.models.language_model import LanguageModel
 from softprompt_jax.models.layers import split_rng
 from softprompt_jax.models.settings import Remat
@@ -39,6 +40,11 @@ class T5GemmaSettings(CausalSettings):
     def encoder(self) -> T5GemmaSettings:
         """The settings with which the encoder's stack is built."""
         return self.model_copy(update={"kinds": self.encoder_kinds, "pattern": self.encoder_pattern})
+
+    @property
+    def always_plain(self) -> str | None:
+        """Why it cannot have cuDNN's attention: published ones have heads of width 256."""
+        return f"found a {self.family}, whose attention is always plain"
 
     def parameters(self) -> int:
         """Count the parameters of the model these settings describe."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from softprompt_jax.config import UserError, parse
-from softprompt_jax.models.causal import CausalSettings, LayerKind, Rope
+from softprompt_jax.models.causal_settings import CausalSettings, LayerKind, Rope
 from softprompt_jax.models.settings import ModelSettings
 
 Opened = TypeVar("Opened")  # a tensor on disk; what it is, `checkpoints/` knows

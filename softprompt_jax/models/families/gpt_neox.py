@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from softprompt_jax.models.causal import CausalSettings, LayerKind
+from softprompt_jax.models.causal_settings import CausalSettings, LayerKind
 from softprompt_jax.models.families import common
 from softprompt_jax.models.families.common import Opened, Share, Weight
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from softprompt_jax.config import UserError, parse
-from softprompt_jax.models.causal import LayerKind
+from softprompt_jax.models.causal_settings import LayerKind
 from softprompt_jax.models.families import common, gemma, llama
 from softprompt_jax.models.families.common import Opened, Weight, field
 from softprompt_jax.models.t5gemma import T5GemmaSettings
