@@ -309,12 +309,20 @@ def test_clients_that_leave_take_their_work_along(port, engine, monkeypatch):
 def test_requests_beyond_the_queue_are_told_to_come_again(port, engine, monkeypatch):
     monkeypatch.setattr(engine, "limits", engine.limits.model_copy(update={"max_waiting": 4}))
     found: Counter = Counter()
+    refused, advance = threading.Event(), engine._advance
+
+    def after_a_refusal() -> None:  # however slowly the clients come
+        refused.wait(PATIENCE_S)
+        advance()
+
+    monkeypatch.setattr(engine, "_advance", after_a_refusal)
 
     def client() -> None:
         for _ in range(10):
             status, answer, headers = ask(port, "POST", "/v1/generate", GOOD)
             found[status] += 1
             if status == 429:
+                refused.set()
                 assert "requests wait already; expected fewer; try again" in answer["error"]["message"]
                 assert headers["retry-after"] == "1"
 
