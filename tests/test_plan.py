@@ -312,8 +312,10 @@ def test_a_gpu_is_estimated_and_says_so(tmp_path):
     assert "(estimated with XLA for CPUs and plain attention; the extra `cuda13`" in plan.describe(alone)
     assert alone["kernels"] == {}
     assert "attention is plain on the GPU" not in plan.describe(alone)
-    (other,) = plan.plan(write(tmp_path / "other.yaml", backbone="pythia-70m", **lengths), [], ["h200:1"])
-    assert "attention is plain on the GPU" in plan.describe(other)
+    other = write(tmp_path / "other.yaml", backbone="pythia-70m", **lengths)
+    for dtype in ("bfloat16", "float32"):
+        (answer,) = plan.plan(other, [f"dtype={dtype}"], ["h200:1"])
+        assert ("attention is plain on the GPU" in plan.describe(answer)) == (dtype == "float32")
 
 
 def test_a_missing_library_of_nvidias_is_told_in_one_line_and_other_errors_are_defects(tmp_path, monkeypatch, capsys):

@@ -29,6 +29,7 @@ from softprompt_jax.config import UserError
 from softprompt_jax.data.tokenizer import T5_FORMAT, load_tokenizer
 from softprompt_jax.distributed import mesh
 from softprompt_jax.methods import leaves, split
+from softprompt_jax.models.flash import model_refusal
 from softprompt_jax.run import Run, load_run
 from softprompt_jax.training.step import build_optimizer, first_state, make_step
 
@@ -163,9 +164,10 @@ def measure(run: Run, topology: Topology, utilisation: float, purpose: Purpose =
 
 
 def _is_plain(run: Run, program: str, topology: Topology) -> bool:
-    """Whether no attention is the fused kernel's; where another compiler stands in, whether the family has none."""
+    """Whether no attention is the fused kernel's; where another compiler stands in, whether the model can have none."""
     if topology.is_estimated:
-        return abstract_backbone_of(run).settings.always_plain is not None
+        settings = abstract_backbone_of(run).settings
+        return bool(settings.always_plain or model_refusal("gpu", run.dtype, settings.d_kv) or run.packing)
     return "cuDNN attention" not in library_kernels(program)
 
 
