@@ -50,7 +50,8 @@ def picture_of(experiment: paper.Experiment, grid: paper.Grid | None, result: di
         return None
     neighbours = grid.measure == "neighbours"
     y = f"{'share' if neighbours else 'score' if ';' in result['metric'] else result['metric']}, %"
-    return plot(experiment.title, lines, experiment.plot, y, None if neighbours else result["majority"], experiment.x)
+    kind, x = (experiment.plot, experiment.x) if grid.plot is None else (grid.plot, "")
+    return plot(experiment.title, lines, kind, y, None if neighbours else result["majority"], x)
 
 
 def finished(result: dict[str, Any] | None, grid: paper.Grid) -> str:

@@ -31,7 +31,7 @@ MEANINGS = {
     **{"movie sentences": 7, "spam": 6},
     **{"span corruption": 3, "LM adaptation": 4, "mixture with instructions": 5},
 }
-TASKS = {"sentiment_movie": "movie sentences", "spam_sms": "spam"}  # whose majority class has the colour of their line
+TASKS = {"sentiment_movie": "movie sentences", "spam_sms": "spam"}  # as lines and columns call them
 SIZES = ("#9dc3ea", "#5b96d6", COLOURS[0], "#0d3563")  # from the smallest to the largest
 _UNITS = {"": 1.0, "%": 1.0, "k": 1e3, "m": 1e6}
 Lines = dict[str, dict[str, dict[str, Any]]]  # line, column, {"mean": percent, "sd": percent or None}
@@ -50,7 +50,8 @@ def plot(title: str, lines: Lines, kind: str, y: str, majority: dict[str, float]
         kind, x = "bars", ""
     found = [value for values in lines.values() for value in values.values()]
     ends = [value["mean"] + sign * (value["sd"] or 0) for value in found for sign in (-1, 1)]
-    levels = {name: level for name, level in (majority or {}).items() if level > min(ends) - 30}
+    named = {name if name in columns else TASKS.get(name, name): level for name, level in (majority or {}).items()}
+    levels = {name: level for name, level in named.items() if kind == "bars" or level > min(ends) - 30}
     low = 0 if kind == "bars" else max(0, 10 * ((min([*ends, *levels.values()]) - 3) // 10))
     high = min(100, 10 * ((max([*ends, *levels.values()]) + 3) // 10 + 1))
     middles, logarithmic = _middles(columns, kind == "lines")
@@ -190,8 +191,7 @@ def _stroke(name: str, lines: Lines) -> str:
 
 def _level(name: str, lines: Lines, number: int) -> str:
     """Return the style of the level of a task: the colour of its line where it has one."""
-    own = TASKS.get(name)
-    colour = _colour(own, lines)[0] if len(lines) > 1 and own in lines else INK
+    colour = _colour(name, lines)[0] if len(lines) > 1 and name in lines else INK
     return f'stroke="{colour}" stroke-width="1.5" stroke-dasharray="{("5 4", "2 3", "9 3 2 3")[number % 3]}"'
 
 

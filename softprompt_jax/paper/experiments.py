@@ -77,6 +77,7 @@ class Grid(Settings):
         default={}
     )  # a name, and the points (with measure: ensemble, lines) it averages
     reported: Reported | None = None  # what was published of the same runs
+    plot: Literal["lines", "bars"] | None = None  # kind of plot, where it is not the experiment's
     cost: str  # what all of it takes, and on what
 
     @model_validator(mode="after")
