@@ -26,7 +26,7 @@ import machine
 import methods
 import numpy as np
 
-RESULTS = machine.ROOT / "benchmarks" / "results" / "quality"
+RESULTS = machine.ROOT / "benchmarks" / "results"
 OURS = ("prompt", "prompt_tuned")  # methods of methods_smollm2.yaml
 TEXTS = {  # in the form of the one in PEFT's guide
     "movies": "Classify if the review is positive or negative.\n",
@@ -57,13 +57,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="default: what methods_smollm2.yaml says")
     parser.add_argument("--runs", type=Path, default=machine.ROOT / "runs" / "quality")
     parser.add_argument("--cells", type=Path, default=methods.SMOLLM2, help=argparse.SUPPRESS)
-    parser.add_argument("--results", type=Path, default=RESULTS.parent, help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=Path, default=RESULTS, help=argparse.SUPPRESS)
     parser.add_argument("--worker", nargs=4, metavar=("SIDE", "TASK", "SEED", "FILE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
         side, task, seed, file = arguments.worker
         measured = peft_run(side, task, run_of(arguments, task, int(seed)))
-        Path(file).write_text(json.dumps(measured | machine.describe(), indent=1) + "\n")
+        part = Path(f"{file}.part")  # renamed, so that a killed command leaves no half file
+        part.write_text(json.dumps(measured | machine.describe(), indent=1) + "\n")
+        part.rename(file)
         return
     failed = [name for seed in range(arguments.seeds) for name in measure(arguments, seed)]
     raise SystemExit(f"failed: {', '.join(failed)}; the same command goes on" if failed else 0)
@@ -84,7 +86,7 @@ def measure(arguments: argparse.Namespace, seed: int) -> Iterator[str]:
             file.parent.mkdir(parents=True, exist_ok=True)
             command += [*asked, "--cells", str(arguments.cells), "--runs", str(arguments.runs)]
             if not file.exists():
-                subprocess.run([sys.executable, str(methods.HERE / command[0]), *command[1:]], env=os.environ)
+                subprocess.run([sys.executable, str(methods.HERE / command[0]), *command[1:]], check=False)
             if not file.exists():
                 yield file.stem
             else:

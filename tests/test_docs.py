@@ -72,6 +72,18 @@ def test_a_plot_shows_every_mean():
         assert picture.count('stroke-width="1.4"') == 2  # of those that have a deviation
 
 
+def test_a_plot_of_several_tasks_has_the_majority_class_of_each_however_low():
+    value = {"mean": 70.0, "sd": None, "values": [70.0]}
+    majority = {"sentiment_movie": 45.0, "intents": 16.7}
+    lines = {"movie sentences": {"a": value, "b": value}, "intents": {"a": value, "b": value}}
+    picture = build.paper_pages.plot("t", lines, "bars", "accuracy, %", majority)
+    assert "majority class movie sentences 45.0" in picture
+    assert "majority class intents 16.7" in picture
+    columns = {"one": dict.fromkeys(lines, value), "two": dict.fromkeys(lines, value)}
+    under = build.paper_pages.plot("t", columns, "bars", "accuracy, %", majority)
+    assert len(set(re.findall(r'd="M([\d.]+) [\d.]+H[\d.]+" stroke="[^"]*" stroke-width="1.5"', under))) >= 2
+
+
 def test_a_plot_has_numbers_to_scale_and_colours_that_mean_the_same_everywhere():
     value = {"mean": 70.0, "sd": None, "values": [70.0]}
     lines = {"model tuning": dict.fromkeys(("0", "10%", "100%", "1000%"), value)}

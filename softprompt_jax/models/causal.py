@@ -389,7 +389,9 @@ class CausalLM(LanguageModel):
         order = jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
         same = (segments[:, :, None] == counted[:, None, :]) & (counted > 0)[:, None, :] & order
         positions = jnp.maximum(same.sum(-1) - ~last, 0)
-        if self.settings.platform != "gpu" or "encoder_segments" in batch:
+        settings = self.settings
+        by_length = settings.platform == "gpu" and settings.attention != "plain" and settings.always_plain is None
+        if not by_length or "encoder_segments" in batch:
             hidden, _ = self.run_at(tokens, same[:, None], positions, rng, remat, context=context.shape[1])
             return self.decoder.norm(hidden[:, context.shape[1] :])
         seen = counted > 0
