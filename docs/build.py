@@ -77,7 +77,8 @@ def all_pages() -> Iterator[tuple[Path, str]]:
             shown.append(f"![{title}](ladder_{form}.svg)")
     yield _filled(ROOT / "docs" / "pretraining.md", {"ladder": "\n\n".join(shown), "embedded": embedded_table()})
     cells, stated = RESULTS / "methods" / "smollm2", ROOT / "benchmarks" / "methods_smollm2.yaml"
-    yield _filled(ROOT / "benchmarks" / "methods.md", {"smollm2": smollm2_table(stated, cells)})
+    made = {"smollm2": smollm2_table(stated, cells), "defaults": defaults_table(RESULTS / "defaults")}
+    yield _filled(ROOT / "benchmarks" / "methods.md", made)
     compared = speed.speeds(RESULTS)
     yield ROOT / "docs" / "speed.svg", speed.picture("Times as fast as PEFT's best", speed.five(compared))
     yield _filled(
@@ -86,8 +87,7 @@ def all_pages() -> Iterator[tuple[Path, str]]:
     yield _filled(ROOT / "tpu" / "README.md", {"gpu programs": gpu_table(RESULTS / "gpu_programs.json")})
     yield _filled(ROOT / "docs" / "reliability.md", {"faults": faults_table()})
     yield _filled(ROOT / "docs" / "experiments" / "README.md", {"paper": paper_pages.listing(RESULTS / "paper")})
-    if "<!-- real -->" in (ROOT / "README.md").read_text("utf-8"):
-        yield _filled(ROOT / "README.md", {"real": paper_pages.readme(RESULTS / "paper")})
+    yield _filled(ROOT / "README.md", {"real": paper_pages.readme(RESULTS / "paper")})
     yield _filled(ROOT / "docs" / "tune.md", {"tune": tune_table(_rows("tune"))})
     yield _filled(ROOT / "docs" / "compress.md", {"compress": compress_table(_rows("compress"))})
     yield _filled(ROOT / "docs" / "coming-from-peft.md", {"quality": quality_table(RESULTS)})
@@ -318,6 +318,22 @@ def smollm2_table(stated: Path, cells: Path) -> str:
         size = "" if first is None else f"{first['bytes'] / 1000:,.1f}"
         lines.append([method, *map(_accuracy, each), *facts, *clocks, size])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def defaults_table(folder: Path) -> str:
+    """Return what `benchmarks/defaults.py` has measured so far: a row for each task, in percent."""
+    found = {(path.parent.name, path.stem): json.loads(path.read_text("utf-8")) for path in folder.glob("*/*.json")}
+    models = {"embedded": "embedded T5", "smollm2": "SmolLM2"}
+    lines = [
+        "| task | metric | " + " | ".join(f"{model}, untrained | default prompt" for model in models.values()) + " |"
+    ]
+    lines.append("|---" * (2 + 2 * len(models)) + "|")
+    for name in sorted({name for _, name in found}):
+        each = [found.get((model, name)) for model in models]
+        metric = next(one["metric"] for one in each if one)
+        scores = [f"{100 * one[key]:.1f}" if one else "" for one in each for key in ("untrained", "trained")]
+        lines.append(f"| {name} | {metric} | {' | '.join(scores)} |")
+    return "\n".join(lines)
 
 
 def method_pages() -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import typing
 from typing import Any
 
 import typer
@@ -34,9 +35,11 @@ def _command(name: str, command: Any) -> str:
     arguments = " ".join(_argument(argument) for argument in by_type["argument"])
     text = "\n\n".join(" ".join(part.split()) for part in (command.help or "").split("\n\n"))
     parts = [f"### {name}", text, f"    softprompt {name} {arguments}".rstrip()]
-    if options:
-        rows = [f"| {_names(option)} | {_said(option)} |" for option in options]
-        parts.append("\n".join(["| option | |", "|---|---|", *rows]))
+    said = [(_argument(argument).strip("[]"), _said(argument)) for argument in by_type["argument"]]
+    rows = [f"| `{name.replace('|', chr(92) + '|')}` | {text} |" for name, text in said if text]
+    rows += [f"| {_names(option)} | {_said(option)} |" for option in options]
+    if rows:
+        parts.append("\n".join(["| argument or option | |", "|---|---|", *rows]))
     return "\n\n".join(parts)
 
 
@@ -52,6 +55,9 @@ def _names(option: Any) -> str:
 
 
 def _said(option: Any) -> str:
+    annotation = option.type_descriptor.annotation
+    choices = typing.get_args(annotation) if typing.get_origin(annotation) is typing.Literal else ()
     default = option.show_default if isinstance(option.show_default, str) else option.default
     shown = "" if default in (None, False, "", ()) or callable(default) else f" (default: `{default}`)"
-    return " ".join((option.help or "").split()).replace("|", "\\|") + shown
+    among = f" ({', '.join(f'`{choice}`' for choice in choices)})" if choices else ""
+    return " ".join((option.help or "").split()).replace("|", "\\|") + among + shown

@@ -202,7 +202,7 @@ def _facts(read: str, run: Run) -> list[str]:
 
 def _grid(experiment: paper.Experiment, grid: paper.Grid) -> str:
     """Say which runs a grid has."""
-    x = f" ({experiment.x})" if experiment.x else ""
+    x = f" ({experiment.x})" if experiment.x and grid.plot is None else ""
     axes = {"line": list(grid.lines), f"point of the x axis{x}": [*filter(None, grid.points)], "task": list(grid.tasks)}
     named = [f"{name}: {'; '.join(values)}" for name, values in axes.items() if values]
     return f"A run for each {'. Each '.join(named)}. {_seeds(grid.seeds)} of each."
@@ -226,16 +226,15 @@ def listing(folder: Path) -> str:
 
 
 def readme(folder: Path) -> str:
-    """Return the table and the plot that the README shows: other domains, and numbers of examples, on SmolLM2."""
-    shown = {name: _read(folder / "real" / name) for name in ("domain_shift", "examples")}
-    parts = []
-    if shown["domain_shift"]:
-        parts.append(results.table(shown["domain_shift"]["lines"], counts=True))
-        parts.append("Accuracy on the first 200 test sentences of each domain, after training on movie sentences.")
-    experiment, _, grid = paper.load_form("examples", "real")
-    if picture_of(experiment, grid, shown["examples"]):
-        parts.append("![Accuracy by number of training examples](docs/experiments/examples.svg)")
-    return "\n\n".join(parts) or "Not measured yet."
+    """Return the table and the picture that the README shows: other domains, and what rows start from, on SmolLM2."""
+    parts, shift, starts = [], _read(folder / "real" / "domain_shift"), _read(folder / "real" / "initialisation")
+    if shift:
+        parts.append("Trained on movie sentences, also scored on other domains (mean ± sd of n seeds):")
+        parts.append(results.table(shift["lines"], counts=True))
+    experiment, _, grid = paper.load_form("initialisation", "real")
+    if picture_of(experiment, grid, starts):
+        parts.append("![Test accuracy by what the rows started from](docs/experiments/initialisation.svg)")
+    return "\n\n".join(parts)
 
 
 def said_above(text: str) -> str:

@@ -16,7 +16,10 @@ import nbclient
 import nbformat
 import pytest
 
+from softprompt_jax.field_comments import comments
+from softprompt_jax.methods import METHODS
 from softprompt_jax.paper import experiments
+from softprompt_jax.run import Run
 
 ROOT = Path(__file__).resolve().parents[1]
 _spec = importlib.util.spec_from_file_location("docs_build", ROOT / "docs" / "build.py")
@@ -51,6 +54,11 @@ def test_every_class_of_settings_has_a_section_and_every_link_to_one_leads_there
         "Tokens of inputs and targets, or of features",
     ):
         assert said in text  # comments behind a field, on the line below, on the line above
+
+
+def test_every_setting_of_a_run_and_of_a_method_is_described():
+    for cls in (Run, *METHODS.values()):
+        assert set(cls.model_fields) - set(comments(cls)) <= {"kind"}, cls
 
 
 def test_pictures_are_well_formed_and_described():

@@ -196,8 +196,9 @@ def tune(
 ) -> None:
     """Find settings by a race, train the winner to the end, and print a table: who fell when, and why.
 
-    In each round all candidates train for a share of the steps, and the third with the lowest validation loss goes on.
-    DIR/winner is an ordinary run; DIR/tune.json has all numbers. The same command continues where a stopped one was.
+    In each round all candidates train for a share of the steps, and a third of them, those with the lowest validation
+    loss, go on. DIR/winner is an ordinary run; DIR/tune.json has all numbers. The same command continues where a
+    stopped one was.
     """
     with preemptible(quiet) as reporter:
         from softprompt_jax.training.tune import describe
@@ -229,8 +230,8 @@ def compress(
     """Train a few prompt rows to stand for a long context, by distillation from the model that reads it.
 
     The result is a run like any other, for predict, serve and export. It takes settings as `train` does, such as
-    steps=500; a prefix is methods='[{kind: prefix, length: 50, network: null}]'. The same command continues where a
-    stopped one was.
+    steps=500; a prefix is methods='[{kind: prefix, length: 50, network: null, positions: before}]'. The same command
+    continues where a stopped one was.
     """
     with preemptible(quiet) as reporter:
         from softprompt_jax.training.compress import compress, describe

@@ -83,7 +83,7 @@ def predict(
         typer.Option(
             metavar="KIND|YAML",
             help="greedy, beam, sampling, or settings such as '{kind: beam, beams: 8}'.",
-            show_default="greedy",
+            show_default="the run's own; of a bank greedy",
         ),
     ] = None,
     mesh: Mesh = None,

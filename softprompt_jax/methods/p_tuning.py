@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from pydantic import Field
 
 from softprompt_jax.methods.base import AdapterConfig, Context, MethodSettings, Tensors
-from softprompt_jax.methods.prompt import Prompt, PromptMethod, PromptTable, embedding_rms
+from softprompt_jax.methods.prompt import Init, Prompt, PromptMethod, PromptTable, embedding_rms
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models.language_model import LanguageModel
 from softprompt_jax.models.settings import ModelSettings
@@ -22,7 +22,7 @@ class PTuning(PromptMethod):
     """P-tuning: `length` vectors that a network mixes ("lstm") or maps one by one ("mlp") to rows.
 
     The network's rows are scaled to the size of the backbone's words. With `place` they may stand at any place of a
-    template. `init`: where the vectors start, None at random.
+    template.
     """
 
     paper: ClassVar[str] = "Liu et al., 2021"
@@ -33,6 +33,7 @@ class PTuning(PromptMethod):
     network: Literal["lstm", "mlp"] = "lstm"  # network that makes the rows: lstm mixes them, mlp maps each by itself
     hidden: int = Field(default=256, ge=1)  # network's width
     layers: int = Field(default=2, ge=1, le=1000)  # number of LSTM layers
+    init: Init | None = None  # vectors to start from; null: drawn at random
 
     def prompt(self, model: LanguageModel, key: jax.Array, context: Context) -> PromptTable:
         """Return rows that a network makes."""

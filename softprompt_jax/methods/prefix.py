@@ -47,8 +47,8 @@ class Prefix(MethodSettings):
     default_optimizer: ClassVar[Optimizer] = AdamW(learning_rate=1e-3)
     kind: Literal["prefix"] = "prefix"
     length: int = Field(default=20, ge=1)  # keys and values at every layer
-    attentions: Annotated[list[Attended], Field(min_length=1)] | Literal["context"] = Field([*_EVERY])
-    # kinds of attention that get a prefix; of all three those that the model has; context: those that read the input
+    attentions: Annotated[list[Attended], Field(min_length=1)] | Literal["context"] = Field([*_EVERY])  # kinds that get
+    # a prefix; of all three those that the model has; context: those that read the input
     network: int | None = Field(default=512, ge=1)  # width of the network that makes the prefix in training; null: no
     # network
     positions: Literal["none", "before"] = "none"  # position bias of the prefix: none, or that of tokens before the

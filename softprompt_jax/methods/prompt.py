@@ -247,9 +247,9 @@ class Prompt(PromptMethod):
     paper: ClassVar[str] = "Lester et al., 2021"
     peft_type: ClassVar[str | None] = "PROMPT_TUNING"
     kind: Literal["prompt"] = "prompt"
-    reparameterization: Reparameterization | None = Field(default=None, exclude_if=lambda value: value is None)
     # numbers that the rows are made of while they train: residual (rows plus a network of them), ulpt (a few dimensions
     # and a frozen projection); null: the rows themselves
+    reparameterization: Reparameterization | None = Field(default=None, exclude_if=lambda value: value is None)
 
     def prompt(self, model: LanguageModel, key: jax.Array, context: Context) -> PromptTable:
         """Return trainable rows, or what makes them."""

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from pydantic import Field
 
 from softprompt_jax.methods.base import Context
-from softprompt_jax.methods.prompt import PromptMethod, PromptTable, SoftPrompt, Text, embedding_scale
+from softprompt_jax.methods.prompt import Init, PromptMethod, PromptTable, SoftPrompt, Text, embedding_scale
 from softprompt_jax.models.language_model import LanguageModel
 
 
@@ -19,13 +19,14 @@ class Wayward(PromptMethod):
     """Prompt tuning with a penalty on the distance of the rows from the words of `text`, repeated or cut to the length.
 
     The distance is the mean squared difference over the mean square of the words, times `weight` for every target
-    token. The rows start at the words unless `init` says otherwise.
+    token.
     """
 
     paper: ClassVar[str] = "Khashabi et al., 2022"
     one_for_all: ClassVar[str | None] = "text"
     kind: Literal["wayward"] = "wayward"
     length: int = Field(default=20, ge=1)  # rows of the prompt
+    init: Init | None = None  # rows to start from; null: the words of `text`
     text: str = Field(default="Answer the question about this text.", min_length=1)  # text whose words the rows are
     # held near
     weight: float = Field(default=0.01, ge=0)  # weight of the distance in the loss of each target token
