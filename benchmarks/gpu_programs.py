@@ -24,10 +24,22 @@ SETTINGS = {"task": TASK, "batch_size": 32, "max_input_tokens": 412, "max_target
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "T5 1.1 base, a step": ("train", "h100:1", {"backbone": T5_BASE}),
     "T5 1.1 base, a step without dropout": ("train", "h100:1", {"backbone": T5_BASE, "dropout": 0}),
-    "T5 1.1 base, a step without dropout, `attention: plain`": ("train", "h100:1", {"backbone": T5_BASE, "dropout": 0, "attention": "plain"}),
-    "T5 1.1 base, a step without dropout, `quantize: int8`": ("train", "h100:1", {"backbone": T5_BASE, "dropout": 0, "quantize": "int8"}),
+    "T5 1.1 base, a step without dropout, `attention: plain`": (
+        "train",
+        "h100:1",
+        {"backbone": T5_BASE, "dropout": 0, "attention": "plain"},
+    ),
+    "T5 1.1 base, a step without dropout, `quantize: int8`": (
+        "train",
+        "h100:1",
+        {"backbone": T5_BASE, "dropout": 0, "quantize": "int8"},
+    ),
     "T5 1.1 base, a step on 8 GPUs": ("train", "a100:8", {"backbone": T5_BASE}),
-    "T5 1.1 base, a step on 8 GPUs, `mesh: {data: 1, fsdp: 8}`": ("train", "h100:8", {"backbone": T5_BASE, "mesh": {"data": 1, "fsdp": 8}}),
+    "T5 1.1 base, a step on 8 GPUs, `mesh: {data: 1, fsdp: 8}`": (
+        "train",
+        "h100:8",
+        {"backbone": T5_BASE, "mesh": {"data": 1, "fsdp": 8}},
+    ),
     "T5 1.1 base, decoding of 64 texts": ("predict", "h200:1", {"backbone": T5_BASE}),
     "T5 1.1 base, the server": ("serve", "h100:1", {"backbone": T5_BASE}),
     "SmolLM2 135M, a step": ("train", "h100:1", {"backbone": "smollm2-135m"}),
