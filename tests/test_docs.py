@@ -251,3 +251,4 @@ def test_the_readme_trains_and_answers_as_printed(tmp_path):
     assert json.loads(said["bash"][-1])["text"] == "what a lovely film"
     assert json.loads(said["bash"][-1])["prediction"] == "positive"
     assert said["python"][1] == "['positive']"
+    assert said["python"][2].startswith("[('positive', -")  # of the bank
