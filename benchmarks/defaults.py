@@ -27,7 +27,7 @@ LENGTHS: dict[str, dict[str, Any]] = {
     "embedded": {"steps": 300, "evaluate_every": 300, "evaluation_examples": 400},
     "smollm2": {"steps": 75, "batch_size": 8, "evaluate_every": 75, "evaluation_examples": 100, "shapes": 6},
 }
-LIMITS = {"max_input_tokens": 128, "max_target_tokens": 64, "result_examples": 1}
+LIMITS = {"max_input_tokens": 128, "max_target_tokens": 64, "truncate_targets": True, "result_examples": 1}
 
 
 def main() -> None:
