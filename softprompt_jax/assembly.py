@@ -82,6 +82,20 @@ def own_mesh(artifacts: Iterable[Artifact]) -> mesh.Mesh:
     return mesh.Mesh()
 
 
+def longest_input(settings: ModelSettings, most: int, others: int) -> int:
+    """Return how many tokens an input may have: `most`, or what `others` leave of the positions that are learned.
+
+    Errors: UserError where they leave none.
+    """
+    learned = getattr(settings, "learned_positions", None)
+    if learned is not None and others >= learned:
+        raise UserError(
+            f"max_tokens: with the prompt's rows {others} positions; expected fewer than {learned}, which this "
+            "backbone has learned; ask for fewer"
+        )
+    return most if learned is None else min(most, learned - others)
+
+
 def check_devices(run: Run, assembly: Assembly, platform: str | None = None) -> None:
     """Refuse a mesh that does not divide a run's batch or backbone, and `attention: flash` where it cannot be had.
 
@@ -122,8 +136,7 @@ def assemble(
         check_memory(run, backbone.model.settings, _bytes(nnx.state(backbone.model)))
     tokenizer = tokenizer or load_tokenizer(backbone.folder, backbone.text_format, run.text)
     overrides = run.backbone_overrides(backbone.model.settings)
-    ends = {"eos": tokenizer.eos_id, "ends": tokenizer.stop_ids}
-    model = with_settings(backbone.model, platform=platform or mesh.platform(), **ends, **overrides)
+    model = with_settings(backbone.model, platform=platform or mesh.platform(), **_ends(tokenizer), **overrides)
     model.dtype = run.dtype
     known = context(run, tokenizer, backbone, read)
 
@@ -267,6 +280,20 @@ def with_settings(model: LanguageModel, **changes) -> LanguageModel:
     """Return the model with other settings of how it computes, sharing its weights."""
     shell = abstract_quantized(model.settings.model_copy(update=changes), model.dtype, quantization_of(model))
     return nnx.merge(nnx.graphdef(shell), nnx.state(model))
+
+
+def ended_by(model: LanguageModel, tokenizer: Tokenizer) -> LanguageModel:
+    """Return the model, sharing its weights, whose answers end as those that it was trained on: by the tokenizer's EOS.
+
+    config.json may name another, or none.
+    """
+    model = nnx.merge(*nnx.split(model))
+    model.settings = model.settings.model_copy(update=_ends(tokenizer))
+    return model
+
+
+def _ends(tokenizer: Tokenizer) -> dict[str, Any]:
+    return {"eos": tokenizer.eos_id, "ends": tokenizer.stop_ids}
 
 
 def context(

@@ -21,6 +21,7 @@ from softprompt_jax.checkpoints.backbone import EMBEDDED, find_folder, load_back
 from softprompt_jax.checkpoints.tensors import open_safetensors
 from softprompt_jax.config import UserError
 from softprompt_jax.data.tokenizer import load_tokenizer
+from softprompt_jax.models import families
 from softprompt_jax.models.families import names
 from softprompt_jax.trees import flatten
 
@@ -265,6 +266,26 @@ def test_senseless_numbers_of_a_config_are_refused_before_anything_is_built(tmp_
         load_backbone(tmp_path)
     assert "\n" not in str(caught.value)
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("of", "changes", "message"),
+    [
+        ("gemma2", {"layer_types": ["full_attention"] * 3}, "found 3 layer_types; expected 2, one for each layer"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "found 1 layer_types; expected 2, one for each layer"),
+        ("gemma2", {"layer_types": 5}, "is no config of a gemma2"),
+        ("gemma2", {"query_pre_attn_scalar": 0}, "is no config of a gemma2"),
+        ("llama", {"eos_token_id": "</s>"}, "is no config of a llama"),
+        ("llama", {"head_dim": "x"}, "head_dim|is no config of a llama"),
+        ("gpt2", {"eos_token_id": [[1]]}, "is no config of a gpt2"),
+        ("t5gemma", {"encoder": 3}, "is no config of a t5gemma|encoder"),
+    ],
+)
+def test_values_of_another_type_in_a_config_are_refused_in_a_line(of, changes, message):
+    config = families.config_of(tiny.settings(of), "float32") | changes
+    with pytest.raises(UserError, match=f"^config: .*({message})") as error:
+        families.settings_of(config, "config")
+    assert "\n" not in str(error.value)
 
 
 def test_a_model_type_that_is_no_text_is_refused_in_a_line(tmp_path):

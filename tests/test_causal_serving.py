@@ -11,11 +11,15 @@ import many_methods
 import numpy as np
 import pytest
 import test_prompt_cache
+import tiny
 import tiny_lm
+from safetensors.numpy import save_file
 
-from softprompt_jax import PromptBank, generate, load_backbone
+from softprompt_jax import PromptBank, UserError, generate, load_backbone, load_predictor
 from softprompt_jax.data.tokenizer import TextSettings, load_tokenizer
 from softprompt_jax.inference import prompt_cache
+from softprompt_jax.inference.harness import ModelArguments
+from softprompt_jax.inference.harness import load as harness_load
 from softprompt_jax.models.causal_settings import LayerKind, Rope
 from softprompt_jax.models.decode import Beam, Greedy, Sampling
 from softprompt_jax.serve.engine import Engine, Job
@@ -181,6 +185,48 @@ def test_an_answer_ends_at_any_of_the_ends_that_a_config_states(backbone, prompt
     _, (job,) = run_engine(bank, [Request(inputs=text, prompt="none")])
     assert job.answers[0].tokens == expected
     assert job.answers[0].ended
+
+
+@pytest.mark.slow
+def test_answers_end_at_the_tokenizers_end_where_a_config_states_another(tmp_path):
+    path = tiny_lm.folder(tmp_path / "lm", kinds=KINDS, pattern=(0, 1), tied=False)
+    about = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(about | {"eos_token_id": 0}))
+    save_file({"prompt": np.ones((2, 32), np.float32)}, tmp_path / "p.safetensors")
+    backbone, how = load_backbone(str(path)), Sampling(temperature=3.0, samples=40)
+    predictor = load_predictor(tmp_path / "p.safetensors", backbone, decoding=how)
+    bank = PromptBank(backbone)
+    bank.add("p", tmp_path / "p.safetensors")
+    assert backbone.settings.eos == 0  # stays as it was
+    for model in (predictor.model, bank.backbone.model, harness_load(ModelArguments(backbone=str(path))).model):
+        assert model.settings.eos == bank.tokenizer.eos_id == 2
+    answers = [answer.ids for each in predictor.scored(list(tiny_lm.TEXTS)) for answer in each]
+    ended = [ids for ids in answers if 2 in ids]
+    assert ended
+    assert all(ids.index(2) == len(ids) - 1 for ids in ended)
+    assert any(0 in ids[:-1] for ids in answers)  # no end here
+
+
+@pytest.mark.slow
+def test_no_text_goes_past_the_positions_that_a_backbone_has_learned(tmp_path):
+    gpt2 = tiny.model(of="gpt2", vocabulary_rows=416, eos=2, learned_positions=64)
+    backbone = load_backbone(str(tiny_lm.folder(tmp_path / "gpt2", of=gpt2.settings)))
+    text, bank = "film " * 100, PromptBank(backbone)
+    bank.add("p", np.ones((2, 16), np.float32))
+    ids = bank.tokenizer.input_ids(text)
+    assert generate(backbone, [text], max_tokens=4, stop=False) == generate(
+        backbone, [bank.tokenizer.decode(ids[:60])], max_tokens=4, stop=False
+    )
+    bank.generate([text], "p", max_tokens=4)
+    assert bank.truncated == 1
+    with pytest.raises(UserError, match=r"\d+ tokens; expected at most 60, so that with prompt and answer no position"):
+        generate(backbone, [ids], max_tokens=4)
+    with pytest.raises(UserError, match="64 positions; expected fewer than 64, which this backbone has learned"):
+        bank.generate([text], "p", max_tokens=62)
+    with pytest.raises(
+        UserError, match="expected at most 64, which this backbone has learned; set --limit max_input_tokens"
+    ):
+        Engine(bank, Limits(slots=1, max_input_tokens=200))
 
 
 FAMILIES = ("gemma2", "gpt2", "t5gemma")

@@ -18,7 +18,7 @@ from softprompt_jax import UserError, compress, load_backbone, load_predictor, l
 from softprompt_jax.assembly import assemble
 from softprompt_jax.checkpoints.artifact import load_prompt
 from softprompt_jax.config import parse
-from softprompt_jax.data.examples import Example
+from softprompt_jax.data.examples import Example, known_target
 from softprompt_jax.data.task import Distill, iterate
 from softprompt_jax.data.tokenizer import TextFormat, Tokenizer
 from softprompt_jax.inference.evaluate import DecodedAnswer
@@ -29,7 +29,7 @@ from softprompt_jax.run import Run
 from softprompt_jax.training import distill
 from softprompt_jax.training.compress import ask_questions, describe, read_question
 from softprompt_jax.training.run_data import RunData
-from softprompt_jax.training.vmapped import shape_of
+from softprompt_jax.training.vmapped import _task_of, shape_of
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 CHAT = (
@@ -399,3 +399,38 @@ def test_smollm2_answers_under_its_own_keys_and_values_as_behind_the_text(settin
     joined = assembly.tokenizer.input_ids((tmp_path / "context.txt").read_text() + assembly.tokenizer.decode(text))
     expected = np.asarray(logits(load_backbone("smollm2"), [[*joined, *target[:-1]]]))[0, -len(target) :]
     np.testing.assert_allclose(found[0, : len(target)], expected, atol=2e-3)
+
+
+def test_answers_are_kept_by_the_whole_teacher_and_drawn_by_the_seed(settings):
+    _, assembly = assembled(settings)
+    marks, model = {assembly.model.context.mark}, assembly.model
+    for weight in (model.decoder.norm.scale, model.decoder.layers.feed_forward.down.kernel):
+        before = weight[...]
+        weight[...] = 1.5 * before  # what the values of the last layer do not depend on
+        marks.add(distill.Context(distill._bare(model), list(model.context.ids), model.context.begin).mark)
+        weight[...] = before
+    again = distill.Context(distill._bare(model), list(model.context.ids), model.context.begin).mark
+    assert (len(marks), again in marks) == (3, True)
+    runs = [parse(Run, settings | {"seed": seed}, "test") for seed in (0, 1)]
+    assert len({_task_of(run) for run in runs}) == 2
+    plain = [parse(Run, settings | {"seed": seed, "task": "sentiment_movie"}, "test") for seed in (0, 1)]
+    assert len({_task_of(run) for run in plain}) == 1
+
+
+def test_questions_lie_beside_the_run_and_belong_to_their_text(settings, tmp_path, monkeypatch):
+    module = importlib.import_module("softprompt_jax.training.compress")
+    assert module._questions_of("runs/x/") == module._questions_of("runs/x") == Path("runs/x.inputs.jsonl")
+    answers = [DecodedAnswer(text, [], 0.0) for text in ("Who is it now?", "Why is it so?")]
+    monkeypatch.setattr(module, "ask_teacher", lambda *_: answers)
+    run, path = parse(Run, settings, "test"), tmp_path / "out.inputs.jsonl"
+    ask_questions(run, 2, path, Reporter(quiet=True))
+    ask_questions(run, 2, path, Reporter(quiet=True))
+    (tmp_path / "context.txt").write_text("quite another text .\n")
+    with pytest.raises(UserError, match=r"holds questions about another text; expected those about .*context\.txt"):
+        ask_questions(run, 2, path, Reporter(quiet=True))
+
+
+def test_minus_one_is_an_answer_where_the_target_is_a_template():
+    task = Distill(context="c", source={"kind": "inputs", "path": "x"})
+    found = [known_target(task, {"inputs": "5-6=", "targets": value}, "row") for value in ("-1", -1, "", None, 0)]
+    assert found == ["-1", "-1", None, None, "0"]

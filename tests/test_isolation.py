@@ -75,7 +75,7 @@ def together(engine, requests: list[Request]) -> list[dict | RequestError]:
     found = []
     for request, work, news in pending:
         event = news.get(timeout=900)
-        found.append(event if isinstance(event, RequestError) else reply(request, work, engine))
+        found.append(event if isinstance(event, RequestError) else reply(request, work))
     return found
 
 

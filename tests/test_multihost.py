@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import tiny_lm
 from jax.experimental import multihost_utils
 from small_runs import write_config
 
@@ -38,11 +39,12 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(config: Path, out: Path, count: int = 1, *overrides: str) -> list[subprocess.Popen]:
-    """Start `softprompt train` in so many processes."""
+def start(config: Path, out: Path, count: int = 1, *overrides: str, caches=("cache",)) -> list[subprocess.Popen]:
+    """Start `softprompt train` in so many processes, with the caches in turn."""
     port, started = free_port(), []
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "SOFTPROMPT_CACHE": str(out.parent / "cache")}
     for index in range(count):
+        cache = out.parent / caches[index % len(caches)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "SOFTPROMPT_CACHE": str(cache)}
         command = [sys.executable, "-m", "softprompt_jax", "train", str(config), *overrides, "--out", str(out)]
         if count > 1:
             command += ["--coordinator", f"localhost:{port}", "--processes", str(count), "--process", str(index)]
@@ -113,6 +115,31 @@ def test_two_processes_train_what_one_trains(config, whole, tmp_path, mesh):
     assert results[0]["test"] == results[1]["test"]
     lines = [json.loads(line) for line in (folders[1] / "metrics.jsonl").read_text().splitlines()]
     assert len(lines) == len({(line["step"], *line) for line in lines})  # one writer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("caches", [("full", "empty"), ("empty", "full")])
+def test_a_teachers_answers_that_only_one_process_has_are_asked_for_together(tmp_path, caches):
+    words = " ".join(tiny_lm.TEXTS).split()
+    (tmp_path / "context.txt").write_text("a warm film . good\n")
+    rows = [json.dumps({"inputs": " ".join(words[n : n + 4])}) for n in range(20)]
+    (tmp_path / "inputs.jsonl").write_text("\n".join(rows))
+    task = {"kind": "distill", "context": str(tmp_path / "context.txt"), "inputs": str(tmp_path / "inputs.jsonl")}
+    settings = {
+        **{
+            "task": task,
+            "backbone": str(tiny_lm.folder(tmp_path / "lm")),
+            "methods": [{"kind": "prompt", "length": 3}],
+        },
+        **{"steps": 2, "batch_size": 4, "max_input_tokens": 16, "max_target_tokens": 4, "evaluate_every": 2},
+    }
+    config = write_config(tmp_path / "config.yaml", settings)
+    for code, _, err in finish(start(config, tmp_path / "alone", caches=("full",))):
+        assert code == 0, err[-3000:]
+    for code, _, err in finish(start(config, tmp_path / "both", 2, caches=caches)):
+        assert code == 0, err[-3000:]
+    both, alone = (load_prompt(tmp_path / name) for name in ("both", "alone"))
+    np.testing.assert_allclose(both, alone, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

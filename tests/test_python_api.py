@@ -132,6 +132,10 @@ def test_help_says_what_each_field_is():
     ("make", "said"),
     [
         (lambda: sp.Run(task="boolq", steps=-1), r"^Run: steps: found -1; input should be greater than 0$"),
+        (
+            lambda: sp.Task.from_rows([{"text": "a", "label": {1: "b", "c": 2}}]),
+            "^rows: train row 1: cannot be written as",
+        ),
         (lambda: sp.Task.from_rows(ROWS[:2], validation=0.01), r"^task task: validation: 0.01 of .* leaves split 'val"),
         (lambda: sp.Run(task="boolq", lr=1), r"^Run: lr: unknown setting; .*optimizer.learning_rate\?$"),
         (lambda: sp.Prompt(length=0), r"^Prompt: length: found 0; "),
@@ -182,6 +186,12 @@ def test_rows_of_every_kind_are_the_same_task(kind):
 def test_rows_that_do_not_fit_are_refused(give, said):
     with pytest.raises(UserError, match=re.escape(said)):
         sp.Task.from_rows(**({"rows": ROWS} | give))
+
+
+def test_arrays_in_rows_are_lists():
+    rows = [{"text": "a", "label": np.int64(3), "idx": np.arange(2)}]
+    (row,) = sp.Task.from_rows(rows).source._held.value["train"]
+    assert row == {"text": "a", "label": 3, "idx": [0, 1]}
 
 
 def test_validation_is_a_share_by_hash_in_which_equal_inputs_stay_together():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import queue
 import random
 import threading
@@ -21,7 +22,9 @@ from softprompt_jax.data.prompt_layout import EOS
 from softprompt_jax.methods.prompt import attach_rows
 from softprompt_jax.models import decode
 from softprompt_jax.models.decode import Sampling
+from softprompt_jax.serve.app import generated
 from softprompt_jax.serve.engine import Engine, Job
+from softprompt_jax.serve.jobs import Answer
 from softprompt_jax.serve.limits import Limits, RequestError
 from softprompt_jax.serve.requests import Request, TextStream, make_job, reply
 
@@ -78,7 +81,7 @@ def asked(engine: Engine, *requests: Request) -> list[dict]:
             pass
         if isinstance(event, RequestError):
             raise event
-        found.append(reply(request, work, engine))
+        found.append(reply(request, work))
     return found
 
 
@@ -196,7 +199,7 @@ def test_pieces_of_a_watched_answer_make_up_the_whole(engine):
             break
     assert seen == sorted(seen)
     assert len(set(seen)) == len(tokens), "a token at a time"
-    assert pieces.sent[0] == reply(request, work, engine)["prediction"]
+    assert pieces.sent[0] == reply(request, work)["prediction"]
 
 
 def test_a_cancelled_request_leaves_its_slot_to_others(engine, alone):
@@ -230,6 +233,49 @@ def test_a_prompt_removed_while_a_request_waits_is_told(engine, prompts):
     engine.submit(work)
     event = heard.get(timeout=900)
     assert (event.status, "not in the bank" in str(event)) == (404, True)
+
+
+def test_a_prompt_removed_while_a_request_is_worked_on_still_answers_it(engine, prompts):
+    request = Request(inputs=TEXTS[0], prompt="brief", stream=True)
+    engine.call(lambda: engine.bank.add("brief", prompts["p3"])).result(900)
+    heard: queue.SimpleQueue = queue.SimpleQueue()
+    work = make_job(request, engine, heard.put)
+    engine.submit(work)
+    assert heard.get(timeout=900) is None  # it has its first token
+    engine.call(lambda: engine.bank.remove("brief")).result(900)
+    while (event := heard.get(timeout=900)) is None:
+        pass
+    assert event is True
+    (expected,) = asked(engine, Request(inputs=TEXTS[0], prompt="p3"))
+    assert reply(request, work)["prediction"] == expected["prediction"]
+    events = "".join(generated(request)(True, [work]))
+    assert json.dumps({"answer": 0, "text": expected["prediction"]}) in events
+
+
+class EndsLate(Answer):
+    """An answer whose last token comes just after it was asked whether it is done."""
+
+    @property
+    def done(self) -> bool:
+        if len(self.tokens) == 2:
+            self.tokens.append(3)
+            return False
+        return super().done
+
+
+def test_a_stream_loses_no_end_and_sends_no_part_of_a_stop_text():
+    words = {1: "a", 2: "b", 3: "EN", 4: "#", 5: "c"}
+
+    def decode(ids):
+        return "".join(words[id_] for id_ in ids).partition("##")[0]
+
+    late, pieces = EndsLate(3, tokens=[1, 2]), TextStream([decode], ["END"])
+    assert "".join(text for _ in range(3) for _, text in pieces.new_pieces([late])) == "abEN"
+    growing, pieces, sent = Answer(5), TextStream([decode], ["##"]), ""
+    for token in (1, 5, 4, 4, 2):
+        growing.tokens.append(token)
+        sent += "".join(text for _, text in pieces.new_pieces([growing]))
+    assert sent == "ac"
 
 
 def test_late_requests_and_a_full_queue_are_told(backbone, prompts):

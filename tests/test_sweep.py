@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_lm
 from small_runs import write_config
 
 import softprompt_jax
@@ -274,6 +275,51 @@ def test_of_equal_scores_in_a_sweep_the_lowest_loss_wins_and_waiting_counts_scor
 
 
 # ------------------------------------------------------------------------------------------------ what is asked for
+
+
+def test_batches_of_unlike_shapes_are_filled_with_the_models_padding():
+    batches = [
+        {
+            "encoder_tokens": np.full((2, width), 5, np.int32),
+            "encoder_segments": np.ones((2, width), np.int32),
+            **dict.fromkeys(("decoder_inputs", "decoder_targets"), np.full((2, width - 1), 6, np.int32)),
+        }
+        for width in (3, 5)
+    ]
+    stacked = vmapped.stack_batches(batches, [(8, 6)], -1)
+    for name, values in stacked.items():
+        for index, batch in enumerate(batches):
+            width = batch[name].shape[1]
+            np.testing.assert_array_equal(values[index, :, :width], batch[name])
+            assert (values[index, :, width:] == (0 if name == "encoder_segments" else -1)).all(), name
+
+
+@pytest.mark.slow
+def test_prompts_of_a_decoder_only_model_with_unlike_seeds_are_those_of_their_own_runs(tmp_path):
+    words, draw = " ".join(tiny_lm.TEXTS).split(), np.random.default_rng(0)
+    rows = [
+        {"text": " ".join(draw.choice(words, draw.integers(1, 20))), "label": ("good", "bad")[n % 2]} for n in range(60)
+    ]
+    for split, part in (("train", rows[:48]), ("validation", rows[48:])):
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    source = {"kind": "files"} | {split: str(tmp_path / f"{split}.jsonl") for split in ("train", "validation")}
+    settings = {
+        **{
+            "backbone": str(tiny_lm.folder(tmp_path / "lm")),
+            "task": {"name": "t", "source": source, "input": "{text}"},
+        },
+        **{"methods": [{"kind": "prompt", "length": 3}], "steps": 6, "batch_size": 4, "log_every": 1},
+        **{"evaluate_every": 6, "checkpoint_every": 6, "max_input_tokens": 64, "max_target_tokens": 8},
+    }
+    path = write_config(tmp_path / "config.yaml", settings)
+    sweep(path, ["seed=0,1"], tmp_path / "many")
+    for seed in (0, 1):
+        softprompt_jax.train(load_run(path, [f"seed={seed}"]), tmp_path / f"alone{seed}")
+        losses = [
+            [line["loss"] for line in lines(one) if "loss" in line]
+            for one in (tmp_path / f"many/seed={seed}", tmp_path / f"alone{seed}")
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_axes_are_ranges_lists_and_short_names():

@@ -103,6 +103,14 @@ def test_settings_that_do_not_fit_are_one_line(settings, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_group_may_be_named_by_a_list():
+    task = Task(name="t", source={"kind": "files"}, input="{a}", target="{b}", group_fields=["idx"])
+    (first, second) = examples(
+        task, [("1", {"a": "x", "b": "y", "idx": [1, 2]}), ("2", {"a": "x", "b": "y", "idx": 3})]
+    )
+    assert (hash(first.group), second.group) == (hash(("[1, 2]",)), (3,))
+
+
 def test_task_by_name_or_inline():
     assert tasks.resolve("sentiment_movie") is tasks.get("sentiment_movie")
     assert tasks.resolve({"source": FILES, "name": "own"}).name == "own"

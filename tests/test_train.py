@@ -394,6 +394,14 @@ def test_long_targets_are_an_error_unless_cut(small, tmp_path, capsys, monkeypat
     assert "0 inputs truncated to 12 tokens, 96 targets to 3" in capsys.readouterr().err
 
 
+def test_label_words_that_are_one_to_the_tokenizer_are_refused(small, tmp_path):
+    task = small.task | {"target": {"yes": "\U0001f600", "no": "\U0001f621"}, "label_words": None}
+    with pytest.raises(
+        UserError, match=r"^task moods: the label words '\U0001f600' and '\U0001f621' are the same, as tokens"
+    ):
+        softprompt_jax.train(run_of(small.short, task=task), tmp_path / "run")
+
+
 def test_long_inputs_are_cut_counted_and_reported(small, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(TRAIN, "Checkpoints", None)  # far enough
     with pytest.raises(TypeError):

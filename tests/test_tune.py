@@ -177,6 +177,26 @@ def test_what_is_tried_by_default_lies_around_the_settings(small):
         default_space(parse(Run, small.short | {"methods": [{"kind": "hard", "template": "{text} so"}]}, "hard"))
 
 
+@pytest.mark.slow
+def test_a_first_look_goes_on_after_a_kill_and_past_a_candidate_that_diverges(small, tmp_path, monkeypatch):
+    changes = {"optimizer": {"kind": "adamw", "weight_decay": 0.01}, "dropout": 0, "steps": 8}
+    config = write_config(tmp_path / "config.yaml", small.short | changes)
+    over, real = ["learning_rate=0.1,1e38"], TUNE.train_members
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(TUNE, "train_members", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tune(config, tmp_path / "out", over, budget="10m")
+    monkeypatch.setattr(TUNE, "train_members", real)
+    state = tune(config, tmp_path / "out", over, budget="10m")  # the first look is at 1e38
+    assert state["probe"]["step_s"] > 0
+    assert state["winner"] == "learning_rate=0.1"
+    with pytest.raises(UserError, match="all 2 candidates diverged in their first steps"):
+        tune(config, tmp_path / "all", ["learning_rate=1e38,2e38"], budget="10m")
+
+
 def test_budgets_are_steps_or_time():
     assert read_budget("4000") == Budget(4000, False)
     assert [read_budget(text) for text in ("90s", "1.5m", "2h")] == [

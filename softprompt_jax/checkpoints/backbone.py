@@ -32,7 +32,7 @@ from softprompt_jax.distributed.mesh import (
     variable_sharding,
 )
 from softprompt_jax.files import read_object, writable
-from softprompt_jax.models.families import config_of, family_of, is_stacked, names, read
+from softprompt_jax.models.families import config_of, is_stacked, names, read, settings_of
 from softprompt_jax.models.language_model import LanguageModel
 from softprompt_jax.models.presets import hub_name
 from softprompt_jax.models.quantized import Quantization, abstract_quantized, pack_layers
@@ -105,7 +105,7 @@ def text_format_of(source: str | Path) -> TextFormat:
     if not (folder / "config.json").exists():
         return T5_FORMAT
     config, where = read_object(folder / "config.json", "a model in Hugging Face layout"), str(folder / "config.json")
-    return format_of(family_of(config.get("model_type"), where).settings_of(config, where))
+    return format_of(settings_of(config, where))
 
 
 def load_backbone(

@@ -120,7 +120,7 @@ def examples(task: Any, rows: Iterable[tuple[str, Row]], labelled: bool = True, 
                     "correct the row or the label_words"
                 )
             answers = _answers(task.answers_field, prepared, where) if task.answers_field and labelled else ()
-            group = tuple(_field(prepared, name, where) for name in task.group_fields) or None
+            group = tuple(_hashable(_field(prepared, name, where)) for name in task.group_fields) or None
             text = _input(task, prepared, where)
             if labelled and not text.strip():
                 raise UserError(f"{where}: the input is empty; expected a text; complete or drop the row")
@@ -201,7 +201,8 @@ def known_target(task: Any, row: Row, where: str) -> str | None:
             value = _field(row, name, where)
         except UserError:
             return None
-        if not isinstance(value, list | dict) and value in _UNLABELLED:
+        hidden = _UNLABELLED if isinstance(task.target, dict) else (None, "")  # -1 may be the answer to a sum
+        if not isinstance(value, list | dict) and value in hidden:
             return None
     target = _target(task, row, where)
     if task.words and target not in task.words:
@@ -250,6 +251,10 @@ def template_fields(template: str) -> list[str]:
         if re.search(r"\d{4}", format_spec or ""):
             raise ValueError(f"{{{name}}} has a format of a thousand places or more; expected fewer")
     return [str(name) for name, _, _ in parsed]
+
+
+def _hashable(value: Any) -> Hashable:
+    return value if isinstance(value, Hashable) else str(value)
 
 
 def text_of(value: Any) -> str:

@@ -54,10 +54,22 @@ def source_of(splits: Mapping[str, Any]) -> Rows:
     digest = hashlib.sha256()
     for split, rows in found.items():
         digest.update(f"{split} {len(rows)}\n".encode())
-        for row in rows:
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode() + b"\n")
+        for number, row in enumerate(rows, start=1):
+            try:
+                written = json.dumps(row, sort_keys=True, default=str)
+            except (TypeError, ValueError) as error:  # keys of unlike types, a row that holds itself
+                raise UserError(
+                    f"rows: {split} row {number}: cannot be written as JSON ({error}); expected fields of texts, "
+                    "numbers, lists and dictionaries of these"
+                ) from None
+            digest.update(written.encode() + b"\n")
     held = hold(digest.hexdigest(), found)  # kept until the source has found it
     return Rows(sizes={split: len(rows) for split, rows in held.value.items()}, sha256=digest.hexdigest())
+
+
+def _plain(item: Any) -> Any:
+    """Return a value of NumPy as Python's."""
+    return item.tolist() if isinstance(item, np.generic | np.ndarray) else item
 
 
 def _rows(value: Any, split: str) -> list[Row]:
@@ -73,7 +85,7 @@ def _rows(value: Any, split: str) -> list[Row]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, Mapping):
             raise UserError(f"rows: {split} row {number}: found {type(row).__name__}; expected a dictionary of fields")
-        found.append({str(key): item.item() if isinstance(item, np.generic) else item for key, item in row.items()})
+        found.append({str(key): _plain(item) for key, item in row.items()})
     if not found:
         raise UserError(f"rows: {split}: found none; expected at least one row")
     return found

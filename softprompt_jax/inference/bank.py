@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Float
 
 from softprompt_jax import methods
-from softprompt_jax.assembly import own_mesh, run_of, with_trained
+from softprompt_jax.assembly import ended_by, longest_input, own_mesh, run_of, with_trained
 from softprompt_jax.checkpoints.artifact import Artifact, load_artifact
 from softprompt_jax.checkpoints.backbone import Backbone, load_backbone
 from softprompt_jax.config import UserError, nearest
@@ -63,12 +63,13 @@ class PromptBank:
             raise UserError(
                 "bank: found a loaded backbone and a mesh; expected one of them; give load_backbone the mesh"
             )
-        self.backbone, self._any_backbone, self._device_lock = backbone, any_backbone, threading.RLock()
+        self.tokenizer = load_tokenizer(backbone.folder, backbone.text_format)
+        self.backbone = dataclasses.replace(backbone, model=ended_by(backbone.model, self.tokenizer))
+        self._any_backbone, self._device_lock = any_backbone, threading.RLock()
         self.batch_size, self.max_input_tokens = batch_size, max_input_tokens
         self.truncated = 0  # texts so far that were longer than `max_input_tokens`
         with self.computing():
             self.device = DevicePromptCache(self.backbone.model, device_rows, device_extras)
-        self.tokenizer = load_tokenizer(self.backbone.folder, self.backbone.text_format)
         self._reading: Any = functools.lru_cache(maxsize=64)(self.tokenizer.reading)
         self._prompts: dict[str, HostPrompt] = {}
         self._none = HostPrompt(np.zeros((0, self.backbone.settings.d_model), np.float32), NO_PROMPT, "before")
@@ -246,7 +247,7 @@ class PromptBank:
         A text may also be its ids with an EOS. Samples follow from the seed and a text's number, from `first` on. Under
         a prompt whose numbers overflow, an answer is empty and its score NaN.
         """
-        ids, names = self._asked(texts, names)
+        ids, names = self._asked(texts, names, max_tokens)
         begun = zip(names, one_for_each(forced, len(ids), "generate", "forced beginnings"), strict=True)
         begun_ids = [self.reader(name).target_ids(text)[:-1] if text else [] for name, text in begun]
         beginnings = self.tokenizer.beginnings(begun_ids, max_tokens)
@@ -275,7 +276,7 @@ class PromptBank:
 
         `words`: those of each text, which may be unlike in number. One longer than `max_tokens` is cut.
         """
-        ids, names = self._asked(texts, names)
+        ids, names = self._asked(texts, names, max_tokens)
         asked = zip(names, words, strict=True)
         word_ids = [[self.word_ids(name, word, max_tokens) for word in of_text] for name, of_text in asked]
         longest = max((len(word) for of_text in word_ids for word in of_text), default=0)
@@ -337,7 +338,7 @@ class PromptBank:
     # ------------------------------------------------------------------------------- batches, rows on the device
 
     def _asked(
-        self, texts: Sequence[str | Sequence[int]], names: str | Sequence[str]
+        self, texts: Sequence[str | Sequence[int]], names: str | Sequence[str], max_tokens: int
     ) -> tuple[list[list[int]], list[str]]:
         """Return the ids of each text, with its EOS, and the name of its prompt; ids are taken as they are."""
         if isinstance(texts, str) or any(isinstance(text, str) for text in texts):
@@ -345,13 +346,14 @@ class PromptBank:
         names = one_for_each(names, len(texts), "generate", "prompt names")
         for name in dict.fromkeys(names):
             self.prompt(name)
-        return [self._ids(text, name) for text, name in zip(texts, names, strict=True)], names
+        return [self._ids(text, name, max_tokens) for text, name in zip(texts, names, strict=True)], names
 
-    def _ids(self, text: str | Sequence[int], name: str) -> list[int]:
-        reader = self.reader(name)
+    def _ids(self, text: str | Sequence[int], name: str, max_tokens: int) -> list[int]:
+        reader, others = self.reader(name), max_tokens + sum(self.prompt(name).layout.lengths)
         ids = reader.input_ids(text) if isinstance(text, str) else list(text)
-        self.truncated += len(ids) > self.max_input_tokens
-        return reader.cut_input(ids, self.max_input_tokens)
+        most = longest_input(self.backbone.settings, self.max_input_tokens, others)
+        self.truncated += len(ids) > most
+        return reader.cut_input(ids, most)
 
     def _batches(self, ids: list[list[int]], names: list[str], alike: bool = False) -> Iterator[np.ndarray]:
         """Yield indices of texts that are answered together: of like lengths, and of prompts that fit on the device.

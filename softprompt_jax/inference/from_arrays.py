@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Float, Int
 from numpy.typing import NDArray
 
-from softprompt_jax.assembly import layout_of
+from softprompt_jax.assembly import ended_by, layout_of, longest_input
 from softprompt_jax.checkpoints.backbone import Backbone
 from softprompt_jax.config import UserError
 from softprompt_jax.data.prompt_layout import PromptLayout
@@ -178,6 +178,7 @@ def generate(
                 raise UserError("generate: texts and forced as tokens; expected both as texts, or both as tokens")
             begun = one_for_each(forced or "", len(texts), "generate", "forced beginnings")
             tokenizer = load_tokenizer(backbone.folder, backbone.text_format)
+            model = model if stop is False else ended_by(model, tokenizer)
             predictor = Predictor(model, tokenizer, None, max_tokens=max_tokens, decoding=how, mesh=backbone.mesh)
             made = predictor.scored(texts, begun)
             answers, values = (
@@ -198,6 +199,12 @@ def generate(
                     f"F under max_tokens, {max_tokens}"
                 )
             forced = None if forced is None else jnp.asarray(forced, jnp.int32)
+            most = longest_input(model.settings, rows.shape[1], max_tokens + sum(layout.lengths))
+            if most < rows.shape[1]:
+                raise UserError(
+                    f"generate: {rows.shape[1]} tokens; expected at most {most}, so that with prompt and answer no "
+                    "position is past those that this backbone has learned"
+                )
             tokens, numbers = _prepend(layout, rows), jnp.arange(len(rows))
             asked = sharding.fill_batch((tokens, numbers, forced), model.settings.padding)
             made = programs.answers(DeviceModel.of(model, Trainable), how, max_tokens, asked[0], None, *asked[1:])

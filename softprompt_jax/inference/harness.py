@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from softprompt_jax.assembly import ended_by
 from softprompt_jax.checkpoints.backbone import load_backbone
 from softprompt_jax.config import Settings, UserError, nearest, parse
 from softprompt_jax.data.tokenizer import load_tokenizer
@@ -58,7 +59,7 @@ def load(arguments: ModelArguments) -> Scorer:
         assert given.backbone is not None
         loaded = load_backbone(given.backbone, given.dtype or "float32", mesh=given.mesh, quantize=given.quantize)
         tokenizer = load_tokenizer(loaded.folder, loaded.text_format)
-        predictor = Predictor(loaded.model, tokenizer, None, mesh=loaded.mesh)
+        predictor = Predictor(ended_by(loaded.model, tokenizer), tokenizer, None, mesh=loaded.mesh)
     else:
         source = given.run if given.bank is None else _in_bank(given.bank, str(given.prompt))
         others = {"any_backbone": given.any_backbone, "trust": given.trust, "mesh": given.mesh}

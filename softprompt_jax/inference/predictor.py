@@ -8,9 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from flax import nnx
 
-from softprompt_jax.assembly import Assembly, assemble_trained, backbone_of_prompts, layout_of, own_mesh, run_of
+from softprompt_jax.assembly import (
+    Assembly,
+    assemble_trained,
+    backbone_of_prompts,
+    ended_by,
+    layout_of,
+    longest_input,
+    own_mesh,
+    run_of,
+)
 from softprompt_jax.checkpoints.artifact import Artifact, load_artifact
 from softprompt_jax.checkpoints.backbone import Backbone
 from softprompt_jax.config import UserError
@@ -53,6 +61,8 @@ class Predictor:
     mesh: jax.sharding.Mesh | None = None  # devices that the model is cut over; None: one
 
     def __post_init__(self):
+        others = self.max_tokens + sum(layout_of(self.model).lengths)
+        self.max_input_tokens = longest_input(self.model.settings, self.max_input_tokens, others)
         self._parts = split(self.model)
         self._decoder = Decoder(self._parts, self.tokenizer, self.decoding)
         # The same few for every chunk of a stream, since each is compiled once: 16, 32, 64, ... tokens of text.
@@ -224,12 +234,11 @@ def _with_rows(
     artifact: Artifact, run: Run | None, backbone: str | Backbone | None, any_backbone: bool, trust: bool
 ) -> Assembly:
     """Put a prompt's rows on its backbone; one that is loaded stays as it is, and shares its weights."""
-    if isinstance(backbone, Backbone):
-        loaded = replace(backbone, model=nnx.merge(*nnx.split(backbone.model)))
-    else:
-        loaded = backbone_of_prompts([artifact], [run], backbone, trust)
+    given = isinstance(backbone, Backbone)
+    loaded = backbone if given else backbone_of_prompts([artifact], [run], backbone, trust)
     if not any_backbone:
         artifact.check_backbone(loaded.fingerprint(), loaded.identity)
     tokenizer = load_tokenizer(loaded.folder, loaded.text_format, PLAIN if run is None else run.text)
-    attach_rows(loaded.model, artifact.prompt, artifact.place, tokenizer.encode)
-    return Assembly(sharding.shard_model(loaded.model), tokenizer, loaded.identity, loaded.folder)
+    model = ended_by(loaded.model, tokenizer)
+    attach_rows(model, artifact.prompt, artifact.place, tokenizer.encode)
+    return Assembly(sharding.shard_model(model), tokenizer, loaded.identity, loaded.folder)

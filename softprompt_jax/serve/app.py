@@ -224,8 +224,8 @@ def make_app(engine: Engine, token: str | None, loopback: bool, store: Store | N
             values, size = await read_json(request)
             asked = parse(values)
             changes = events(request, lambda notify: [make_job(asked, engine, notify)], size)
-            written = generated(asked, engine) if asked.stream else None
-            return await respond(changes, lambda jobs: reply(asked, jobs[0], engine), written, failed_event)
+            written = generated(asked) if asked.stream else None
+            return await respond(changes, lambda jobs: reply(asked, jobs[0]), written, failed_event)
         except UserError as error:
             measures.refused(error.status if isinstance(error, RequestError) else 422)
             raise
@@ -406,18 +406,20 @@ def _number(text: str) -> int | float:
     return int(number) if number.is_integer() and abs(number) < 2**53 else number
 
 
-def generated(asked: Request, engine: Engine) -> Written:
+def generated(asked: Request) -> Written:
     """Return what writes the answers of /v1/generate as events."""
     pieces = None
 
     def written(done: bool, jobs: list[Job]) -> Iterator[str]:
         nonlocal pieces
-        answers = jobs[0].answers[: len(jobs[0].answers) - len(asked.words)]
-        pieces = pieces or TextStream([engine.bank.reader(asked.prompt).decode] * len(answers))
+        answers, reader = jobs[0].answers[: len(jobs[0].answers) - len(asked.words)], jobs[0].reader
+        assert reader is not None
+        stops = () if reader.text.stop is None else (reader.text.stop,)
+        pieces = pieces or TextStream([reader.decode] * len(answers), stops)
         for index, text in pieces.new_pieces(answers):
             yield _event("text", {"answer": index, "text": text})
         if done:
-            yield _event("done", reply(asked, jobs[0], engine))
+            yield _event("done", reply(asked, jobs[0]))
 
     return written
 

@@ -71,6 +71,12 @@ class Engine:
             bank.load({name})  # now the tables are there for all
         self.ring = limits.max_tokens + self.decoder_rows
         longest = limits.max_input_tokens + limits.max_prompt_rows
+        learned = getattr(settings, "learned_positions", None)
+        if learned is not None and longest + self.ring > learned:
+            raise UserError(
+                f"limits: inputs, prompt rows and answers of up to {longest + self.ring} positions; expected at most "
+                f"{learned}, which this backbone has learned; set --limit max_input_tokens lower"
+            )
         self.lengths = [length for length in (_SHORTEST * 4**n for n in range(12)) if length < longest] + [longest]
         attention = "decoder" if causal else "cross"
         self._before = sum(per_example.prefix_lengths(bank.device.batch([]).tables, attention))  # keys of prefixes

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from softprompt_jax.data.tokenizer import Tokenizer
 from softprompt_jax.models import decode
 
 
@@ -61,3 +62,4 @@ class Job:
     cancelled: bool = False
     places: list[int] = dataclasses.field(default_factory=list)
     length: int = 0  # of the encoder's side
+    reader: Tokenizer | None = None  # of the prompt as it was when the request came, which may be gone at its end

@@ -101,7 +101,7 @@ def make_job(request: Request, engine: Engine, notify: Callable[[Any], object]) 
             raise RequestError(422, f"{found}; expected at most {limits.max_tokens}", "words")
         answers.append(Answer(len(forced), forced, ends=engine.ends))
     time_s = min(limits.timeout_s, request.timeout_s or limits.timeout_s)
-    return Job(request.prompt, ids, answers, time.monotonic() + time_s, notify, request.stream)
+    return Job(request.prompt, ids, answers, time.monotonic() + time_s, notify, request.stream, reader=reader)
 
 
 def input_ids(engine: Engine, reader: Tokenizer, text: str | list[int], field: str) -> list[int]:
@@ -137,12 +137,13 @@ def _ids(field: str, encode: Callable[[str], list[int]], text: str) -> list[int]
         raise RequestError(422, f"{field}: {str(error).partition(': ')[2]}", field) from None
 
 
-def reply(request: Request, done: Job, engine: Engine) -> dict[str, Any]:
+def reply(request: Request, done: Job) -> dict[str, Any]:
     """Return the JSON that answers a finished request."""
+    assert done.reader is not None
     made = len(done.answers) - len(request.words)
     answers = [
         {
-            "text": engine.bank.reader(request.prompt).decode(answer.tokens),
+            "text": done.reader.decode(answer.tokens),
             "score": answer.score,
             "tokens": answer.tokens,
             "ended": answer.ended,
@@ -167,7 +168,7 @@ class TextStream:
     def __init__(self, decode: Sequence[Callable[[list[int]], str]], stops: Sequence[str] = ()):
         """Keep what is sent of each answer; `decode` has a function for each, `stops` end all of them."""
         self._decode, self._stops = decode, stops
-        self.sent, self._seen = [""] * len(decode), [0] * len(decode)
+        self.sent, self._seen = [""] * len(decode), [(0, False)] * len(decode)
 
     def new_pieces(self, answers: list[Answer]) -> list[tuple[int, str]]:
         """Return (answer, new text) for each answer that has grown.
@@ -177,14 +178,14 @@ class TextStream:
         found = []
         for index, answer in enumerate(answers[: len(self.sent)]):
             done, tokens, old = answer.done, list(answer.tokens), self.sent[index]  # done first: then all tokens are in
-            if len(tokens) == self._seen[index]:
+            if (len(tokens), done) == self._seen[index]:
                 continue
             text = until(self._decode[index](tokens), self._stops)
             text = text if done else text[: len(text) - _begun(text, self._stops)]
             if len(text) > len(old) and text.startswith(old) and (done or not text.endswith("\ufffd")):
                 found.append((index, text[len(old) :]))
                 self.sent[index] = text
-            self._seen[index] = len(tokens)
+            self._seen[index] = len(tokens), done
         return found
 
 

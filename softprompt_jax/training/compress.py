@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from softprompt_jax.methods import split
 from softprompt_jax.models.decode import Sampling
 from softprompt_jax.progress import Reporter
 from softprompt_jax.run import Run
-from softprompt_jax.training.distill import ask_teacher, attach_context
+from softprompt_jax.training.distill import ask_teacher, attach_context, context_text
 from softprompt_jax.training.loop import train
 from softprompt_jax.training.trained_run import TrainedRun
 
@@ -75,22 +76,30 @@ def compress(
     if ask is not None:
         if is_remote(out):
             raise UserError(f"{out}: is not on this machine; expected a local folder for questions that are asked")
-        settings["task"] |= {"inputs": f"{out}.inputs.jsonl", "input": "\nQuestion: {inputs}\nAnswer:"}
+        settings["task"] |= {"inputs": str(_questions_of(out)), "input": "\nQuestion: {inputs}\nAnswer:"}
     run = config.parse(Run, config.read(settings, overrides), "compress")
     if not isinstance(run.task, Distill):
         raise UserError(f"compress: found the task {run.task_name}; expected one of kind distill; use train")
     if ask is not None:
-        ask_questions(run, ask, Path(f"{out}.inputs.jsonl"), reporter)
+        ask_questions(run, ask, _questions_of(out), reporter)
     return train(run, out, reporter, wait)
+
+
+def _questions_of(out: str | Path) -> Path:
+    """Return the file beside a run folder that holds the questions which it asks."""
+    return Path(f"{str(out).rstrip('/')}.inputs.jsonl")
 
 
 def ask_questions(run: Run, count: int, path: Path, reporter: Reporter) -> None:
     """Let the model write `count` different questions about the context of a run into a file, unless it is there."""
+    assert isinstance(run.task, Distill)
+    mark = hashlib.sha256(context_text(run.task.context).encode()).hexdigest()[:16]
     if path.exists():
-        if (found := sum(1 for _ in read_file(path))) != count:
-            raise UserError(
-                f"{path}: holds {found} questions; expected {count}; delete it to ask again, or use --inputs"
-            )
+        found = [row.get("context", mark) for _, row in read_file(path)]
+        if len(found) != count or set(found) != {mark}:
+            wrong = f"{len(found)} questions" if len(found) != count else "questions about another text"
+            expected = str(count) if len(found) != count else f"those about {run.task.context}"
+            raise UserError(f"{path}: holds {wrong}; expected {expected}; delete it to ask again, or use --inputs")
         return
     asking = run.model_copy(update={"max_target_tokens": _QUESTION_TOKENS})
     questions: dict[str, None] = {}  # in the order of asking
@@ -114,7 +123,10 @@ def ask_questions(run: Run, count: int, path: Path, reporter: Reporter) -> None:
             "or use a larger model"
         )
     with written_whole(path) as partial:
-        lines = (json.dumps({"inputs": question}, ensure_ascii=False) for question in list(questions)[:count])
+        lines = (
+            json.dumps({"inputs": question, "context": mark}, ensure_ascii=False)
+            for question in list(questions)[:count]
+        )
         partial.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -26,7 +27,8 @@ from softprompt_jax.data.prompt_layout import NO_PROMPT, PromptLayout
 from softprompt_jax.data.task import LABELLED, TEACHER, Distill, iterate
 from softprompt_jax.data.tokenized import tokenize
 from softprompt_jax.data.tokenizer import Tokenizer
-from softprompt_jax.distributed import cloud_files
+from softprompt_jax.distributed import cloud_files, mesh
+from softprompt_jax.distributed.multihost import run_on_process_0
 from softprompt_jax.inference.evaluate import Batching, DecodedAnswer, Decoder
 from softprompt_jax.methods import Split, split
 from softprompt_jax.methods.prefix import KeysValues, Prefixes
@@ -47,19 +49,33 @@ class Context(KeysValues):
         causal = model.encoder is None
         found = activations(model, model.word_rows(jnp.asarray(ids)), positioned=causal)
         keys, values = next(iter(found.values()))
-        # So that answers of other weights are not taken for those of these.
-        self.mark = hashlib.sha256(np.asarray(values[-1], np.float32).tobytes()).hexdigest()
+        tokens = jnp.asarray([ids])
+        batch = {"encoder_tokens": tokens, "decoder_inputs": model.first_input(tokens)[:, None]}
+        said = mesh.gather(_logits(model, mesh.fill_batch(batch, model.settings.padding)))[0]
+        # So that answers of other weights, those of the last layers and the head too, are not taken for those of these.
+        seen = (np.asarray(part, np.float32).tobytes() for part in (values[-1], said))
+        self.mark = hashlib.sha256(b"".join(seen)).hexdigest()
         self.keys: Any = nnx.Param(keys, axes=("prompt", "heads")) if causal else nnx.data(None)
         self.values: Any = nnx.Param(values, axes=("prompt", "heads")) if causal else nnx.data(None)
 
 
-def read_context(path: str, tokenizer: Tokenizer) -> list[int]:
-    """Return the ids of the text in a file. Errors: UserError for a file without text."""
+@jax.jit
+def _logits(model: LanguageModel, batch: dict[str, Array]) -> Array:
+    return model(batch)
+
+
+def context_text(path: str) -> str:
+    """Return the text in a file. Errors: UserError for a file that cannot be read."""
     try:
-        text = cloud_files.local(path).read_text(encoding="utf-8")
+        return cloud_files.local(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8"
         raise UserError(f"context {path}: cannot be read ({reason}); expected a text file in UTF-8") from None
+
+
+def read_context(path: str, tokenizer: Tokenizer) -> list[int]:
+    """Return the ids of the text in a file. Errors: UserError for a file without text."""
+    text = context_text(path)
     ids = tokenizer.encode(text)
     if tokenizer.form.causal:  # as it stands before a word: "\n\n" may be one piece at the end and two before a word
         whole, word = (tokenizer.encode(each) for each in (f"{text}a", "a"))
@@ -180,8 +196,8 @@ def ask_teacher(
         **{"begin": assembly.tokenizer.begin, "tokenizer": tokenizer.fingerprint, "by": task and task.predict_by},
     }
     path = cache_folder() / "answers" / f"{values_hash(asked)}.json"
-    if (known := _read(path, len(texts))) is not None:
-        return known
+    if (known := run_on_process_0(lambda: _read(path, len(texts)))) is not None:
+        return [DecodedAnswer(*one) for one in known]
     examples, rows = [Example(text, "") for text in texts], model.settings.vocabulary_rows
     limit = run.max_input_tokens - context.begin
     tokenized = tokenize(examples, tokenizer, rows, limit, run.max_target_tokens)
@@ -190,14 +206,14 @@ def ask_teacher(
     batching = Batching(run.evaluation_batch_size, run.max_target_tokens, layout)
     decoder = Decoder(teacher, tokenizer, how)
     found = [one[0] for one in decoder.answers(teacher.trainable, teacher.frozen, tokenized, batching, task)]
-    artifact.dump([[one.text, one.ids, one.score] for one in found], path)
+    run_on_process_0(lambda: artifact.dump([[one.text, one.ids, one.score] for one in found], path))
     return found
 
 
-def _read(path: Path, count: int) -> list[DecodedAnswer] | None:
-    """Read stored answers; None if there are none, or damaged ones."""
+def _read(path: Path, count: int) -> list[tuple[str, list[int], float]] | None:
+    """Read stored answers: text, ids, score; None if there are none, or damaged ones."""
     try:
-        found = [DecodedAnswer(text, ids, score) for text, ids, score in json.loads(path.read_text(encoding="utf-8"))]
+        found = [(text, ids, score) for text, ids, score in json.loads(path.read_text(encoding="utf-8"))]
     except (OSError, ValueError, TypeError):
         return None
     return found if len(found) == count else None

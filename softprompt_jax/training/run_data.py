@@ -234,12 +234,25 @@ class TaskSplits:
             # What comes with ids has nothing to tokenise, and is not gone through twice to name a cached file.
             cache = None if task.source.makes_ids else cache_folder() / "tokens"
             self.tokens[split] = self.tokenize(examples, split, cache)
+        self._check_words()
         if task.words and not self._taught and not self.endless and self.tokens["train"].has_one_target:
             raise UserError(
                 f"task {task.name}: all examples of split 'train' have one label, as tokens; expected two or more; "
                 "check the source and the label_words"
             )
         self._layout = assembly.layout.of_task(number) if run.own_prompts else assembly.layout
+
+    def _check_words(self) -> None:
+        """Refuse label words that are one to the tokenizer, of which ranking would always choose the first."""
+        known: dict[tuple[int, ...], str] = {}
+        for word, ids in zip(
+            self.task.words or (), self._assembly.tokenizer.target_batch(self.task.words or ()), strict=True
+        ):
+            if (other := known.setdefault(tuple(ids), word)) != word:
+                raise UserError(
+                    f"task {self.name}: the label words {other!r} and {word!r} are the same, as tokens; expected words "
+                    "that the backbone's tokenizer tells apart; choose others"
+                )
 
     def read(self, first: int) -> Iterator[Example]:
         """Yield the train examples of a split without end from a number on."""

@@ -162,10 +162,7 @@ class _Race:
         """Run the rounds that are left, and return the winner."""
         left = {member.name: member for member in found}
         if self.budget.is_time and "probe" not in self.state:
-            probe = [found[-1]]  # of the largest values
-            self._train("probe", probe, min(_PROBE, probe[0].run.steps), "a first look at the time of a step")
-            self.state["probe"] = self._cost("probe", probe)
-            self._write("probe")
+            self._probe(found)
         for number in range(1, _rounds(len(found)) + 1):
             over = number <= len(self.state["rounds"]) and "kept" in self.state["rounds"][number - 1]
             if not over and not self._round(number, [*left.values()], _rounds(len(found)) - number + 1):
@@ -177,6 +174,21 @@ class _Race:
                     f"{self.folder / TUNE_FILE}: no candidate {name}; expected the file of this race"
                 ) from None
         return next(iter(left.values()))
+
+    def _probe(self, found: Sequence[Member]) -> None:
+        """Note the time of a step: of the last candidate, which has the largest values, or of one that it can train."""
+        artifact.dump(self.state, self.folder / TUNE_FILE)  # so that the folder is a race's, if it ends here
+        for one in reversed(found):
+            self._train("probe", [one], min(_PROBE, one.run.steps), "a first look at the time of a step")
+            cost = self._cost("probe", [one])
+            if cost["step_s"] > 0:  # it did not diverge
+                self.state["probe"] = cost
+                self._write("probe")
+                return
+        raise UserError(
+            f"tune: all {len(found)} candidates diverged in their first steps; expected one whose loss is finite; "
+            "try lower rates: --over learning_rate=..."
+        )
 
     def _round(self, number: int, left: list[Member], remaining: int) -> bool:
         """Train a round and note who goes on; return False if there is nothing left to train."""

@@ -27,6 +27,7 @@ from softprompt_jax.config import UserError
 from softprompt_jax.data.batches import Batch, BatchCounts, TrainBatches, count_slots
 from softprompt_jax.data.buckets import Shape, choose_shapes, fitting_shape
 from softprompt_jax.data.streaming import StreamBatches
+from softprompt_jax.data.task import Distill
 from softprompt_jax.distributed import mesh
 from softprompt_jax.distributed.cloud_files import CHECKPOINTS
 from softprompt_jax.distributed.folder_lock import lock_folder
@@ -213,7 +214,7 @@ class VmappedGroup(Training):
         settings = self.shared.assembly.model.settings
         while self.running.any():
             own = [next(each) for each in sources]
-            joined = stack_batches(own, self.shapes)
+            joined = stack_batches(own, self.shapes, settings.padding)
             slots = sum(joined[name][0].size for name in ("encoder_tokens", "decoder_targets"))  # of one run
             counted = [
                 count_slots(batch, settings.vocabulary_rows, settings.padding)._replace(slots=slots) for batch in own
@@ -306,7 +307,8 @@ def _chosen(which: jax.Array, new: Any, old: Any) -> Any:
 
 
 def _task_of(run: Run) -> str:
-    return str(run.model_dump(mode="json", include={"task"}))
+    drawn = run.seed if isinstance(run.task, Distill) else None  # by it a teacher samples its answers
+    return str((run.model_dump(mode="json", include={"task"}), drawn))
 
 
 @contextlib.contextmanager
@@ -331,7 +333,7 @@ def common_shapes(sources: Sequence[TrainBatches], most: int, steps: int) -> lis
     return choose_shapes(needed, (int(largest[0]), int(largest[1])), most, multiple=1)
 
 
-def stack_batches(batches: Sequence[Batch], shapes: list[Shape]) -> dict[str, Int[np.ndarray, "N B _"]]:
+def stack_batches(batches: Sequence[Batch], shapes: list[Shape], padding: int) -> dict[str, Int[np.ndarray, "N B _"]]:
     """Stack batches, padded to the first shape that holds all; a missing row is the first again, without targets."""
     rows = max(len(batch["encoder_tokens"]) for batch in batches)
     needed = np.array([[batch["encoder_tokens"].shape[1], batch["decoder_targets"].shape[1]] for batch in batches])
@@ -339,7 +341,8 @@ def stack_batches(batches: Sequence[Batch], shapes: list[Shape]) -> dict[str, In
     stacked = {}
     for name in batches[0]:
         width = shape[0] if name.startswith("encoder") else shape[1]
-        stacked[name] = np.zeros((len(batches), rows, width), np.int32)
+        empty = 0 if name.endswith("_segments") else padding
+        stacked[name] = np.full((len(batches), rows, width), empty, np.int32)
         for index, batch in enumerate(batches):
             values = batch[name]
             stacked[name][index, : len(values), : values.shape[1]] = values

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from softprompt_jax.config import UserError, nearest
+from softprompt_jax.config import UserError, first_line, nearest
 from softprompt_jax.models.families import gemma, gpt2, gpt_neo, gpt_neox, llama, t5, t5gemma
 from softprompt_jax.models.families.common import Opened, Weight
 from softprompt_jax.models.settings import ModelSettings
@@ -65,6 +65,20 @@ def family_of(model_type: Any, where: str) -> Family:
     return MODEL_TYPES[model_type]
 
 
+def settings_of(config: Mapping[str, Any], where: str) -> ModelSettings:
+    """Return the settings of a config of any family. Errors: UserError."""
+    family = family_of(config.get("model_type"), where)
+    try:
+        return family.settings_of(config, where)
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # a value of another type
+        raise UserError(
+            f"{where}: is no config of a {config['model_type']} ({type(error).__name__}: {first_line(error)}); "
+            "expected it as it was published"
+        ) from None
+
+
 def read(
     config: Mapping[str, Any],
     tensors: Mapping[str, Opened],
@@ -75,8 +89,8 @@ def read(
 
     `equal` decides whether two tensors hold the same numbers. Errors: UserError names the field or the tensor.
     """
-    family = family_of(config.get("model_type"), where)
-    return family.complete(config, family.settings_of(config, where), tensors, equal, where)
+    settings = settings_of(config, where)
+    return family_of(config["model_type"], where).complete(config, settings, tensors, equal, where)
 
 
 def names(settings: ModelSettings) -> dict[str, Weight]:

@@ -151,6 +151,10 @@ def make(values: dict[str, Any], where: str) -> CausalSettings:
         raise UserError(
             f"{where}: {settings.num_heads} heads share {settings.num_key_heads} key heads; expected a divisor"
         )
+    if len(settings.pattern) != settings.num_layers:
+        raise UserError(
+            f"{where}: found {len(settings.pattern)} layer_types; expected {settings.num_layers}, one for each layer"
+        )
     return settings
 
 
