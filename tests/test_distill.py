@@ -199,6 +199,18 @@ def test_label_words_are_chosen_by_the_teacher(settings):
     assert {one.fields[distill.TEACHER] for one in data.examples["train"]} <= {"good", "bad"}
 
 
+def test_the_likelier_word_may_be_asked_of_a_run_with_a_teacher(settings, tmp_path, softprompt):
+    task = settings["task"] | {"label_words": ["good", "bad"], "answers": "greedy"}
+    changes = {"task": task, "steps": 1, "evaluate_every": 1, "result_examples": 4}
+    train(parse(Run, settings | changes, "test"), tmp_path / "run")
+    code, out, err = softprompt(
+        "eval", tmp_path / "run", "--split", "validation", "--predict-by", "likelihood", "--trust"
+    )
+    assert code == 0, err
+    assert json.loads(out)["accuracy"] >= 0
+    assert json.loads(out)["illegal"] == 0
+
+
 def test_agreement_and_accuracies_are_shares():
     task = parse(Run, {"task": {"kind": "distill", "context": "c", "inputs": "i"}}, "test").task
     assert isinstance(task, Distill)

@@ -490,6 +490,30 @@ def test_uploaded_prompts_are_kept_in_the_store(engine, small, tmp_path):
         assert "late" not in bank
 
 
+def test_an_upload_that_takes_too_long_leaves_no_file(small, tmp_path, monkeypatch):
+    slow, store, written = served.engine_of(small.backbone, timeout_s=1), Store(tmp_path / "store"), threading.Event()
+    real = store.write
+
+    def write(*given):
+        file = real(*given)
+        time.sleep(2)
+        written.set()
+        return file
+
+    monkeypatch.setattr(store, "write", write)
+    slow.start()
+    try:
+        with served.serving(slow, store=store) as port:
+            assert ask(port, "PUT", "/v1/prompts/new", save({"prompt": rows(2, 7)}))[0] == 504
+            assert written.wait(PATIENCE_S)
+            until = time.monotonic() + PATIENCE_S
+            while [*store.folder.iterdir()] and time.monotonic() < until:
+                time.sleep(0.05)
+            assert [*store.folder.iterdir()] == []
+    finally:
+        slow.stop()
+
+
 def test_prompts_of_the_store_count_as_uploaded(engine, tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "limits", engine.limits.model_copy(update={"max_prompts": 1}))
     store, file = Store(tmp_path), save({"prompt": rows(2, 7)})

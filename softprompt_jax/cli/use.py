@@ -31,7 +31,7 @@ from softprompt_jax.cli.options import (
     note,
     print_json,
 )
-from softprompt_jax.config import UserError
+from softprompt_jax.config import UserError, parse
 from softprompt_jax.distributed import cloud_files
 
 PANEL = "Evaluate and use"
@@ -61,9 +61,7 @@ def evaluate(
     connect(coordinator, processes, process, mesh)
     predictor, chosen = predictor_and_task(source, task, backbone, any_backbone, trust, mesh)
     if predict_by is not None:
-        from softprompt_jax.tasks import resolve
-
-        chosen = resolve(chosen.model_dump() | {"predict_by": predict_by})
+        chosen = parse(type(chosen), chosen.model_dump() | {"predict_by": predict_by}, "--predict-by")
     scores = predictor.evaluate(chosen, split)
     if is_first():
         print_json({"task": chosen.name, "split": split} | scores)

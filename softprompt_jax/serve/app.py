@@ -316,13 +316,12 @@ def make_app(engine: Engine, token: str | None, loopback: bool, store: Store | N
 
         uploads += 1
         try:
-            data, file = await body(request, limits.max_prompt_bytes), None
+            work = reader.submit(read, await body(request, limits.max_prompt_bytes))
             try:
-                stored, file = await result_of(reader.submit(read, data))
+                stored, file = await result_of(work)
                 return await result_of(engine.call(functools.partial(put, stored, file)))
             finally:
-                if file is not None:  # one that was not kept
-                    file.unlink(missing_ok=True)
+                work.add_done_callback(_discard)  # at once, or when what took too long is over
         finally:
             uploads -= 1
 
@@ -422,6 +421,12 @@ def generated(asked: Request) -> Written:
             yield _event("done", reply(asked, jobs[0]))
 
     return written
+
+
+def _discard(read: concurrent.futures.Future) -> None:
+    """Delete the file that an upload has written, unless it was kept."""
+    if not read.cancelled() and read.exception() is None and (file := read.result()[1]) is not None:
+        file.unlink(missing_ok=True)
 
 
 def failed_event(error: RequestError) -> str:
