@@ -136,7 +136,9 @@ def assemble(
         check_memory(run, backbone.model.settings, _bytes(nnx.state(backbone.model)))
     tokenizer = tokenizer or load_tokenizer(backbone.folder, backbone.text_format, run.text)
     overrides = run.backbone_overrides(backbone.model.settings)
-    model = with_settings(backbone.model, platform=platform or mesh.platform(), **_ends(tokenizer), **overrides)
+    model = with_settings(
+        backbone.model, platform=platform or mesh.platform(), **_ends(backbone.model, tokenizer), **overrides
+    )
     model.dtype = run.dtype
     known = context(run, tokenizer, backbone, read)
 
@@ -283,17 +285,17 @@ def with_settings(model: LanguageModel, **changes) -> LanguageModel:
 
 
 def ended_by(model: LanguageModel, tokenizer: Tokenizer) -> LanguageModel:
-    """Return the model, sharing its weights, whose answers end as those that it was trained on: by the tokenizer's EOS.
-
-    config.json may name another, or none.
-    """
+    """Return the model, sharing its weights, whose answers end at the tokenizer's EOS, as what it is trained on."""
     model = nnx.merge(*nnx.split(model))
-    model.settings = model.settings.model_copy(update=_ends(tokenizer))
+    model.settings = model.settings.model_copy(update=_ends(model, tokenizer))
     return model
 
 
-def _ends(tokenizer: Tokenizer) -> dict[str, Any]:
-    return {"eos": tokenizer.eos_id, "ends": tokenizer.stop_ids}
+def _ends(model: LanguageModel, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the settings of what ends answers; what config.json states beside the tokenizer's EOS ends them, too."""
+    first, eos = model.settings.eos, tokenizer.eos_id
+    stated = dict.fromkeys([*([first] if first else ()), *model.settings.other_eos])  # 0: it states none
+    return {"eos": eos, "other_eos": tuple(id_ for id_ in stated if id_ != eos), "ends": tokenizer.stop_ids}
 
 
 def context(

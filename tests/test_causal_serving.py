@@ -188,22 +188,24 @@ def test_an_answer_ends_at_any_of_the_ends_that_a_config_states(backbone, prompt
 
 
 @pytest.mark.slow
-def test_answers_end_at_the_tokenizers_end_where_a_config_states_another(tmp_path):
+@pytest.mark.parametrize(("stated", "others"), [(None, ()), ([5, 7], (5, 7)), ([5, 2], (5,))])
+def test_answers_end_at_the_tokenizers_end_where_a_config_states_another(tmp_path, stated, others):
     path = tiny_lm.folder(tmp_path / "lm", kinds=KINDS, pattern=(0, 1), tied=False)
     about = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps(about | {"eos_token_id": 0}))
+    (path / "config.json").write_text(json.dumps(about | {"eos_token_id": stated}))
     save_file({"prompt": np.ones((2, 32), np.float32)}, tmp_path / "p.safetensors")
     backbone, how = load_backbone(str(path)), Sampling(temperature=3.0, samples=40)
     predictor = load_predictor(tmp_path / "p.safetensors", backbone, decoding=how)
     bank = PromptBank(backbone)
     bank.add("p", tmp_path / "p.safetensors")
-    assert backbone.settings.eos == 0  # stays as it was
+    assert backbone.settings.eos == (stated[0] if stated else 0)  # stays as it was
     for model in (predictor.model, bank.backbone.model, harness_load(ModelArguments(backbone=str(path))).model):
         assert model.settings.eos == bank.tokenizer.eos_id == 2
+        assert model.settings.other_eos == others
     answers = [answer.ids for each in predictor.scored(list(tiny_lm.TEXTS)) for answer in each]
-    ended = [ids for ids in answers if 2 in ids]
-    assert ended
-    assert all(ids.index(2) == len(ids) - 1 for ids in ended)
+    ended = [ids for ids in answers if {2, *others} & {*ids}]
+    assert any(2 in ids for ids in ended)
+    assert all(not {2, *others} & {*ids[:-1]} for ids in ended)
     assert any(0 in ids[:-1] for ids in answers)  # no end here
 
 
