@@ -183,7 +183,8 @@ def test_a_first_look_goes_on_after_a_kill_and_past_a_candidate_that_diverges(sm
     config = write_config(tmp_path / "config.yaml", small.short | changes)
     over, real = ["learning_rate=0.1,1e38"], TUNE.train_members
 
-    def killed(*_, **__):
+    def killed(_, home, *__, **___):
+        (home / "half").mkdir(parents=True)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(TUNE, "train_members", killed)
