@@ -282,7 +282,7 @@ def test_prefixes_and_factors_share_the_slots(many):
     sampled = Sampling(samples=2, temperature=2.0, seed=8)
     for name in ("prefix placed, rows", "ia3 everywhere", "nothing"):
         requests.append(Request(inputs=tiny_lm.TEXTS[0], prompt=name, decoding=sampled, words=["good"]))
-    _, jobs = run_engine(bank, requests, slots=8, max_input_tokens=64)
+    _, jobs = run_engine(bank, requests, slots=8, max_input_tokens=48)
     eos = many.backbone.settings.eos
     for request, job in zip(requests, jobs, strict=True):
         ids, model = bank.tokenizer.encode(request.inputs), many.models[request.prompt]

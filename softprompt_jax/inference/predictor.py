@@ -61,8 +61,6 @@ class Predictor:
     mesh: jax.sharding.Mesh | None = None  # devices that the model is cut over; None: one
 
     def __post_init__(self):
-        others = self.max_tokens + sum(layout_of(self.model).lengths)
-        self.max_input_tokens = longest_input(self.model.settings, self.max_input_tokens, others)
         self._parts = split(self.model)
         self._decoder = Decoder(self._parts, self.tokenizer, self.decoding)
         # The same few for every chunk of a stream, since each is compiled once: 16, 32, 64, ... tokens of text.
@@ -109,8 +107,9 @@ class Predictor:
         return Batching(self.batch_size, self.max_tokens, layout_of(self.model), shapes)
 
     def _tokenized(self, examples: Sequence[Example]) -> TokenizedSet:
-        rows = self.model.settings.vocabulary_rows
-        return tokenize(examples, self.tokenizer, rows, self.max_input_tokens, self.max_tokens)
+        settings, others = self.model.settings, self.max_tokens + sum(layout_of(self.model).lengths)
+        most = longest_input(settings, self.max_input_tokens, others)
+        return tokenize(examples, self.tokenizer, settings.vocabulary_rows, most, self.max_tokens)
 
     def evaluate(self, task: Task, split_name: str, limit: int | None = None) -> dict[str, float]:
         """Return the metrics of a task's split, or of its first `limit` examples."""
