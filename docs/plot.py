@@ -173,10 +173,16 @@ def _tick(y: float, text: str) -> list[str]:
 
 def _colour(name: str, lines: Lines) -> tuple[str, bool]:
     """Return the colour of a name among those of a picture, and whether it is a variant of what the colour means."""
-    meant = max((known for known in MEANINGS if name.startswith(known)), key=len, default=None)
-    if meant is not None:
+    if (meant := _meaning(name)) is not None:
         return COLOURS[MEANINGS[meant]], name != meant
-    return COLOURS[list(lines).index(name) if name in lines else 0], False
+    taken = {MEANINGS[meant] for each in lines if (meant := _meaning(each)) is not None}
+    free = [colour for number, colour in enumerate(COLOURS) if number not in taken]
+    without = [each for each in lines if _meaning(each) is None]
+    return free[without.index(name) % len(free) if name in without else 0], False
+
+
+def _meaning(name: str) -> str | None:
+    return max((known for known in MEANINGS if name.startswith(known)), key=len, default=None)
 
 
 def _fill(name: str, lines: Lines) -> str:

@@ -106,6 +106,14 @@ def test_a_plot_has_numbers_to_scale_and_colours_that_mean_the_same_everywhere()
     assert two.count(f'fill="{colour}" fill-opacity="0.4"') == 2  # of a variant, paler
 
 
+def test_a_line_without_a_meaning_has_a_colour_of_its_own():
+    value = {"mean": 70.0, "sd": None, "values": [70.0]}
+    names = ("model tuning", "LoRA", "prompt tuning", "another")
+    lines = {name: {"a": value, "b": value} for name in names}
+    picture = build.paper_pages.plot("t", lines, "bars", "accuracy, %")
+    assert len(set(re.findall(r'fill="(#\w+)" fill-opacity', picture))) == 4
+
+
 def test_a_plan_is_a_row_for_each_step_and_topology():
     fits = {"fits": True, "peak_bytes": 3 << 30, "limit_bytes": 16 << 30, "flops": 2.5e12, "examples_per_s": 1234.5}
     other = fits | {"fits": False, "peak_bytes": None, "examples_per_s": None}
