@@ -121,10 +121,8 @@ class Run(Settings):
     loss: Literal["sum", "mean"] = "sum"  # sum or mean over the real target tokens of a batch
     z_loss: float = Field(1e-4, ge=0)  # weight of the square of log Z, where Z is the sum in the softmax
     label_smoothing: float = Field(0.0, ge=0, lt=1)  # probability of a target that goes to all tokens alike
-    dropout: float | None = Field(
-        None, ge=0, lt=1
-    )  # dropout rate of the backbone in training; null: 0.1 in a T5, as in
-    # the paper, 0 in models trained without
+    dropout: float | None = Field(None, ge=0, lt=1)  # dropout rate of the backbone in training; null: 0.1 in a T5, as
+    # in the paper, 0 in models trained without
     seed: int = Field(0, ge=0)  # seed of the order of examples, of dropout and of what starts at random
 
     # ---- how text becomes batches
