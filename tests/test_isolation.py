@@ -128,7 +128,7 @@ def test_hostile_prefixes_and_factors_change_no_bit_of_an_answer(tmp_path, of):
         like = bank.prompt(name)
         extras = {key: np.where(part > 0, 3e38, -3e38).astype(np.float32) for key, part in like.extras.items()}
         bank.put(f"bad {name}", dataclasses.replace(like, rows=np.full_like(like.rows, 1e38), extras=extras))
-    engine = Engine(bank, Limits(slots=8, max_input_tokens=64, max_prompt_rows=8, max_tokens=5, timeout_s=900))
+    engine = Engine(bank, Limits(slots=8, max_input_tokens=48, max_prompt_rows=8, max_tokens=5, timeout_s=900))
     engine.start()
     try:
         refused = 0
@@ -175,7 +175,9 @@ def test_hostile_rows_of_a_batch_change_no_bit_of_another(bank, how):
 @pytest.mark.slow
 def test_predict_gives_lines_of_an_extreme_prompt_an_error_and_answers_the_others(softprompt, tmp_path):
     """A GPT-2's LayerNorm makes NaN of finite rows; a T5's RMSNorm does not."""
-    backbone = tiny_lm.folder(tmp_path / "gpt2", tiny.settings("gpt2", vocabulary_rows=416, eos=2))
+    backbone = tiny_lm.folder(
+        tmp_path / "gpt2", tiny.settings("gpt2", vocabulary_rows=416, eos=2, learned_positions=96)
+    )
     bank, lines = tmp_path / "bank", [{"inputs": tiny_lm.TEXTS[0], "prompt": name} for name in ("good", "bad", "good")]
     bank.mkdir()
     width = tiny.settings("gpt2").d_model
