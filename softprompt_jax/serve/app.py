@@ -402,7 +402,7 @@ def _no_constant(name: str) -> None:
 def _number(text: str) -> int | float:
     """Return a number with a fraction or exponent; 3.0 is an integer too, as in JSON Schema."""
     number = float(text)
-    return int(number) if number.is_integer() and abs(number) < 2**53 else number
+    return int(number) if number.is_integer() and -(2**63) <= number < 2**63 else number
 
 
 def generated(asked: Request) -> Written:

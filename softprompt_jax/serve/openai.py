@@ -36,7 +36,7 @@ _NEAR = 9  # tokens that the text of one may depend on: the bytes of a character
 _LEAST_LOG_P = -9999.0  # JSON has no infinity
 
 _Text = Annotated[str, Field(json_schema_extra={"pattern": r"\S"})]
-_Ids = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(min_length=1)]
 _Texts = Annotated[list[_Text], Field(min_length=1)]
 _ListsOfIds = Annotated[list[_Ids], Field(min_length=1)]
 _Stop = Annotated[str, Field(min_length=1)]
@@ -52,13 +52,13 @@ class _Asked(Settings):
     """What completions and chat completions have in common. Null is what a field has where it is not given."""
 
     model: str  # name of a prompt, or of the bare backbone
-    max_tokens: int | None = Field(None, ge=0)  # longest answer in tokens
+    max_tokens: int | None = Field(None, ge=0, lt=2**31)  # longest answer in tokens
     temperature: float | None = Field(None, ge=0, le=2)  # divisor of log-probabilities; null: 1, 0: the most likely
     # token is taken
     top_p: float | None = Field(None, ge=0, le=1)  # share of probability to draw from
     top_k: int | None = Field(None, ge=1, lt=2**31)  # number of most likely tokens to draw from (not in OpenAI's API)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)  # as in our decoding (not in OpenAI's API)
-    n: int | None = Field(None, ge=1)  # answers to each text
+    n: int | None = Field(None, ge=1, lt=2**31)  # answers to each text
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)  # null: another one each time
     stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None  # texts before which an answer ends
     stream: bool | None = None  # answer in pieces, as server-sent events
@@ -75,7 +75,7 @@ class CompletionRequest(_Asked):
     prompt: _Text | _Ids | _Texts | _ListsOfIds  # texts, or their ids as they are
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP)  # most likely tokens to tell beside each token
     echo: bool | None = None  # text before its answer, with its log-probabilities; for decoder-only models
-    best_of: int | None = Field(None, ge=1)  # not supported, unless it is n
+    best_of: int | None = Field(None, ge=1, lt=2**31)  # not supported, unless it is n
 
     @field_validator("prompt", mode="wrap")
     @classmethod
@@ -110,7 +110,7 @@ class ChatRequest(_Asked):
     """The body of /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)  # another name of max_tokens
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)  # another name of max_tokens
     logprobs: bool | None = None  # whether to tell the log-probability of each token
     top_logprobs: int | None = Field(None, ge=0, le=TOP)  # most likely tokens to tell beside each token
 

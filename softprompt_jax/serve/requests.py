@@ -23,7 +23,7 @@ class Request(Settings):
 
     inputs: str = Field(json_schema_extra={"pattern": r"\S"})
     prompt: str
-    max_tokens: int | None = Field(None, ge=0)  # longest answer in tokens; 0: only score the words
+    max_tokens: int | None = Field(None, ge=0, lt=2**31)  # longest answer in tokens; 0: only score the words
     decoding: Annotated[Greedy | Sampling, Field(discriminator="kind")] = Greedy()
     forced: str = ""  # beginning of the answer
     words: list[str] = Field([])  # answers to score
