@@ -440,6 +440,9 @@ def test_questions_lie_beside_the_run_and_belong_to_their_text(settings, tmp_pat
     (tmp_path / "context.txt").write_text("quite another text .\n")
     with pytest.raises(UserError, match=r"holds questions about another text; expected those about .*context\.txt"):
         ask_questions(run, 2, path, Reporter(quiet=True))
+    path.write_text('{"inputs": "Who is it?", "context": []}\n' * 2)  # written by others
+    with pytest.raises(UserError, match="holds questions about another text"):
+        ask_questions(run, 2, path, Reporter(quiet=True))
 
 
 def test_minus_one_is_an_answer_where_the_target_is_a_template():
