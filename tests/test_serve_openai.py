@@ -150,6 +150,8 @@ def test_samples_follow_the_seed_and_the_place_in_the_list(port):
     assert [choice["index"] for choice in first] == [*range(6)]
     assert first[0]["text"] != first[3]["text"]
     assert complete(port, prompt=TEXT, n=3, seed=6, **ways)["choices"][0]["text"] == first[3]["text"]
+    whole = [complete(port, prompt=TEXT, seed=seed, **ways)["choices"][0]["text"] for seed in (2.0**53, 2**53)]
+    assert whole[0] == whole[1]  # 9007199254740992.0 is an integer of JSON Schema
     unseeded = {complete(port, prompt=TEXT, **ways)["choices"][0]["text"] for _ in range(6)}
     assert len(unseeded) > 1
 
