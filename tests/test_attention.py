@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+import tiny_lm
 from flax import nnx
 from scipy import special
 
@@ -19,7 +20,16 @@ from softprompt_jax.data.tokenizer import load_tokenizer
 from softprompt_jax.methods import Context, Prefix
 from softprompt_jax.methods.trainable import Trainable
 from softprompt_jax.models import flash, t5
-from softprompt_jax.models.attention import Seen, attend, attend_shared, drop_keys, relative_buckets, same_segment
+from softprompt_jax.models.attention import (
+    Seen,
+    attend,
+    attend_in_pieces,
+    attend_shared,
+    drop_keys,
+    relative_buckets,
+    same_segment,
+)
+from softprompt_jax.models.build import build
 from softprompt_jax.models.causal_settings import LayerKind, Rope
 from softprompt_jax.run import Run
 
@@ -130,6 +140,68 @@ def values_and_gradients(attention, arrays, *rest):
 
     (_, mixed), gradients = jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(*arrays)
     return mixed, *gradients
+
+
+@pytest.mark.parametrize("length", [129, 300, 1100])
+def test_attention_in_pieces_is_that_of_all_at_once(length):
+    """With a prefix that all queries see, a row's padding, a window, and keys that two heads share."""
+    random = np.random.default_rng(length)
+    query, mixes = (jnp.asarray(random.normal(size=(2, 4, length, 8)), jnp.float32) for _ in range(2))
+    own = [jnp.asarray(random.normal(size=(2, 2, length, 8)), jnp.float32) for _ in range(2)]
+    before = [jnp.asarray(random.normal(size=(2, 2, 5, 8)), jnp.float32) for _ in range(2)]
+    places = np.arange(length)
+    visible = np.broadcast_to(places[:, None] >= places, (2, 1, length, length)).copy()
+    visible[0, :, :, length - 40 :] = False  # padding
+    visible &= places[:, None] - places < 150
+
+    def loss(attention, causal, query, own, before):
+        parts = [Seen(*before, jnp.ones((2, 1, 1, 5), bool)), Seen(*own, jnp.asarray(visible), causal)]
+        return (attention(query, parts, 0.3, 5.0) * mixes).sum()
+
+    with jax.default_matmul_precision("highest"):
+        whole = jax.value_and_grad(partial(loss, attend_shared, False), (0, 1, 2))(query, own, before)
+        pieces = jax.value_and_grad(partial(loss, attend_in_pieces, True), (0, 1, 2))(query, own, before)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), pieces, whole)
+
+
+def test_pieces_leave_out_later_keys_and_keep_no_scores():
+    """300 queries are three pieces of 100: two thirds of the products, and none of the scores for the gradient."""
+    part = jax.ShapeDtypeStruct((2, 4, 300, 8), jnp.float32)
+    visible = jax.ShapeDtypeStruct((2, 1, 300, 300), jnp.bool_)
+
+    def program(attention, causal):
+        return lambda q, k, v, seen: attention(q, [Seen(k, v, seen, causal)], 1.0)
+
+    def cost(attention, causal):
+        compiled = jax.jit(program(attention, causal)).lower(part, part, part, visible).compile()
+        return compiled.cost_analysis()["flops"]
+
+    assert cost(attend_in_pieces, True) < 0.75 * cost(attend_shared, False)
+    assert cost(attend_in_pieces, False) == cost(attend_shared, False)
+
+    def kept(attention):
+        one = program(attention, True)
+        residuals = jax.eval_shape(
+            lambda *arrays: jax.vjp(partial(lambda seen, *rest: one(*rest, seen), arrays[3]), *arrays[:3])[1],
+            *(part, part, part, visible),
+        )
+        return [leaf for leaf in jax.tree.leaves(residuals) if leaf.dtype == jnp.float32 and leaf.size > part.size]
+
+    assert kept(attend_shared)
+    assert not kept(attend_in_pieces)
+
+
+def test_a_model_attends_in_pieces_on_a_cpu_and_at_once_elsewhere():
+    kinds = (LayerKind(rope=Rope()), LayerKind(rope=Rope(), window=100))
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 400, (2, 200)), jnp.int32).at[1, 150:].set(-1)
+    found, programs = [], []
+    for platform in ("cpu", "tpu"):
+        model = build(tiny_lm.settings(kinds=kinds, pattern=(0, 1), platform=platform), jax.random.key(0))
+        with jax.default_matmul_precision("highest"):
+            found.append(np.asarray(model.run(tokens)[0])[np.asarray(tokens) >= 0])
+        programs.append(str(jax.make_jaxpr(lambda tokens, model=model: model.run(tokens)[0])(tokens)))
+    np.testing.assert_allclose(*found, atol=1e-5)
+    assert ["f32[2,2,2,200,200]" in program for program in programs] == [False, True]
 
 
 def chosen(how: str = "flash", platform: str = "gpu", **changes) -> bool:

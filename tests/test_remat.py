@@ -11,6 +11,7 @@ import tiny
 
 from softprompt_jax.distributed import mesh
 from softprompt_jax.methods import split
+from softprompt_jax.models.layers import FeedForward
 from softprompt_jax.run import Run
 from softprompt_jax.training import remat
 from softprompt_jax.training.step import first_state, make_step
@@ -102,3 +103,12 @@ def test_devices_share_what_is_kept():
     alone = remat.kept_bytes(loss, jax.numpy.ones(5), batch)
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2, 4, 1), mesh.AXES)):
         assert alone == 8 * remat.kept_bytes(loss, jax.numpy.ones(5), batch) > 0
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_feed_forward_block_keeps_its_products_alone(gated):
+    block = FeedForward(jax.random.key(0), tiny.settings(gated=gated))
+    x = jax.ShapeDtypeStruct((2, 7, block.gate.kernel.shape[0]), "float32")
+    residuals = jax.eval_shape(lambda x: jax.vjp(block, x)[1], x)
+    wide = [leaf for leaf in jax.tree.leaves(residuals) if leaf.shape == (2, 7, block.gate.kernel.shape[1])]
+    assert len(wide) == 1 + gated

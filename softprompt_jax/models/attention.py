@@ -142,6 +142,33 @@ class Seen(NamedTuple):
     keys: Float[Array, "B G S K"]
     values: Float[Array, "B G S K"]
     visible: Bool[Array, "#B 1 #T S"]
+    causal: bool = False  # they are of the queries' own tokens, and no query sees a later one
+
+    def of_queries(self, start: int, end: int) -> Seen:
+        """Return what some of the queries see."""
+        visible = self.visible[:, :, start:end] if self.visible.shape[2] > 1 else self.visible
+        if not self.causal:
+            return self._replace(visible=visible)
+        return Seen(self.keys[:, :, :end], self.values[:, :, :end], visible[..., :end])
+
+
+def attend_in_pieces(
+    query: Float[Array, "B H T K"], parts: Sequence[Seen], scale: float, cap: float | None = None
+) -> Float[Array, "B H T K"]:
+    """Do what `attend_shared` does for one piece of the queries after the other, without a causal part's later keys.
+
+    Pieces have up to 128 queries; long texts have 8 pieces. Scores are not kept for the gradient but computed again.
+    For a CPU, where this takes less time: memory costs more than products.
+    """
+    length = query.shape[2]
+    pieces = min(8, -(-length // 128))
+    if pieces == 1 or not any(part.causal for part in parts):
+        return attend_shared(query, parts, scale, cap)
+    size = -(-length // pieces)
+    one = jax.checkpoint(lambda query, *parts: attend_shared(query, parts, scale, cap), prevent_cse=False)
+    ends = [(start, min(length, start + size)) for start in range(0, length, size)]
+    mixed = [one(query[:, :, start:end], *(part.of_queries(start, end) for part in parts)) for start, end in ends]
+    return jnp.concatenate(mixed, 2)
 
 
 def attend_shared(

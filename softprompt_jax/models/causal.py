@@ -23,6 +23,7 @@ from softprompt_jax.distributed.mesh import constrain
 from softprompt_jax.models.attention import (
     PrefixKeyValues,
     Seen,
+    attend_in_pieces,
     attend_shared,
     drop_keys,
     rotate,
@@ -122,10 +123,12 @@ class Attention(nnx.Module):
         so many at the start of each row are real.
         """
         if lengths is not None and uses_flash(self.implementation, self.platform, query, lengths):
-            keys, values, _ = parts[0]
+            keys, values = parts[0][:2]
             if rng is not None and self.dropout > 0:
                 values = drop_keys(values, self.dropout, rng)
             mixed = causal(query, keys, values, lengths, self.scale, self.window)
+        elif self.platform == "cpu" and (rng is None or self.dropout == 0):
+            mixed = attend_in_pieces(query, parts, self.scale, self.cap)
         else:
             mixed = attend_shared(query, parts, self.scale, self.cap, self.dropout, rng)
         return self.output(mixed.swapaxes(1, 2).reshape(query.shape[0], query.shape[2], -1), rng)
@@ -229,8 +232,9 @@ class CausalStack(StackBase):
         encoded: Float[Array, "B T D"] | None = None,
         encoded_visible: Bool[Array, "B 1 #S T"] | None = None,
         lengths: Int[Array, "B"] | None = None,
+        causal: bool = False,
     ) -> tuple[Float[Array, "B S D"], Any]:
-        """Run the layers, without the norm. `lengths`: see `Attention`.
+        """Run the layers, without the norm. `lengths`: see `Attention`. `causal`: `visible` has no later token.
 
         With `keep` return for all layers what they read [L, B, S, D], keys and values [L, B, G, S, K] too.
         """
@@ -257,7 +261,7 @@ class CausalStack(StackBase):
 
             def see(keys, values):
                 kept.extend((keys, values) if keep else ())
-                own = Seen(keys, values, of_kind(seen, kind))
+                own = Seen(keys, values, of_kind(seen, kind), causal)
                 return [own] if before is None else [prefix_part(before, of_kind(ahead, kind), keys), own]
 
             x = layer(x, turner(at, kind), see, layer_rng, encoding, lengths)
@@ -365,7 +369,8 @@ class CausalLM(LanguageModel):
             x = jnp.take_along_axis(x, order[..., None], 1)
             tokens, positions = (jnp.take_along_axis(each, order, 1) for each in (tokens, positions))
         prompt_rows = tokens - self.settings.vocabulary_rows
-        return self.decoder(x, visible, positions, stack_rng, prompt_rows, remat, keep, lengths=lengths)
+        rest = stack_rng, prompt_rows, remat, keep
+        return self.decoder(x, visible, positions, *rest, lengths=lengths, causal=True)
 
     def hidden(
         self, batch: dict[str, Array], rng: jax.Array | None = None, remat: Remat | None = None

@@ -107,7 +107,11 @@ class FeedForward(nnx.Module):
         self.activation, self.dropout = settings.activation, settings.dropout
 
     def __call__(self, x: Float[Array, "B T D"], rng: jax.Array | None = None) -> Float[Array, "B T D"]:
-        hidden = ACTIVATIONS[self.activation](self.gate(x, rng))
-        if self.up is not None:
-            hidden = hidden * self.up(x, rng)
+        products = [part(x, rng) for part in (self.gate, self.up) if part is not None]
+        hidden = jax.checkpoint(self.activate, prevent_cse=False)(*products)  # keeps the products alone: 2 of 5 arrays
         return self.down(dropout(hidden, self.dropout, rng), rng)
+
+    def activate(self, gate: Float[Array, "B T F"], up: Float[Array, "B T F"] | None = None) -> Float[Array, "B T F"]:
+        """Return f(gate), times `up` if gated."""
+        active = ACTIVATIONS[self.activation](gate)
+        return active if up is None else active * up

@@ -1,6 +1,6 @@
 """Which activations a step keeps for its gradient: all of them if a device has the memory, else fewer.
 
-none   all activations; nothing is computed twice
+none   nearly all; activation functions are computed again, and on a CPU the scores of a causal model's long texts
 dots   the products with weights; the rest is computed again
 full   the input of each layer; the layer is computed again
 """
