@@ -1,4 +1,4 @@
-"""The default prompt beside no training, on every task whose data come as Python packages.
+"""The default prompt beside no training, on every task whose data come as Python packages and can be trained on.
 
     python benchmarks/defaults.py [--backbone embedded|smollm2] [--runs runs/defaults]
 
@@ -35,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", choices=LENGTHS, default="embedded")
     parser.add_argument("--runs", type=Path, default=machine.ROOT / "runs" / "defaults")
-    parser.add_argument("--tasks", nargs="+", help="default: all whose data come as packages")
+    parser.add_argument("--tasks", nargs="+", help="default: all whose data come as packages, with a train split")
     chosen = parser.parse_args()
     keep_freed_memory()
     for name in chosen.tasks or [name for name in tasks.names() if _is_packaged(name)]:
@@ -75,7 +75,8 @@ def _scores(run: Run, folder: Path) -> list[float]:
 
 
 def _is_packaged(name: str) -> bool:
-    return tasks.get(name).source.kind == "package"
+    source = tasks.get(name).source
+    return source.kind == "package" and "train" in source.splits
 
 
 if __name__ == "__main__":
