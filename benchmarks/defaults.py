@@ -61,7 +61,7 @@ def measure(task: str, backbone: str, folder: Path) -> dict[str, Any]:
         "task": task,
         "backbone": backbone,
         "steps": run.steps,
-        "metric": run.tasks[0].metrics[0],
+        "metrics": list(run.tasks[0].metrics),  # the scores below are their mean
         "untrained": first,
         "prompt before training": start,
         "trained": trained,

@@ -325,14 +325,14 @@ def defaults_table(folder: Path) -> str:
     found = {(path.parent.name, path.stem): json.loads(path.read_text("utf-8")) for path in folder.glob("*/*.json")}
     models = {"embedded": "embedded T5", "smollm2": "SmolLM2"}
     lines = [
-        "| task | metric | " + " | ".join(f"{model}, untrained | default prompt" for model in models.values()) + " |"
+        "| task | mean of | " + " | ".join(f"{model}, untrained | default prompt" for model in models.values()) + " |"
     ]
     lines.append("|---" * (2 + 2 * len(models)) + "|")
     for name in sorted({name for _, name in found}):
         each = [found.get((model, name)) for model in models]
-        metric = next(one["metric"] for one in each if one)
+        metrics = next(one["metrics"] for one in each if one)
         scores = [f"{100 * one[key]:.1f}" if one else "" for one in each for key in ("untrained", "trained")]
-        lines.append(f"| {name} | {metric} | {' | '.join(scores)} |")
+        lines.append(f"| {name} | {', '.join(metrics)} | {' | '.join(scores)} |")
     return "\n".join(lines)
 
 
